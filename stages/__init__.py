@@ -1,0 +1,1 @@
+"""What each stage does to its rows. Stages import neither each other nor the pipeline."""

@@ -1,0 +1,65 @@
+"""What every stage has in common: a frozen config, the resources it may use, the outcome it returns.
+
+A stage is a module with one config type, pure rules, and one function
+
+    run(config, resources, *, output, track, **inputs) -> Outcome
+
+where `output` and every input are folder URIs (see `stages.storage`) and `track` is the stage's MLflow run
+(see `stages.tracking`). The runner writes the `_SUCCESS.json` marker after `run` returns; until then the
+folder is unfinished work that the next run of the same stage takes up again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+Role = Literal["source", "target", "label", "instance"]
+"""What an image is to its pair. `label` and `instance` are optional maps that ride along with the source."""
+
+Kind = Literal["rgb", "grey", "labels", "instances"]
+"""How an image's values are to be read: colours, lightness, class ids, instance ids (16 bit)."""
+
+Split = Literal["train", "val", "test"]
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Config(BaseModel):
+    """Base of all configuration: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Resources(Config):
+    """How much to use, never what to compute: nothing here changes a result or a fingerprint."""
+
+    train_workers: Annotated[int, Field(ge=1, description="training processes, one GPU each if there are GPUs")] = 1
+    gpu: Annotated[
+        bool | None, Field(description="train and infer on GPUs; null: if the cluster has any")
+    ] = None
+    threads_per_worker: Annotated[
+        int | None, Field(ge=1, description="torch threads of a training process; null: its share of the cores")
+    ] = None
+    io_threads: Annotated[int, Field(ge=1, description="objects read at once by one task")] = 16
+    infer_actors: Annotated[
+        int | None, Field(ge=1, description="processes that generate images; null: one per GPU, or two on CPUs")
+    ] = None
+    max_failures: Annotated[int, Field(ge=0, description="training restarts before a phase fails")] = 3
+    compile: Annotated[
+        bool | None, Field(description="torch.compile the training step; null: where it measured faster")
+    ] = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a finished stage says of itself, in its marker, in MLflow and in the report."""
+
+    counts: Mapping[str, int] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+__all__ = ["Config", "Fraction", "Kind", "Outcome", "PositiveInt", "Resources", "Role", "Split"]
