@@ -37,16 +37,20 @@ class Config(BaseModel):
 class Resources(Config):
     """How much to use, never what to compute: nothing here changes a result or a fingerprint."""
 
-    train_workers: Annotated[int, Field(ge=1, description="training processes, one GPU each if there are GPUs")] = 1
+    train_workers: Annotated[
+        int, Field(ge=1, description="training processes, one GPU each if there are GPUs")
+    ] = 1
     gpu: Annotated[
         bool | None, Field(description="train and infer on GPUs; null: if the cluster has any")
     ] = None
     threads_per_worker: Annotated[
-        int | None, Field(ge=1, description="torch threads of a training process; null: its share of the cores")
+        int | None,
+        Field(ge=1, description="torch threads of a training process; null: its share of the cores"),
     ] = None
     io_threads: Annotated[int, Field(ge=1, description="objects read at once by one task")] = 16
     infer_actors: Annotated[
-        int | None, Field(ge=1, description="processes that generate images; null: one per GPU, or two on CPUs")
+        int | None,
+        Field(ge=1, description="processes that generate images; null: one per GPU, or two on CPUs"),
     ] = None
     max_failures: Annotated[int, Field(ge=0, description="training restarts before a phase fails")] = 3
     compile: Annotated[

@@ -1,0 +1,54 @@
+"""Fixtures shared by all tests: one local Ray, the real data where it is at hand."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def shared_folder(name: str) -> Path:
+    folder = SHARED / name
+    if not folder.is_dir():
+        pytest.skip(f"NOT RUN: needs the research-only material in {folder}, which is not there")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real paired images (research only); skips loudly where they are absent."""
+    return shared_folder("data")
+
+
+@pytest.fixture(scope="session")
+def reference_dir() -> Path:
+    """Tensors of the published implementations; skips loudly where they are absent."""
+    return shared_folder("reference")
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """One local Ray for the whole session; its CPUs are logical, so more than the machine has."""
+    import ray
+
+    with tempfile.TemporaryDirectory(prefix="rt", dir="/tmp", ignore_cleanup_errors=True) as temp:
+        ray.init(
+            num_cpus=6,
+            include_dashboard=False,
+            object_store_memory=300 << 20,
+            _temp_dir=temp,
+            log_to_driver=False,
+        )
+        yield
+        ray.shutdown()
