@@ -1,0 +1,232 @@
+"""Run the pipeline: from pairs of images in a bucket to a trained model, generated images and a report.
+
+python -m pipeline.run                              pipeline.yaml, on this machine
+ray job submit -- python -m pipeline.run            the same, on a cluster
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+import yaml
+
+from pipeline import config as configuration
+from pipeline.cluster import cluster
+from pipeline.config import PipelineConfig
+from pipeline.dag import Step, steps
+from pipeline.runner import Planned, execute, plan, select
+from stages import storage
+from stages.errors import PixloomError, UserError
+from stages.progress import duration
+from stages.tracking import Run, open_parent
+
+logger = logging.getLogger(__name__)
+
+HELP = """\
+Run the pipeline: ingest -> pair -> shard -> train (phase by phase) -> infer -> evaluate -> report.
+
+What is done is not done again: the same command after a crash, or with another setting, does only
+what is missing. Every stage writes one folder in the workspace, named by a fingerprint of its config
+and inputs; `--plan` shows them all, what is to do, and why."""
+
+EXAMPLES = """\
+examples:
+  python -m pipeline.run                                   the run that pipeline.yaml describes
+  python -m pipeline.run -c recipes/facades.yaml           another application
+  python -m pipeline.run --plan                            what would run, and why
+  python -m pipeline.run --set train.seed=1 --set train.phases.0.epochs=20
+  python -m pipeline.run --until shard                     prepare the data only
+  python -m pipeline.run --only infer --set infer.model=s3://models/street --set infer.input=s3://maps
+  ray job submit --working-dir . -- python -m pipeline.run on a cluster
+
+cluster:
+  Inside a Ray job, or with RAY_ADDRESS set, the run joins that cluster; otherwise it starts Ray on this
+  machine and stops it again. How much it may use is in the config's `resources`, which change no result.
+
+exit codes:
+  0    everything asked for is done
+  1    a stage failed; what it did so far is kept
+  2    yours to mend: one line names the file and the key, or the object
+  130  stopped by Ctrl-C or SIGTERM; what was done is kept, the same command goes on
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m pipeline.run",
+        description=HELP,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument(
+        "-c", "--config", default="pipeline.yaml", metavar="FILE", help="the run (default: pipeline.yaml)"
+    )
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change one setting, e.g. train.seed=7",
+    )
+    which = p.add_mutually_exclusive_group()
+    which.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    which.add_argument("--only", metavar="STAGE", help="run this stage alone; its inputs must be done")
+    p.add_argument(
+        "--plan", action="store_true", help="print each step, its fingerprint, and what is to do; run nothing"
+    )
+    p.add_argument(
+        "--schema", action="store_true", help="print the config's JSON schema (for editors) and exit"
+    )
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser().parse_args(words)
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(asctime)s  %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stdout,
+        force=True,
+    )
+    for name in ("pipeline", "stages", "pixloom", "__main__"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    if options.schema:
+        sys.stdout.write(configuration.schema())
+        return 0
+    try:
+        run(options, command=shlex.join(["python", "-m", "pipeline.run", *words]))
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    except PixloomError as error:
+        logger.error("%s", error, exc_info=error.__cause__ if error.__cause__ is not None else None)
+        sys.stderr.write(f"{error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; what was done is kept: the same command goes on from here\n")
+        return 130
+    return 0
+
+
+def run(options: argparse.Namespace, *, command: str) -> None:
+    """Plan, then run what is to do, then tell what came of it."""
+    config = configuration.load(options.config, options.set)
+    storage.configure(config.storage)
+    planned = plan(steps(config), config.workspace)
+    if options.plan:
+        sys.stdout.write(table(planned))
+        return
+    chosen = select(planned, only=options.only, until=options.until)
+    finished: dict[str, dict[str, Any]] = {}
+    if all(p.done for p in chosen):
+        logger.info("nothing to do: every step is done")
+        finished.update({p.step.name: dict(p.marker) for p in chosen if p.marker is not None})
+    else:
+        _run(config, planned, chosen, finished, command)
+    sys.stdout.write(summary(config, chosen, finished))
+
+
+def _run(
+    config: PipelineConfig,
+    planned: Sequence[Planned],
+    chosen: Sequence[Planned],
+    finished: dict[str, dict[str, Any]],
+    command: str,
+) -> None:
+    written = config.model_dump(mode="json")
+    text = yaml.safe_dump(written, sort_keys=False, allow_unicode=True)
+    phases = [p.folder for p in planned if p.step.group == "train"]
+
+    def extra(step: Step) -> Mapping[str, Any]:
+        """What a step is told beside its inputs; none of it changes its result."""
+        if step.group == "train" and "before" not in step.needs:
+            return {"before": ""}
+        if step.group == "report":
+            return {
+                "phases": phases,
+                "steps": list(finished.values()),
+                "config_text": text,
+                "command": command,
+            }
+        return {}
+
+    tags = {"pixloom.command": command, "pixloom.workspace": config.workspace, **_commit()}
+    with open_parent(config.tracking, time.strftime("%Y-%m-%d %H:%M"), tags, config.workspace) as parent:
+        parent.artifact("config.yaml", text.encode())
+        with cluster(config.resources, config.storage):
+            _stop_on_sigterm()
+            execute(chosen, config.resources, parent=parent, extra=extra, finished=finished)
+        _log_results(parent, finished)
+
+
+def _log_results(parent: Run, finished: Mapping[str, Mapping[str, Any]]) -> None:
+    """The few numbers by which runs are compared, on the parent run."""
+    if "evaluate" in finished:
+        parent.metrics(finished["evaluate"]["metrics"], step=0)
+
+
+def _stop_on_sigterm() -> None:
+    """`ray job stop` and a scheduler send SIGTERM: end like Ctrl-C. Set after ray.init, which sets its own."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+def _commit() -> dict[str, str]:
+    """The code's git commit, as a tag, where there is one."""
+    try:
+        told = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,  # noqa: S607
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"mlflow.source.git.commit": told.stdout.strip()}
+
+
+def table(planned: Sequence[Planned]) -> str:
+    """The plan as a table: step, done or to do, why, folder."""
+    lines = [f"{'step':<15} {'fingerprint':<13} {'':<6} why"]
+    for p in planned:
+        lines.append(f"{p.step.name:<15} {p.fingerprint:<13} {'done' if p.done else 'to do':<6} {p.why}")
+    return "\n".join(lines) + "\n"
+
+
+def summary(
+    config: PipelineConfig, chosen: Sequence[Planned], finished: Mapping[str, Mapping[str, Any]]
+) -> str:
+    """What a person wants to know at the end: the results, the report, the command that opens MLflow."""
+    lines = [""]
+    lines += [f"{'step':<15} {'time':>12}  results"]
+    for name, marker in finished.items():
+        values = [f"{key} {value:,}" for key, value in marker["counts"].items()]
+        values += [f"{key} {value:.4g}" for key, value in marker["metrics"].items()]
+        lines.append(f"{name:<15} {duration(marker['seconds']):>12}  {', '.join(values[:6])}")
+    report = next((p for p in chosen if p.step.name == "report" and "report" in finished), None)
+    lines.append("")
+    if report is not None:
+        lines.append(f"report  {storage.join(report.folder, 'report.html')}")
+    lines.append(f"runs    {config.tracking.page_command(config.workspace)}")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
