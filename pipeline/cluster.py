@@ -42,7 +42,7 @@ def cluster(resources: Resources, options: Mapping[str, Mapping[str, Any]]) -> I
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         ray.init(
-            # Logical CPUs: training and the reading that feeds it must be scheduled together on a small machine.
+            # Logical CPUs: on a small machine too, training and the reading that feeds it run together.
             num_cpus=max(4, cores + resources.train_workers),
             include_dashboard=False,
             runtime_env=runtime_env,

@@ -40,8 +40,11 @@ class PipelineConfig(Config):
     ] = "workspace"
     storage: Annotated[
         dict[str, dict[str, JsonValue]],
-        Field(description="client options by protocol, e.g. s3: {endpoint_url: ...}; never credentials"),
-    ] = {}
+        Field(
+            default_factory=dict,
+            description="client options by protocol, e.g. s3: {endpoint_url: ...}; never credentials",
+        ),
+    ]
     resources: Resources = Resources()
     tracking: TrackingConfig = TrackingConfig()
     ingest: IngestConfig

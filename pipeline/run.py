@@ -179,7 +179,7 @@ def _log_results(parent: Run, finished: Mapping[str, Mapping[str, Any]]) -> None
 
 
 def _stop_on_sigterm() -> None:
-    """`ray job stop` and a scheduler send SIGTERM: end like Ctrl-C. Set after ray.init, which sets its own."""
+    """`ray job stop` and a scheduler send SIGTERM: end like Ctrl-C. Set after ray.init sets its own."""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
         raise KeyboardInterrupt
@@ -195,7 +195,7 @@ def _commit() -> dict[str, str]:
             capture_output=True,
             text=True,
             timeout=5,
-            check=True,  # noqa: S607
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return {}

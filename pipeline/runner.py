@@ -134,7 +134,9 @@ def execute(
 
 def _run(p: Planned, resources: Resources, run: Run, extra: Mapping[str, Any]) -> Outcome:
     try:
-        outcome: Outcome = p.step.stage.run(p.PLACE)
+        outcome: Outcome = p.step.stage.run(
+            p.step.config, resources, output=p.folder, track=run, **{**p.inputs, **extra}
+        )
     except PixloomError:
         raise
     except Exception as error:

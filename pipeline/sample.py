@@ -198,7 +198,7 @@ class _Canvas:
 
 
 def write(folder: str, *, pairs: int, width: int, height: int, seed: int) -> None:
-    """Write `pairs` scenes below a local folder or any fsspec location. Scenes written before are left alone."""
+    """Write `pairs` scenes to a local folder or any fsspec location; those already there are left alone."""
     there = set(storage.list_names(storage.join(folder, "instance")))
 
     def one(number: int) -> None:
@@ -207,10 +207,10 @@ def write(folder: str, *, pairs: int, width: int, height: int, seed: int) -> Non
             storage.write_bytes(storage.join(folder, layer, name), _png(getattr(scene, layer)))
 
     todo = [number for number in range(pairs) if f"scene_{number:05d}.png" not in there]
-    with Progress("sample", total=pairs, unit="scenes", done=pairs - len(todo)) as progress:
-        with ThreadPoolExecutor(4) as pool:
-            for _ in pool.map(one, todo):
-                progress.advance()
+    progress = Progress("sample", total=pairs, unit="scenes", done=pairs - len(todo))
+    with progress, ThreadPoolExecutor(4) as pool:
+        for _ in pool.map(one, todo):
+            progress.advance()
 
 
 def _png(array: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]) -> bytes:
@@ -230,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code."""
     p = argparse.ArgumentParser(
         prog="python -m pipeline.sample",
-        description="Draw street-like scenes: photo, class-label map and instance map, for trying the pipeline.",
+        description="Draw street-like scenes (photo, label map, instance map) to try the pipeline on.",
     )
     p.add_argument("folder", help="where to write: a local folder or a URI such as s3://bucket/sample")
     p.add_argument("--pairs", type=int, default=120, metavar="N", help="how many scenes (default: 120)")
