@@ -1,0 +1,358 @@
+"""What is measured of a generated image, and how parts of a data set are summed to one number.
+
+Images are uint8 arrays (H, W, C). Per-image scores come from torchmetrics where it has them; sums are partial
+and mergeable, so that N workers and one give the same number: each unit of work sums its own rows in order,
+and the units' sums are merged in unit order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torchmetrics.functional as tm
+import torchmetrics.functional.image as tmi
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+PIXEL_METRICS = ("l1", "psnr", "ssim", "ms_ssim")
+LOWER_IS_BETTER = frozenset({"l1", "lpips", "fid", "kid"})
+
+PSNR_OF_IDENTICAL = 100.0
+"""Decibels given to two equal images: their PSNR is infinite, and one of them would make a mean infinite."""
+
+SSIM_MIN_SIDE = 6  # torchmetrics mirrors 5 pixels at each border
+MS_SSIM_MIN_SIDE = 176  # five scales of an 11 pixel window: side // 16 > 10
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a smaller value of this metric is the better one."""
+    return metric.split("_", maxsplit=1)[0] in LOWER_IS_BETTER
+
+
+# -- of one pair of images ---------------------------------------------------------------------------------
+
+
+def to_unit(image: np.ndarray) -> Tensor:
+    """(H, W, C) uint8 -> (1, C, H, W) float32 in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
+
+
+def pixel_scores(generated: np.ndarray, target: np.ndarray) -> dict[str, float]:
+    """L1, PSNR, SSIM and MS-SSIM of two uint8 images (H, W, C) of one shape.
+
+    L1 is the mean absolute difference on the [0, 1] scale. PSNR is in decibels, at most `PSNR_OF_IDENTICAL`.
+    SSIM (Wang et al. 2004: Gaussian window of sigma 1.5, K 0.01 and 0.03) and MS-SSIM (Wang et al. 2003, five
+    scales) are absent where the image is smaller than their windows: never a number under a wrong name.
+    Raises ValueError for two shapes.
+    """
+    if generated.shape != target.shape:
+        raise ValueError(f"generated {generated.shape} and target {target.shape} differ in shape")
+    fake, real = to_unit(generated), to_unit(target)
+    psnr = float(tmi.peak_signal_noise_ratio(fake, real, data_range=1.0))
+    scores = {
+        "l1": float(tm.mean_absolute_error(fake.double().flatten(), real.double().flatten())),
+        "psnr": min(psnr, PSNR_OF_IDENTICAL),
+    }
+    side = min(generated.shape[:2])
+    if side >= SSIM_MIN_SIDE:
+        scores["ssim"] = float(tmi.structural_similarity_index_measure(fake, real, data_range=1.0))
+    if side >= MS_SSIM_MIN_SIDE:
+        scores["ms_ssim"] = float(
+            tmi.multiscale_structural_similarity_index_measure(fake, real, data_range=1.0)
+        )
+    return scores
+
+
+def sharpness(image: np.ndarray) -> float:
+    """Mean length of the lightness gradient per pixel, on the [0, 1] scale: low for blurred images.
+
+    Central differences inside the image; 0 for one narrower than three pixels.
+    """
+    if min(image.shape[:2]) < 3:
+        return 0.0
+    light = image.astype(np.float64).mean(axis=2) / 255
+    across = (light[1:-1, 2:] - light[1:-1, :-2]) / 2
+    down = (light[2:, 1:-1] - light[:-2, 1:-1]) / 2
+    return float(np.hypot(across, down).mean())
+
+
+def diversity(samples: Sequence[np.ndarray]) -> float:
+    """Mean L1 on the [0, 1] scale over all pairs of samples of one input; 0 for fewer than two."""
+    pairs = [(i, j) for i in range(len(samples)) for j in range(i)]
+    if not pairs:
+        return 0.0
+    return math.fsum(
+        float(np.abs(samples[i].astype(np.int16) - samples[j].astype(np.int16)).mean()) / 255
+        for i, j in pairs
+    ) / len(pairs)
+
+
+# -- sums over images --------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Sums:
+    """Count, sum and sum of squares per metric; parts of a data set merge into the whole."""
+
+    count: dict[str, int] = field(default_factory=dict)
+    total: dict[str, float] = field(default_factory=dict)
+    square: dict[str, float] = field(default_factory=dict)
+
+    def add(self, scores: Mapping[str, float]) -> None:
+        """Count one image's scores in; a metric it lacks (None or NaN) is not counted for it."""
+        for name, value in scores.items():
+            if value is None or math.isnan(value):
+                continue
+            self.count[name] = self.count.get(name, 0) + 1
+            self.total[name] = self.total.get(name, 0.0) + value
+            self.square[name] = self.square.get(name, 0.0) + value * value
+
+    def merge(self, other: Sums) -> None:
+        """Count another part in."""
+        for name, count in other.count.items():
+            self.count[name] = self.count.get(name, 0) + count
+            self.total[name] = self.total.get(name, 0.0) + other.total[name]
+            self.square[name] = self.square.get(name, 0.0) + other.square[name]
+
+    def means(self) -> dict[str, float]:
+        """Mean per metric over the images that have it."""
+        return {name: self.total[name] / count for name, count in self.count.items() if count}
+
+    def deviations(self) -> dict[str, float]:
+        """Standard deviation over the images, per metric."""
+        return {
+            name: math.sqrt(max(0.0, self.square[name] / count - (self.total[name] / count) ** 2))
+            for name, count in self.count.items()
+            if count
+        }
+
+
+def merged(parts: Iterable[Sums]) -> Sums:
+    """The whole of several parts, in the order given."""
+    whole = Sums()
+    for part in parts:
+        whole.merge(part)
+    return whole
+
+
+@dataclass(slots=True)
+class MeanImage:
+    """Partial sum of equally sized uint8 images; its mean is the image that ignores its input."""
+
+    total: np.ndarray  # (H, W, C) int64: exact, so the order of merging cannot matter
+    count: int = 0
+
+    @classmethod
+    def empty(cls, height: int, width: int, channels: int) -> MeanImage:
+        """No image yet."""
+        return cls(np.zeros((height, width, channels), np.int64))
+
+    def add(self, image: np.ndarray) -> None:
+        """Count one image in."""
+        self.total += image
+        self.count += 1
+
+    def merge(self, other: MeanImage) -> None:
+        """Count another part in."""
+        self.total += other.total
+        self.count += other.count
+
+    def image(self) -> np.ndarray:
+        """(H, W, C) uint8, rounded to the nearest value. Raises ValueError for no image at all."""
+        if not self.count:
+            raise ValueError("the mean of no image")
+        return ((self.total * 2 + self.count) // (2 * self.count)).astype(np.uint8)
+
+
+# -- segmentation ------------------------------------------------------------------------------------------
+
+
+def confusion(
+    predicted: np.ndarray, actual: np.ndarray, classes: int, ignore: int | None = None
+) -> np.ndarray:
+    """(classes, classes) int64: pixels of each actual class (row) by predicted class (column).
+
+    Pixels whose actual id is `ignore` or outside 0..classes-1 are not counted. A predicted id outside the
+    range counts as a miss: it goes to another class's column. With a single class there is none, so such a
+    pixel is a hit: scores of one class say nothing anyway.
+    """
+    actual, predicted = actual.reshape(-1).astype(np.int64), predicted.reshape(-1).astype(np.int64)
+    known = (actual >= 0) & (actual < classes)
+    if ignore is not None:
+        known &= actual != ignore
+    actual, predicted = actual[known], predicted[known]
+    outside = (predicted < 0) | (predicted >= classes)
+    if outside.any():
+        # any class but the right one: the pixel stays in its row's sum and is never a hit
+        predicted = np.where(outside, (actual + 1) % classes, predicted)
+    return np.bincount(actual * classes + predicted, minlength=classes * classes).reshape(classes, classes)
+
+
+def segmentation_scores(matrix: np.ndarray) -> dict[str, float]:
+    """Per-pixel accuracy, per-class accuracy and mean IoU of a confusion matrix (FCN, Long et al. 2015).
+
+    Means are over the classes that occur; empty for a matrix of no pixel.
+    """
+    hits, rows, columns = np.diag(matrix), matrix.sum(1), matrix.sum(0)
+    if not rows.sum():
+        return {}
+    present, union = rows > 0, rows + columns - hits
+    return {
+        "pixel_accuracy": float(hits.sum() / rows.sum()),
+        "class_accuracy": float((hits[present] / rows[present]).mean()),
+        "mean_iou": float((hits[union > 0] / union[union > 0]).mean()),
+    }
+
+
+def nearest_class(image: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """(H, W) uint8 class ids of a generated label picture (H, W, 3): the palette colour nearest in RGB."""
+    flat = image.reshape(-1, 3).astype(np.int32)
+    best = np.zeros(len(flat), np.uint8)
+    least = np.full(len(flat), np.iinfo(np.int32).max, np.int32)
+    for index, colour in enumerate(palette.astype(np.int32)):  # by class: memory of one distance, not of all
+        distance = ((flat - colour) ** 2).sum(1)
+        closer = distance < least
+        best[closer], least[closer] = index, distance[closer]
+    return best.reshape(image.shape[:2])
+
+
+# -- distances between sets of features --------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Moments:
+    """Mergeable first and second moments of feature vectors (float64), for the Frechet distance."""
+
+    count: int
+    total: np.ndarray  # (D,)
+    outer: np.ndarray  # (D, D)
+
+    @classmethod
+    def empty(cls, size: int) -> Moments:
+        """No vector yet."""
+        return cls(0, np.zeros(size), np.zeros((size, size)))
+
+    def add(self, features: np.ndarray) -> None:
+        """Count (N, D) vectors in."""
+        wide = features.astype(np.float64)
+        self.count += len(wide)
+        self.total += wide.sum(0)
+        self.outer += wide.T @ wide
+
+    def merge(self, other: Moments) -> None:
+        """Count another part in."""
+        self.count += other.count
+        self.total += other.total
+        self.outer += other.outer
+
+    def mean_and_covariance(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean (D,) and unbiased covariance (D, D); needs two vectors."""
+        mean = self.total / self.count
+        return mean, (self.outer - self.count * np.outer(mean, mean)) / (self.count - 1)
+
+
+def frechet_distance(one: Moments, other: Moments) -> float:
+    """Squared Frechet distance of two Gaussians (Heusel et al. 2017, eq. 6); needs two vectors a side."""
+    (mean1, cov1), (mean2, cov2) = one.mean_and_covariance(), other.mean_and_covariance()
+    # tr sqrt(AB) is the sum of the roots of AB's eigenvalues, which are real and not negative up to rounding
+    roots = np.sqrt(np.linalg.eigvals(cov1 @ cov2).astype(np.complex128)).real.sum()
+    return float(((mean1 - mean2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * roots)
+
+
+def kernel_distance(one: np.ndarray, other: np.ndarray) -> float:
+    """Unbiased squared MMD with the kernel (x.y/D + 1)^3 (KID, Binkowski et al. 2018), of all (N, D).
+
+    The published tools average random subsets of 1,000; over all vectors the estimate is the same in
+    expectation and needs no seed. Needs two vectors on each side.
+    """
+    one, other = one.astype(np.float64), other.astype(np.float64)
+    size = one.shape[1]
+
+    def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.asarray((x @ y.T / size + 1) ** 3)
+
+    def within(x: np.ndarray) -> float:
+        values = kernel(x, x)
+        return float((values.sum() - np.trace(values)) / (len(x) * (len(x) - 1)))
+
+    return within(one) + within(other) - 2 * float(kernel(one, other).mean())
+
+
+# -- LPIPS -------------------------------------------------------------------------------------------------
+
+_LPIPS_LAYERS: dict[str, tuple[tuple[object, ...], tuple[int, ...]]] = {
+    # convolution: (channels, kernel, stride, padding); "M2", "M3": max pooling; then the tapped activations
+    "alex": (
+        ((64, 11, 4, 2), "M3", (192, 5, 1, 2), "M3", (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1)),
+        (1, 2, 3, 4, 5),
+    ),
+    "vgg": (
+        (
+            *[(64, 3, 1, 1)] * 2,
+            "M2",
+            *[(128, 3, 1, 1)] * 2,
+            "M2",
+            *[(256, 3, 1, 1)] * 3,
+            "M2",
+            *[(512, 3, 1, 1)] * 3,
+            "M2",
+            *[(512, 3, 1, 1)] * 3,
+        ),
+        (2, 4, 7, 10, 13),
+    ),
+}
+
+
+class Lpips(nn.Module):
+    """Learned perceptual distance (Zhang et al. 2018, v0.1): weighted squared differences of unit features.
+
+    `backbone` holds torchvision's AlexNet or VGG16 weights (`features.N.weight` ...), `linear` the published
+    weights of the five tapped layers (`lin0.model.1.weight` ...). Raises KeyError for a missing tensor and
+    RuntimeError for one of a wrong shape.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, kind: str, backbone: Mapping[str, Tensor], linear: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        layers, self.taps = _LPIPS_LAYERS[kind]
+        self.features = nn.Sequential()
+        channels = 3
+        for layer in layers:
+            if isinstance(layer, tuple):
+                out, kernel, stride, padding = layer
+                self.features.append(nn.Conv2d(channels, out, kernel, stride, padding))
+                self.features.append(nn.ReLU())
+                channels = out
+            else:
+                self.features.append(nn.MaxPool2d(int(str(layer)[1:]), 2))
+        wanted = self.features.state_dict()
+        self.features.load_state_dict({name: backbone[f"features.{name}"] for name in wanted})
+        self.linear = [linear[f"lin{i}.model.1.weight"] for i in range(len(self.taps))]  # (1, C, 1, 1) each
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
+        self.eval().requires_grad_(requires_grad=False)
+
+    def tapped(self, image: Tensor) -> list[Tensor]:
+        """Unit-length features after the tapped activations; `image` (N, 3, H, W) in [-1, 1]."""
+        x, activations, found = (image - self.shift) / self.scale, 0, []
+        for layer in self.features:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                activations += 1
+                if activations in self.taps:
+                    found.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10))
+        return found
+
+    def forward(self, generated: Tensor, target: Tensor) -> Tensor:
+        """(N,) distances of images (N, 3, H, W) in [-1, 1]."""
+        distances = [
+            F.conv2d((a - b).square(), weight).mean((1, 2, 3))
+            for a, b, weight in zip(self.tapped(generated), self.tapped(target), self.linear, strict=True)
+        ]
+        return torch.stack(distances).sum(0)
