@@ -1,0 +1,188 @@
+"""The operators both papers are made of.
+
+Shapes: N batch, C channels, H height, W width; images are (N, C, H, W) with values in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Upsampling = Literal["transpose", "resize"]
+"""Transposed convolution, or nearest-neighbour resize and a convolution (no checkerboards)."""
+
+NormKind = Literal["batch", "instance"]
+
+Noise = Sequence[torch.Generator]
+"""One random source per sample of a batch: a sample's noise does not depend on its neighbours."""
+
+
+class Conv(nn.Conv2d):
+    """A convolution. With `inert_bias` an instance norm follows and subtracts the bias again.
+
+    Published weights have that bias, so it is kept and counted; adding it would change nothing but rounding,
+    and its gradient is rounding noise that Adam would blow up to full-size steps. So it is left out.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        reflect: bool = False,
+        bias: bool = True,
+        inert_bias: bool = False,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel,
+            stride=stride,
+            padding=padding,
+            padding_mode="reflect" if reflect else "zeros",
+            bias=bias or inert_bias,
+        )
+        self.inert_bias = inert_bias
+        if inert_bias and self.bias is not None:
+            self.bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) -> (N, C_out, H', W')."""
+        y: Tensor = self._conv_forward(x, self.weight, None if self.inert_bias else self.bias)
+        return y
+
+
+class TransposedConv(nn.ConvTranspose2d):
+    """Doubles H and W: kernel 3 (Wang et al.) or 4 (Isola et al.), stride 2, padding 1."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int, *, bias: bool = True, inert_bias: bool = False
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel,
+            stride=2,
+            padding=1,
+            output_padding=kernel % 2,
+            bias=bias or inert_bias,
+        )
+        self.inert_bias = inert_bias
+        if inert_bias and self.bias is not None:
+            self.bias.requires_grad_(False)
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """(N, C_in, H, W) -> (N, C_out, 2H, 2W)."""
+        assert output_size is None
+        bias = None if self.inert_bias else self.bias
+        return F.conv_transpose2d(x, self.weight, bias, 2, 1, self.output_padding)
+
+
+class ResizeConv(Conv):
+    """Nearest-neighbour doubling, then a 3x3 convolution (Odena et al. 2016, against checkerboards)."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, bias: bool = True, inert_bias: bool = False
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, 3, padding=1, reflect=True, bias=bias, inert_bias=inert_bias
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) -> (N, C_out, 2H, 2W)."""
+        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def up_conv(
+    in_channels: int,
+    out_channels: int,
+    kernel: int,
+    *,
+    upsampling: Upsampling,
+    bias: bool = True,
+    inert_bias: bool = False,
+) -> TransposedConv | ResizeConv:
+    """The convolution that doubles the resolution."""
+    if upsampling == "resize":
+        return ResizeConv(in_channels, out_channels, bias=bias, inert_bias=inert_bias)
+    return TransposedConv(in_channels, out_channels, kernel, bias=bias, inert_bias=inert_bias)
+
+
+class InstanceNorm(nn.InstanceNorm2d):
+    """Each channel of each sample to mean 0 and variance 1; no parameters."""
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm whose inference normalises every sample by its own statistics unless told otherwise.
+
+    The paper keeps batch statistics at test time, at batch 1: those are the sample's own. Taking them sample
+    by sample makes a picture independent of what it was batched with. `sample_statistics = False` (see
+    `use_running_statistics`) takes the running averages instead, the usual evaluation mode.
+    """
+
+    sample_statistics: bool = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same shape."""
+        if self.training or not self.sample_statistics:
+            return super().forward(x)
+        return F.instance_norm(x, None, None, self.weight, self.bias, use_input_stats=True, eps=self.eps)
+
+
+def use_running_statistics(network: nn.Module, *, running: bool) -> None:
+    """Choose what batch norms use at inference: running averages, or each sample's own statistics."""
+    for module in network.modules():
+        if isinstance(module, BatchNorm):
+            module.sample_statistics = not running
+
+
+def make_norm(kind: NormKind, channels: int) -> BatchNorm | InstanceNorm:
+    """A norm layer: batch norm is affine, instance norm is not."""
+    return BatchNorm(channels) if kind == "batch" else InstanceNorm(channels)
+
+
+class Dropout(nn.Module):
+    """Dropout 0.5, the noise z of Isola et al.: on in training, and wherever `noise` is given."""
+
+    def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
+        """(N, C, H, W) -> the same shape. `noise` draws each sample's mask from that sample's generator."""
+        if noise is None:
+            return F.dropout(x, 0.5, self.training)
+        shape = x.shape[1:]
+        masks = torch.stack(
+            [torch.randint(0, 2, shape, generator=source, dtype=torch.uint8) for source in noise]
+        )
+        return x * masks.to(x.device, x.dtype) * 2
+
+
+def noise_sources(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One random source per sample, always on the CPU: the same noise on every device."""
+    return [torch.Generator().manual_seed(seed & (2**63 - 1)) for seed in seeds]
+
+
+def initialise(network: nn.Module, *, seed: int, role: str) -> None:
+    """Convolutions N(0, 0.02), norms N(1, 0.02), biases 0 (both papers), from (seed, role, layer name)."""
+    source = torch.Generator()
+    for name, module in network.named_modules():
+        if not isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.BatchNorm2d) or module.weight.is_meta:
+            continue
+        digest = hashlib.blake2b(f"{seed}/{role}/{name}".encode(), digest_size=8).digest()
+        source.manual_seed(int.from_bytes(digest, "little") >> 1)
+        mean = 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0
+        with torch.no_grad():
+            module.weight.normal_(mean, 0.02, generator=source)
+            if module.bias is not None:
+                module.bias.zero_()
+
+
+def half_resolution(x: Tensor) -> Tensor:
+    """Average pooling 3x3, stride 2, padding not counted: (N, C, H, W) -> (N, C, ceil(H/2), ceil(W/2))."""
+    return F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False)
