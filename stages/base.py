@@ -20,8 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 Role = Literal["source", "target", "label", "instance"]
 """What an image is to its pair. `label` and `instance` are optional maps that ride along with the source."""
 
-Kind = Literal["rgb", "grey", "labels", "instances"]
-"""How an image's values are to be read: colours, lightness, class ids, instance ids (16 bit)."""
+Kind = Literal["rgb", "grey", "labels", "instances", "grey16", "lab_l", "lab_ab", "channels"]
+"""How an image's values are to be read: colours, lightness, class ids, instance ids (16 bit), 16-bit
+lightness, the L and the ab of CIE Lab (colorization), any number of channels in [-1, 1]."""
 
 Split = Literal["train", "val", "test"]
 
