@@ -144,7 +144,7 @@ def fit_styles(
     """k-means within each class over the instances of (a sample of) the training set.
 
     `features` (M,F), `classes` (M,). A class with fewer distinct vectors than `clusters` gets as many
-    clusters as it has vectors; a class without instances gets none. The same input and seed give the same styles.
+    clusters as it has vectors; a class without instances gets none. Same input and seed, same styles.
     """
     features = features.detach().to("cpu", torch.float64)
     classes = classes.to("cpu")

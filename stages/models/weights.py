@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 NOT_ONLY_TENSORS = "holds more than tensors (a pickled object), which could run code: refused"
@@ -38,7 +38,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path, device="cpu")
+        return load(path.read_bytes())  # not mapped: a file that changes later would kill the process
     except Exception as error:  # whatever the parser says of a damaged file, the user reads one line
         raise ValueError(f"{path}: not a readable safetensors file ({_first_line(error)})") from error
 

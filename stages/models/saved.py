@@ -1,0 +1,380 @@
+"""A trained model as a folder: safetensors weights and a JSON that says how to build and feed the network.
+
+    model.json                  format, architecture, inputs, preprocessing, size and SHA-256 of every file
+    weights.safetensors         the generator, as trained
+    ema.safetensors             the moving average of its weights (if one was kept)
+    discriminator.safetensors   what a next phase or a fine-tuning goes on from (optional)
+    encoder.safetensors         the feature encoder (optional)
+    styles.safetensors          the encoder's clusters per class (optional)
+
+`model.json` is written last: a folder without it is no model. Nothing here unpickles. A folder may come from
+anybody: names are fixed, sizes are bounded before they are read, checksums are verified, and a network is
+only built once its tensors are known to have the size of the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, load_file, save_file
+from torch import Tensor, nn
+
+from stages.models.architecture import (
+    Architecture,
+    InputSpec,
+    Pix2Pix,
+    Pix2PixHD,
+    build_discriminator,
+    build_encoder,
+    build_generator,
+)
+from stages.models.pix2pix import PatchDiscriminator, PixelDiscriminator, UNet
+from stages.models.pix2pixhd import CoarseToFineGenerator, FeatureEncoder, MultiScaleDiscriminator
+from stages.models.styles import Styles
+
+__all__ = [
+    "MANIFEST",
+    "LoadedModel",
+    "Manifest",
+    "Picture",
+    "Preprocessing",
+    "load_discriminator",
+    "load_model",
+    "read_manifest",
+    "save_model",
+]
+
+MANIFEST: Final = "model.json"
+WEIGHTS: Final = "weights.safetensors"
+EMA: Final = "ema.safetensors"
+DISCRIMINATOR: Final = "discriminator.safetensors"
+ENCODER: Final = "encoder.safetensors"
+STYLES: Final = "styles.safetensors"
+
+MAX_MANIFEST_BYTES = 1 << 20
+MAX_FILE_BYTES = 1 << 36
+"""64 GiB: beyond any model here, below what a hostile size could exhaust unseen."""
+
+Generator = UNet | CoarseToFineGenerator
+Discriminator = PatchDiscriminator | PixelDiscriminator | MultiScaleDiscriminator
+FileName = Literal[
+    "weights.safetensors",
+    "ema.safetensors",
+    "discriminator.safetensors",
+    "encoder.safetensors",
+    "styles.safetensors",
+]
+
+
+# -- the manifest -------------------------------------------------------------
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Picture(_Frozen):
+    """How the images of one role are read."""
+
+    kind: Annotated[
+        str, Field(pattern=r"^[a-z_]{1,32}$", description="as in the shard stage: rgb, labels ...")
+    ]
+    classes: PositiveInt | None = None
+
+
+class Preprocessing(_Frozen):
+    """What the pictures were made into before the network saw them, so that inference needs no flags."""
+
+    size: Annotated[
+        tuple[PositiveInt, PositiveInt] | None,
+        Field(description="width and height trained on, after the crop"),
+    ] = None
+    pictures: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[a-z_]{1,32}$")], Picture], Field(description="per role")
+    ] = {}
+    ignore_label: Annotated[int | None, Field(ge=0, description="the id that was mapped to no class")] = None
+
+
+class File(_Frozen):
+    """One file of the folder."""
+
+    size: Annotated[int, Field(ge=8, le=MAX_FILE_BYTES)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Manifest(_Frozen):
+    """`model.json`."""
+
+    format: Literal["pixloom-model"] = "pixloom-model"
+    version: Literal[1] = 1
+    architecture: Architecture
+    inputs: InputSpec
+    enhancers: Annotated[int, Field(ge=0, le=8, description="how many this phase's generator has")] = 0
+    discriminators: Annotated[
+        int, Field(ge=0, le=8, description="scales of the saved discriminator; 0: none is saved")
+    ] = 0
+    preprocessing: Preprocessing = Preprocessing()
+    extra: dict[str, str | int | float | bool | None] = {}
+    files: dict[FileName, File]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The checked `model.json` of a local model folder. Raises ValueError, one line that names the file."""
+    path = folder / MANIFEST
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise ValueError(f"{folder}: not a model folder, there is no {MANIFEST}") from error
+    if size > MAX_MANIFEST_BYTES:
+        raise ValueError(f"{path}: {size} bytes, more than a {MANIFEST} can have")
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise ValueError(f"{path}: {where[:120]}: {first['msg'][:160]}") from error
+    if WEIGHTS not in manifest.files:
+        raise ValueError(f"{path}: files: {WEIGHTS} is missing")
+    return manifest
+
+
+# -- saving -------------------------------------------------------------------
+
+
+def save_model(
+    folder: Path,
+    generator: nn.Module,
+    *,
+    architecture: Pix2Pix | Pix2PixHD,
+    inputs: InputSpec,
+    preprocessing: Preprocessing | None = None,
+    ema: Mapping[str, Tensor] | None = None,
+    discriminator: nn.Module | None = None,
+    encoder: nn.Module | None = None,
+    styles: Styles | None = None,
+    extra: Mapping[str, str | int | float | bool | None] | None = None,
+) -> Manifest:
+    """Write a model folder on this machine; a folder that is there already is replaced, `model.json` last.
+
+    How many enhancers and scales are active is read off the modules. `ema` names the generator's tensors;
+    those it leaves out (frozen parts, counters) are saved as they are in the generator. `extra` is for a
+    reader's eyes: plain values such as the phase, the epoch, the run.
+
+    Raises ValueError if the modules are not what the architecture builds: nothing unloadable is saved.
+    """
+    active = _count(generator, "enhancers")
+    scales = _count(discriminator, "scales") or int(discriminator is not None)
+    tensors: dict[FileName, dict[str, Tensor]] = {WEIGHTS: _plain(generator.state_dict())}
+    if ema is not None:
+        unknown = set(ema) - set(tensors[WEIGHTS])
+        if unknown:
+            raise ValueError(f"the average holds {min(unknown)}, which the generator lacks")
+        tensors[EMA] = tensors[WEIGHTS] | _plain(ema)
+    if discriminator is not None:
+        tensors[DISCRIMINATOR] = _plain(discriminator.state_dict())
+    if encoder is not None:
+        tensors[ENCODER] = _plain(encoder.state_dict())
+    if styles is not None:
+        tensors[STYLES] = _plain(styles.tensors())
+    draft = Manifest(
+        architecture=architecture,
+        inputs=inputs,
+        enhancers=active,
+        discriminators=scales,
+        preprocessing=preprocessing or Preprocessing(),
+        extra=dict(extra or {}),
+        files={},
+    )
+    for name, values in tensors.items():
+        if name != STYLES:
+            _check_shapes(
+                name, _empty(draft, name), {key: list(value.shape) for key, value in values.items()}
+            )
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)  # from here until the end this is no model
+    files: dict[FileName, File] = {}
+    for name, values in tensors.items():
+        partial = folder / f".{name}.{uuid.uuid4().hex}.partial"
+        try:
+            save_file(values, partial)
+            files[name] = File(size=partial.stat().st_size, sha256=_sha256(partial))
+            partial.replace(folder / name)
+        finally:
+            partial.unlink(missing_ok=True)
+    manifest = draft.model_copy(update={"files": files})
+    partial = folder / f".{MANIFEST}.{uuid.uuid4().hex}.partial"
+    partial.write_bytes(manifest.model_dump_json(indent=2).encode() + b"\n")
+    partial.replace(folder / MANIFEST)
+    return manifest
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As they are stored: on the CPU, contiguous, float32 (or the integers they are)."""
+    return {
+        name: (tensor.detach().float() if tensor.is_floating_point() else tensor.detach())
+        .to("cpu", memory_format=torch.contiguous_format)
+        .contiguous()
+        for name, tensor in tensors.items()
+    }
+
+
+def _count(module: nn.Module | None, children: str) -> int:
+    parts = getattr(module, children, None)
+    return len(parts) if isinstance(parts, nn.ModuleList) else 0
+
+
+# -- loading ------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model folder's content, ready to use: modules in evaluation mode on the device asked for."""
+
+    generator: Generator
+    encoder: FeatureEncoder | None
+    styles: Styles | None
+    architecture: Pix2Pix | Pix2PixHD
+    inputs: InputSpec
+    enhancers: int
+    preprocessing: Preprocessing
+    extra: Mapping[str, str | int | float | bool | None]
+    weights: Literal["ema", "raw"]
+    """Which weights these are; "raw" as well where no average was saved."""
+    fingerprint: str
+    """Sixteen hexadecimal digits that differ whenever the weights or anything of `model.json` do."""
+
+
+def load_model(
+    folder: Path, *, weights: Literal["ema", "raw"] = "ema", device: torch.device | str = "cpu"
+) -> LoadedModel:
+    """Load a local model folder. "ema" takes the averaged weights if the folder has them, else the raw ones.
+
+    Raises ValueError, one line that names the file, for anything that is not exactly what `save_model` wrote:
+    absent, truncated or altered files, unknown keys, another network's tensors.
+    """
+    manifest = read_manifest(folder)
+    name: FileName = EMA if weights == "ema" and EMA in manifest.files else WEIGHTS
+    generator = _load(folder, manifest, name, device)
+    assert isinstance(generator, Generator)
+    encoder = _load(folder, manifest, ENCODER, device) if ENCODER in manifest.files else None
+    assert encoder is None or isinstance(encoder, FeatureEncoder)
+    digest = hashlib.sha256(f"{name}\n{manifest.model_dump_json()}".encode()).hexdigest()
+    return LoadedModel(
+        generator=generator,
+        encoder=encoder,
+        styles=_load_styles(folder, manifest, device) if STYLES in manifest.files else None,
+        architecture=manifest.architecture,
+        inputs=manifest.inputs,
+        enhancers=manifest.enhancers,
+        preprocessing=manifest.preprocessing,
+        extra=manifest.extra,
+        weights="ema" if name == EMA else "raw",
+        fingerprint=digest[:16],
+    )
+
+
+def load_discriminator(folder: Path, *, device: torch.device | str = "cpu") -> Discriminator:
+    """The discriminator saved beside a generator, for a next phase. Raises ValueError as `load_model`."""
+    manifest = read_manifest(folder)
+    if DISCRIMINATOR not in manifest.files:
+        raise ValueError(f"{folder}: the model was saved without its discriminator")
+    discriminator = _load(folder, manifest, DISCRIMINATOR, device)
+    assert isinstance(discriminator, Discriminator)
+    return discriminator
+
+
+def _empty(manifest: Manifest, name: FileName) -> nn.Module:
+    """The network a file's tensors belong to, without memory for its weights."""
+    arch, inputs = manifest.architecture, manifest.inputs
+    network: nn.Module | None
+    with torch.device("meta"):
+        if name == DISCRIMINATOR:
+            network = build_discriminator(arch, inputs, discriminators=manifest.discriminators)
+        elif name == ENCODER:
+            network = build_encoder(arch, inputs)
+        else:
+            network = build_generator(arch, inputs, enhancers=manifest.enhancers)
+    if network is None:
+        raise ValueError("the architecture has no feature encoder")
+    return network
+
+
+def _load(folder: Path, manifest: Manifest, name: FileName, device: torch.device | str) -> nn.Module:
+    path = _verified(folder, manifest, name)
+    shapes = _header(path)
+    arch = manifest.architecture
+    try:
+        if name in (WEIGHTS, EMA) and isinstance(arch, Pix2PixHD):
+            blocks = arch.blocks + manifest.enhancers * arch.enhancer_blocks
+            if 4 * blocks > len(shapes):  # two convolutions a block; before building millions of them
+                raise ValueError(f"{len(shapes)} tensors are too few for {blocks} residual blocks")
+        network = _empty(manifest, name)
+        _check_shapes(name, network, shapes)
+    except (ValueError, RuntimeError, OverflowError, TypeError) as error:  # sizes that overflow in torch
+        raise ValueError(f"{path}: {str(error).splitlines()[0][:160]}") from error
+    network = network.to_empty(device=device)  # only now is memory taken, as much as the file is long
+    network.load_state_dict(load_file(path, device="cpu"))  # copied: the mapped file may change later
+    return network.eval()
+
+
+def _load_styles(folder: Path, manifest: Manifest, device: torch.device | str) -> Styles:
+    path = _verified(folder, manifest, STYLES)
+    _header(path)
+    try:
+        return Styles.from_tensors(load(path.read_bytes())).to(device)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _verified(folder: Path, manifest: Manifest, name: FileName) -> Path:
+    """The path of a file that is inside the folder and byte for byte what the manifest says."""
+    path, expected = folder / name, manifest.files[name]
+    if not path.is_file():
+        raise ValueError(f"{path}: missing, though {MANIFEST} lists it")
+    if path.resolve().parent != folder.resolve():
+        raise ValueError(f"{path}: leads out of the model folder")
+    size = path.stat().st_size
+    if size != expected.size:
+        raise ValueError(f"{path}: {size} bytes, {MANIFEST} says {expected.size} (truncated or altered)")
+    if _sha256(path) != expected.sha256:
+        raise ValueError(f"{path}: its SHA-256 is not the one in {MANIFEST} (damaged or altered)")
+    return path
+
+
+def _header(path: Path) -> dict[str, list[int]]:
+    """Names and shapes of a safetensors file, read off its header."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            for name, piece in slices.items():
+                if piece.get_dtype() not in ("F32", "I64"):
+                    raise ValueError(f"{path}: {name[:80]} is {piece.get_dtype()}, not F32 or I64")
+            return {name: list(piece.get_shape()) for name, piece in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file ({str(error)[:120]})") from error
+
+
+def _check_shapes(name: str, network: nn.Module, shapes: Mapping[str, list[int]]) -> None:
+    """Raises ValueError with the first tensor that the network has not, or has otherwise."""
+    expected = {key: list(value.shape) for key, value in network.state_dict().items()}
+    for key in sorted(expected.keys() | shapes.keys()):
+        if key not in shapes:
+            raise ValueError(f"{name}: {key} is missing, which the architecture has")
+        if key not in expected:
+            raise ValueError(f"{name}: {key[:80]} belongs to no part of the architecture")
+        if expected[key] != shapes[key]:
+            raise ValueError(f"{name}: {key} is {shapes[key]}, the architecture says {expected[key]}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
