@@ -76,6 +76,19 @@ class TrackingConfig(Config):
             raise ValueError("MLflow no longer writes to plain folders; use sqlite:////absolute/mlflow.db")
         return uri
 
+    def place(self, workspace: str) -> str:
+        """The tracking URI of runs in a workspace."""
+        folder = Path(storage.absolute(workspace)) if storage.is_local(workspace) else Path.cwd()
+        default = f"sqlite:///{folder / 'mlflow' / 'mlflow.db'}"
+        return self.uri or os.environ.get("MLFLOW_TRACKING_URI") or default
+
+    def page_command(self, workspace: str) -> str:
+        """The command that shows the runs, or the address where they are shown."""
+        if not self.enabled:
+            return "not tracked (tracking.enabled: false)"
+        place = self.place(workspace)
+        return place if place.startswith("http") else f"mlflow ui --backend-store-uri {place}"
+
 
 class MetricRow(NamedTuple):
     """One value of one metric. `time_ms` is when it was measured, in milliseconds since 1970."""
@@ -239,10 +252,10 @@ class Run:
         return _sender(self.uri, self.experiment, self.spool).run_id(self.key, wait)
 
     def url(self) -> str:
-        """The command or address that shows this run."""
-        if self.uri.startswith(("http://", "https://")):
-            return f"{self.uri.rstrip('/')}/#/experiments/{self.experiment}/runs/{self.run_id()}"
-        return f"mlflow ui --backend-store-uri {self.uri}"
+        """The address of this run's page on a tracking server; "" if it is a database."""
+        if not self.uri.startswith(("http://", "https://")):
+            return ""
+        return f"{self.uri.rstrip('/')}/#/experiments/{self.experiment}/runs/{self.run_id()}"
 
     def flush(self, wait: float = 20.0) -> bool:
         """Wait until all is sent; False if it is not after `wait` seconds (then it is in the spool)."""
@@ -294,9 +307,9 @@ class NullRun(Run):
 def open_parent(
     config: TrackingConfig,
     run_name: str,
-    tags: Mapping[str, str] | None = None,
-    *,
+    tags: Mapping[str, str] | None,
     workspace: str,
+    *,
     key: str | None = None,
 ) -> Run:
     """The run of one pipeline run. Creates database and experiment, sends what an earlier run left unsent.
@@ -306,11 +319,7 @@ def open_parent(
     """
     if not config.enabled:
         return NullRun()
-    folder = Path(storage.absolute(workspace)) if storage.is_local(workspace) else Path.cwd()
-    uri = (
-        config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow' / 'mlflow.db'}"
-    )
-    uri = _absolute_sqlite(uri)
+    uri = _absolute_sqlite(config.place(workspace))
     try:
         experiment = _open_experiment(uri, config.experiment)
     except UserError:

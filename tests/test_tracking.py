@@ -67,12 +67,12 @@ def test_a_null_run_records_nothing_and_is_its_own_child() -> None:
 
 
 def test_tracking_switched_off_gives_a_null_run(tmp_path: Path) -> None:
-    assert isinstance(open_parent(TrackingConfig(enabled=False), "r", workspace=str(tmp_path)), NullRun)
+    assert isinstance(open_parent(TrackingConfig(enabled=False), "r", None, str(tmp_path)), NullRun)
 
 
 def test_a_database_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="tracking"):
-        open_parent(TrackingConfig(uri="nothing://user:secret@host/db"), "r", workspace=str(tmp_path))
+        open_parent(TrackingConfig(uri="nothing://user:secret@host/db"), "r", None, str(tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def parent(workspace: str) -> Run:
-    return open_parent(TrackingConfig(), "pipeline", {"commit": "abc"}, workspace=workspace)
+    return open_parent(TrackingConfig(), "pipeline", {"commit": "abc"}, workspace)
 
 
 def stored(run: Run) -> Any:
@@ -152,7 +152,7 @@ def test_runs_of_a_killed_process_are_closed_by_the_next(parent: Run, workspace:
     client = tracking._client(parent.uri)
     assert child.run_id()
     client.set_tag(child.run_id(), tracking.PROCESS_TAG, f"{socket.gethostname()} 999999999 1")
-    open_parent(TrackingConfig(), "again", workspace=workspace)
+    open_parent(TrackingConfig(), "again", None, workspace)
     assert client.get_run(child.run_id()).info.status == "KILLED"
     assert client.get_run(parent.run_id()).info.status == "RUNNING"
 
@@ -207,11 +207,17 @@ def test_what_a_process_could_not_send_the_next_one_sends(parent: Run, gate: Gat
     assert not child.flush(wait=0.3)
     tracking._senders.pop(parent.uri)  # the process ends here
     gate.open = False
-    open_parent(TrackingConfig(), "next", workspace=workspace).flush()
+    open_parent(TrackingConfig(), "next", None, workspace).flush()
     found = tracking._client(parent.uri).search_runs(
         [parent.experiment], filter_string=f"tags.`{KEY_TAG}` = 'left-behind'"
     )
     assert [run.data.metrics for run in found] == [{"loss": 2.0}]
+
+
+def test_the_page_of_a_local_run_is_one_command_away(tmp_path: Path) -> None:
+    command = TrackingConfig().page_command(str(tmp_path))
+    assert command == f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow/mlflow.db"
+    assert TrackingConfig(uri="http://host:5000").page_command(str(tmp_path)) == "http://host:5000"
 
 
 class Dead(BaseHTTPRequestHandler):
@@ -232,7 +238,7 @@ def test_a_broken_server_is_the_users_to_mend_at_the_start(tmp_path: Path) -> No
     try:
         uri = f"http://127.0.0.1:{server.server_port}"
         with pytest.raises(UserError, match="tracking"):
-            open_parent(TrackingConfig(uri=uri), "r", workspace=str(tmp_path))
+            open_parent(TrackingConfig(uri=uri), "r", None, str(tmp_path))
     finally:
         server.shutdown()
         server.server_close()
