@@ -1,0 +1,360 @@
+"""List every configured location.
+
+in:  locations, each with a role and a key pattern
+out: objects-*.parquet  {key, role, split, group, x, y, uri, size, etag, location}   one object a row
+     rejects-*.parquet  {key, role, uri, reason}   bad_key, link, encrypted
+     _listing.json      the files above that count, and how many objects each role has
+
+A location is cut into units that are listed by parallel tasks; each writes its own files of at most
+`ROWS_PER_FILE` rows, named by unit and number, so that a rerun overwrites what a killed run left.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray.data
+from pydantic import Field, field_validator
+
+from stages.base import Config, Outcome, Resources
+from stages.errors import UserError
+from stages.listing import Page, Unit, describe, pages, split_location
+from stages.patterns import bad_keys, canonical_splits, compile_pattern, match
+from stages.progress import Progress
+from stages.storage import absolute, filesystem, join, list_names, write_json, write_parquet
+
+if TYPE_CHECKING:
+    from stages.tracking import Run
+
+VERSION = 1
+ROWS_PER_BATCH = 32_000
+ROWS_PER_FILE = 256_000
+UNITS_PER_LOCATION = 64
+LISTING_THREADS = 8  # of the planner, which lists without Ray
+
+logger = logging.getLogger(__name__)
+
+OBJECTS = pa.schema(
+    {
+        "key": pa.string(),
+        "role": pa.string(),
+        "split": pa.string(),
+        "group": pa.string(),
+        "x": pa.float64(),
+        "y": pa.float64(),
+        "uri": pa.string(),
+        "size": pa.int64(),
+        "etag": pa.string(),
+        "location": pa.int32(),
+    }
+)
+REJECTS = pa.schema({"key": pa.string(), "role": pa.string(), "uri": pa.string(), "reason": pa.string()})
+
+
+class LocationConfig(Config):
+    """One folder, bucket prefix, file server or archive, and what its images are to their pairs."""
+
+    uri: Annotated[str, Field(min_length=1, description="any location fsspec knows, or an archive")]
+    role: Annotated[
+        Literal["source", "target", "label", "instance", "pair"],
+        Field(description="pair: one image holds both halves"),
+    ]
+    pattern: Annotated[str, Field(description="{key} {split} {group} {x} {y} * ** below uri")] = "{key}.*"
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, text: str) -> str:
+        compile_pattern(text)
+        return text
+
+
+class IngestConfig(Config):
+    """Where the images are."""
+
+    locations: Annotated[tuple[LocationConfig, ...], Field(min_length=1)]
+
+
+# -- rules: a page of objects in, rows out ------------------------------------
+
+
+def rows(location: LocationConfig, index: int, found: Page) -> tuple[pa.Table, pa.Table, int]:
+    """Objects and rejects of a page, and how many objects the pattern does not speak of."""
+    found = escape(found)
+    captured = match(compile_pattern(location.pattern), pa.array(found.paths, pa.string()))
+    count = len(found)
+    table = pa.table(
+        {
+            "key": captured["key"],
+            "role": pa.array([location.role], pa.string()).take(np.zeros(count, np.int64)),
+            "split": canonical_splits(captured["split"]),
+            "group": captured["group"],
+            "x": captured["x"],
+            "y": captured["y"],
+            "uri": pa.array(found.uris, pa.string()),
+            "size": pa.array(found.sizes, pa.int64()),
+            "etag": pa.array(found.etags, pa.string()),
+            "location": pa.array(np.full(count, index, np.int32)),
+        },
+        schema=OBJECTS,
+    ).append_column("reason", pa.array(found.faults, pa.string()))
+    table = table.filter(pc.is_valid(table["key"]))
+    ignored = count - table.num_rows
+    bad = pc.or_(bad_keys(table["key"]), pc.match_substring(table["uri"], "::"))
+    if found.chained:
+        bad = bad_keys(table["key"])
+    reason = pc.if_else(pc.not_equal(table["reason"], ""), table["reason"], pc.if_else(bad, "bad_key", ""))
+    table = table.set_column(table.num_columns - 1, "reason", reason)
+    good = pc.equal(reason, "")
+    objects, rejects = table.filter(good), table.filter(pc.invert(good))
+    return objects.select(OBJECTS.names), rejects.select(REJECTS.names), ignored
+
+
+def escape(found: Page) -> Page:
+    """The same page in valid Unicode; names that are not (a file system's raw bytes) are written out."""
+    try:
+        "".join(found.paths).encode()
+    except UnicodeEncodeError:
+        clean = Page(chained=found.chained)
+        for path, uri, size, etag, fault in found.rows():
+            escaped = path.encode(errors="backslashreplace").decode()
+            address = uri.encode(errors="backslashreplace").decode()
+            clean.add(escaped, address, size, etag, fault if escaped == path else "bad_key")
+        return clean
+    return found
+
+
+def fold(objects: pa.Table, rejects: pa.Table) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """Two 64-bit sums over rows of (uri, size, etag), the same in whatever order they are added up."""
+    total = np.zeros(2, np.uint64)
+    text = pc.binary_join_element_wise(
+        objects["uri"], objects["size"].cast(pa.string()), objects["etag"], "\n"
+    )
+    for array in (text, rejects["uri"]):
+        values = np.asarray(array.to_pandas(), dtype=object)
+        if len(values):
+            for lane, key in enumerate(("pixloom-listing0", "pixloom-listing1")):
+                total[lane] += pd.util.hash_array(values, hash_key=key, categorize=False).sum(dtype=np.uint64)
+    return total
+
+
+def spell(sums: np.ndarray[Any, np.dtype[np.uint64]], count: int) -> str:
+    """A digest's text."""
+    return f"{int(sums[0]):016x}{int(sums[1] ^ np.uint64(count)):016x}"
+
+
+# -- listing, with or without Ray ---------------------------------------------
+
+
+def batches(found: Iterable[Page], rows_per_batch: int = ROWS_PER_BATCH) -> Iterator[Page]:
+    """Pages put together, so that the rules work on long columns."""
+    batch: Page | None = None
+    for page in found:
+        if batch is None:
+            batch = Page(chained=page.chained)
+        batch.extend(page)
+        if len(batch) >= rows_per_batch:
+            yield batch
+            batch = None
+    if batch is not None:
+        yield batch
+
+
+def place(config: IngestConfig, index: int) -> str:
+    """How an error names a location."""
+    return f"ingest.locations.{index}.uri: {config.locations[index].uri}"
+
+
+def root(location: LocationConfig) -> str:
+    """The location's URI, independent of the working directory."""
+    head, chained, outer = location.uri.rpartition("::")
+    return head + chained + absolute(outer)
+
+
+def units(config: IngestConfig) -> list[tuple[int, Unit]]:
+    """The units of all locations.
+
+    Raises:
+        UserError: a location is not there, or not to be had.
+    """
+    found: list[tuple[int, Unit]] = []
+    for index, location in enumerate(config.locations):
+        try:
+            cut = split_location(root(location), want=UNITS_PER_LOCATION)
+        except Exception as error:
+            text = describe(error)
+            if text is None:
+                raise
+            raise UserError(f"{place(config, index)}: {text}") from error
+        found += [(index, unit) for unit in cut]
+    return found
+
+
+def digest(config: IngestConfig) -> str:
+    """What the locations hold now: a hash of every matching object's (uri, size, etag), in no order.
+
+    Constant memory and no Ray: the planner asks this on every run, to notice changed input. Objects that no
+    pattern speaks of do not count; a note beside the images must not train a model anew.
+
+    Raises:
+        UserError: a location is not there, or not to be had.
+    """
+
+    def of_unit(item: tuple[int, Unit]) -> tuple[np.ndarray[Any, np.dtype[np.uint64]], int]:
+        index, unit = item
+        location, total, count = config.locations[index], np.zeros(2, np.uint64), 0
+        try:
+            for batch in batches(pages(root(location), unit)):
+                objects, rejects, _ = rows(location, index, batch)
+                total += fold(objects, rejects)
+                count += objects.num_rows + rejects.num_rows
+        except Exception as error:
+            text = describe(error)
+            if text is None:
+                raise
+            raise UserError(f"{place(config, index)}: {text}") from error
+        return total, count
+
+    total, count = np.zeros(2, np.uint64), 0
+    with ThreadPoolExecutor(LISTING_THREADS) as threads:
+        for part, number in threads.map(of_unit, units(config)):
+            total += part
+            count += number
+    return spell(total, count)
+
+
+def list_unit(item: Mapping[str, Any], *, config: IngestConfig, output: str, requests: int) -> dict[str, Any]:
+    """List one unit into its files. Returns {location, counts (JSON), files (JSON), sums, error}."""
+    index, unit = int(item["location"]), Unit(**json.loads(item["spec"]))
+    location = config.locations[index]
+    counts: Counter[str] = Counter()
+    files: dict[str, int] = {}
+    sums = np.zeros(2, np.uint64)
+    error_text = ""
+
+    def write(kind: str, tables: list[pa.Table]) -> None:
+        table = pa.concat_tables(tables)
+        del tables[1:]
+        if table.num_rows:
+            number = sum(name.startswith(kind) for name in files)
+            name = f"{kind}-{int(item['unit']):05d}-{number:04d}.parquet"
+            write_parquet(join(output, name), table, compression="zstd")
+            files[name] = table.num_rows
+
+    objects, rejects = [OBJECTS.empty_table()], [REJECTS.empty_table()]
+    try:
+        for batch in batches(pages(root(location), unit, requests=requests)):
+            good, bad, ignored = rows(location, index, batch)
+            objects.append(good)
+            rejects.append(bad)
+            sums += fold(good, bad)
+            counts.update(listed=len(batch), ignored=ignored, objects=good.num_rows, rejected=bad.num_rows)
+            counts.update(without_split=good["split"].null_count)
+            counts.update(
+                {f"reject_{r['values']}": r["counts"] for r in bad["reason"].value_counts().to_pylist()}
+            )
+            if sum(table.num_rows for table in objects) >= ROWS_PER_FILE:
+                write("objects", objects)
+            if sum(table.num_rows for table in rejects) >= ROWS_PER_FILE:
+                write("rejects", rejects)
+        write("objects", objects)
+        write("rejects", rejects)
+    except Exception as error:
+        text = describe(error)
+        if text is None:
+            raise
+        error_text = text
+    return {
+        "location": index,
+        "counts": json.dumps(counts),
+        "files": json.dumps(files),
+        "sums": json.dumps([int(value) for value in sums]),
+        "error": error_text,
+    }
+
+
+def run(config: IngestConfig, resources: Resources, *, output: str, track: Run) -> Outcome:
+    """List all locations into `output`, an absolute folder URI.
+
+    Raises:
+        UserError: a location is missing, empty or not to be had, or its pattern matches nothing.
+    """
+    items = [
+        {"unit": number, "location": index, "spec": json.dumps(asdict(unit))}
+        for number, (index, unit) in enumerate(units(config))
+    ]
+    counts = [Counter[str]() for _ in config.locations]
+    sums = np.zeros((len(config.locations), 2), np.uint64)
+    files: dict[str, int] = {}
+    listed = ray.data.from_items(items, override_num_blocks=len(items)).map(
+        # Listing waits for the store more than it computes, so a core holds several tasks.
+        partial(list_unit, config=config, output=output, requests=resources.io_threads),
+        num_cpus=0.25,
+    )
+    with Progress("ingest", total=None, unit="objects") as progress:
+        for row in listed.iter_rows():
+            index = row["location"]
+            if row["error"]:
+                raise UserError(f"{place(config, index)}: {row['error']}")
+            found = json.loads(row["counts"])
+            counts[index].update(found)
+            sums[index] += np.array(json.loads(row["sums"]), np.uint64)
+            files.update(json.loads(row["files"]))
+            progress.advance(found.get("objects", 0))
+    check(config, counts)
+    finish(config, output, counts, files)
+    for location, total, count in zip(config.locations, sums, counts, strict=True):
+        version = spell(total, count["objects"] + count["rejected"])
+        track.dataset(location.role, uri=location.uri, digest=version, context="ingest")
+    return Outcome(counts={"locations": len(counts), **sum(counts, Counter[str]())})
+
+
+def check(config: IngestConfig, counts: list[Counter[str]]) -> None:
+    """Every location must have given something.
+
+    Raises:
+        UserError: a location is empty, or its pattern matches nothing.
+    """
+    for index, (location, count) in enumerate(zip(config.locations, counts, strict=True)):
+        if not count["listed"]:
+            raise UserError(f"{place(config, index)}: there is nothing in it")
+        if not count["objects"] + count["rejected"]:
+            raise UserError(
+                f"ingest.locations.{index}.pattern: {location.pattern!r} matches none of the "
+                f"{count['listed']:,} objects of {location.uri}"
+            )
+
+
+def finish(config: IngestConfig, output: str, counts: list[Counter[str]], files: Mapping[str, int]) -> None:
+    """Write `_listing.json`, and remove files that a killed run of another cut has left."""
+    roles: Counter[str] = Counter()
+    for location, count in zip(config.locations, counts, strict=True):
+        roles[location.role] += count["objects"]
+    total = sum(counts, Counter[str]())
+    write_json(
+        join(output, "_listing.json"),
+        {
+            "files": dict(sorted(files.items())),
+            "roles": dict(roles),
+            "rejected": total["rejected"],
+            "without_split": total["without_split"],
+            "locations": [
+                {"uri": location.uri, "role": location.role, **count}
+                for location, count in zip(config.locations, counts, strict=True)
+            ],
+        },
+    )
+    fs, path = filesystem(output)
+    for name in list_names(output):
+        if name.startswith(("objects-", "rejects-")) and name not in files:
+            fs.rm_file(f"{path}/{name}")

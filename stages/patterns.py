@@ -1,0 +1,131 @@
+"""Key patterns: which objects of a location count, and what pairs them.
+
+in:  paths below a location                     "aachen/aachen_000001_leftImg8bit.png"
+out: per path, null where it does not match     {key, split, group, x, y}
+
+A pattern is the path with its variable parts named (`{split}/{group}/{key}_leftImg8bit.png`):
+
+    {key}            anything, "/" included      {x} {y}   a number: the position of a map tile, a frame
+    {split} {group}  one segment                 *  **     anything within a segment; across segments
+
+A pair's key is everything captured, joined by "/" in order of appearance, so that two locations whose names
+differ only in their fixed parts meet under one key. Matching runs in Arrow's RE2: vectorised, and linear in
+the length of a path whatever the pattern, so that no name can stall it.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+_IMAGE = r"(?i)\.(?:bmp|gif|jfif|jpe|jpeg|jpg|npy|pbm|pgm|png|pnm|ppm|tif|tiff|webp)\z"
+
+MAX_KEY_BYTES = 512
+"""A key names the image made from it, and its percent-encoded form has to fit a file name's path."""
+
+_NUMBER = r"-?[0-9]{1,15}(?:\.[0-9]{1,9})?"
+_CAPTURES = {"key": r"(?s:.+)", "split": r"[^/]+", "group": r"[^/]+", "x": _NUMBER, "y": _NUMBER}
+_HIDDEN = r"(?:\A|/)\.[^./]"  # .DS_Store, and the ._twins that macOS puts beside files in archives
+_TOKEN = re.compile(r"\{([^{}]*)\}|(\*\*)|(\*)|([^{}*]+)|(.)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """A compiled key pattern: its RE2 expression and the names it captures, in order of appearance."""
+
+    regex: str
+    names: tuple[str, ...]
+    images_only: bool  # the suffix is left open, so the path itself has to say that it is an image
+
+
+def compile_pattern(text: str) -> Pattern:
+    """Compile a key pattern.
+
+    Raises:
+        ValueError: a name in braces that is not one of the five, twice the same, or nothing captured.
+    """
+    names: list[str] = []
+    parts: list[str] = []
+    for match in _TOKEN.finditer(text):
+        name, across, within, literal, stray = match.groups()
+        if name is not None:
+            if name not in _CAPTURES:
+                raise ValueError(f"'{{{name}}}' is not one of {{{'}, {'.join(_CAPTURES)}}} in {text!r}")
+            if name in names:
+                raise ValueError(f"'{{{name}}}' comes twice in {text!r}")
+            names.append(name)
+            parts.append(f"(?P<{name}>{_CAPTURES[name]})")
+        elif across is not None:
+            parts.append(r"(?s:.*)")
+        elif within is not None:
+            parts.append(r"[^/]*")
+        elif literal is not None:
+            parts.append(re.escape(literal))
+        else:
+            raise ValueError(f"unbalanced {stray!r} in {text!r}")
+    if not set(names) - {"split"}:
+        raise ValueError(f"{text!r} captures nothing that could tell one image from another: add {{key}}")
+    if text.startswith("/") or ".." in text.split("/"):
+        raise ValueError(f"{text!r} must be a path below the location")
+    expression = unicodedata.normalize("NFC", "".join(parts))
+    return Pattern(rf"\A{expression}\z", tuple(names), images_only=text.endswith(("*", "}")))
+
+
+def match(pattern: Pattern, paths: pa.Array) -> pa.Table:
+    """What each path captures: {key string, split string, group string, x double, y double}; null: no match.
+
+    Args:
+        pattern: from `compile_pattern`.
+        paths: n strings, below the location.
+
+    Returns:
+        A table of n rows. What is captured is in Unicode's composed form (NFC), for macOS writes names
+        decomposed. Hidden files never match; a pattern that leaves the suffix open matches images only.
+    """
+    paths = pc.utf8_normalize(paths, "NFC")
+    found = pc.extract_regex(paths, pattern.regex)
+    counts = pc.and_(found.is_valid(), pc.invert(pc.match_substring_regex(paths, _HIDDEN)))
+    if pattern.images_only:
+        counts = pc.and_(counts, pc.match_substring_regex(paths, _IMAGE))
+    captured = {name: pc.if_else(counts, found.field(name), None) for name in pattern.names}
+    columns = list(captured.values())
+    key = columns[0] if len(columns) == 1 else pc.binary_join_element_wise(*columns, "/")
+    none = pa.nulls(len(paths), pa.string())
+    return pa.table(
+        {
+            "key": key,
+            "split": captured.get("split", none),
+            "group": captured.get("group", none),
+            "x": captured.get("x", none).cast(pa.float64()),
+            "y": captured.get("y", none).cast(pa.float64()),
+        }
+    )
+
+
+def bad_keys(keys: pa.Array) -> pa.Array:
+    """Which keys must not name anything: a boolean per key.
+
+    A key becomes part of paths and of reports, so it may hold no empty, `.` or `..` segment, no control
+    character, no "::" (fsspec would read a chain of file systems into it), and at most 512 bytes.
+    """
+    unsafe = pc.match_substring_regex(keys, r"(?:\A|/)\.{0,2}(?:/|\z)|\p{Cc}|\p{Zl}|\p{Zp}|::")
+    return pc.or_(unsafe, pc.greater(pc.binary_length(keys), MAX_KEY_BYTES))
+
+
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""What a path or a table may call a split."""
+
+
+def canonical_splits(splits: pa.Array) -> pa.Array:
+    """`train`, `val` or `test` for every known name of a split, whatever its case; other text unchanged."""
+    names = pa.array(list(SPLITS))
+    index = pc.index_in(pc.utf8_lower(splits), value_set=names)
+    return pc.coalesce(pc.take(pa.array(list(SPLITS.values())), index), splits)
