@@ -39,6 +39,8 @@ Encoding = Literal["raw", "png", "jpeg", "webp"]
 Half = Literal["", "left", "right", "top", "bottom"]
 
 Reason = Literal[
+    "missing",
+    "changed",
     "empty",
     "truncated",
     "not_an_image",
@@ -52,7 +54,7 @@ Reason = Literal[
     "value_range",
     "size_mismatch",
 ]
-"""Why an image cannot be used. Everything `decode` can say, and what the shard stage adds."""
+"""Why an image cannot be used: what reading, decoding and comparing the images of a pair can say."""
 
 MAX_PIXELS = 89_478_485
 """Largest image accepted whatever the config says: Pillow itself warns of a bomb beyond it."""

@@ -1,0 +1,312 @@
+"""Read objects whole: again when the store fails, never another object than the one that was listed.
+
+in:  an object {uri, size, etag} as ingest listed it
+out: its bytes; ImageRejected `missing` or `changed` if that version is no longer there
+
+A store that stays away, or refuses, ends the stage with one clear error: nothing is quarantined for a fault
+of the network. Where the store keeps an MD5 (S3's etag of objects put in one piece), the bytes are compared
+with it, since not every client notices a flipped bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import random
+import re
+import struct
+import tarfile
+import threading
+import time
+import zlib
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import fsspec.asyn
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractFileSystem
+
+from stages import archives
+from stages.errors import StageError, UserError
+from stages.images import ImageRejected
+from stages.listing import etag_of, local_etag
+from stages.storage import filesystem
+
+logger = logging.getLogger(__name__)
+Value = TypeVar("Value")
+
+ATTEMPTS = 8
+FIRST_WAIT = 0.25  # doubled each time, at most LONGEST_WAIT: about 40 s in all, longer than a restart takes
+LONGEST_WAIT = 10.0
+TIMEOUT = 300.0  # seconds for one object; the clients' own timeouts come first where they are set
+
+_MD5 = re.compile(r"[0-9a-f]{32}")
+_TAR_PLACE = re.compile(r"(\d+)\+(\d+)@(.*)", re.DOTALL)
+_ZIP_PLACE = re.compile(r"(\d+)\+(\d+)\.(\d+)\.([0-9a-fA-F]{8})@(.*)", re.DOTALL)
+_COMPRESSED = (".gz", ".tgz", ".bz2", ".xz")
+
+
+@dataclass(frozen=True, slots=True)
+class Object:
+    """An object as it was listed. Size -1 and etag "" are unknown."""
+
+    uri: str
+    size: int = -1
+    etag: str = ""
+
+
+class _DamagedError(OSError):
+    """Bytes that differ from what the store says they are: worth another read."""
+
+
+class Reader:
+    """Reads objects for one task, from many threads at once."""
+
+    def __init__(self, *, attempts: int = ATTEMPTS, first_wait: float = FIRST_WAIT) -> None:
+        self.attempts, self.first_wait = attempts, first_wait
+        self._versions: dict[str, str] = {}
+        self._members: dict[str, bytes] = {}
+        self._etag_is_md5 = True
+        self._lock = threading.Lock()
+
+    def read(self, wanted: Object) -> bytes:
+        """The object's bytes.
+
+        Raises:
+            ImageRejected: `missing` or `changed` since it was listed.
+            UserError: the store refuses access. StageError: it stayed away through every attempt.
+        """
+        if wanted.uri in self._members:
+            return self._members[wanted.uri]
+        return self._again(lambda: self._read(wanted), wanted.uri)
+
+    def stream_archives(self, wanted: Iterable[Object]) -> None:
+        """Take members of compressed tars out of them in one pass each; `read` then has them in memory.
+
+        A gzip stream has no way in but from its start: reading member by member would unpack the archive
+        once an image.
+        """
+        inside: dict[str, dict[str, Object]] = {}
+        for one in wanted:
+            if one.uri.startswith("tar://"):
+                _, _, outer = archives.parts(one.uri)
+                if outer.split("?")[0].lower().endswith(_COMPRESSED):
+                    inside.setdefault(outer, {})[one.uri] = one
+        for outer, members in inside.items():
+            self._members |= self._again(lambda o=outer, m=members: self._pass_through(o, m), outer)  # type: ignore[misc]
+
+    # -- one attempt ----------------------------------------------------------
+
+    def _read(self, wanted: Object) -> bytes:
+        if "::" in wanted.uri and wanted.uri.startswith(("tar://", "zip://")):
+            return self._read_member(wanted)
+        fs, path = filesystem(wanted.uri)
+        if isinstance(fs, LocalFileSystem):
+            return _read_local(path, wanted)
+        protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
+        if "s3" in protocols:
+            data, etag = _run(fs, _get_s3(fs, path))
+            _same_version(wanted, len(data), etag)
+            self._check_md5(wanted, data, lambda: _run(fs, _get_s3(fs, path))[0])
+            return data
+        if "http" in protocols:
+            data, etag = _run(fs, _get_http(fs, path))
+            _same_version(wanted, len(data), etag if wanted.etag else "")
+            return data
+        data = cast(bytes, fs.cat_file(path))
+        if wanted.etag:
+            fs.invalidate_cache()
+            _same_version(wanted, len(data), etag_of(fs.info(path)))
+        return data
+
+    def _check_md5(self, wanted: Object, data: bytes, read: Callable[[], bytes]) -> None:
+        """Compare with the etag where that is an MD5.
+
+        It has the form of one but is none in buckets encrypted with customers' keys. Two reads that agree
+        tell that case from damage; then the comparison is left off for the rest of the task.
+        """
+        if not self._etag_is_md5 or not _MD5.fullmatch(wanted.etag):
+            return
+        if hashlib.md5(data, usedforsecurity=False).hexdigest() == wanted.etag:
+            return
+        again = read()
+        if hashlib.md5(again, usedforsecurity=False).hexdigest() == wanted.etag or again != data:
+            raise _DamagedError(f"{wanted.uri}: bytes differ from the store's MD5")
+        logger.info("%s: its etag is no MD5, reads are not compared with etags", wanted.uri)
+        self._etag_is_md5 = False
+
+    def _read_member(self, wanted: Object) -> bytes:
+        protocol, _, outer = archives.parts(wanted.uri)
+        place = (_TAR_PLACE if protocol == "tar" else _ZIP_PLACE).fullmatch(wanted.etag)
+        if place is None or outer.split("?")[0].lower().endswith(_COMPRESSED):
+            fs, path = filesystem(wanted.uri)  # no place known: fsspec looks through the archive
+            return cast(bytes, fs.cat_file(path))
+        if self._version(outer) != place[place.lastindex or 0]:
+            raise ImageRejected("changed", f"{outer} is another version than the one listed")
+        fs, path = filesystem(outer)
+        start, size = int(place[1]), int(place[2])
+        if protocol == "tar":
+            data = cast(bytes, fs.cat_file(path, start=start, end=start + size))
+        else:
+            data = _unzip(fs, path, start, size, method=int(place[3]), crc=int(place[4], 16))
+        if wanted.size >= 0 and len(data) != wanted.size:
+            raise _DamagedError(f"{wanted.uri}: {len(data)} bytes of {wanted.size}")
+        return data
+
+    def _version(self, outer: str) -> str:
+        with self._lock:
+            if outer not in self._versions:
+                self._versions[outer] = etag_of(archives.info(outer))
+            return self._versions[outer]
+
+    def _pass_through(self, outer: str, wanted: dict[str, Object]) -> dict[str, bytes]:
+        found: dict[str, bytes] = {}
+        left = set(wanted)
+        fs, path = filesystem(outer)
+        with (
+            fs.open(path, "rb") as file,
+            tarfile.open(fileobj=file, mode="r|*", errors="surrogateescape") as archive,
+        ):
+            for member in archive:
+                archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it read
+                uri = f"tar://{member.name}::{outer}"
+                # Of members with one name, the place in the etag says which was listed.
+                if uri in left and wanted[uri].etag.startswith(f"{member.offset_data}+{member.size}@"):
+                    content = archive.extractfile(member)
+                    if content is not None:
+                        found[uri] = content.read()
+                        left.discard(uri)
+                if not left:
+                    break
+        return found
+
+    # -- again ----------------------------------------------------------------
+
+    def _again(self, call: Callable[[], Value], uri: str) -> Value:
+        """The call's value, tried again with growing, scattered waits while the store fails."""
+        for attempt in range(self.attempts):
+            try:
+                return call()
+            except (ImageRejected, UserError):
+                raise
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+                raise ImageRejected("missing", uri) from error
+            except Exception as error:
+                refusal = _refusal(error)
+                if refusal:
+                    raise UserError(f"{uri}: access denied, check the credentials ({refusal})") from error
+                if not _passing(error):
+                    raise
+                if attempt == self.attempts - 1:
+                    raise StageError(
+                        f"{uri}: cannot be read, {self.attempts} attempts ({_line(error)})"
+                    ) from error
+                logger.info("%s: %s, trying again", uri, _line(error))
+                wait = min(self.first_wait * 2**attempt, LONGEST_WAIT)
+                time.sleep(wait * random.uniform(0.5, 1))  # noqa: S311 - scatters retries, changes no result
+        raise AssertionError("unreachable")
+
+
+# -- one kind of store each ---------------------------------------------------
+
+
+def _read_local(path: str, wanted: Object) -> bytes:
+    with Path(path).open("rb") as file:
+        stat = os.fstat(file.fileno())
+        if wanted.etag and local_etag(stat) != wanted.etag:
+            raise ImageRejected("changed", f"{path} was written again after it was listed")
+        data = file.read()
+    if 0 <= wanted.size != len(data):
+        raise ImageRejected("changed", f"{path} has {len(data)} bytes, {wanted.size} when it was listed")
+    return data
+
+
+async def _get_s3(fs: Any, path: str) -> tuple[bytes, str]:
+    """Body and etag of one GET, so that the tag speaks of these very bytes."""
+    bucket, key, _ = fs.split_path(path)
+    answer = await fs._call_s3("get_object", Bucket=bucket, Key=key)
+    try:
+        data: bytes = await answer["Body"].read()
+    finally:
+        answer["Body"].close()
+    if len(data) != int(answer["ContentLength"]):
+        raise _DamagedError(f"s3://{path}: {len(data)} bytes of {answer['ContentLength']}")
+    return data, etag_of(answer)
+
+
+async def _get_http(fs: Any, url: str) -> tuple[bytes, str]:
+    session = await fs.set_session()
+    async with session.get(fs.encode_url(url), headers={"Accept-Encoding": "identity"}) as answer:
+        if answer.status in (404, 410):
+            raise FileNotFoundError(url)
+        if answer.status in (401, 403):
+            raise PermissionError(f"HTTP {answer.status}")
+        answer.raise_for_status()
+        data: bytes = await answer.read()
+        return data, etag_of(answer.headers)
+
+
+def _run(fs: AbstractFileSystem, call: Coroutine[Any, Any, Value]) -> Value:
+    async def forward() -> Value:
+        return await call
+
+    return cast(Value, fsspec.asyn.sync(fs.loop, forward, timeout=TIMEOUT))
+
+
+def _same_version(wanted: Object, size: int, etag: str) -> None:
+    if wanted.etag and etag and etag != wanted.etag:
+        raise ImageRejected("changed", f"{wanted.uri} has another etag than when it was listed")
+    if 0 <= wanted.size != size:
+        if wanted.etag and etag:  # the same version, so bytes were lost on the way
+            raise _DamagedError(f"{wanted.uri}: {size} bytes of {wanted.size}")
+        raise ImageRejected("changed", f"{wanted.uri} has {size} bytes, {wanted.size} when it was listed")
+
+
+def _unzip(fs: AbstractFileSystem, path: str, start: int, size: int, *, method: int, crc: int) -> bytes:
+    """A zip's member, from its own header at `start`; its checksum verified."""
+    margin = 30 + 1024  # fixed part of the header, and name and extra fields of most
+    block = cast(bytes, fs.cat_file(path, start=start, end=start + margin + size))
+    if block[:4] != b"PK\3\4":
+        raise _DamagedError(f"{path}: no zip member at byte {start}")
+    skip = 30 + sum(struct.unpack("<HH", block[26:30]))
+    if skip + size > len(block):
+        block += cast(bytes, fs.cat_file(path, start=start + len(block), end=start + skip + size))
+    packed = block[skip : skip + size]
+    if method not in (0, 8):
+        raise ImageRejected("unreadable", f"zip compression {method} is not supported")
+    try:
+        data = packed if method == 0 else zlib.decompress(packed, wbits=-15)
+    except zlib.error as error:
+        raise _DamagedError(f"{path}: {error}") from error
+    if zlib.crc32(data) != crc:
+        raise _DamagedError(f"{path}: checksum of the zip member at byte {start} differs")
+    return data
+
+
+# -- errors -------------------------------------------------------------------
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _refusal(error: BaseException) -> str:
+    """What the store says when it refuses these credentials; "" for other errors."""
+    if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
+        return _line(error)
+    return ""
+
+
+def _passing(error: BaseException) -> bool:
+    """Whether another attempt may succeed: errors of files, networks and the stores' clients."""
+    client = type(error).__module__.partition(".")[0]
+    return isinstance(error, OSError | EOFError | tarfile.TarError | zlib.error) or client in (
+        "botocore",
+        "aiobotocore",
+        "aiohttp",
+        "asyncio",
+        "urllib3",
+    )
