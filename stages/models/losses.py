@@ -1,0 +1,106 @@
+"""The losses of both papers, per scale and layer, and how they are weighted.
+
+`real` and `fake` are what a discriminator returns: per scale (finest first) all feature maps, the patch
+predictions (logits) last. Every function returns named parts; a loss is the sum of its parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stages.models.architecture import Pix2Pix, Pix2PixHD
+
+GanKind = Literal["least_squares", "hinge", "bce"]
+Features = Sequence[Sequence[Tensor]]
+
+PERCEPTUAL_LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
+PERCEPTUAL_WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)
+
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class LossWeights(BaseModel):
+    """What the generator minimises. A weight of 0 leaves the term out, and its cost too.
+
+    The pix2pix ablations: L1 only (gan_weight 0), GAN or cGAN alone (l1 0), L1+GAN, L1+cGAN; whether the
+    discriminator sees the source is the architecture's `conditional`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    gan: GanKind = "least_squares"
+    gan_weight: Weight = 1.0
+    feature_matching: Weight = 10.0
+    l1: Weight = 0.0
+    perceptual: Annotated[Weight, Field(description="needs VGG19 weights")] = 0.0
+
+    @property
+    def uses_discriminator(self) -> bool:
+        """Whether a discriminator has anything to say."""
+        return self.gan_weight > 0 or self.feature_matching > 0
+
+
+def paper_weights(arch: Pix2Pix | Pix2PixHD) -> LossWeights:
+    """Isola et al.: L1 (100) + cGAN with BCE. Wang et al.: least squares + feature matching (10)."""
+    if isinstance(arch, Pix2Pix):
+        return LossWeights(gan="bce", feature_matching=0, l1=100)
+    return LossWeights()
+
+
+def gan_loss(logits: Tensor, kind: GanKind, *, real: bool) -> Tensor:
+    """How far logits (N, 1, h, w) are from calling every patch real (or fake): the discriminator's loss."""
+    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+    match kind:
+        case "least_squares":  # Mao et al. 2017
+            return ((logits - 1) if real else logits).square().mean()
+        case "hinge":
+            return F.relu(1 - logits if real else 1 + logits).mean()
+        case "bce":  # log(1 + exp(-x)) for real, log(1 + exp(x)) for fake
+            return F.softplus(-logits if real else logits).mean()
+
+
+def generator_gan_loss(logits: Tensor, kind: GanKind) -> Tensor:
+    """The non-saturating loss: how far the fake's patches are from being called real."""
+    if kind == "hinge":
+        return -logits.mean(dtype=torch.promote_types(logits.dtype, torch.float32))
+    return gan_loss(logits, kind, real=True)
+
+
+def discriminator_losses(features: Features, kind: GanKind, *, real: bool) -> list[Tensor]:
+    """One loss per scale; they are summed, and halved together with the other half (real + fake)."""
+    return [gan_loss(scale[-1], kind, real=real) for scale in features]
+
+
+def mean_difference(x: Tensor, y: Tensor) -> Tensor:
+    """L1, averaged in no less than float32."""
+    return (x - y).abs().mean(dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def feature_matching_losses(fake: Features, real: Features) -> list[list[Tensor]]:
+    """Per scale and layer: 1/num_D * 4/(n_layers+1) * L1 (Wang et al., eq. 4). `real` must be detached."""
+    return [
+        [
+            mean_difference(x, y) * (4 / (len(ours) - 1) / len(fake))
+            for x, y in zip(ours[:-1], theirs[:-1], strict=True)
+        ]
+        for ours, theirs in zip(fake, real, strict=True)
+    ]
+
+
+def perceptual_losses(fake: Tensor, real: Tensor, vgg: nn.Module) -> list[Tensor]:
+    """sum_i w_i * L1 of VGG19's relu1_1 ... relu5_1, both images as they are in [-1, 1].
+
+    `vgg` maps an image to those five feature maps; it is frozen.
+    """
+    with torch.no_grad():
+        targets = vgg(real)
+    return [
+        mean_difference(x, y) * weight
+        for x, y, weight in zip(vgg(fake), targets, PERCEPTUAL_WEIGHTS, strict=True)
+    ]

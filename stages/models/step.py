@@ -1,0 +1,439 @@
+"""One training step: a batch in, both networks updated, named losses out. It knows nothing of distribution.
+
+pix2pixHD   one forward pass feeds both updates: both losses use the weights from before the step
+pix2pix     the discriminator steps first, the generator then faces the updated one
+
+What the published step computes for nothing is left out, with the same maths:
+- the fake is judged once for both updates, not once for each;
+- no weight gradients of the discriminator in the generator's backward pass;
+- no graph through frozen parts;
+- the discriminator's graph of the real image is gone before that of the fake is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from stages.models.architecture import (
+    InputSpec,
+    Parts,
+    Pix2Pix,
+    Pix2PixHD,
+    build_discriminator,
+    build_encoder,
+    build_generator,
+    trainable_parts,
+    uses_edges,
+)
+from stages.models.ema import Ema
+from stages.models.inputs import instance_edges, one_hot
+from stages.models.losses import (
+    PERCEPTUAL_LAYERS,
+    Features,
+    LossWeights,
+    discriminator_losses,
+    feature_matching_losses,
+    generator_gan_loss,
+    mean_difference,
+    perceptual_losses,
+)
+
+Precision = Literal["float32", "bf16"]
+Average = Callable[[Sequence[Tensor]], None]
+"""Replaces gradients, in place, by their mean over the workers. Called once for each network and step."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Batch:
+    """Pairs of one worker. Images may be uint8 (N, C, H, W) for cheap transfers, or float32 in [-1, 1].
+
+    source   (N, C, H, W) image, or (N, 1, H, W) integer class ids for a labels source
+    target   (N, C, H, W)
+    instance (N, 1, H, W) integer ids, or None
+    label    (N, 1, H, W) class ids for evaluation, or None; a step does not read them
+    share    workers * N / (rows of this step over all workers): a worker whose batch is short, or empty,
+             counts for as much as it has, and the mean of the gradients is the mean over rows
+    """
+
+    source: Tensor
+    target: Tensor
+    instance: Tensor | None = None
+    label: Tensor | None = None
+    keys: Sequence[str] = ()
+    share: float = 1.0
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """The same batch on a device."""
+
+        def move(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device, non_blocking=non_blocking)
+
+        return replace(
+            self,
+            source=self.source.to(device, non_blocking=non_blocking),
+            target=self.target.to(device, non_blocking=non_blocking),
+            instance=move(self.instance),
+            label=move(self.label),
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class Translator:
+    """Everything a step changes, and what it reads. Nothing else keeps a reference to its members."""
+
+    generator: nn.Module
+    generator_optimizer: Optimizer
+    discriminator: nn.Module | None  # None: no loss needs one
+    discriminator_optimizer: Optimizer | None
+    encoder: nn.Module | None = None  # trained by the generator's optimizer
+    ema: Ema | None = None
+    arch: Pix2Pix | Pix2PixHD
+    inputs: InputSpec
+    perceptual: nn.Module | None = None  # VGG19 up to relu5_1, frozen
+    precision: Precision = "float32"
+
+
+def build_translator(
+    arch: Pix2Pix | Pix2PixHD,
+    inputs: InputSpec,
+    *,
+    weights: LossWeights,
+    enhancers: int | None = None,
+    discriminators: int | None = None,
+    parts: Parts = "all",
+    learning_rate: float = 2e-4,
+    betas: tuple[float, float] = (0.5, 0.999),
+    ema_decay: float | None = None,
+    precision: Precision = "float32",
+    perceptual: nn.Module | None = None,
+    checkpointing: bool = False,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Translator:
+    """A fresh translator for one phase; `grow_generator` and `grow_discriminator` put in the phase before.
+
+    Raises ValueError where the perceptual loss has no network.
+    """
+    if weights.perceptual > 0 and perceptual is None:
+        raise ValueError("the perceptual loss needs VGG19 weights")
+    generator = build_generator(arch, inputs, enhancers=enhancers, seed=seed).to(device)
+    encoder = build_encoder(arch, inputs, seed=seed)
+    trained = trainable_parts(generator, parts)
+    if not isinstance(arch, Pix2Pix):
+        generator.checkpointing = checkpointing
+    if encoder is not None:
+        trained += trainable_parts(encoder.to(device), "all") if parts == "all" else []
+        encoder.requires_grad_(requires_grad=parts == "all")
+    discriminator: nn.Module | None = None
+    discriminator_optimizer: Optimizer | None = None
+    if weights.uses_discriminator:
+        discriminator = build_discriminator(arch, inputs, discriminators=discriminators, seed=seed).to(device)
+        discriminator_optimizer = make_optimizer(trainable_parts(discriminator, "all"), learning_rate, betas)
+    return Translator(
+        generator=generator.train(),
+        generator_optimizer=make_optimizer(trained, learning_rate, betas),
+        discriminator=discriminator,
+        discriminator_optimizer=discriminator_optimizer,
+        encoder=encoder,
+        ema=None if ema_decay is None else Ema.of(generator, decay=ema_decay),
+        arch=arch,
+        inputs=inputs,
+        perceptual=perceptual,
+        precision=precision,
+    )
+
+
+def make_optimizer(
+    parameters: Sequence[nn.Parameter], learning_rate: float, betas: tuple[float, float]
+) -> Optimizer:
+    """Adam in one pass over the memory."""
+    return Adam(parameters, lr=learning_rate, betas=betas, fused=True)
+
+
+def learning_rate_at(epoch: float, *, rate: float, epochs: int, decay_epochs: int) -> float:
+    """Constant for `epochs`, then linear to 0 over `decay_epochs` (0: no decay). Epochs count from 0."""
+    if decay_epochs == 0 or epoch <= epochs:
+        return rate
+    return rate * max(0.0, 1 - (epoch - epochs) / decay_epochs)
+
+
+def set_learning_rate(gan: Translator, rate: float) -> None:
+    """Of both optimizers, from the next step on."""
+    for optimizer in (gan.generator_optimizer, gan.discriminator_optimizer):
+        for group in optimizer.param_groups if optimizer is not None else ():
+            group["lr"] = rate
+
+
+def learning_rates(gan: Translator) -> dict[str, float]:
+    """The rates the optimizers will really use."""
+    rates = {"generator": float(gan.generator_optimizer.param_groups[0]["lr"])}
+    if gan.discriminator_optimizer is not None:
+        rates["discriminator"] = float(gan.discriminator_optimizer.param_groups[0]["lr"])
+    return rates
+
+
+# -- state --------------------------------------------------------------------
+
+
+def state_of(gan: Translator) -> dict[str, Any]:
+    """All that resuming needs, as nested dicts of tensors and numbers (references, not copies)."""
+    state: dict[str, Any] = {
+        "generator": gan.generator.state_dict(),
+        "generator_optimizer": gan.generator_optimizer.state_dict(),
+    }
+    if gan.discriminator is not None and gan.discriminator_optimizer is not None:
+        state["discriminator"] = gan.discriminator.state_dict()
+        state["discriminator_optimizer"] = gan.discriminator_optimizer.state_dict()
+    if gan.encoder is not None:
+        state["encoder"] = gan.encoder.state_dict()
+    if gan.ema is not None:
+        state["ema"] = gan.ema.network.state_dict()
+        state["ema_updates"] = gan.ema.updates
+    return state
+
+
+def load_state(gan: Translator, state: Mapping[str, Any]) -> None:
+    """Put back what `state_of` gave for a translator built the same way."""
+    gan.generator.load_state_dict(state["generator"])
+    gan.generator_optimizer.load_state_dict(state["generator_optimizer"])
+    if gan.discriminator is not None and gan.discriminator_optimizer is not None:
+        gan.discriminator.load_state_dict(state["discriminator"])
+        gan.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
+    if gan.encoder is not None:
+        gan.encoder.load_state_dict(state["encoder"])
+    if gan.ema is not None:
+        gan.ema.network.load_state_dict(state["ema"])
+        gan.ema.updates = state["ema_updates"]
+
+
+# -- inputs -------------------------------------------------------------------
+
+
+def unit_range(image: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 [0, 255] -> [-1, 1]; floating images are in that range already."""
+    return image.to(dtype) if image.is_floating_point() else image.to(dtype) / 127.5 - 1
+
+
+def make_condition(
+    source: Tensor,
+    instance: Tensor | None,
+    *,
+    arch: Pix2Pix | Pix2PixHD,
+    inputs: InputSpec,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """What the networks see of the source: (N, condition_channels, H, W), one-hot labels then edges."""
+    if inputs.source == "labels":
+        assert inputs.classes is not None
+        condition = one_hot(source, inputs.classes, dtype)
+    else:
+        condition = unit_range(source, dtype)
+    if uses_edges(arch, inputs):
+        assert instance is not None, "the input spec says that pairs carry instances"
+        condition = torch.cat([condition, instance_edges(instance, dtype)], 1)
+    return condition
+
+
+# -- the step -----------------------------------------------------------------
+
+
+def step(
+    gan: Translator, batch: Batch, *, weights: LossWeights, average: Average | None = None
+) -> dict[str, Tensor]:
+    """One update of both networks. Returns named, detached losses, each as it enters the sum.
+
+    Never waits for the device. The caller looks at `all_finite(losses)` as often as it can afford to. A batch
+    without rows (a worker beyond the end of the data) takes part with zero gradients.
+    """
+    if batch.source.shape[0] == 0:
+        _empty_step(gan, average)
+        return {}
+    dtype = next(gan.generator.parameters()).dtype
+    target = unit_range(batch.target, dtype)
+    condition = make_condition(batch.source, batch.instance, arch=gan.arch, inputs=gan.inputs, dtype=dtype)
+    with _autocast(gan.precision, target.device):
+        generated = _generate(gan, condition, target, batch.instance)
+    fake = generated.detach().requires_grad_()  # the losses end here; the generator's graph starts here
+
+    losses: dict[str, Tensor] = {}
+    with _autocast(gan.precision, target.device):
+        if isinstance(gan.arch, Pix2PixHD):
+            judged = _judge_for_both(gan, condition, target, fake, batch.share, weights, losses)
+        else:
+            judged = _judge_in_turn(gan, condition, target, fake, batch.share, weights, losses, average)
+        loss = _generator_loss(gan, judged, fake, target, weights, losses)
+    (fake_gradient,) = torch.autograd.grad(loss * batch.share, fake)
+    if isinstance(gan.arch, Pix2PixHD) and gan.discriminator_optimizer is not None:
+        # Not before: the gradient just taken went through the weights from before the step, and a fused
+        # optimizer changes them without autograd noticing.
+        _update(gan.discriminator_optimizer, average)
+    torch.autograd.backward(generated, fake_gradient)
+    _update(gan.generator_optimizer, average)
+    if gan.ema is not None:
+        gan.ema.update(gan.generator)
+    return {name: value.detach() for name, value in losses.items()}
+
+
+def all_finite(losses: Mapping[str, Tensor]) -> Tensor:
+    """A boolean on the losses' device: reading it waits, so on a GPU do that every few steps."""
+    return torch.stack([value.float() for value in losses.values()]).isfinite().all()
+
+
+def _autocast(precision: Precision, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def _generate(gan: Translator, condition: Tensor, target: Tensor, instance: Tensor | None) -> Tensor:
+    if gan.encoder is not None:
+        assert instance is not None
+        condition = torch.cat([condition, gan.encoder(target, instance)], 1)
+    image: Tensor = gan.generator(condition)
+    return image
+
+
+def _judge(gan: Translator, condition: Tensor, image: Tensor) -> Features:
+    """The discriminator's features per scale; a single PatchGAN is one scale."""
+    assert gan.discriminator is not None
+    seen = torch.cat([condition, image.to(condition.dtype)], 1) if gan.arch.conditional else image
+    features = gan.discriminator(seen)
+    return [features] if isinstance(features[0], Tensor) else features
+
+
+Judged = tuple[Features, Features] | None
+"""Features of the fake, with a graph that ends at the fake; detached features of the real one."""
+
+
+def _judge_for_both(
+    gan: Translator,
+    condition: Tensor,
+    target: Tensor,
+    fake: Tensor,
+    share: float,
+    weights: LossWeights,
+    losses: dict[str, Tensor],
+) -> Judged:
+    """Gradients of the discriminator, and one look at the fake that also serves the generator's loss."""
+    if gan.discriminator is None:
+        return None
+    parameters = [parameter for parameter in gan.discriminator.parameters() if parameter.requires_grad]
+    real_features = _judge(gan, condition, target)
+    real = discriminator_losses(real_features, weights.gan, real=True)
+    torch.autograd.backward(torch.stack(real).sum() * (0.5 * share), inputs=parameters)
+    real_features = [[feature.detach() for feature in scale] for scale in real_features]
+    fake_features = _judge(gan, condition, fake)
+    judged_fake = discriminator_losses(fake_features, weights.gan, real=False)
+    loss = torch.stack(judged_fake).sum() * (0.5 * share)
+    torch.autograd.backward(loss, inputs=parameters, retain_graph=True)
+    _note(losses, "discriminator/real", real)
+    _note(losses, "discriminator/fake", judged_fake)
+    return fake_features, real_features
+
+
+def _judge_in_turn(
+    gan: Translator,
+    condition: Tensor,
+    target: Tensor,
+    fake: Tensor,
+    share: float,
+    weights: LossWeights,
+    losses: dict[str, Tensor],
+    average: Average | None,
+) -> Judged:
+    """Step the discriminator, then let the updated one judge the fake. Batch norm: one image kind a pass."""
+    if gan.discriminator is None or gan.discriminator_optimizer is None:
+        return None
+    fake_loss = discriminator_losses(_judge(gan, condition, fake.detach()), weights.gan, real=False)
+    torch.autograd.backward(torch.stack(fake_loss).sum() * (0.5 * share))
+    real_features = _judge(gan, condition, target)
+    real_loss = discriminator_losses(real_features, weights.gan, real=True)
+    torch.autograd.backward(torch.stack(real_loss).sum() * (0.5 * share))
+    _update(gan.discriminator_optimizer, average)
+    _note(losses, "discriminator/real", real_loss)
+    _note(losses, "discriminator/fake", fake_loss)
+    with _frozen(gan.discriminator):
+        fake_features = _judge(gan, condition, fake)
+    return fake_features, [[feature.detach() for feature in scale] for scale in real_features]
+
+
+def _generator_loss(
+    gan: Translator,
+    judged: Judged,
+    fake: Tensor,
+    target: Tensor,
+    weights: LossWeights,
+    losses: dict[str, Tensor],
+) -> Tensor:
+    """The weighted sum the generator minimises; its parts go into `losses`."""
+    total = fake.new_zeros((), dtype=torch.promote_types(fake.dtype, torch.float32))
+    if judged is not None and weights.gan_weight > 0:
+        fooled = [weights.gan_weight * generator_gan_loss(scale[-1], weights.gan) for scale in judged[0]]
+        _note(losses, "generator/gan", fooled)
+        total = total + losses["generator/gan"]
+    if judged is not None and weights.feature_matching > 0:
+        matched = feature_matching_losses(*judged)
+        table = weights.feature_matching * torch.stack([torch.stack(scale) for scale in matched])
+        losses["generator/feature_matching"] = table.sum()
+        for index, part in enumerate(table.sum(1)):
+            losses[f"generator/feature_matching/scale{index}"] = part
+        for index, part in enumerate(table.sum(0)):
+            losses[f"generator/feature_matching/layer{index}"] = part
+        total = total + losses["generator/feature_matching"]
+    if weights.l1 > 0:
+        losses["generator/l1"] = weights.l1 * mean_difference(fake, target)
+        total = total + losses["generator/l1"]
+    if weights.perceptual > 0:
+        assert gan.perceptual is not None
+        parts = perceptual_losses(fake, target, gan.perceptual)
+        for name, part in zip(PERCEPTUAL_LAYERS, parts, strict=True):
+            losses[f"generator/perceptual/{name}"] = weights.perceptual * part
+        losses["generator/perceptual"] = weights.perceptual * torch.stack(parts).sum()
+        total = total + losses["generator/perceptual"]
+    return total
+
+
+def _note(losses: dict[str, Tensor], name: str, scales: Sequence[Tensor]) -> None:
+    losses[name] = torch.stack(list(scales)).sum()
+    if len(scales) > 1:
+        for index, value in enumerate(scales):
+            losses[f"{name}/scale{index}"] = value
+
+
+def _update(optimizer: Optimizer, average: Average | None) -> None:
+    """Average the gradients over the workers, step, drop them: till the next step they only take memory."""
+    if average is not None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        average([parameter.grad for parameter in parameters if parameter.grad is not None])
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _empty_step(gan: Translator, average: Average | None) -> None:
+    """A worker without rows: it only takes part in the averages, in the same order as the others."""
+    for optimizer in (gan.discriminator_optimizer, gan.generator_optimizer):
+        if optimizer is not None and average is not None:
+            _update(optimizer, average)
+    if gan.ema is not None:
+        gan.ema.update(gan.generator)
+
+
+@contextmanager
+def _frozen(network: nn.Module) -> Iterator[None]:
+    """No gradients for the network's own weights inside; they still flow through it."""
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
