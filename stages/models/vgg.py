@@ -19,9 +19,6 @@ from stages.models.weights import read_tensors
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256, 256), (512, 512, 512, 512), (512,))
 """Output channels of each block's convolutions; a 2x2 max pool lies between two blocks."""
 
-PERCEPTUAL_WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)
-"""Weight of relu1_1 .. relu5_1 in the perceptual loss (Pix2PixHD's published code)."""
-
 _NAME = re.compile(r"(?:features\.|slice\d\.)?(\d+)\.(weight|bias)")
 
 
