@@ -1,9 +1,9 @@
 """A loaded model as a function from images to images, of any size and kind it was trained on.
 
-    Translator(load_model(folder)).translate(sources, instances) -> generated images
+    Painter(load_model(folder)).translate(sources, instances)  ->  generated images
 
-The source is made into the network's input as in training (one-hot labels, instance edges, [-1, 1]), padded by
-reflection to a size the network takes, and the result is cropped back: output size = input size.
+The source is made into the network's input as in training (one-hot labels, instance edges, [-1, 1]),
+padded by reflection to a size the network takes, and the result cropped back: output size = input size.
 Knows torch and numpy only: batch inference, the MLflow model and the evaluation's baseline share it.
 """
 
@@ -39,7 +39,7 @@ def noise_seed(seed: int, key: str, sample: int = 0) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-class Translator:
+class Painter:
     """A model ready to be called with arrays, one thread at a time.
 
     stochastic    dropout as noise and batch statistics, as the Pix2Pix paper generates; one picture at a

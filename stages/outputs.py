@@ -50,8 +50,9 @@ ROWS = pa.schema(
 def output_name(key: str, suffix: str, sample: int = 0) -> str:
     """The path of a key's image below the output folder.
 
-    A key's segments become folders. In each, all but letters, digits, space and `-_.,+=@~` is percent-encoded, and
-    so are dots and spaces at its ends: no segment is hidden or `..`; one longer than `MAX_SEGMENT` keeps its beginning and ends in a hash. Two keys never get one path.
+    A key's segments become folders. In each, all but letters, digits, space and `-_.,+=@~` is percent-coded,
+    and so are dots and spaces at its ends: no segment is hidden or `..`. One longer than `MAX_SEGMENT` keeps
+    its beginning and ends in a hash. Two keys never get one path.
     """
     segments = [_segment(part) for part in key.split("/")]
     top = IMAGES if sample == 0 else f"{SAMPLES}/{sample}"

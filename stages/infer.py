@@ -1,0 +1,657 @@
+"""Generate an image for every source: of a split of the shards, or of any folder, bucket, archive or table.
+
+in:  a model folder; shards, or `infer.input`
+out: images/<key>.png and table/part-<unit>.parquet, as `stages.outputs` describes
+
+A unit of work is read ahead, generated in batches of equal size, and written behind the model; its table part
+is written when all its images are. A rerun does the units that have none; their images get the names and,
+on the same device, the bytes they would have had.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import threading
+import time
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+import torch
+from pydantic import Field, PositiveInt, field_validator, model_validator
+from ray.data import ActorPoolStrategy
+from ray.exceptions import RayError
+
+from stages import dataset, images, outputs, sources, storage
+from stages.base import Config, Fraction, Kind, Outcome, Resources, Split
+from stages.errors import PixloomError, StageError, UserError
+from stages.fetch import Object, Reader
+from stages.images import Array, ImageRejected
+from stages.inference import Painter, noise_seed
+from stages.listing import retried
+from stages.model_source import description, local_model
+from stages.models.saved import load_model
+from stages.outputs import Format
+from stages.patterns import compile_pattern
+from stages.progress import Progress
+from stages.sources import Item, Loaded, Location, Planned
+
+if TYPE_CHECKING:
+    from stages.tracking import Run
+
+VERSION = 1
+
+BATCH_PIXELS = {"cpu": 1 << 19, "cuda": 1 << 22}
+"""Pixels of a batch: eight pictures of 256x256 on a CPU, 64 on a GPU."""
+
+MAX_BATCH = 64
+CHUNK_UNITS = 4096  # blocks Ray Data holds at once
+
+logger = logging.getLogger(__name__)
+
+
+class StyleConfig(Config):
+    """How instances are painted by a model with a feature encoder."""
+
+    kind: Literal["random", "cluster", "reference"] = "random"
+    cluster: Annotated[int, Field(ge=0, description="which cluster of its class every instance takes")] = 0
+    picture: Annotated[str | None, Field(description="reference: URI of a target picture")] = None
+    instances: Annotated[str | None, Field(description="reference: URI of its instance map")] = None
+    labels: Annotated[str | None, Field(description="reference: URI of its label map")] = None
+
+    @model_validator(mode="after")
+    def _reference_is_whole(self) -> StyleConfig:
+        if self.kind == "reference" and not (self.picture and self.instances and self.labels):
+            raise ValueError("a reference style needs `picture`, `instances` and `labels`")
+        return self
+
+
+class InferConfig(Config):
+    """What to generate, from what, with which model."""
+
+    input: Annotated[
+        str | None,
+        Field(description="folder, bucket, archive, shards or .parquet table of sources; null: our shards"),
+    ] = None
+    split: Annotated[Split, Field(description="of shards")] = "test"
+    pattern: Annotated[str, Field(description="key of an object below `input`")] = "{key}.*"
+    instance: Annotated[str | None, Field(description="folder of instance maps; null: `input`")] = None
+    instance_pattern: Annotated[
+        str | None, Field(description="path of a source's instance map, from its {key}; null: there are none")
+    ] = None
+    model: Annotated[
+        str | None, Field(description="folder, models:/name@alias or runs:/id; null: the one trained here")
+    ] = None
+    weights: Annotated[Literal["ema", "raw"], Field(description="ema: the moving average, if saved")] = "ema"
+    precision: Literal["float32", "bf16"] = "float32"
+    size: Annotated[
+        tuple[PositiveInt, PositiveInt] | None,
+        Field(
+            description="make sources this width and height first; null: as they are, but shards whose "
+            "training crop covers nearly all of them (jitter) are made as large as the crop"
+        ),
+    ] = None
+    tile: Annotated[
+        int | None, Field(ge=64, description="cut larger pictures into tiles of this side, blended; inexact")
+    ] = None
+    max_pixels: Annotated[int, Field(ge=1, description="larger sources are refused, unless tiled")] = 1 << 24
+    format: Format = "png"
+    quality: Annotated[int, Field(ge=1, le=100, description="of jpeg and webp")] = 95
+    stochastic: Annotated[bool, Field(description="dropout as noise, as the Pix2Pix paper generates")] = False
+    samples: Annotated[int, Field(ge=1, description="pictures a source, each with its own noise")] = 1
+    seed: int = 0
+    style: StyleConfig = StyleConfig()
+    overwrite: Annotated[bool, Field(description="forget what the output folder holds")] = False
+    max_reject_fraction: Annotated[
+        Fraction, Field(description="more unusable sources than this fail the stage, when all is done")
+    ] = 0.1
+
+    @field_validator("pattern")
+    @classmethod
+    def _compiles(cls, text: str) -> str:
+        compile_pattern(text)
+        return text
+
+    @field_validator("instance_pattern")
+    @classmethod
+    def _names_the_key(cls, text: str | None) -> str | None:
+        if text is not None and "{key}" not in text:
+            raise ValueError("name the {key} in it")
+        return text
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> InferConfig:
+        if self.samples > 1 and not self.stochastic and self.style.kind != "random":
+            raise ValueError("samples: without `stochastic` or random styles all samples would be the same")
+        return self
+
+
+# -- rules ---------------------------------------------------------------------------------------------------
+
+
+def batch_size(height: int, width: int, device: str) -> int:
+    """How many pictures of a (padded) size go through the network at once."""
+    return max(1, min(MAX_BATCH, BATCH_PIXELS[device] // (height * width)))
+
+
+def generated_size(
+    stored: tuple[int, int], trained: tuple[int, int] | None, asked: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """Width and height to make the sources of shards before generating; None: as they are stored.
+
+    A training crop of at least 0.8 of both sides is jitter: the papers test at the crop's size then. A
+    smaller one is a crop for memory's sake, and whole pictures are generated.
+    """
+    if asked is not None:
+        return None if asked == stored else asked
+    if trained is None or trained == stored:
+        return None
+    jitter = all(0.8 * side <= crop <= side for crop, side in zip(trained, stored, strict=True))
+    return trained if jitter else None
+
+
+def written(array: Array, kind: Kind, source: Array, source_kind: Kind) -> Array:
+    """The generated array as it is written: depth is kept, Lab and channels become pictures."""
+    if kind in ("rgb", "grey", "grey16"):
+        return array
+    return images.picture(array, kind, lightness=source if source_kind == "lab_l" else None)
+
+
+def encoded(array: Array, form: Format, quality: int) -> bytes:
+    """An image file."""
+    return images.encode(array, form, quality=quality)
+
+
+def bucketed(
+    loaded: Iterable[tuple[int, Item, Loaded]], limit: Callable[[tuple[int, ...]], int], most: int
+) -> Iterator[list[tuple[int, Item, Loaded]]]:
+    """Batches of one shape, in order of arrival; at most `most` inputs wait for their batch to fill."""
+    waiting: dict[tuple[int, ...], list[tuple[int, Item, Loaded]]] = {}
+    for entry in loaded:
+        shape = entry[2].source.shape
+        batch = waiting.setdefault(shape, [])
+        batch.append(entry)
+        if len(batch) >= limit(shape):
+            yield waiting.pop(shape)
+        elif sum(map(len, waiting.values())) >= most:
+            yield waiting.pop(max(waiting, key=lambda s: len(waiting[s])))
+    yield from waiting.values()
+
+
+# -- one process that generates ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """All that a process needs to know; small, and the same for each."""
+
+    config: InferConfig
+    model: str
+    tracking_uri: str | None
+    output: str
+    shards: str  # "" for objects
+    planned: Planned | None
+    size: tuple[int, int] | None
+    device: str
+    threads: int
+    io_threads: int
+
+
+class Generator:
+    """A model in a process of its own.
+
+    Two units are in its hands at a time: one's input is read, the other's output written, while the model,
+    under a lock, works on either.
+    """
+
+    def __init__(self, job: Job) -> None:
+        torch.set_num_threads(job.threads)
+        torch.backends.cudnn.benchmark = True
+        self.job, self.config = job, job.config
+        self._temp = tempfile.TemporaryDirectory(prefix="pixloom-model-")
+        folder = local_model(
+            job.model, Path(self._temp.name), weights=job.config.weights, tracking_uri=job.tracking_uri
+        )
+        self.painter = Painter(
+            load_model(folder, weights=job.config.weights, device=job.device),
+            device=job.device,
+            precision=job.config.precision,
+            stochastic=job.config.stochastic,
+            tile=job.config.tile,
+        )
+        self.fingerprint = self.painter.model.fingerprint
+        self.reader = Reader()
+        self.spec = dataset.load(job.shards) if job.shards else None
+        self.units = sources.shard_units(self.spec, job.config.split) if self.spec else []
+        self.reference = self._reference()
+        self.pool = ThreadPoolExecutor(job.io_threads, thread_name_prefix="infer-io")
+        self.lock = threading.Lock()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        """Do units; returns, for each, {unit, images, errors (JSON by reason), seconds}."""
+        done = [self.do(int(unit)) for unit in batch["unit"]]
+        return {name: [row[name] for row in done] for name in ("unit", "images", "errors", "seconds")}
+
+    def do(self, unit: int) -> dict[str, Any]:
+        """Generate one unit: its images, then its part of the table."""
+        started = time.monotonic()
+        rows: dict[tuple[int, int], dict[str, Any]] = {}
+        writing: deque[Future[None]] = deque()
+        loaded = self._loaded(enumerate(self._items(unit)), rows)
+        for batch in bucketed(loaded, self._limit, 4 * MAX_BATCH):
+            for sample in range(self.config.samples):
+                for place, row, picture in self._paint(batch, sample):
+                    rows[place, sample] = row
+                    writing.append(self.pool.submit(self._write, row, picture))
+                while len(writing) > 2 * MAX_BATCH:
+                    writing.popleft().result()
+        for one in writing:
+            one.result()
+        listed = [rows[place] for place in sorted(rows)]
+        table = pa.Table.from_pylist(listed, schema=outputs.ROWS)
+        retried(lambda: storage.write_parquet(outputs.part_uri(self.job.output, unit), table))
+        errors = Counter(row["error"].partition(":")[0] for row in listed if row["error"] is not None)
+        return {
+            "unit": unit,
+            "images": len(listed) - errors.total(),
+            "errors": json.dumps(errors),
+            "seconds": time.monotonic() - started,
+        }
+
+    def _items(self, unit: int) -> Iterator[Item]:
+        if self.spec is not None:
+            return sources.shard_items(self.job.shards, self.spec, self.units[unit], size=self.job.size)
+        assert self.job.planned is not None
+        tiled = self.config.tile is not None
+        return sources.object_items(
+            self.job.output,
+            self.job.planned,
+            unit,
+            self.reader,
+            kind=self.painter.source_kind,
+            max_pixels=images.MAX_PIXELS if tiled else self.config.max_pixels,
+            instances=self.painter.needs_instances,
+        )
+
+    def _loaded(
+        self, items: Iterator[tuple[int, Item]], rows: dict[tuple[int, int], dict[str, Any]]
+    ) -> Iterator[tuple[int, Item, Loaded]]:
+        """Inputs in order, read and decoded ahead; one that cannot be used becomes a row with its reason."""
+        ahead: deque[tuple[int, Item, Future[Loaded]]] = deque()
+        window = self.job.io_threads + 8
+
+        def next_one() -> tuple[int, Item, Loaded] | None:
+            place, item, future = ahead.popleft()
+            try:
+                return place, item, future.result()
+            except ImageRejected as why:
+                rows[place, 0] = self._row(item, error=str(why))
+                return None
+
+        for place, item in items:
+            ahead.append((place, item, self.pool.submit(self._load, item)))
+            if len(ahead) >= window and (ready := next_one()) is not None:
+                yield ready
+        while ahead:
+            if (ready := next_one()) is not None:
+                yield ready
+
+    def _load(self, item: Item) -> Loaded:
+        loaded = item.load()
+        if self.job.size is None and self.config.size is not None:
+            size = self.config.size
+            kind = self.painter.source_kind
+            ids = loaded.instance
+            loaded = Loaded(
+                images.resize(loaded.source, size, kind),
+                None if ids is None else images.resize(ids, size, "instances"),
+            )
+        if self.painter.needs_instances and loaded.instance is None:
+            raise ImageRejected("missing", "the model needs an instance map, the pair has none")
+        height, width = loaded.source.shape[:2]
+        if self.config.tile is None and height * width > self.config.max_pixels:
+            limit = self.config.max_pixels
+            raise ImageRejected(
+                "too_large", f"{width}x{height}, infer.max_pixels is {limit}; infer.tile cuts it"
+            )
+        classes = self.painter.model.inputs.classes
+        if self.painter.source_kind == "labels" and self.spec is None and classes is not None:
+            highest = int(loaded.source.max())
+            ignored = self.painter.model.preprocessing.ignore_label
+            if highest >= classes and ignored is not None:
+                loaded.source[loaded.source == ignored] = classes - 1
+                highest = int(loaded.source.max())
+            if highest >= classes:
+                raise ImageRejected("label_range", f"id {highest}, the model knows 0..{classes - 1}")
+        return loaded
+
+    def _limit(self, shape: tuple[int, ...]) -> int:
+        return batch_size(*self.painter.padded(shape[0], shape[1]), self.job.device)
+
+    def _paint(
+        self, batch: list[tuple[int, Item, Loaded]], sample: int
+    ) -> Iterator[tuple[int, dict[str, Any], Array]]:
+        random = self.config.stochastic or self.painter.model.encoder is not None
+        seeds = [noise_seed(self.config.seed, item.key, sample) for _, item, _ in batch]
+        instances = [loaded.instance for _, _, loaded in batch]
+        given = [ids for ids in instances if ids is not None]
+        with self.lock:
+            started = time.monotonic()
+            pictures = self.painter.translate(
+                [loaded.source for _, _, loaded in batch],
+                given if len(given) == len(batch) else None,
+                seeds=seeds if random else None,
+                style=self.config.style.kind,
+                cluster=self.config.style.cluster,
+                reference=self.reference,
+            )
+            seconds = (time.monotonic() - started) / len(batch)
+        for (place, item, loaded), seed, picture in zip(batch, seeds, pictures, strict=True):
+            array = written(picture, self.painter.target_kind, loaded.source, self.painter.source_kind)
+            row = self._row(item, sample=sample, seconds=seconds, seed=seed if random else None)
+            row["output"] = outputs.output_name(item.key, outputs.SUFFIX[self.config.format], sample)
+            row["height"], row["width"] = array.shape[:2]
+            yield place, row, array
+
+    def _write(self, row: dict[str, Any], picture: Array) -> None:
+        data = encoded(picture, self.config.format, self.config.quality)
+        row["crc"], row["size"] = zlib.crc32(data), len(data)
+        retried(lambda: storage.write_bytes(storage.join(self.job.output, row["output"]), data))
+
+    def _row(self, item: Item, **values: Any) -> dict[str, Any]:
+        empty = dict.fromkeys(outputs.ROWS.names)
+        key = item.key
+        return {
+            **empty,
+            "key": key,
+            "source": item.uri,
+            "sample": 0,
+            "output": "",
+            "model": self.fingerprint,
+            **values,
+        }
+
+    def _reference(self) -> tuple[Array, Array, Array] | None:
+        style = self.config.style
+        if style.kind != "reference":
+            return None
+        kinds: tuple[Kind, ...] = (self.painter.target_kind, "instances", "labels")
+        found = []
+        for name, uri, kind in zip(
+            ("picture", "instances", "labels"),
+            (style.picture, style.instances, style.labels),
+            kinds,
+            strict=True,
+        ):
+            try:
+                found.append(images.decode(self.reader.read(Object(storage.absolute(uri or ""))), kind))
+            except ImageRejected as why:
+                raise UserError(f"infer.style.{name}: {uri}: {why}") from why
+        return found[0], found[1], found[2]
+
+
+# -- wiring --------------------------------------------------------------------------------------------------
+
+
+def digest(config: InferConfig) -> str:
+    """What a run reads from outside the pipeline: the listing of `input` and the model's checksums."""
+    parts = []
+    if config.input:
+        where = location(config)
+        if is_shards(where.uri):
+            parts.append(storage.read_bytes(storage.join(where.uri, dataset.NAME)).decode())
+        else:
+            parts.append(sources.plan(where, None).digest)
+    if config.model:
+        parts.append(json.dumps(description(config.model), sort_keys=True))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def location(config: InferConfig) -> Location:
+    """Where the sources are."""
+    assert config.input is not None
+    return Location(
+        uri=storage.absolute(config.input),
+        pattern=config.pattern,
+        instance=storage.absolute(config.instance) if config.instance else "",
+        instance_pattern=config.instance_pattern or "",
+    )
+
+
+def is_shards(uri: str) -> bool:
+    """Whether a location is a shards folder."""
+    return not uri.lower().endswith(".parquet") and storage.exists(storage.join(uri, dataset.NAME))
+
+
+def run(
+    config: InferConfig,
+    resources: Resources,
+    *,
+    output: str,
+    track: Run,
+    model: str = "",
+    shards: str = "",
+) -> Outcome:
+    """Generate into `output`. `model` and `shards`: what the pipeline made, where the config names no others.
+
+    Raises UserError for a model or input that is none, and for an output folder that holds another run's
+    images; StageError if the work failed.
+    """
+    model = config.model or model
+    if not model:
+        raise UserError("infer.model: name a model; none was trained here")
+    tracking_uri = track.uri or None
+    told = description(model, tracking_uri)
+    if config.overwrite:
+        forget(output)
+    folder, planned = shards, None
+    if config.input is not None:
+        where = location(config)
+        folder = where.uri if is_shards(where.uri) else ""
+        if not folder:
+            planned = begin_objects(where, output, told, config)
+    if folder:
+        spec = dataset.load(folder)
+        total, count = len(sources.shard_units(spec, config.split)), spec.rows(config.split)
+        if not count:
+            raise UserError(f"infer.split: the shards hold no pair of the split {config.split!r}")
+        content = storage.read_bytes(storage.join(folder, dataset.NAME))
+        who = identity(told, config, hashlib.sha256(content).hexdigest()[:16])
+        begin(output, who, {"rows": count, "units": total})
+    else:
+        assert planned is not None
+        total, count = planned.units, planned.rows
+    storage.write_json(storage.join(output, "model", "model.json"), told)
+
+    done = outputs.finished_units(output)
+    left = [unit for unit in range(total) if unit not in done]
+    counts = finished_counts(output, sorted(done & set(range(total))))
+    if left:
+        job = make_job(config, resources, told, model, tracking_uri, output, folder, planned)
+        counts += generate(job, resources, left, count * config.samples, counts["images"])
+    errors = {name: value for name, value in sorted(counts.items()) if name.startswith("error_")}
+    failed = sum(errors.values())
+    if failed > config.max_reject_fraction * count:
+        worst = max(errors, key=lambda name: errors[name]).removeprefix("error_")
+        raise StageError(
+            f"infer: {failed:,} of {count:,} sources cannot be used, most for {worst!r}; {output}/table has "
+            f"every reason; infer.max_reject_fraction is {config.max_reject_fraction}"
+        )
+    return Outcome(counts={"images": counts["images"], "errors": failed, **errors})
+
+
+def make_job(
+    config: InferConfig,
+    resources: Resources,
+    told: Mapping[str, Any],
+    model: str,
+    tracking_uri: str | None,
+    output: str,
+    shards: str,
+    planned: Planned | None,
+) -> Job:
+    """The job for the processes, with what depends on this cluster."""
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    use_gpu = gpus > 0 if resources.gpu is None else resources.gpu
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    size = None
+    if shards:
+        trained = (told.get("preprocessing") or {}).get("size")
+        stored = dataset.load(shards).size
+        size = generated_size(stored, tuple(trained) if trained else None, config.size)
+    kind = ((told.get("preprocessing") or {}).get("pictures") or {}).get("target", {}).get("kind", "rgb")
+    if kind == "grey16" and config.format != "png":
+        raise UserError(f"infer.format: {config.format} cannot hold this model's 16-bit pictures; use png")
+    return Job(
+        config=config,
+        model=model,
+        tracking_uri=tracking_uri,
+        output=output,
+        shards=shards,
+        planned=planned,
+        size=size,
+        device="cuda" if use_gpu else "cpu",
+        threads=resources.threads_per_worker
+        or max(1, cores // actors(resources, "cuda" if use_gpu else "cpu")),
+        io_threads=resources.io_threads,
+    )
+
+
+def actors(resources: Resources, device: str) -> int:
+    """Processes that generate at most: as configured, else one a GPU, or one for every two cores."""
+    if resources.infer_actors is not None:
+        return resources.infer_actors
+    if device == "cuda":
+        return max(1, int(ray.cluster_resources().get("GPU", 1)))
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) == 1:  # its CPUs may be logical ones, more than the machine has
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    else:
+        cores = int(ray.cluster_resources().get("CPU", 1))
+    return max(1, cores // 2)
+
+
+def generate(job: Job, resources: Resources, left: list[int], total: int, done: int) -> Counter[str]:
+    """Do the units that are left, on as many processes as allowed. Returns what they counted."""
+    most = min(actors(resources, job.device), len(left))
+    counts: Counter[str] = Counter()
+    with Progress("infer", total=total, unit="images", done=done) as progress:
+        for start in range(0, len(left), CHUNK_UNITS * 64):
+            chunk = left[start : start + CHUNK_UNITS * 64]
+            rows = ray.data.from_items(
+                [{"unit": unit} for unit in chunk], override_num_blocks=min(len(chunk), CHUNK_UNITS)
+            ).map_batches(
+                Generator,
+                fn_constructor_kwargs={"job": job},
+                batch_size=1,
+                batch_format="numpy",
+                num_cpus=0.5,  # actors that held all logical CPUs would leave none for Ray Data's own tasks
+                num_gpus=1 if job.device == "cuda" else None,
+                compute=ActorPoolStrategy(
+                    min_size=1,
+                    max_size=most,
+                    initial_size=most if len(chunk) >= 2 * most else 1,
+                    max_tasks_in_flight_per_actor=3,
+                    max_concurrent_calls_per_actor=2,
+                    enable_true_multi_threading=True,
+                ),
+            )
+            try:
+                for row in rows.iter_rows():
+                    counts["images"] += int(row["images"])
+                    for reason, number in json.loads(row["errors"]).items():
+                        counts[f"error_{reason}"] += number
+                    progress.advance(int(row["images"]))
+            except RayError as error:
+                raise failure(error) from error
+    return counts
+
+
+def failure(error: BaseException) -> PixloomError:
+    """The error of ours that Ray wrapped, or a StageError naming the innermost cause."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, PixloomError):
+            return type(inner)(str(inner))
+        error, inner = inner, getattr(inner, "cause", None) or inner.__cause__
+    return StageError(
+        f"infer: the processes that generate failed: {str(error).strip().splitlines()[-1][:300]}"
+    )
+
+
+def identity(told: Mapping[str, Any], config: InferConfig, source: str) -> dict[str, Any]:
+    """What must be the same for a rerun to continue what an output folder holds."""
+    unseen = {"overwrite", "model", "input", "max_reject_fraction"}
+    settings = config.model_dump(mode="json", exclude=unseen)
+    return {
+        "model": hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16],
+        "config": settings,
+        "input": source,
+    }
+
+
+def begin(output: str, who: Mapping[str, Any], extent: Mapping[str, Any]) -> None:
+    """Write `infer.json`, or check that the folder holds just this run's work. Raises UserError if not."""
+    uri = storage.join(output, outputs.MANIFEST)
+    if storage.exists(uri):
+        held = storage.read_json(uri)
+        for name, value in who.items():
+            if held.get(name) != value:
+                raise UserError(
+                    f"{output}: holds images of another {name}; take another output folder, or overwrite"
+                )
+        return
+    storage.write_json(uri, {**who, **extent})
+
+
+def begin_objects(where: Location, output: str, told: Mapping[str, Any], config: InferConfig) -> Planned:
+    """The plan over a listing: the one this folder was begun with, or a new one, written down."""
+    uri = storage.join(output, outputs.MANIFEST)
+    if storage.exists(uri):
+        found = sources.plan(where, None)
+        begin(output, identity(told, config, found.digest), {})
+        return found
+    planned = sources.plan(where, output)
+    begin(output, identity(told, config, planned.digest), {"rows": planned.rows, "units": planned.units})
+    return planned
+
+
+def forget(output: str) -> None:
+    """Undo what says that something is finished; images are written over."""
+    fs, path = storage.filesystem(output)
+    for name in (
+        outputs.MANIFEST,
+        outputs.TABLE,
+        "plan",
+    ):  # the manifest first: without it nothing is trusted
+        if storage.exists(storage.join(output, name)):
+            fs.rm(f"{path}/{name}", recursive=True)
+
+
+def finished_counts(output: str, units: list[int]) -> Counter[str]:
+    """Images and errors in the parts that are there."""
+
+    def count(unit: int) -> Counter[str]:
+        fs, path = storage.filesystem(outputs.part_uri(output, unit))
+        with fs.open(path, "rb") as handle:
+            errors = pq.read_table(handle, columns=["error"])["error"]
+        reasons = Counter(f"error_{text.partition(':')[0]}" for text in errors.drop_null().to_pylist())
+        return reasons + Counter(images=errors.null_count)
+
+    with ThreadPoolExecutor(16) as threads:
+        return sum(threads.map(count, units), Counter[str]())
+
+
+__all__ = ["VERSION", "InferConfig", "StyleConfig", "digest", "run"]

@@ -1,0 +1,292 @@
+"""Batch inference: rules, and whole runs on small models."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from stages import images, infer, outputs
+from stages.base import Outcome, Resources
+from stages.errors import StageError, UserError
+from stages.infer import InferConfig, bucketed, generated_size
+from stages.sources import Item, Loaded
+from stages.tracking import NullRun
+from tests.small import make_model, make_shards, scene
+
+RESOURCES = Resources(infer_actors=1, io_threads=4, threads_per_worker=1, gpu=False)
+
+
+def run(
+    output: Path, resources: Resources = RESOURCES, model: str = "", shards: str = "", **config: Any
+) -> Outcome:
+    return infer.run(
+        InferConfig(**config), resources, output=str(output), track=NullRun(), model=model, shards=shards
+    )
+
+
+def table(output: Path) -> list[dict[str, Any]]:
+    return [row for uri in outputs.parts(str(output)) for row in pq.read_table(uri).to_pylist()]
+
+
+def whole(output: Path) -> bool:
+    """Every row without an error has its image, byte for byte, and there is no image without a row."""
+    rows = [row for row in table(output) if row["error"] is None]
+    named = {row["output"] for row in rows}
+    there = {
+        str(path.relative_to(output))
+        for top in ("images", "samples")
+        for path in (output / top).rglob("*")
+        if path.is_file()
+    }
+    return there == named and all(
+        zlib.crc32((output / row["output"]).read_bytes()) == row["crc"] for row in rows
+    )
+
+
+# -- rules ---------------------------------------------------------------------------------------
+
+
+def test_a_jitter_crop_is_the_size_to_generate_and_a_smaller_crop_is_not() -> None:
+    assert generated_size((286, 286), (256, 256), None) == (256, 256)
+    assert generated_size((2048, 1024), (512, 512), None) is None
+    assert generated_size((256, 256), (256, 256), None) is None
+    assert generated_size((256, 128), None, None) is None
+    assert generated_size((286, 286), (256, 256), (128, 64)) == (128, 64)
+
+
+def test_batches_hold_one_shape_and_wait_within_bounds() -> None:
+    def entry(index: int, side: int) -> tuple[int, Item, Loaded]:
+        return index, Item(str(index), "", lambda: Loaded(np.zeros(1))), Loaded(np.zeros((side, side, 3)))
+
+    entries = [entry(i, side) for i, side in enumerate([1, 2, 1, 3, 1, 2, 4, 5, 6, 7])]
+    batches = list(bucketed(iter(entries), lambda shape: 3 if shape[0] == 1 else 2, most=4))
+    assert sorted(i for batch in batches for i, _, _ in batch) == list(range(10))
+    assert all(len({loaded.source.shape for _, _, loaded in batch}) == 1 for batch in batches)
+    assert [i for i, _, _ in batches[0]] == [0, 2]  # four waited
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"pattern": "{nokey}"}, "pattern"),
+        ({"instance_pattern": "x.png"}, "instance_pattern"),
+        ({"style": {"kind": "reference"}}, "style"),
+        ({"samples": 2, "style": {"kind": "cluster"}}, "samples"),
+        ({"tile": 8}, "tile"),
+        ({"colour": 1}, "colour"),
+    ],
+)
+def test_a_wrong_setting_is_named(values: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        InferConfig(**values)
+
+
+# -- runs ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("shards")
+    make_shards(folder, {"train": [4], "test": [70, 9]})
+    return str(folder)
+
+
+@pytest.mark.ray
+def test_a_split_is_generated_once_and_a_killed_run_goes_on(
+    ray_local: None, tmp_path: Path, model: str, shards: str
+) -> None:
+    out = tmp_path / "out"
+    outcome = run(out, model=model, shards=shards)
+    assert outcome.counts == {"images": 79, "errors": 0}
+    assert whole(out)
+    rows = table(out)
+    assert len(rows) == 79
+    assert rows[0]["output"] == "images/test/004.png"
+    first = {row["output"]: (out / row["output"]).stat().st_mtime_ns for row in rows}
+
+    # as a kill leaves it: one unit without its table part, one of its images gone
+    part = Path(outputs.part_uri(str(out), 1))
+    lost = pq.read_table(part).to_pylist()
+    part.unlink()
+    (out / lost[0]["output"]).unlink()
+    assert run(out, model=model, shards=shards).counts == {"images": 79, "errors": 0}
+    assert whole(out)
+    again = {row["output"]: (out / row["output"]).stat().st_mtime_ns for row in table(out)}
+    redone = {name for name in first if again[name] != first[name]}
+    assert redone == {row["output"] for row in lost}
+    assert [row["crc"] for row in table(out)] == [row["crc"] for row in rows]
+
+    make_model(tmp_path / "other", norm="batch")
+    with pytest.raises(UserError, match="another model"):
+        run(out, model=str(tmp_path / "other"), shards=shards)
+    assert run(out, model=str(tmp_path / "other"), shards=shards, overwrite=True).counts["images"] == 79
+    assert whole(out)
+
+
+def folder_of_sources(folder: Path) -> dict[str, np.ndarray]:
+    """Label maps of several sizes and hostile names; returns those that are good, by key."""
+    good: dict[str, np.ndarray] = {}
+    for index, (name, side) in enumerate(
+        [
+            ("a", 32),
+            ("deep/er/b", 40),
+            ("deep/er/c d", 40),
+            ("100%", 32),
+            ("<img src=x>", 33),
+            ("ünï", 32),
+            ("twice", 32),
+        ]
+    ):
+        labels = scene(index, side, 32)["source"]
+        path = folder / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(images.encode(labels, "png"))
+        good[name] = labels
+    Image.fromarray(good["a"][..., 0]).save(folder / "twice.bmp")  # the same key as twice.png
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "not.png").write_bytes(b"no image at all, just text")
+    (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:60])
+    (folder / "range.png").write_bytes(images.encode(np.full((32, 32, 1), 9, np.uint8), "png"))
+    (folder / "large.png").write_bytes(images.encode(np.zeros((200, 200, 1), np.uint8), "png"))
+    (folder / "notes.txt").write_text("not an image")
+    return good
+
+
+@pytest.mark.ray
+def test_any_folder_is_generated_and_what_cannot_be_is_told(
+    ray_local: None, tmp_path: Path, model: str
+) -> None:
+    good = folder_of_sources(tmp_path / "in")
+    out = tmp_path / "out"
+    settings = {"input": str(tmp_path / "in"), "max_pixels": 150 * 150, "max_reject_fraction": 1}
+    outcome = run(out, model=model, **settings)
+    assert outcome.counts["images"] == 8
+    assert outcome.counts["errors"] == 5
+    assert whole(out)
+    rows = {row["key"]: row for row in table(out)}
+    assert set(rows) == {*good, "empty", "not", "cut", "range", "large"} - {"twice"} | {
+        "twice.png",
+        "twice.bmp",
+    }
+    reasons = {key: row["error"].partition(":")[0] for key, row in rows.items() if row["error"]}
+    assert reasons == {
+        "empty": "empty",
+        "not": "not_an_image",
+        "cut": "truncated",
+        "range": "label_range",
+        "large": "too_large",
+    }
+    assert "200x200" in rows["large"]["error"]
+    for key, labels in good.items():
+        if key != "twice":
+            with Image.open(out / rows[key]["output"]) as image:
+                assert image.size == (labels.shape[1], labels.shape[0])
+    assert (out / "images/deep/er/c d.png").exists()
+
+    assert run(out, model=model, **settings).counts == outcome.counts  # nothing left to do
+    with pytest.raises(StageError, match="5 of 13 sources"):
+        run(tmp_path / "strict", model=model, input=str(tmp_path / "in"), max_pixels=150 * 150)
+    (tmp_path / "in/new.png").write_bytes((tmp_path / "in/a.png").read_bytes())
+    with pytest.raises(UserError, match="another input"):
+        run(out, model=model, **settings)
+
+
+@pytest.mark.ray
+def test_noise_gives_several_samples_each_by_its_seed(ray_local: None, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for index in range(3):
+        (folder / f"{index}.png").write_bytes(images.encode(scene(index, 32, 32)["source"], "png"))
+    model = str(make_model(tmp_path / "model", dropout=True))
+    settings: dict[str, Any] = {"input": str(folder), "stochastic": True, "samples": 2, "format": "webp"}
+    run(tmp_path / "one", model=model, **settings)
+    rows = table(tmp_path / "one")
+    assert whole(tmp_path / "one")
+    assert [(row["key"], row["sample"]) for row in rows] == [(str(k), s) for k in range(3) for s in range(2)]
+    assert len({row["crc"] for row in rows}) == 6
+    (folder / "0.png").unlink()  # other neighbours, another place in the unit
+    run(tmp_path / "two", Resources(infer_actors=2, gpu=False), model=model, **settings)
+    fewer = {(row["key"], row["sample"]): row["crc"] for row in table(tmp_path / "two")}
+    assert fewer == {(row["key"], row["sample"]): row["crc"] for row in rows if row["key"] != "0"}
+
+
+@pytest.mark.ray
+def test_a_table_of_uris_is_generated(ray_local: None, tmp_path: Path, model: str) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(images.encode(scene(0, 32, 32)["source"], "png"))
+    listed = {"key": ["one", "gone", "../up"], "uri": [str(path), str(tmp_path / "no.png"), str(path)]}
+    pq.write_table(pa.table(listed), tmp_path / "list.parquet")
+    outcome = run(tmp_path / "out", model=model, input=str(tmp_path / "list.parquet"), max_reject_fraction=1)
+    assert outcome.counts == {"images": 1, "errors": 2, "error_bad_key": 1, "error_missing": 1}
+    assert whole(tmp_path / "out")
+
+
+@pytest.mark.ray
+def test_a_model_with_instances_takes_their_maps_by_key(ray_local: None, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for index in range(2):
+        drawn = scene(index, 32, 32)
+        (folder / f"{index}_label.png").write_bytes(images.encode(drawn["source"], "png"))
+        (folder / f"{index}_inst.png").write_bytes(images.encode(drawn["instance"], "png"))
+    model = str(make_model(tmp_path / "model", styles=True))
+    settings = {"input": str(folder), "pattern": "{key}_label.png", "max_reject_fraction": 1}
+    assert (
+        run(tmp_path / "a", model=model, instance_pattern="{key}_inst.png", **settings).counts["images"] == 2
+    )
+    assert run(tmp_path / "b", model=model, **settings).counts["error_missing"] == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model": "nowhere"}, r"infer.model: .*nowhere: there is no model.json"),
+        ({}, "infer.model: name a model"),
+    ],
+)
+def test_a_model_that_is_none_is_named(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "out", **config)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda _: None, "no such bucket, folder or file"),
+        (lambda folder: folder.mkdir(), "nothing is in it"),
+        (lambda folder: (folder.mkdir(), (folder / "a.txt").write_text("x")), "none of its 1 objects fits"),
+    ],
+)
+def test_an_input_that_is_none_is_named(tmp_path: Path, model: str, make: Any, message: str) -> None:
+    make(tmp_path / "in")
+    with pytest.raises(UserError, match=f"infer.input: .*{message}"):
+        run(tmp_path / "out", model=model, input=str(tmp_path / "in"))
+
+
+def test_the_digest_follows_the_input_and_the_model(tmp_path: Path, model: str) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"a")
+    config = InferConfig(input=str(folder), model=model)
+    before = infer.digest(config)
+    assert infer.digest(config) == before
+    (folder / "b.png").write_bytes(b"b")
+    assert infer.digest(config) != before
+    changed = json.loads((Path(model) / "model.json").read_text()) | {"extra": {"epoch": 3}}
+    other = tmp_path / "model"
+    other.mkdir()
+    (other / "model.json").write_text(json.dumps(changed))
+    assert infer.digest(InferConfig(model=str(other))) != infer.digest(InferConfig(model=model))
