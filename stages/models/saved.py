@@ -85,7 +85,7 @@ class Picture(_Frozen):
     """How the images of one role are read."""
 
     kind: Annotated[
-        str, Field(pattern=r"^[a-z_]{1,32}$", description="as in the shard stage: rgb, labels ...")
+        str, Field(pattern=r"^[a-z0-9_]{1,32}$", description="as in the shard stage: rgb, labels ...")
     ]
     classes: PositiveInt | None = None
 
@@ -98,7 +98,7 @@ class Preprocessing(_Frozen):
         Field(description="width and height trained on, after the crop"),
     ] = None
     pictures: Annotated[
-        dict[Annotated[str, Field(pattern=r"^[a-z_]{1,32}$")], Picture], Field(description="per role")
+        dict[Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}$")], Picture], Field(description="per role")
     ] = {}
     ignore_label: Annotated[int | None, Field(ge=0, description="the id that was mapped to no class")] = None
 

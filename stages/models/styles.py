@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stages.models.pix2pixhd import FeatureEncoder
+
 RADIX = 1 << 32
 """Ids are below this: two of them make one int64 key."""
 
@@ -136,6 +138,18 @@ def from_reference(
         default = (sums.sum(0) / weights.sum()).expand(len(instances.classes), -1)
     shown = (weights > 0)[instances.classes].unsqueeze(1)
     return torch.where(shown, means[instances.classes], default)
+
+
+@torch.no_grad()
+def instance_styles(
+    encoder: FeatureEncoder, image: Tensor, instance: Tensor, label: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What `fit_styles` takes, of one batch, on the CPU: vectors (M,F) and classes (M,) of its instances.
+
+    `image` (N,C,H,W) in [-1, 1], `instance` and `label` (N,1,H,W) integers.
+    """
+    instances = find_instances(instance, label)
+    return mean_features(encoder.features(image), instances).cpu(), instances.classes.cpu()
 
 
 def fit_styles(

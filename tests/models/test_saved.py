@@ -93,7 +93,7 @@ def test_every_part_of_a_coarse_to_fine_model_comes_back(tmp_path: Path) -> None
     styles = Styles(centers=torch.rand(5, 2, 3), counts=torch.ones(5, 2, dtype=torch.int64))
     preprocessing = Preprocessing(
         size=(64, 32),
-        pictures={"source": Picture(kind="labels", classes=5), "target": Picture(kind="rgb")},
+        pictures={"source": Picture(kind="labels", classes=5), "target": Picture(kind="grey16")},
         ignore_label=255,
     )
     manifest = save_model(

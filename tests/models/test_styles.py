@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from stages.models.pix2pixhd import FeatureEncoder
 from stages.models.styles import (
     Styles,
     find_instances,
     fit_styles,
     from_reference,
+    instance_styles,
     k_means,
     mean_features,
     paint,
@@ -86,6 +88,15 @@ def test_styles_are_fitted_per_class_and_repeatably() -> None:
 def styles() -> Styles:
     counts = torch.tensor([[5, 3, 1], [2, 2, 0], [0, 0, 0]])
     return Styles(centers=torch.arange(9.0).view(3, 3, 1) + 1, counts=counts)
+
+
+def test_the_encoder_gives_one_vector_an_instance() -> None:
+    encoder = FeatureEncoder(3, 3, width=4, downsamplings=1)
+    image, instance, label = scene()
+    vectors, classes = instance_styles(encoder, image, instance, label)
+    found = find_instances(instance, label)
+    torch.testing.assert_close(paint(vectors, found), encoder(image, instance).detach())
+    assert torch.equal(classes, found.classes)
 
 
 def test_a_chosen_cluster_is_painted_on_every_instance_of_its_class() -> None:
