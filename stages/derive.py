@@ -3,14 +3,14 @@
 in:  the target (H, W, 3) uint8 at the load size, a recipe, the pair's key
 out: the source (H, W, 3) uint8; the same for the same key, wherever and whenever it is made
 
-| recipe      | what the network is to learn                                             |
-|-------------|--------------------------------------------------------------------------|
-| grey        | colour from lightness, in RGB                                            |
-| lightness   | colour from CIE Lab lightness; use kinds lab_l and lab_ab (pix2pix)      |
-| edges       | photo from thin black edges on white                                     |
-| sketch      | photo from a pencil drawing                                              |
-| inpaint     | what was in one to four white rectangles of 1/8 to 1/2 of a side         |
-| downscale:n | detail that is lost at 1/n of the resolution (n = 2, 4, 8 or 16)         |
+| recipe        | what the network is to learn                                           |
+|---------------|------------------------------------------------------------------------|
+| grey          | colour from lightness, in RGB                                          |
+| lab_lightness | colour from CIE Lab lightness; use kinds lab_l and lab_ab (pix2pix)    |
+| edges         | photo from thin black edges on white                                   |
+| sketch        | photo from a pencil drawing                                            |
+| inpaint       | what was in one to four white rectangles of 1/8 to 1/2 of a side       |
+| downscale     | detail that is lost at 1/n of the resolution                           |
 """
 
 from __future__ import annotations
@@ -23,26 +23,18 @@ from PIL import Image, ImageFilter
 from stages.base import Kind
 from stages.images import Array, lab_channels, resize
 
-RECIPES = (
-    "grey",
-    "lightness",
-    "edges",
-    "sketch",
-    "inpaint",
-    "downscale:2",
-    "downscale:4",
-    "downscale:8",
-    "downscale:16",
-)
+RECIPES = ("grey", "lab_lightness", "edges", "sketch", "inpaint", "downscale")
 
 
-def derive(target: Array, recipe: str, *, key: str, kind: Kind) -> Array:
-    """The source of `kind` ("rgb", "grey" or "lab_l") that `recipe` makes of a target (H, W, 3)."""
-    name, _, amount = recipe.partition(":")
-    match name:
+def derive(target: Array, recipe: str, *, key: str, kind: Kind, factor: int = 4) -> Array:
+    """The source of `kind` ("rgb", "grey" or "lab_l") that `recipe` makes of a target (H, W, 3).
+
+    `factor`: of recipe `downscale`.
+    """
+    match recipe:
         case "grey":
             made = grey(target)
-        case "lightness":
+        case "lab_lightness":
             made = target  # its L is taken below, or shown as grey
             if kind != "lab_l":
                 made = np.repeat(lab_channels(target, "lab_l"), 3, axis=2)
@@ -53,7 +45,7 @@ def derive(target: Array, recipe: str, *, key: str, kind: Kind) -> Array:
         case "inpaint":
             made = inpaint(target, key)
         case "downscale":
-            made = downscale(target, int(amount))
+            made = downscale(target, factor)
         case _:
             raise AssertionError(f"unknown recipe {recipe!r}: the pair stage checks it")
     if kind == "lab_l":

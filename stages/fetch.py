@@ -20,7 +20,9 @@ import tarfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Coroutine, Iterable
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -37,6 +39,7 @@ from stages.storage import filesystem
 
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
+Item = TypeVar("Item")
 
 ATTEMPTS = 8
 FIRST_WAIT = 0.25  # doubled each time, at most LONGEST_WAIT: about 40 s in all, longer than a restart takes
@@ -81,7 +84,7 @@ class Reader:
         """
         if wanted.uri in self._members:
             return self._members[wanted.uri]
-        return self._again(lambda: self._read(wanted), wanted.uri)
+        return patiently(lambda: self._read(wanted), wanted.uri, self.attempts, self.first_wait)
 
     def stream_archives(self, wanted: Iterable[Object]) -> None:
         """Take members of compressed tars out of them in one pass each; `read` then has them in memory.
@@ -96,7 +99,12 @@ class Reader:
                 if outer.split("?")[0].lower().endswith(_COMPRESSED):
                     inside.setdefault(outer, {})[one.uri] = one
         for outer, members in inside.items():
-            self._members |= self._again(lambda o=outer, m=members: self._pass_through(o, m), outer)  # type: ignore[misc]
+            self._members |= patiently(
+                lambda o=outer, m=members: self._pass_through(o, m),  # type: ignore[misc]
+                outer,
+                self.attempts,
+                self.first_wait,
+            )
 
     # -- one attempt ----------------------------------------------------------
 
@@ -183,31 +191,55 @@ class Reader:
                     break
         return found
 
-    # -- again ----------------------------------------------------------------
 
-    def _again(self, call: Callable[[], Value], uri: str) -> Value:
-        """The call's value, tried again with growing, scattered waits while the store fails."""
-        for attempt in range(self.attempts):
-            try:
-                return call()
-            except (ImageRejected, UserError):
+# -- again --------------------------------------------------------------------
+
+
+def patiently(
+    call: Callable[[], Value], uri: str, attempts: int = ATTEMPTS, first_wait: float = FIRST_WAIT
+) -> Value:
+    """The call's value, tried again with growing, scattered waits while the store fails.
+
+    Raises:
+        ImageRejected: `missing`, there is no such object.
+        UserError: the store refuses access. StageError: it failed at every attempt.
+    """
+    for attempt in range(attempts):
+        try:
+            return call()
+        except (ImageRejected, UserError):
+            raise
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise ImageRejected("missing", uri) from error
+        except Exception as error:
+            refusal = _refusal(error)
+            if refusal:
+                raise UserError(f"{uri}: access denied, check the credentials ({refusal})") from error
+            if not _passing(error):
                 raise
-            except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-                raise ImageRejected("missing", uri) from error
-            except Exception as error:
-                refusal = _refusal(error)
-                if refusal:
-                    raise UserError(f"{uri}: access denied, check the credentials ({refusal})") from error
-                if not _passing(error):
-                    raise
-                if attempt == self.attempts - 1:
-                    raise StageError(
-                        f"{uri}: cannot be read, {self.attempts} attempts ({_line(error)})"
-                    ) from error
-                logger.info("%s: %s, trying again", uri, _line(error))
-                wait = min(self.first_wait * 2**attempt, LONGEST_WAIT)
-                time.sleep(wait * random.uniform(0.5, 1))  # noqa: S311 - scatters retries, changes no result
-        raise AssertionError("unreachable")
+            if attempt == attempts - 1:
+                raise StageError(f"{uri}: failed at each of {attempts} attempts ({_line(error)})") from error
+            logger.info("%s: %s, trying again", uri, _line(error))
+            wait = min(first_wait * 2**attempt, LONGEST_WAIT)
+            time.sleep(wait * random.uniform(0.5, 1))  # noqa: S311 - scatters retries, changes no result
+    raise AssertionError("unreachable")
+
+
+def in_order(
+    threads: Executor, call: Callable[[Item], Value], items: Iterable[Item], *, ahead: int
+) -> Iterator[Value]:
+    """`call` of each item, by threads, in the items' order, with at most `ahead` results waiting."""
+    waiting: deque[Future[Value]] = deque()
+    try:
+        for item in items:
+            waiting.append(threads.submit(call, item))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 # -- one kind of store each ---------------------------------------------------

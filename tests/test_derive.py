@@ -32,7 +32,7 @@ def test_holes_depend_on_the_key_and_leave_the_rest_alone():
 
 
 def test_lightness_is_the_l_of_lab():
-    made = derive(PHOTO, "lightness", key="a", kind="lab_l")
+    made = derive(PHOTO, "lab_lightness", key="a", kind="lab_l")
     assert np.allclose(made[..., 0] / 2.55, images.rgb_to_lab(PHOTO)[..., 0], atol=0.25)
 
 
@@ -48,6 +48,6 @@ def test_edges_are_thin_lines_where_the_image_changes():
 
 def test_downscaling_loses_detail_and_keeps_the_mean():
     noise = RNG.integers(0, 256, (64, 64, 3), np.uint8)
-    made = derive(noise, "downscale:4", key="a", kind="rgb")
+    made = derive(noise, "downscale", key="a", kind="rgb")
     assert made.std() < noise.std() / 2
     assert abs(float(made.mean()) - float(noise.mean())) < 3

@@ -1,0 +1,557 @@
+"""Fetch, verify, decode and normalise every pair once.
+
+in:  part-<bucket>.parquet         {key, split, group, per role R: R_uri, R_size, R_etag, R_crop, R_derive}
+out: <split>-<bucket>.parquet      {key, group, per role R: R, R_crc, R_uri, R_width, R_height, R_mean, ...}
+     quarantine-<bucket>.parquet   {key, role, uri, reason, detail}
+     _parts/<bucket>.json          written last for each bucket: what came of it
+     dataset.json, card.json, card.md, samples.png
+
+One task a bucket, which reads its objects with many threads and never holds more than a row group of images.
+A bucket whose marker is there is not done again. All names and bytes follow from the input, so two runs that
+write the same folder write the same files.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import tempfile
+import threading
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Self, cast, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+from pydantic import Field, PositiveInt, model_validator
+
+from stages import card, dataset, images, storage
+from stages.base import Config, Fraction, Kind, Outcome, Resources, Role, Split
+from stages.card import Statistics
+from stages.dataset import DatasetSpec, RoleSpec, ShardFile
+from stages.derive import derive
+from stages.errors import PixloomError, StageError, UserError
+from stages.fetch import Object, Reader, in_order, patiently
+from stages.images import Array, Encoding, ImageRejected
+from stages.progress import Progress
+
+if TYPE_CHECKING:
+    from stages.tracking import Run
+
+VERSION = 1
+
+ROW_GROUP_BYTES = 8 << 20  # a row group is what training reads at once: big enough for a fast GET
+ROW_GROUP_ROWS = 64
+DECODERS = 4  # images unpacked at once by a task: bounds memory, whatever the number of reading threads
+TASK_BLOCKS = 4096  # Ray Data blocks at most; beyond that a block holds several buckets
+ASPECT_TOLERANCE = 0.02
+DEFAULT_KINDS: Mapping[Role, Kind] = {
+    "source": "rgb",
+    "target": "rgb",
+    "label": "labels",
+    "instance": "instances",
+}
+# What an encoding leaves of raw bytes, for the choice of row group alone.
+_SHRINKS: Mapping[Encoding, float] = {"raw": 1.0, "png": 0.5, "jpeg": 0.15, "webp": 0.1}
+
+logger = logging.getLogger(__name__)
+
+Side = Annotated[int, Field(ge=1, le=16384)]
+
+QUARANTINE = pa.schema(
+    {
+        "key": pa.string(),
+        "role": pa.string(),
+        "uri": pa.string(),
+        "reason": pa.string(),
+        "detail": pa.string(),
+    }
+)
+
+
+class ShardConfig(Config):
+    """What images are stored as."""
+
+    size: Annotated[tuple[Side, Side], Field(description="width, height that training loads")] = (286, 286)
+    kinds: Annotated[
+        dict[Role, Kind],
+        Field(default_factory=dict, description="how a role's images are read; source and target are rgb"),
+    ]
+    classes: Annotated[int | None, Field(ge=1, le=256, description="number of label ids")] = None
+    channels: Annotated[int | None, Field(ge=1, le=512, description="channels of kind `channels`")] = None
+    ignore_label: Annotated[
+        int | None, Field(ge=0, le=255, description="an id that becomes void_class instead of a reject")
+    ] = None
+    void_class: Annotated[int | None, Field(ge=0, le=255, description="null: the last class")] = None
+    downscale: Annotated[int, Field(ge=2, le=64, description="factor of the derived source `downscale`")] = 4
+    encoding: Annotated[
+        Encoding, Field(description="raw reads fastest; png, jpeg and webp are smaller; ids are never lossy")
+    ] = "raw"
+    quality: Annotated[int, Field(ge=1, le=100, description="of jpeg and webp")] = 95
+    row_group_rows: Annotated[PositiveInt | None, Field(description="null: as many as make about 8 MiB")] = (
+        None
+    )
+    max_pixels: Annotated[int, Field(ge=1, le=images.MAX_PIXELS)] = images.MAX_PIXELS
+    min_side: Annotated[int, Field(ge=1, description="smaller images are placeholders")] = 8
+    max_reject_fraction: Fraction = 0.01
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        kinds = set(self.kinds.values())
+        if "labels" in kinds and self.classes is None:
+            raise ValueError("kind labels needs shard.classes, the number of label ids")
+        if "channels" in kinds and self.channels is None:
+            raise ValueError("kind channels needs shard.channels, their number")
+        if self.void_class is not None and self.classes is not None and self.void_class >= self.classes:
+            raise ValueError(f"void_class {self.void_class} is no class of {self.classes}")
+        return self
+
+
+# -- rules: an image, a pair --------------------------------------------------
+
+
+def role_specs(config: ShardConfig, roles: Iterable[Role]) -> dict[Role, RoleSpec]:
+    """How each role is stored. Raises UserError if `classes` is missing for a label role."""
+    specs: dict[Role, RoleSpec] = {}
+    for role in roles:
+        kind = config.kinds.get(role, DEFAULT_KINDS[role])
+        if kind == "labels" and config.classes is None:
+            raise UserError(f"shard.classes: role '{role}' holds label ids, say how many there are")
+        specs[role] = RoleSpec(
+            kind=kind,
+            encoding=images.stored_encoding(kind, config.encoding),
+            classes=config.classes if kind == "labels" else None,
+            channel_count=config.channels if kind == "channels" else None,
+        )
+    return specs
+
+
+def row_group_rows(config: ShardConfig, specs: Mapping[Role, RoleSpec]) -> int:
+    """Rows of a row group: the config's, or as many as make about `ROW_GROUP_BYTES`."""
+    if config.row_group_rows is not None:
+        return config.row_group_rows
+    width, height = config.size
+    row = sum(
+        width * height * spec.channels * images.dtype(spec.kind).itemsize * _SHRINKS[spec.encoding]
+        for spec in specs.values()
+    )
+    return max(1, min(ROW_GROUP_ROWS, int(ROW_GROUP_BYTES / row)))
+
+
+def check_labels(ids: Array, config: ShardConfig) -> Array:
+    """Label ids with the ignored one mapped to the void class. Raises ImageRejected `label_range`."""
+    assert config.classes is not None
+    if config.ignore_label is not None:
+        void = config.classes - 1 if config.void_class is None else config.void_class
+        ids = np.where(ids == config.ignore_label, np.uint8(void), ids)
+    if ids.size and int(ids.max()) >= config.classes:
+        raise ImageRejected("label_range", f"id {int(ids.max())}, classes are 0..{config.classes - 1}")
+    return ids
+
+
+def same_shape(sizes: Mapping[Role, tuple[int, int]]) -> None:
+    """Images of a pair must show the same frame: one aspect ratio within 2 %, or a pixel of rounding.
+
+    Their resolutions may differ, as those of a photo and a smaller label map do. Raises ImageRejected.
+    """
+    widest = max(sizes.values())
+    for role, (width, height) in sizes.items():
+        expected = width * widest[1] / widest[0]
+        if abs(height - expected) > max(1.0, ASPECT_TOLERANCE * expected):
+            raise ImageRejected(
+                "size_mismatch", f"{role} is {width}x{height}, another role {widest[0]}x{widest[1]}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An image as it goes into a shard."""
+
+    data: bytes
+    crc: int
+    uri: str
+    original: tuple[int, int]
+    measures: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A pair that cannot be used, and which of its images is to blame."""
+
+    key: str
+    role: str
+    uri: str
+    reason: str
+    detail: str
+
+
+@dataclass(slots=True)
+class Pair:
+    """A pair ready to be written."""
+
+    key: str
+    split: Split
+    group: str | None
+    stored: dict[Role, Stored] = field(default_factory=dict)
+
+
+class Maker:
+    """Makes pairs out of rows. Its rules are those above; what it holds is how objects are read."""
+
+    def __init__(self, config: ShardConfig, specs: Mapping[Role, RoleSpec], reader: Reader) -> None:
+        self.config, self.specs, self.reader = config, specs, reader
+        self._decoding = threading.Semaphore(DECODERS)
+
+    def __call__(self, row: Mapping[str, Any]) -> Pair | Reject:
+        """The pair of a row, or why there is none. Raises UserError, StageError if the store fails."""
+        pair = Pair(row["key"], row["split"], row.get("group"))
+        sizes: dict[Role, tuple[int, int]] = {}
+        fetched: dict[str, bytes] = {}
+        decoded: dict[tuple[str, Kind], Array] = {}
+        for role, spec in self.specs.items():
+            uri = row.get(f"{role}_uri")
+            if uri is None:
+                continue  # optional, and this pair lacks it
+            try:
+                if uri not in fetched:
+                    fetched[uri] = self.reader.read(_object(row, role))
+                with self._decoding:
+                    array, sizes[role] = self._image(row, role, spec, fetched[uri], decoded)
+                    pair.stored[role] = self._store(array, spec, uri, sizes[role])
+                same_shape(sizes)
+            except ImageRejected as why:
+                return Reject(pair.key, role, uri, why.reason, why.detail)
+        return pair
+
+    def _image(
+        self,
+        row: Mapping[str, Any],
+        role: Role,
+        spec: RoleSpec,
+        data: bytes,
+        decoded: dict[tuple[str, Kind], Array],
+    ) -> tuple[Array, tuple[int, int]]:
+        """The array at load size, and the size (width, height) it had."""
+        config, recipe = self.config, row.get(f"{role}_derive") or ""
+        kind: Kind = "rgb" if recipe else spec.kind
+        place = (row[f"{role}_uri"], kind)
+        if place not in decoded:
+            decoded[place] = images.decode(
+                data, kind, max_pixels=config.max_pixels, channels=config.channels, min_side=config.min_side
+            )
+        whole = images.crop_half(decoded[place], row.get(f"{role}_crop") or "")
+        size = (whole.shape[1], whole.shape[0])
+        if kind == "labels":
+            whole = check_labels(whole, config)
+        array = images.resize(whole, config.size, kind)
+        if recipe:
+            array = derive(array, recipe, key=row["key"], kind=spec.kind, factor=config.downscale)
+        elif spec.kind in ("lab_l", "lab_ab"):
+            array = images.lab_channels(array, spec.kind)
+        return array, size
+
+    def _store(self, array: Array, spec: RoleSpec, uri: str, size: tuple[int, int]) -> Stored:
+        data = images.encode(array, spec.encoding, quality=self.config.quality)
+        return Stored(data, images.checksum(data), uri, size, card.measures(array, spec.kind))
+
+
+def _object(row: Mapping[str, Any], role: Role) -> Object:
+    size, etag = row.get(f"{role}_size"), row.get(f"{role}_etag")
+    return Object(row[f"{role}_uri"], -1 if size is None else int(size), etag or "")
+
+
+# -- files --------------------------------------------------------------------
+
+
+def schema(specs: Mapping[Role, RoleSpec]) -> pa.Schema:
+    """Columns of a shard (docs/data.md explains them)."""
+    fields = [pa.field("key", pa.string(), nullable=False), pa.field("group", pa.string())]
+    for role, spec in specs.items():
+        fields += [
+            pa.field(role, pa.binary()),
+            pa.field(f"{role}_crc", pa.uint32()),
+            pa.field(f"{role}_uri", pa.string()),
+            pa.field(f"{role}_width", pa.int32()),
+            pa.field(f"{role}_height", pa.int32()),
+        ]
+        if spec.kind in images.IDS:
+            fields.append(pa.field(f"{role}_ids", pa.list_(pa.int32())))
+        else:
+            fields.append(pa.field(f"{role}_mean", pa.list_(pa.float32())))
+            fields.append(pa.field(f"{role}_std", pa.list_(pa.float32())))
+            fields.append(pa.field(f"{role}_hash", pa.uint64()))
+    return pa.schema(fields)
+
+
+def table(pairs: Sequence[Pair], shape: pa.Schema, specs: Mapping[Role, RoleSpec]) -> pa.Table:
+    """Pairs as rows of a shard."""
+    columns: dict[str, list[Any]] = {"key": [p.key for p in pairs], "group": [p.group for p in pairs]}
+    for role in specs:
+        found = [p.stored.get(role) for p in pairs]
+        columns[role] = [s and s.data for s in found]
+        columns[f"{role}_crc"] = [s and s.crc for s in found]
+        columns[f"{role}_uri"] = [s and s.uri for s in found]
+        columns[f"{role}_width"] = [s and s.original[0] for s in found]
+        columns[f"{role}_height"] = [s and s.original[1] for s in found]
+        for name in ("ids", "mean", "std", "hash"):
+            if f"{role}_{name}" in shape.names:
+                columns[f"{role}_{name}"] = [s and s.measures[name] for s in found]
+    return pa.table(columns, schema=shape)
+
+
+class ShardWriter:
+    """Writes one shard a row group at a time; it appears under its name, whole, on `publish`."""
+
+    def __init__(
+        self, folder: str, name: str, specs: Mapping[Role, RoleSpec], rows: int, scratch: Path
+    ) -> None:
+        self.uri, self.name, self.rows = storage.join(folder, name), name, rows
+        self.specs, self.shape = specs, schema(specs)
+        # In place where that is a folder of this machine, so that publishing is a rename.
+        here = Path(folder) if storage.is_local(folder) else scratch
+        self.partial = here / f".{name}.{uuid.uuid4().hex}.partial"
+        self.groups: list[int] = []
+        self.waiting: list[Pair] = []
+        raw = [role for role, spec in specs.items() if spec.encoding == "raw"]
+        rest = [name for name in self.shape.names if name not in raw]
+        self.writer = pq.ParquetWriter(
+            self.partial,
+            self.shape,
+            # LZ4 unpacks at gigabytes a second; it takes label maps to a few per cent, photos hardly at all.
+            compression={name: "lz4" if name in raw else "none" for name in self.shape.names},
+            use_dictionary=False,
+            # Statistics of an image column would be images. Checksums of pages are ours, per image.
+            write_statistics=[
+                n for n in rest if n not in specs and not n.endswith(("_ids", "_mean", "_std"))
+            ],
+        )
+
+    def add(self, pair: Pair) -> None:
+        """Append a pair."""
+        self.waiting.append(pair)
+        if len(self.waiting) == self.rows:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.waiting:
+            self.writer.write_table(table(self.waiting, self.shape, self.specs))
+            self.groups.append(len(self.waiting))
+            self.waiting = []
+
+    def publish(self) -> dict[str, Any]:
+        """Finish the file and put it in place."""
+        self._flush()
+        self.writer.close()
+        size = self.partial.stat().st_size
+        patiently(lambda: _put(self.partial, self.uri), self.uri)
+        return {"name": self.name, "rows": sum(self.groups), "row_groups": self.groups, "bytes": size}
+
+    def discard(self) -> None:
+        """Leave nothing half done behind; after `publish` there is nothing."""
+        self.writer.close()
+        self.partial.unlink(missing_ok=True)
+
+
+def _put(partial: Path, uri: str) -> None:
+    """A finished local file under its final name, whole or not at all, without holding it in memory."""
+    fs, path = storage.filesystem(uri)
+    if storage.is_local(uri):
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    else:
+        fs.put_file(str(partial), path)
+
+
+def shard_part(
+    part: str, *, output: str, config: ShardConfig, specs: Mapping[Role, RoleSpec], io_threads: int
+) -> dict[str, Any]:
+    """Make one bucket's files; returns its marker, which an earlier run may have left already.
+
+    Raises:
+        UserError, StageError: the store refuses, or stays away.
+    """
+    bucket = bucket_of(part)
+    marker = storage.join(output, "_parts", f"{bucket:05d}.json")
+    done = _marker(marker)
+    if done is not None:
+        return done
+    rows = storage.read_parquet(part).to_pylist()
+    if storage.is_local(output):
+        Path(output).mkdir(parents=True, exist_ok=True)
+    reader = Reader()
+    reader.stream_archives(_object(row, role) for row in rows for role in specs if row.get(f"{role}_uri"))
+    statistics: dict[Split, Statistics] = {}
+    rejects: list[Reject] = []
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pixloom-shard-")))
+        threads = stack.enter_context(ThreadPoolExecutor(io_threads, thread_name_prefix="shard"))
+        writers: dict[Split, ShardWriter] = {}
+        for made in in_order(threads, Maker(config, specs, reader), rows, ahead=2 * io_threads):
+            if isinstance(made, Reject):
+                rejects.append(made)
+                continue
+            if made.split not in writers:
+                name = f"{made.split}-{bucket:05d}.parquet"
+                writer = ShardWriter(output, name, specs, row_group_rows(config, specs), scratch)
+                writers[made.split] = writer
+                stack.callback(writer.discard)
+                statistics[made.split] = Statistics()
+            for role, stored in made.stored.items():
+                statistics[made.split].add(role, stored.measures, stored.original)
+            writers[made.split].add(made)
+        files = {split: writer.publish() for split, writer in sorted(writers.items())}
+    _write_quarantine(output, bucket, rejects)
+    summary = {
+        "bucket": bucket,
+        "rows": len(rows),
+        "files": files,
+        "rejects": dict(Counter(reject.reason for reject in rejects)),
+        "statistics": {split: found.to_json() for split, found in sorted(statistics.items())},
+    }
+    patiently(lambda: storage.write_json(marker, summary), marker)
+    return summary
+
+
+def bucket_of(part: str) -> int:
+    """The bucket's number in a part's name."""
+    found = re.search(r"part-(\d+)\.parquet$", part)
+    assert found, part
+    return int(found[1])
+
+
+def _marker(uri: str) -> dict[str, Any] | None:
+    def read() -> dict[str, Any]:
+        return cast(dict[str, Any], storage.read_json(uri))
+
+    try:
+        return patiently(read, uri)
+    except ImageRejected:  # there is none
+        return None
+
+
+def _write_quarantine(output: str, bucket: int, rejects: Sequence[Reject]) -> None:
+    if rejects:
+        columns = {name: [getattr(reject, name) for reject in rejects] for name in QUARANTINE.names}
+        uri = storage.join(output, f"quarantine-{bucket:05d}.parquet")
+        found = pa.table(columns, schema=QUARANTINE)
+        patiently(lambda: storage.write_parquet(uri, found, compression="zstd"), uri)
+
+
+# -- wiring -------------------------------------------------------------------
+
+
+def run(config: ShardConfig, resources: Resources, *, output: str, track: Run, pairs: str) -> Outcome:
+    """Make shards of all parts in `pairs`.
+
+    Raises:
+        UserError: no pairs, `classes` missing, or a store that refuses access.
+        StageError: more than `max_reject_fraction` of the pairs were rejected, or a store stayed away.
+    """
+    parts = list(storage.parquet_parts(pairs, "part-"))
+    if not parts:
+        raise UserError(f"{pairs}: there are no pairs")
+    specs = role_specs(config, roles_of(parts[0]))
+    done = Summary()
+    with Progress("shard", total=None, unit="pairs") as progress:
+        for summary in _summaries(parts, output, config, specs, resources.io_threads):
+            done.add(summary)
+            progress.advance(summary["rows"], f"{len(done.buckets):,}/{len(parts):,} parts")
+    done.check(config.max_reject_fraction, output)
+    spec = DatasetSpec(size=config.size, roles=specs, splits=done.splits())
+    leaks = card.leakage(output, spec)
+    written = card.write(output, spec, done.statistics, done.rejects, leaks)
+    dataset.save(output, spec)
+    for name, data in written.items():
+        track.artifact(f"dataset/{name}", data)
+    return Outcome(counts=done.counts() | {"leaks": leaks.found}, metrics={"bytes": float(done.bytes)})
+
+
+def roles_of(part: str) -> list[Role]:
+    """The roles that a pair part has columns for."""
+    fs, path = storage.filesystem(part)
+    with fs.open(path, "rb") as file:
+        names = pq.read_schema(file).names
+    return [role for role in get_args(Role) if f"{role}_uri" in names]
+
+
+@dataclass(slots=True)
+class Summary:
+    """What all buckets together came to: files and sums, no keys."""
+
+    rows: int = 0
+    bytes: int = 0
+    rejects: Counter[str] = field(default_factory=Counter)
+    buckets: dict[int, dict[Split, ShardFile]] = field(default_factory=dict)
+    statistics: dict[Split, Statistics] = field(default_factory=dict)
+
+    def add(self, marker: Mapping[str, Any]) -> None:
+        """Take up one bucket's marker."""
+        self.rows += marker["rows"]
+        self.rejects.update(marker["rejects"])
+        self.buckets[marker["bucket"]] = {
+            split: ShardFile(name=f["name"], rows=f["rows"], row_groups=tuple(f["row_groups"]))
+            for split, f in marker["files"].items()
+        }
+        self.bytes += sum(f["bytes"] for f in marker["files"].values())
+        for split, found in marker["statistics"].items():
+            self.statistics.setdefault(split, Statistics()).merge(found)
+
+    def splits(self) -> dict[Split, tuple[ShardFile, ...]]:
+        """The files of each split, in the buckets' order."""
+        ordered = [files for _, files in sorted(self.buckets.items())]
+        found = {
+            split: tuple(files[split] for files in ordered if split in files) for split in get_args(Split)
+        }
+        return {split: files for split, files in found.items() if files}
+
+    def counts(self) -> dict[str, int]:
+        """Counts for the outcome."""
+        per_split = {split: sum(f.rows for f in files) for split, files in self.splits().items()}
+        rejected = {f"rejected_{reason}": n for reason, n in sorted(self.rejects.items())}
+        total = {"pairs": self.rows, "rejected": sum(self.rejects.values())}
+        return total | {"shards": sum(len(b) for b in self.buckets.values())} | per_split | rejected
+
+    def check(self, limit: float, output: str) -> None:
+        """Raise StageError if the share of rejected pairs is over the limit, or nothing is left."""
+        bad = sum(self.rejects.values())
+        if bad <= limit * self.rows and bad < self.rows:
+            return
+        reasons = ", ".join(f"{reason} {n:,}" for reason, n in self.rejects.most_common(8))
+        raise StageError(
+            f"shard: {bad:,} of {self.rows:,} pairs were rejected ({bad / max(1, self.rows):.1%}, "
+            f"shard.max_reject_fraction allows {limit:.1%}): {reasons}. Which and why is in "
+            f"{output}/quarantine-*.parquet"
+        )
+
+
+def _summaries(
+    parts: Sequence[str], output: str, config: ShardConfig, specs: Mapping[Role, RoleSpec], io_threads: int
+) -> Iterator[dict[str, Any]]:
+    """Markers of all buckets as they are done."""
+    task = partial(_task, output=output, config=config, specs=dict(specs), io_threads=io_threads)
+    blocks = min(len(parts), TASK_BLOCKS)
+    made = ray.data.from_items([{"part": p} for p in parts], override_num_blocks=blocks).map(task, num_cpus=1)
+    for row in made.iter_rows():
+        if row["error"]:
+            raise {"UserError": UserError, "StageError": StageError}[row["kind"]](row["error"])
+        yield json.loads(row["summary"])
+
+
+def _task(row: Mapping[str, Any], **settings: Any) -> dict[str, str]:
+    """`shard_part` for Ray: errors on purpose travel as data, and arrive as the one line they are."""
+    try:
+        summary = shard_part(row["part"], **settings)
+    except PixloomError as error:
+        return {"summary": "", "error": str(error), "kind": type(error).__name__}
+    return {"summary": json.dumps(summary), "error": "", "kind": ""}

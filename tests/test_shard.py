@@ -1,0 +1,300 @@
+"""Shards: what goes in comes out, verified; what cannot is quarantined; a killed run goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+
+from stages import dataset, images, shard
+from stages.base import Resources
+from stages.errors import StageError, UserError
+from stages.images import ImageRejected
+from stages.shard import ShardConfig, check_labels, row_group_rows, same_shape
+from stages.tracking import NullRun
+from tests.shards import SIZE, ids, make_shards, pair_row, photo, photo_pairs, write_image, write_parts
+
+
+def quarantine(folder: Path) -> dict[str, str]:
+    rows = [r for p in sorted(folder.glob("quarantine-*.parquet")) for r in pq.read_table(p).to_pylist()]
+    return {row["key"]: row["reason"] for row in rows}
+
+
+# -- rules --------------------------------------------------------------------
+
+
+def test_a_kind_that_lacks_its_number_is_refused_by_the_config():
+    with pytest.raises(ValidationError, match=r"shard\.classes"):
+        ShardConfig(kinds={"source": "labels"})
+    with pytest.raises(ValidationError, match=r"shard\.channels"):
+        ShardConfig(kinds={"source": "channels"})
+    with pytest.raises(UserError, match=r"shard\.classes"):
+        shard.role_specs(ShardConfig(), ["source", "target", "label"])
+
+
+def test_ids_are_stored_without_loss_whatever_the_encoding():
+    config = ShardConfig(encoding="jpeg", classes=5, kinds={"source": "labels"})
+    specs = shard.role_specs(config, ["source", "target", "instance"])
+    assert [specs[r].encoding for r in ("source", "target", "instance")] == ["png", "jpeg", "png"]
+
+
+def test_row_groups_have_about_eight_mebibytes():
+    config = ShardConfig()
+    assert row_group_rows(config, shard.role_specs(config, ["source", "target"])) == 17
+    large = ShardConfig(size=(2048, 1024))
+    assert row_group_rows(large, shard.role_specs(large, ["source", "target"])) == 1
+    assert row_group_rows(ShardConfig(row_group_rows=5), {}) == 5
+
+
+def test_an_id_outside_the_classes_is_a_reject_unless_it_is_the_ignored_one():
+    array = np.array([[[0], [255]]], np.uint8)
+    with pytest.raises(ImageRejected) as caught:
+        check_labels(array, ShardConfig(classes=5))
+    assert caught.value.reason == "label_range"
+    assert check_labels(array, ShardConfig(classes=5, ignore_label=255)).ravel().tolist() == [0, 4]
+    assert check_labels(array, ShardConfig(classes=5, ignore_label=255, void_class=2)).ravel().tolist() == [
+        0,
+        2,
+    ]
+
+
+def test_images_of_a_pair_may_differ_in_resolution_but_not_in_shape():
+    same_shape({"source": (512, 256), "target": (1024, 512)})
+    same_shape({"source": (33, 17), "target": (16, 8)})
+    with pytest.raises(ImageRejected):
+        same_shape({"source": (512, 256), "target": (512, 300)})
+
+
+# -- a bucket -----------------------------------------------------------------
+
+
+def test_what_goes_in_comes_out_in_every_role(tmp_path: Path):
+    rows = photo_pairs(tmp_path / "in", 9, roles=("source", "target", "label"))
+    spec = make_shards(tmp_path / "shards", rows, classes=5)
+    read = {s.key: s for s in dataset.read_split(str(tmp_path / "shards"), spec, "train")}
+    assert len(read) == 9
+    for n in range(9):
+        sample = read[f"train/{n:04d}"]
+        assert np.array_equal(sample.images["source"], photo(2 * n))
+        assert np.array_equal(sample.images["target"], photo(2 * n + 1))
+        assert np.array_equal(sample.images["label"], ids(n))
+        assert sample.original["source"] == SIZE
+        assert sample.uris["target"].endswith(f"target/{n:04d}.png")
+
+
+@pytest.mark.parametrize("encoding", ["raw", "png", "jpeg", "webp"])
+def test_a_side_by_side_file_becomes_two_images(tmp_path: Path, encoding: str):
+    both = np.concatenate([photo(1, 32, 32), photo(2, 32, 32)], axis=1)
+    uri = write_image(tmp_path / "both.png", both)
+    row = pair_row("a", "train", {"source": uri, "target": uri}, source_crop="right", target_crop="left")
+    spec = make_shards(tmp_path / "shards", [row], size=(32, 32), encoding=encoding)
+    (sample,) = dataset.read_split(str(tmp_path / "shards"), spec, "train")
+    for role, seed in (("target", 1), ("source", 2)):
+        apart = np.abs(sample.images[role].astype(int) - photo(seed, 32, 32))
+        assert apart.max() <= (0 if encoding in ("raw", "png") else 40)
+
+
+def test_every_bad_pair_is_quarantined_with_its_reason_and_the_good_ones_stay(tmp_path: Path):
+    folder = tmp_path / "in"
+    rows = photo_pairs(folder, 12)
+    good = write_image(folder / "good.png", photo(99))
+
+    def bad(key: str, content: bytes, **more: Any) -> dict[str, Any]:
+        (folder / f"{key}.png").write_bytes(content)
+        return pair_row(key, "train", {"source": str(folder / f"{key}.png"), "target": good}, **more)
+
+    whole = Path(good).read_bytes()
+    write_image(folder / "wide.png", photo(5, 60, 16))
+    write_image(folder / "tiny.png", photo(5, 1, 1))
+    rows += [
+        bad("empty", b""),
+        bad("cut", whole[:-30]),
+        bad("text", b"<html>no such image</html>"),
+        bad("changed", whole, source_etag="123"),
+        bad("grown", whole, source_size=3),
+        pair_row("gone", "train", {"source": str(folder / "gone.png"), "target": good}),
+        pair_row("wide", "train", {"source": str(folder / "wide.png"), "target": good}),
+        pair_row("tiny", "train", {"source": str(folder / "tiny.png"), "target": good}),
+    ]
+    spec = make_shards(tmp_path / "shards", rows, parts=3)
+    assert spec.rows("train") == 12
+    assert quarantine(tmp_path / "shards") == {
+        "empty": "empty",
+        "cut": "truncated",
+        "text": "not_an_image",
+        "changed": "changed",
+        "grown": "changed",
+        "gone": "missing",
+        "wide": "size_mismatch",
+        "tiny": "too_small",
+    }
+
+
+def test_hostile_but_readable_images_are_normalised(tmp_path: Path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    target = write_image(folder / "target.png", photo(0))
+    picture = Image.fromarray(photo(3))
+    for name, image, options in (
+        ("cmyk.jpg", picture.convert("CMYK"), {}),
+        ("palette.gif", picture.convert("P"), {}),
+        ("alpha.webp", picture.convert("RGBA"), {}),
+        ("wrong.png", picture, {"format": "JPEG"}),
+        ("deep.png", Image.fromarray(photo(3)[:, :, 0].astype(np.uint16) * 257), {}),
+    ):
+        image.save(folder / name, **options)
+    rows = [pair_row(p.name, "train", {"source": str(p), "target": target}) for p in folder.iterdir()]
+    spec = make_shards(tmp_path / "shards", rows)
+    assert quarantine(tmp_path / "shards") == {}
+    for sample in dataset.read_split(str(tmp_path / "shards"), spec, "train"):
+        assert sample.images["source"].shape == (16, 24, 3)
+
+
+def test_kinds_of_many_channels_and_lab_are_stored(tmp_path: Path):
+    cube = np.random.default_rng(0).random((16, 24, 7), np.float32)
+    np.save(tmp_path / "cube.npy", cube)
+    target = write_image(tmp_path / "t.png", photo(0))
+    row = pair_row("a", "train", {"source": str(tmp_path / "cube.npy"), "target": target})
+    spec = make_shards(
+        tmp_path / "shards", [row], kinds={"source": "channels", "target": "lab_ab"}, channels=7
+    )
+    (sample,) = dataset.read_split(str(tmp_path / "shards"), spec, "train")
+    assert np.array_equal(sample.images["source"], cube)
+    assert sample.images["target"].shape == (16, 24, 2)
+
+
+def test_a_derived_source_is_made_of_the_target(tmp_path: Path):
+    target = write_image(tmp_path / "t.png", photo(0))
+    row = pair_row("a", "train", {"source": target, "target": target}, source_derive="lab_lightness")
+    spec = make_shards(tmp_path / "shards", [row], kinds={"source": "lab_l", "target": "lab_ab"})
+    (sample,) = dataset.read_split(str(tmp_path / "shards"), spec, "train")
+    assert np.array_equal(sample.images["source"], images.lab_channels(photo(0), "lab_l"))
+    shown = sample.picture(spec, "target").astype(int)
+    assert np.abs(shown - photo(0)).mean() < 3
+
+
+def test_an_optional_role_may_be_lacking(tmp_path: Path):
+    rows = photo_pairs(tmp_path / "in", 2)
+    inst = tmp_path / "inst.png"
+    Image.fromarray(np.full((16, 24), 26001, np.uint16)).save(inst)
+    rows[0] |= {"instance_uri": str(inst), "instance_crop": "", "instance_derive": ""}
+    rows[1] |= {"instance_uri": None, "instance_crop": None, "instance_derive": None}
+    spec = make_shards(tmp_path / "shards", rows, parts=1)
+    first, second = dataset.read_split(str(tmp_path / "shards"), spec, "train")
+    assert (first.images["instance"] == 26001).all()
+    assert "instance" not in second.images
+
+
+# -- damage, resuming, two at once ------------------------------------------------
+
+
+def test_a_flipped_bit_in_a_shard_is_one_clear_error(tmp_path: Path):
+    spec = make_shards(tmp_path / "shards", photo_pairs(tmp_path / "in", 4), parts=1)
+    file = tmp_path / "shards" / "train-00000.parquet"
+    table = pq.read_table(file)
+    data = bytearray(table["target"][2].as_py())
+    data[100] ^= 4
+    values = table["target"].to_pylist()
+    values[2] = bytes(data)
+    at = table.schema.get_field_index("target")
+    pq.write_table(table.set_column(at, table.schema.field(at), [values]), file)
+    with pytest.raises(StageError, match=r"image 'target' of pair 'train/0002' is damaged"):
+        list(dataset.read_split(str(tmp_path / "shards"), spec, "train"))
+
+
+def test_a_bucket_with_a_marker_is_not_done_again_and_one_without_is(tmp_path: Path):
+    rows = photo_pairs(tmp_path / "in", 8)
+    make_shards(tmp_path / "shards", rows)
+    files = sorted((tmp_path / "shards").glob("train-*.parquet"))
+    before = [f.read_bytes() for f in files]
+    (tmp_path / "shards" / "_parts" / "00001.json").unlink()  # killed before its last write
+    files[1].write_bytes(b"half")
+    stamp = files[0].stat().st_mtime_ns
+    make_shards(tmp_path / "shards", rows)
+    assert [f.read_bytes() for f in files] == before
+    assert files[0].stat().st_mtime_ns == stamp
+    assert not list((tmp_path / "shards").glob(".*.partial"))
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path):
+    rows = photo_pairs(tmp_path / "in", 10)
+    for name in ("one", "two"):
+        make_shards(tmp_path / name, rows)
+    names = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*") if p.is_file())
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+def test_a_shard_is_read_by_pandas_and_duckdb(tmp_path: Path):
+    make_shards(tmp_path / "shards", photo_pairs(tmp_path / "in", 4), parts=1)
+    file = tmp_path / "shards" / "train-00000.parquet"
+    frame = pd.read_parquet(file)
+    raw = np.frombuffer(frame["source"][0], np.uint8).reshape(3, 16, 24)
+    assert np.array_equal(np.moveaxis(raw, 0, 2), photo(0))
+    count, size = (
+        duckdb.read_parquet(str(file)).aggregate("count(*), min(octet_length(target))").fetchall()[0]
+    )
+    assert (count, size) == (4, 24 * 16 * 3)
+
+
+def test_keys_of_interest_are_picked(tmp_path: Path):
+    spec = make_shards(tmp_path / "shards", photo_pairs(tmp_path / "in", 9))
+    folder = str(tmp_path / "shards")
+    picked = [s.key for s in dataset.read_split(folder, spec, "train", keys={"train/0003", "train/0008"})]
+    assert sorted(picked) == ["train/0003", "train/0008"]
+    assert len(list(dataset.read_split(folder, spec, "train", limit=3))) == 3
+    assert list(dataset.read_split(folder, spec, "test")) == []
+    with pytest.raises(UserError, match=r"dataset\.json"):
+        dataset.load(str(tmp_path))
+
+
+# -- the stage ----------------------------------------------------------------
+
+
+@pytest.mark.ray
+def test_the_stage_writes_shards_card_and_counts(tmp_path: Path, ray_local: None):
+    rows = photo_pairs(tmp_path / "in", 10, roles=("source", "target", "label"))
+    rows += photo_pairs(tmp_path / "held", 4, "test", first=8, roles=("source", "target", "label"))
+    rows.append(pair_row("gone", "val", {r: str(tmp_path / "no.png") for r in ("source", "target", "label")}))
+    pairs = write_parts(tmp_path / "pairs", rows, 3)
+    output = str(tmp_path / "shards")
+    config = ShardConfig(size=SIZE, classes=5, max_reject_fraction=0.1, row_group_rows=4)
+    outcome = shard.run(config, Resources(), output=output, track=NullRun(), pairs=pairs)
+    counts = dict(outcome.counts)
+    assert (counts["pairs"], counts["train"], counts["test"], counts["rejected_missing"]) == (15, 10, 4, 1)
+    spec = dataset.load(output)
+    assert (spec.rows("train"), spec.rows("test")) == (10, 4)
+    found = json.loads((tmp_path / "shards" / "card.json").read_text())
+    assert abs(sum(found["splits"]["train"]["roles"]["label"]["frequencies"].values()) - 1) < 1e-9
+    stacked = np.stack([photo(2 * n) for n in range(10)]).reshape(-1, 3)
+    assert np.allclose(found["splits"]["train"]["roles"]["source"]["mean"], stacked.mean(0))
+    assert np.allclose(found["splits"]["train"]["roles"]["source"]["std"], stacked.std(0))
+    assert counts["leaks"] == 2  # pairs 8 and 9 are in both splits
+    assert "Near-duplicates" in (tmp_path / "shards" / "card.md").read_text()
+    assert Image.open(tmp_path / "shards" / "samples.png").size == (3 * 28 + 4, 4 * 20 + 4)
+    again = shard.run(config, Resources(), output=output, track=NullRun(), pairs=pairs)
+    assert again == outcome
+
+
+@pytest.mark.ray
+def test_too_many_rejects_fail_the_stage_and_name_the_reasons(tmp_path: Path, ray_local: None):
+    rows = photo_pairs(tmp_path / "in", 4)
+    rows.append(pair_row("gone", "train", {"source": "/nowhere/a.png", "target": "/nowhere/a.png"}))
+    pairs = write_parts(tmp_path / "pairs", rows)
+    with pytest.raises(StageError, match=r"1 of 5 pairs were rejected \(20\.0%.*missing 1"):
+        shard.run(
+            ShardConfig(size=SIZE), Resources(), output=str(tmp_path / "out"), track=NullRun(), pairs=pairs
+        )
+    assert not (tmp_path / "out" / "dataset.json").exists()
+    with pytest.raises(UserError, match="no pairs"):
+        shard.run(
+            ShardConfig(), Resources(), output=str(tmp_path), track=NullRun(), pairs=str(tmp_path / "x")
+        )
