@@ -2,7 +2,7 @@
 
 in:  locations, each with a role and a key pattern
 out: objects-*.parquet  {key, role, split, group, x, y, uri, size, etag, location}   one object a row
-     rejects-*.parquet  {key, role, uri, reason}   bad_key, link, encrypted
+     rejects-*.parquet  {key, role, uri, reason}   bad_key, link, encrypted; of tables: outside, bad_row
      _listing.json      the files above that count, and how many objects each role has
 
 A location is cut into units that are listed by parallel tasks; each writes its own files of at most
@@ -16,23 +16,26 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from stages import archives, tables
 from stages.base import Config, Outcome, Resources
 from stages.errors import UserError
-from stages.listing import Page, Unit, describe, pages, split_location
+from stages.listing import Page, Unit, describe, etag_of, pages, split_location
 from stages.patterns import bad_keys, canonical_splits, compile_pattern, match
 from stages.progress import Progress
 from stages.storage import absolute, filesystem, join, list_names, write_json, write_parquet
+from stages.tables import format_of
 
 if TYPE_CHECKING:
     from stages.tracking import Run
@@ -67,10 +70,21 @@ class LocationConfig(Config):
 
     uri: Annotated[str, Field(min_length=1, description="any location fsspec knows, or an archive")]
     role: Annotated[
-        Literal["source", "target", "label", "instance", "pair"],
-        Field(description="pair: one image holds both halves"),
+        Literal["source", "target", "label", "instance", "pair", "table"],
+        Field(description="pair: one image holds both halves; table: a CSV, JSON lines or Parquet of pairs"),
     ]
     pattern: Annotated[str, Field(description="{key} {split} {group} {x} {y} * ** below uri")] = "{key}.*"
+    within: Annotated[
+        tuple[str, ...], Field(description="where a table may name images, besides its own folder")
+    ] = ()
+
+    @model_validator(mode="after")
+    def _table(self) -> Self:
+        if self.role == "table":
+            format_of(self.uri)
+        elif self.within:
+            raise ValueError("`within` is for tables")
+        return self
 
     @field_validator("pattern")
     @classmethod
@@ -78,9 +92,16 @@ class LocationConfig(Config):
         compile_pattern(text)
         return text
 
+    @field_validator("uri")
+    @classmethod
+    def _names_the_archive(cls, uri: str) -> str:
+        if archives.is_archive(uri):
+            archives.parts(uri)
+        return uri
+
 
 class IngestConfig(Config):
-    """Where the images are."""
+    """Where the images are. Images that only a table names are not listed: their changes go unnoticed."""
 
     locations: Annotated[tuple[LocationConfig, ...], Field(min_length=1)]
 
@@ -148,9 +169,48 @@ def fold(objects: pa.Table, rejects: pa.Table) -> np.ndarray[Any, np.dtype[np.ui
     return total
 
 
+def fold_table(uri: str) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """The sums of a table's file, as of one object."""
+    fs, path = filesystem(uri)
+    fs.invalidate_cache()
+    info = fs.info(path)
+    row = pa.table({"uri": [uri], "size": [info["size"]], "etag": [etag_of(info)]})
+    return fold(row, REJECTS.empty_table())
+
+
 def spell(sums: np.ndarray[Any, np.dtype[np.uint64]], count: int) -> str:
     """A digest's text."""
     return f"{int(sums[0]):016x}{int(sums[1] ^ np.uint64(count)):016x}"
+
+
+def table_rows(
+    location: LocationConfig, index: int, table: pa.Table, broken: list[str]
+) -> tuple[pa.Table, pa.Table]:
+    """Objects and rejects of a batch of a table's rows, and of lines that are no rows."""
+    within = [absolute(uri) for uri in location.within]
+    named = tables.objects(table, root(location), within)
+    good = named.filter(pc.equal(named["reason"], ""))
+    count = good.num_rows
+    unknown = {
+        "x": pa.nulls(count, pa.float64()),
+        "y": pa.nulls(count, pa.float64()),
+        "size": pa.array(np.full(count, -1)),
+        "etag": pa.array(np.full(count, "", object), pa.string()),
+        "location": pa.array(np.full(count, index, np.int32)),
+    }
+    objects = pa.table({**{name: good[name] for name in good.column_names if name != "reason"}, **unknown})
+    rejects = named.filter(pc.not_equal(named["reason"], "")).select(REJECTS.names)
+    lines = [line.encode(errors="backslashreplace").decode()[:200] for line in broken]
+    no_rows = pa.table(
+        {
+            "key": lines,
+            "role": ["table"] * len(lines),
+            "uri": [location.uri] * len(lines),
+            "reason": ["bad_row"] * len(lines),
+        },
+        schema=REJECTS,
+    )
+    return objects.select(OBJECTS.names), pa.concat_tables([rejects, no_rows])
 
 
 # -- listing, with or without Ray ---------------------------------------------
@@ -175,29 +235,51 @@ def place(config: IngestConfig, index: int) -> str:
     return f"ingest.locations.{index}.uri: {config.locations[index].uri}"
 
 
+@contextmanager
+def explained(config: IngestConfig, index: int) -> Iterator[None]:
+    """Turns the errors of a location that are the user's to mend into a UserError that names it."""
+    try:
+        yield
+    except Exception as error:
+        text = describe(error)
+        if text is None:
+            raise
+        raise UserError(f"{place(config, index)}: {text}") from error
+
+
 def root(location: LocationConfig) -> str:
     """The location's URI, independent of the working directory."""
-    head, chained, outer = location.uri.rpartition("::")
+    head, chained, outer = location.uri.removeprefix("file://").rpartition("::")
     return head + chained + absolute(outer)
 
 
 def units(config: IngestConfig) -> list[tuple[int, Unit]]:
-    """The units of all locations.
+    """The units of all locations: parts of a listing, or a Parquet table's row groups.
 
     Raises:
         UserError: a location is not there, or not to be had.
     """
     found: list[tuple[int, Unit]] = []
     for index, location in enumerate(config.locations):
-        try:
-            cut = split_location(root(location), want=UNITS_PER_LOCATION)
-        except Exception as error:
-            text = describe(error)
-            if text is None:
-                raise
-            raise UserError(f"{place(config, index)}: {text}") from error
+        with explained(config, index):
+            if location.role == "table":
+                cut = [Unit("table", row_group=n) for n in range(tables.count_row_groups(root(location)))]
+            else:
+                cut = split_location(root(location), want=UNITS_PER_LOCATION)
         found += [(index, unit) for unit in cut]
     return found
+
+
+def unit_rows(
+    location: LocationConfig, index: int, unit: Unit, *, requests: int
+) -> Iterator[tuple[pa.Table, pa.Table, int]]:
+    """Objects, rejects and the number of ignored objects of a unit, batch by batch."""
+    if unit.kind == "table":
+        for table, broken in tables.read(root(location), [unit.row_group]):
+            yield *table_rows(location, index, table, broken), 0
+    else:
+        for batch in batches(pages(root(location), unit, requests=requests)):
+            yield rows(location, index, batch)
 
 
 def digest(config: IngestConfig) -> str:
@@ -213,16 +295,12 @@ def digest(config: IngestConfig) -> str:
     def of_unit(item: tuple[int, Unit]) -> tuple[np.ndarray[Any, np.dtype[np.uint64]], int]:
         index, unit = item
         location, total, count = config.locations[index], np.zeros(2, np.uint64), 0
-        try:
-            for batch in batches(pages(root(location), unit)):
-                objects, rejects, _ = rows(location, index, batch)
+        with explained(config, index):
+            if unit.kind == "table":  # the file itself stands for its rows
+                return fold_table(root(location)), 1
+            for objects, rejects, _ in unit_rows(location, index, unit, requests=LISTING_THREADS):
                 total += fold(objects, rejects)
                 count += objects.num_rows + rejects.num_rows
-        except Exception as error:
-            text = describe(error)
-            if text is None:
-                raise
-            raise UserError(f"{place(config, index)}: {text}") from error
         return total, count
 
     total, count = np.zeros(2, np.uint64), 0
@@ -233,6 +311,21 @@ def digest(config: IngestConfig) -> str:
     return spell(total, count)
 
 
+def counted(good: pa.Table, bad: pa.Table, ignored: int) -> Counter[str]:
+    """What a batch adds to the counts."""
+    counts = Counter(
+        listed=good.num_rows + bad.num_rows + ignored,
+        ignored=ignored,
+        objects=good.num_rows,
+        rejected=bad.num_rows,
+    )
+    for prefix, column in (("role_", good["role"]), ("reject_", bad["reason"])):
+        counts.update(
+            {f"{prefix}{row['values']}": row["counts"] for row in column.value_counts().to_pylist()}
+        )
+    return counts
+
+
 def list_unit(item: Mapping[str, Any], *, config: IngestConfig, output: str, requests: int) -> dict[str, Any]:
     """List one unit into its files. Returns {location, counts (JSON), files (JSON), sums, error}."""
     index, unit = int(item["location"]), Unit(**json.loads(item["spec"]))
@@ -240,7 +333,6 @@ def list_unit(item: Mapping[str, Any], *, config: IngestConfig, output: str, req
     counts: Counter[str] = Counter()
     files: dict[str, int] = {}
     sums = np.zeros(2, np.uint64)
-    error_text = ""
 
     def write(kind: str, tables: list[pa.Table]) -> None:
         table = pa.concat_tables(tables)
@@ -252,28 +344,21 @@ def list_unit(item: Mapping[str, Any], *, config: IngestConfig, output: str, req
             files[name] = table.num_rows
 
     objects, rejects = [OBJECTS.empty_table()], [REJECTS.empty_table()]
+    error_text = ""
     try:
-        for batch in batches(pages(root(location), unit, requests=requests)):
-            good, bad, ignored = rows(location, index, batch)
-            objects.append(good)
-            rejects.append(bad)
-            sums += fold(good, bad)
-            counts.update(listed=len(batch), ignored=ignored, objects=good.num_rows, rejected=bad.num_rows)
-            counts.update(without_split=good["split"].null_count)
-            counts.update(
-                {f"reject_{r['values']}": r["counts"] for r in bad["reason"].value_counts().to_pylist()}
-            )
-            if sum(table.num_rows for table in objects) >= ROWS_PER_FILE:
-                write("objects", objects)
-            if sum(table.num_rows for table in rejects) >= ROWS_PER_FILE:
-                write("rejects", rejects)
+        with explained(config, index):
+            for good, bad, ignored in unit_rows(location, index, unit, requests=requests):
+                objects.append(good)
+                rejects.append(bad)
+                sums += fold(good, bad)
+                counts.update(counted(good, bad, ignored))
+                for kind, waiting in (("objects", objects), ("rejects", rejects)):
+                    if sum(table.num_rows for table in waiting) >= ROWS_PER_FILE:
+                        write(kind, waiting)
         write("objects", objects)
         write("rejects", rejects)
-    except Exception as error:
-        text = describe(error)
-        if text is None:
-            raise
-        error_text = text
+    except UserError as error:  # carried as a value: Ray would wrap it in its own
+        error_text = str(error)
     return {
         "location": index,
         "counts": json.dumps(counts),
@@ -305,7 +390,7 @@ def run(config: IngestConfig, resources: Resources, *, output: str, track: Run) 
         for row in listed.iter_rows():
             index = row["location"]
             if row["error"]:
-                raise UserError(f"{place(config, index)}: {row['error']}")
+                raise UserError(row["error"])
             found = json.loads(row["counts"])
             counts[index].update(found)
             sums[index] += np.array(json.loads(row["sums"]), np.uint64)
@@ -337,17 +422,13 @@ def check(config: IngestConfig, counts: list[Counter[str]]) -> None:
 
 def finish(config: IngestConfig, output: str, counts: list[Counter[str]], files: Mapping[str, int]) -> None:
     """Write `_listing.json`, and remove files that a killed run of another cut has left."""
-    roles: Counter[str] = Counter()
-    for location, count in zip(config.locations, counts, strict=True):
-        roles[location.role] += count["objects"]
     total = sum(counts, Counter[str]())
     write_json(
         join(output, "_listing.json"),
         {
             "files": dict(sorted(files.items())),
-            "roles": dict(roles),
+            "roles": {name.removeprefix("role_"): n for name, n in total.items() if name.startswith("role_")},
             "rejected": total["rejected"],
-            "without_split": total["without_split"],
             "locations": [
                 {"uri": location.uri, "role": location.role, **count}
                 for location, count in zip(config.locations, counts, strict=True)

@@ -45,13 +45,14 @@ class Unit:
 
     `tree` lists `path` (below the location) with all its folders, `folder` without them, `range` the keys
     after `after` up to and including `until` ("" is open), `index` the pages below `path`, `archive` its
-    members.
+    members. A `table` is not listed: it is read, by `row_group` where it has several (see `stages.tables`).
     """
 
-    kind: Literal["tree", "folder", "range", "index", "archive"]
+    kind: Literal["tree", "folder", "range", "index", "archive", "table"]
     path: str = ""
     after: str = ""
     until: str = ""
+    row_group: int = 0
 
 
 @dataclass(slots=True)
