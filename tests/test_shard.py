@@ -279,7 +279,8 @@ def test_the_stage_writes_shards_card_and_counts(tmp_path: Path, ray_local: None
     assert np.allclose(found["splits"]["train"]["roles"]["source"]["std"], stacked.std(0))
     assert counts["leaks"] == 2  # pairs 8 and 9 are in both splits
     assert "Near-duplicates" in (tmp_path / "shards" / "card.md").read_text()
-    assert Image.open(tmp_path / "shards" / "samples.png").size == (3 * 28 + 4, 4 * 20 + 4)
+    sheet = images.decode((tmp_path / "shards" / "samples.png").read_bytes(), "rgb")
+    assert sheet.shape == (4 * 20 + 4, 3 * 28 + 4, 3)
     again = shard.run(config, Resources(), output=output, track=NullRun(), pairs=pairs)
     assert again == outcome
 
