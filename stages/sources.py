@@ -28,6 +28,7 @@ from stages.fetch import Object, Reader
 from stages.images import Array, ImageRejected
 
 UNIT_ROWS = 64
+Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 UNITS_PER_CHUNK = 256  # of the plan: one small Parquet file with a row group a unit
 
 PLAN = pa.schema(
@@ -132,6 +133,8 @@ class Planned:
     digest: str
     duplicates: tuple[int, ...] = ()
     """Hashes of keys that several objects have: those keep their suffix."""
+    refused: tuple[int, ...] = ()
+    """Hashes of keys that several objects have even with their suffix: two forms of one name."""
 
     @property
     def units(self) -> int:
@@ -165,7 +168,8 @@ def plan(where: Location, output: str | None) -> Planned:
             table = pa.concat_tables(chunk)
             if output is not None:
                 uri = storage.join(output, "plan", f"chunk-{written:05d}.parquet")
-                storage.write_parquet(uri, table.slice(0, size), row_group_rows=UNIT_ROWS, compression="zstd")
+                rows_of_chunk = table.slice(0, size).sort_by("key")
+                storage.write_parquet(uri, rows_of_chunk, row_group_rows=UNIT_ROWS, compression="zstd")
             written += 1
             chunk[:] = [table.slice(size)]
             held = chunk[0].num_rows
@@ -197,8 +201,31 @@ def plan(where: Location, output: str | None) -> Planned:
         )
         raise UserError(f"infer.input: {where.uri}: {told}")
     known, counts = np.unique(np.concatenate(hashes), return_counts=True)
-    duplicates = tuple(int(value) for value in known[counts > 1])
-    return Planned(rows, f"{int(total[0]):016x}{int(total[1]):016x}-{rows}", duplicates)
+    twice = known[counts > 1]
+    return Planned(
+        rows,
+        f"{int(total[0]):016x}{int(total[1]):016x}-{rows}",
+        tuple(int(value) for value in twice),
+        _refused(where, known, twice) if len(twice) else (),
+    )
+
+
+def _refused(where: Location, known: Hashes, twice: Hashes) -> tuple[int, ...]:
+    """Of the keys that several objects have, those that their suffix does not tell apart."""
+    longer = [np.zeros(0, np.uint64)]
+    for _, table in _tables(where):
+        same = np.isin(key_hashes(table["key"]), twice)
+        names = [
+            with_suffix(row["key"] or "", row["uri"]) for row in table.filter(pa.array(same)).to_pylist()
+        ]
+        longer.append(key_hashes(pa.chunked_array([pa.array(names, pa.string())])))
+    found, counts = np.unique(np.concatenate(longer), return_counts=True)
+    return tuple(int(value) for value in found[(counts > 1) | np.isin(found, known)])
+
+
+def with_suffix(key: str, uri: str) -> str:
+    """A key that keeps its object's suffix: what tells a.jpg and a.png apart."""
+    return f"{key}.{uri.rpartition('.')[2]}"
 
 
 def _tables(where: Location) -> Iterator[tuple[int, pa.Table]]:
@@ -262,7 +289,7 @@ def _valid(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def key_hashes(keys: pa.ChunkedArray) -> np.ndarray[Any, np.dtype[np.uint64]]:
+def key_hashes(keys: pa.ChunkedArray) -> Hashes:
     """64 bits a key: what the planner keeps of 100 million keys is 0.8 GB, not the keys."""
     return np.fromiter(
         (
@@ -293,8 +320,9 @@ def object_items(
     reader.stream_archives(
         Object(row["uri"], row["size"], row["etag"]) for row in rows if row["error"] is None
     )
-    twice = set(planned.duplicates)
-    for row, hashed in zip(rows, key_hashes(pa.chunked_array([[r["key"] for r in rows]])), strict=True):
+    twice, refused = set(planned.duplicates), set(planned.refused)
+    hashes = key_hashes(pa.chunked_array([[row["key"] for row in rows]], pa.string()))
+    for row, hashed in zip(rows, hashes, strict=True):
 
         def load(row: dict[str, Any] = row) -> Loaded:
             if row["error"] is not None:
@@ -314,5 +342,7 @@ def object_items(
 
         key = row["key"] or ""
         if int(hashed) in twice:  # a.jpg and a.png: one name would be written twice
-            key += "." + row["uri"].rpartition(".")[2]
+            key = with_suffix(key, row["uri"])
+            if refused and int(key_hashes(pa.chunked_array([[key]]))[0]) in refused:
+                row["error"] = "duplicate_key"
         yield Item(key, row["uri"], load)
