@@ -1,8 +1,10 @@
 """The whole run's configuration: one section a stage, plus where, how much and how it is tracked.
 
-    pipeline.yaml  ->  extends (deep merge)  ->  --set a.b=c  ->  PipelineConfig, typed and frozen
+    what it extends  <-  the file  <-  one of its profiles  <-  --set a.b=c     ->  PipelineConfig, frozen
 
-Everything wrong with it is found here, before any work, and told in one line that names file and dotted key.
+Each is laid over the one before: sections are merged, lists and values replaced, and a section whose keys
+are numbers changes those places of a list (`phases: {0: {epochs: 5}}`). Everything wrong with it is found
+here, before any work, and told in one line that names file and dotted key.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, cast
 
 import yaml
 from pydantic import Field, JsonValue, ValidationError, field_validator, model_validator
@@ -32,9 +34,23 @@ SECRET_WORDS = ("secret", "token", "password", "passwd", "credential", "access_k
 SECRET_NAMES = ("key", "pass", "auth")
 
 
-class PipelineConfig(Config):
-    """A pipeline run. Sections `resources`, `storage` and `tracking` never change a result."""
+class About(Config):
+    """What the run is, for people: tags of its MLflow run."""
 
+    title: str = ""
+    source: Annotated[tuple[str, ...], Field(description="where the data set is published")] = ()
+    licence: Annotated[str, Field(description="what its owners allow, in a line")] = ""
+
+    def tags(self) -> dict[str, str]:
+        """The tags that say something."""
+        told = {"title": self.title, "source": " ".join(self.source), "licence": self.licence}
+        return {f"pixloom.{name}": text for name, text in told.items() if text}
+
+
+class PipelineConfig(Config):
+    """A pipeline run. `about`, `resources`, `storage` and `tracking` never change a result."""
+
+    about: About = About()
     workspace: Annotated[
         str, Field(description="folder of everything the run writes; any fsspec location")
     ] = "workspace"
@@ -76,14 +92,24 @@ class PipelineConfig(Config):
         return self
 
 
-def load(path: str, overrides: Iterable[str] = ()) -> PipelineConfig:
-    """Read a config file and apply `a.b=c` overrides (values are YAML).
+def load(path: str, overrides: Iterable[str] = (), profile: str | None = None) -> PipelineConfig:
+    """Read a config file, choose a profile (None: the file's own choice), apply `a.b=c` (values are YAML).
 
-    Raises UserError with one line that names the file (or `--set`) and the dotted key.
+    Raises UserError with one line that names the file (or `--set`, `--profile`) and the dotted key.
     """
-    values = _read(Path(path), seen=())
+    values = read(path, profile)
     for override in overrides:
         _set(values, override)
+    return validated(values, path)
+
+
+def read(path: str, profile: str | None = None) -> dict[str, Any]:
+    """A config file's values with what it extends and its profile merged, not yet checked."""
+    return _with_profile(_read(Path(path), seen=()), path, profile)
+
+
+def validated(values: Mapping[str, Any], path: str) -> PipelineConfig:
+    """The typed config. Raises UserError that names the file and the first key that is wrong."""
     try:
         return PipelineConfig.model_validate(values)
     except ValidationError as error:
@@ -93,9 +119,18 @@ def load(path: str, overrides: Iterable[str] = ()) -> PipelineConfig:
 def schema() -> str:
     """The JSON schema of a config file, for editors."""
     model = PipelineConfig.model_json_schema()
-    model["properties"]["extends"] = {
-        "type": "string",
-        "description": "a config file this one starts from; paths are relative to this file",
+    path = {"type": "string"}
+    model["properties"] |= {
+        "extends": {
+            "anyOf": [path, {"type": "array", "items": path}],
+            "description": "config files this one starts from, later over earlier; relative to this file",
+        },
+        "profile": path | {"description": "the profile taken where the command line names none"},
+        "profiles": {
+            "type": "object",
+            "additionalProperties": {"type": "object"},
+            "description": "sections to lay over this file's, by name: python -m pipeline.run --profile NAME",
+        },
     }
     return json.dumps(model, indent=2, sort_keys=True) + "\n"
 
@@ -129,18 +164,50 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(
             f"{path}: expected sections (`ingest:`, `train:`, ...), found {type(values).__name__}"
         )
-    base = values.pop("extends", None)
-    if base is None:
+    names = values.pop("extends", [])
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: extends: expected the path of a config file, or a list of such paths")
+    merged: dict[str, Any] = {}
+    try:
+        for name in names:
+            merged = _merge(merged, _read(path.parent / name, (*seen, path.resolve())))
+        return cast(dict[str, Any], _merge(merged, values))
+    except LookupError as error:
+        raise UserError(f"{path}: {error.args[0]}") from None
+
+
+def _with_profile(values: dict[str, Any], path: str, wanted: str | None) -> dict[str, Any]:
+    """The values with one of their `profiles` laid over them: the one wanted, or the one named `profile`."""
+    profiles = values.pop("profiles", {})
+    default = values.pop("profile", None)
+    if not isinstance(profiles, dict) or not all(isinstance(over, dict) for over in profiles.values()):
+        raise UserError(f"{path}: profiles: expected sections by the profile's name")
+    name = default if wanted is None else wanted
+    if name is None:
         return values
-    if not isinstance(base, str):
-        raise UserError(f"{path}: extends: expected the path of one config file")
-    return _merge(_read(path.parent / base, (*seen, path.resolve())), values)
+    if name not in profiles:
+        there = f"there are {', '.join(map(str, profiles))}" if profiles else "there are none"
+        place = f"{path}: profile" if wanted is None else f"--profile {name}: {path}"
+        raise UserError(f"{place}: no such profile, {there}")
+    try:
+        return cast(dict[str, Any], _merge(values, profiles[name]))
+    except LookupError as error:
+        raise UserError(f"{path}: profiles.{name}: {error.args[0]}") from None
 
 
 def _merge(base: Any, over: Any) -> Any:
-    """`over` on top of `base`: sections are merged, lists and values replaced."""
+    """`over` on top of `base`: sections are merged, lists and values replaced.
+
+    A section whose keys are numbers changes those places of a list. Raises LookupError for a place that is
+    not there.
+    """
     if isinstance(base, dict) and isinstance(over, dict):
         return base | {key: _merge(base[key], value) if key in base else value for key, value in over.items()}
+    if isinstance(base, list) and isinstance(over, dict) and over and all(isinstance(n, int) for n in over):
+        if max(over) >= len(base) or min(over) < 0:
+            raise LookupError(f"{max(over)} is not a place in a list of {len(base)}")
+        return [_merge(value, over[n]) if n in over else value for n, value in enumerate(base)]
     return over
 
 

@@ -42,6 +42,7 @@ EXAMPLES = """\
 examples:
   python -m pipeline.run                                   the run that pipeline.yaml describes
   python -m pipeline.run -c recipes/facades.yaml           another application
+  python -m pipeline.run -c recipes/facades.yaml --profile paper       at the paper's size
   python -m pipeline.run --plan                            what would run, and why
   python -m pipeline.run --set train.seed=1 --set train.phases.0.epochs=20
   python -m pipeline.run --until shard                     prepare the data only
@@ -70,6 +71,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "-c", "--config", default="pipeline.yaml", metavar="FILE", help="the run (default: pipeline.yaml)"
+    )
+    p.add_argument(
+        "--profile", metavar="NAME", help="one of the config's profiles (recipes have cpu and paper)"
     )
     p.add_argument(
         "--set",
@@ -123,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, *, command: str) -> None:
     """Plan, then run what is to do, then tell what came of it."""
-    config = configuration.load(options.config, options.set)
+    config = configuration.load(options.config, options.set, options.profile)
     storage.configure(config.storage)
     planned = plan(steps(config), config.workspace)
     if options.plan:
@@ -163,7 +167,8 @@ def _run(
             }
         return {}
 
-    tags = {"pixloom.command": command, "pixloom.workspace": config.workspace, **_commit()}
+    tags = {"pixloom.command": command, "pixloom.workspace": config.workspace}
+    tags |= config.about.tags() | _commit()
     with open_parent(config.tracking, time.strftime("%Y-%m-%d %H:%M"), tags, config.workspace) as parent:
         parent.artifact("config.yaml", text.encode())
         with cluster(config.resources, config.storage):

@@ -109,3 +109,65 @@ def test_the_published_schema_is_the_one_the_code_makes() -> None:
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_loads(recipe: Path) -> None:
     assert configuration.load(str(recipe)).train.phases
+
+
+PROFILED = """
+extends: {base}
+train: {{seed: 1}}
+profile: small
+profiles:
+  small: {{train: {{seed: 2, phases: {{1: {{epochs: 9}}}}}}}}
+  large: {{}}
+"""
+
+
+def profiled(tmp_path: Path) -> str:
+    file = tmp_path / "profiled.yaml"
+    file.write_text(PROFILED.format(base=YAML))
+    return str(file)
+
+
+def test_a_profile_is_laid_over_its_file_and_set_over_the_profile(tmp_path: Path) -> None:
+    path = profiled(tmp_path)
+    assert configuration.load(path, profile="small").train.seed == 2
+    assert configuration.load(path, profile="large").train.seed == 1
+    assert configuration.load(path, ["train.seed=3"], profile="small").train.seed == 3
+
+
+def test_the_file_says_which_profile_is_taken_where_none_is_named(tmp_path: Path) -> None:
+    assert configuration.load(profiled(tmp_path)).train.seed == 2
+
+
+def test_a_section_of_numbers_changes_places_of_a_list(tmp_path: Path) -> None:
+    changed = configuration.load(profiled(tmp_path)).train.phases
+    base = configuration.load(YAML).train.phases
+    assert changed == (base[0], base[1].model_copy(update={"epochs": 9}), base[2])
+
+
+def test_a_place_that_a_list_lacks_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "place.yaml"
+    file.write_text(f"extends: {YAML}\ntrain: {{phases: {{7: {{epochs: 1}}}}}}\n")
+    assert refused(path=str(file)) == f"{file}: 7 is not a place in a list of 3"
+
+
+def test_an_unknown_profile_is_told_with_the_known_ones(tmp_path: Path) -> None:
+    path = profiled(tmp_path)
+    with pytest.raises(UserError, match=r"--profile big: .*no such profile, there are small, large"):
+        configuration.load(path, profile="big")
+    with pytest.raises(UserError, match=r"--profile cpu: .*there are none"):
+        configuration.load(YAML, profile="cpu")
+
+
+def test_of_several_files_the_later_extends_the_earlier(tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        (tmp_path / f"{name}.yaml").write_text(f"train: {{seed: {seed}}}\n")
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"extends: [{YAML}, a.yaml, b.yaml]\n")
+    assert configuration.load(str(file)).train.seed == 2
+
+
+@pytest.mark.parametrize("text", ["extends: {a: b}", "extends: [1]", "profiles: []", "profiles: {cpu: 1}"])
+def test_extends_and_profiles_of_another_form_are_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "odd.yaml"
+    file.write_text(f"{text}\n")
+    assert text.partition(":")[0] in refused(path=str(file))
