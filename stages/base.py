@@ -54,6 +54,14 @@ class Resources(Config):
         Field(ge=1, description="processes that generate images; null: one per GPU, or two on CPUs"),
     ] = None
     max_failures: Annotated[int, Field(ge=0, description="training restarts before a phase fails")] = 3
+    checkpoint_images: Annotated[
+        int | None,
+        Field(ge=1, description="also checkpoint after every so many images; null: after every epoch only"),
+    ] = None
+    keep_checkpoints: Annotated[int, Field(ge=1, description="newest checkpoints kept of a phase")] = 2
+    collective_timeout_s: Annotated[
+        int, Field(ge=10, description="a worker that others wait for so long counts as lost")
+    ] = 300
     compile: Annotated[
         bool | None, Field(description="torch.compile the training step; null: where it measured faster")
     ] = None

@@ -1,0 +1,444 @@
+"""One phase of training, as every worker runs it: build or go on, step, checkpoint, hand on the model.
+
+    for epoch: for batch: step            the losses of a window of steps become a point of the curves
+    after an epoch (and every so many images): a checkpoint, written while training goes on
+    at the end: model/, metrics.parquet
+
+Where training stands is a `Position`; order, augmentation and noise are functions of the seed and of it, so
+that going on from a checkpoint gives the same numbers as never having stopped. Knows torch and storage only:
+Ray starts it (`stages.train`), a test may call it.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stages import averaging, checkpoints, curves, phases, storage
+from stages.board import Event, Poster
+from stages.checkpoints import Checkpoint, Position, Writer
+from stages.curves import DivergedError, Point, Window
+from stages.errors import StageError
+from stages.models.architecture import InputSpec, Pix2PixHD, grow_discriminator, grow_generator
+from stages.models.ema import Ema
+from stages.models.saved import MANIFEST, Preprocessing, load_discriminator, load_model, save_model
+from stages.models.step import (
+    Batch,
+    Translator,
+    build_translator,
+    learning_rate_at,
+    learning_rates,
+    load_state,
+    set_learning_rate,
+    state_of,
+    step,
+)
+from stages.models.vgg import load_vgg
+from stages.phases import PhaseJob
+from stages.tracking import png, system_metrics
+
+PICTURES = 20  # sample grids per phase, at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A phase to run. What changes the result is in `job`, `before` and the data; the rest is how."""
+
+    job: PhaseJob
+    name: str  # digest of job, data and phase before: whose checkpoints may be taken up
+    inputs: InputSpec
+    preprocessing: Preprocessing
+    rows: int  # training pairs
+    output: str
+    before: str  # folder of the phase before, "" for the first
+    run_id: str = ""  # of MLflow
+    checkpoint_images: int | None = None
+    keep_checkpoints: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worker:
+    """Which worker this is, and on what."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+class Feed(Protocol):
+    """Batches of this worker. `stages.feed` reads them from shards."""
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from a step on."""
+
+
+class Preview(Protocol):
+    """Draws sample pictures; None where there is nothing to draw."""
+
+    def __call__(self, gan: Translator) -> np.ndarray | None:
+        """A grid, (H, W, 3) uint8."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a phase ended on this worker: `failure` and `stopped` are one line, or "" ."""
+
+    position: Position
+    losses: dict[str, float] = field(default_factory=dict)
+    failure: str = ""
+    stopped: str = ""
+    checkpoint_seconds: float = 0.0
+
+
+# -- rules --------------------------------------------------------------------
+
+
+def steps_per_epoch(rows: int, batch: int) -> int:
+    """Steps that see every pair once; the last may be short."""
+    return math.ceil(rows / batch)
+
+
+def advance(position: Position, *, rows: int, batch: int) -> Position:
+    """Where training stands after one more step."""
+    seen = min(batch, rows - position.step * batch)
+    last = position.step + 1 == steps_per_epoch(rows, batch)
+    return Position(
+        epoch=position.epoch + last,
+        step=0 if last else position.step + 1,
+        images=position.images + seen,
+        steps=position.steps + 1,
+    )
+
+
+def noise_seed(seed: int, phase: str, steps: int, rank: int) -> int:
+    """The seed of a step's dropout on one worker: of nothing but these, so no random state is kept."""
+    digest = blake2b(f"{seed}\0{phase}\0{steps}\0{rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def phase_seed(seed: int, phase: str) -> int:
+    """The seed of a phase's order and augmentation: another one than the phase before had."""
+    digest = blake2b(f"{seed}\0{phase}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def is_due(before: Position, after: Position, every: int | None) -> bool:
+    """Whether a checkpoint comes here: at an end of epoch, or when `every` more images are full."""
+    return after.epoch > before.epoch or (
+        every is not None and after.images // every > before.images // every
+    )
+
+
+def is_pictured(epoch: int, epochs: int) -> bool:
+    """Whether samples are drawn after an epoch (counted from 1): evenly spread, and after the last."""
+    return epoch == epochs or epoch % math.ceil(epochs / PICTURES) == 0
+
+
+# -- the loop -----------------------------------------------------------------
+
+
+def train_phase(task: Task, worker: Worker, feed: Feed, poster: Poster, preview: Preview) -> Ending:
+    """Run the phase to its end, or to where it has to stop. Every worker returns alike."""
+    loop = Loop(task, worker, poster, preview)
+    try:
+        while loop.position.epoch < task.job.phase.epochs:
+            for batch in loop.timed(feed.epoch(loop.position.epoch, loop.position.step)):
+                loop.step(batch)
+                if loop.stopped:
+                    return loop.ending(stopped=loop.stopped)
+        loop.hand_on()
+    except DivergedError as error:
+        return loop.ending(failure=f"training diverged at {error}")
+    finally:
+        loop.writer.wait()  # whatever happened, a checkpoint in hand is not dropped
+    return loop.ending()
+
+
+class Loop:
+    """All that changes while a phase runs."""
+
+    def __init__(self, task: Task, worker: Worker, poster: Poster, preview: Preview) -> None:
+        self.task, self.worker, self.poster, self.preview = task, worker, poster, preview
+        self.leads = worker.rank == 0
+        self.folder = storage.join(task.output, "checkpoints")
+        self.gan = build(task, worker.device)
+        self.position, self.points = Position(), list[Point]()
+        self.losses: dict[str, float] = {}
+        self.stopped = ""
+        self.writer = Writer(self.folder, task.keep_checkpoints)
+        self._take_up()
+        self.norms = Norms(worker.world)
+        several = worker.world > 1
+        self.window = Window(
+            worker.device,
+            total=averaging.total if several else None,
+            workers=worker.world,
+            agree=averaging.broadcast_object if several else list,
+        )
+        self._waited = 0.0
+        self._since, self._since_images = time.monotonic(), self.position.images
+
+    def _take_up(self) -> None:
+        """Go on from the newest whole checkpoint, the same on every worker; else from the phase before."""
+        several = self.worker.world > 1
+        found: Checkpoint | None = None
+        if self.leads:
+            found = checkpoints.load_newest(self.folder, job=self.task.name)
+        place = found.position if found else None
+        if several:
+            place = averaging.broadcast_object(place)
+            if place is not None and not self.leads:
+                where = storage.join(self.folder, checkpoints.folder_name(place))
+                found = checkpoints.load(where, job=self.task.name)
+        if found is None:
+            if self.task.before:
+                grow(self.gan, self.task.before, self.worker.device)
+            return
+        load_state(self.gan, found.state)
+        self.position = found.position
+        if self.leads:
+            self.points = curves.from_table(found.curves)
+            self.poster.post(Event("points", self.points))
+            at = f"epoch {self.position.epoch}, step {self.position.step}, {self.position.images:,} images"
+            self.poster.post(Event("note", f"goes on from its checkpoint ({at})"))
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; how long they were waited for is kept."""
+        while True:
+            started = time.monotonic()
+            batch = next(batches, None)
+            self._waited += time.monotonic() - started
+            if batch is None:
+                return
+            yield batch
+
+    def step(self, batch: Batch) -> None:
+        """One step, and what is due after it."""
+        task, job, phase = self.task, self.task.job, self.task.job.phase
+        rate = learning_rate_at(
+            self.position.images / task.rows,
+            rate=phase.learning_rate,
+            epochs=phase.epochs - phase.decay_epochs,
+            decay_epochs=phase.decay_epochs,
+        )
+        set_learning_rate(self.gan, rate)
+        torch.manual_seed(noise_seed(job.seed, phase.name, self.position.steps, self.worker.rank))
+        self.norms.wanted = (self.position.steps + 1) % job.log_every == 0
+        batch = batch.to(self.worker.device, non_blocking=True)
+        losses = step(self.gan, batch, weights=job.losses, average=self.norms)
+        before, self.position = self.position, advance(self.position, rows=task.rows, batch=phase.batch)
+        self.window.add(self.position.steps, losses, batch.share)
+        due = is_due(before, self.position, task.checkpoint_images)
+        if due or self.position.steps % job.log_every == 0:
+            self._close_window(before.epoch, rate)
+        if due or self.stopped:
+            self._checkpoint()
+        if self.position.epoch > before.epoch and is_pictured(self.position.epoch, phase.epochs):
+            self._picture()
+
+    def _close_window(self, epoch: int, rate: float) -> None:
+        """One point of every curve, and a progress line."""
+        values = self.window.close(rate)
+        self.losses = values
+        self.stopped = self._order()
+        if not self.leads:
+            return
+        now = time.monotonic()
+        seconds, images = now - self._since, self.position.images - self._since_images
+        rates = {f"learning_rate/{name}": value for name, value in learning_rates(self.gan).items()}
+        health = {
+            "throughput/images_per_second": images / seconds if seconds > 0 else 0.0,
+            "throughput/data_wait_fraction": self._waited / seconds if seconds > 0 else 0.0,
+            **curves.balance(values),
+            **self.norms.take(),
+            **system_metrics(),
+        }
+        self._since, self._since_images, self._waited = now, self.position.images, 0.0
+        fresh = curves.points(self.position, epoch, values | rates | health)
+        self.points += fresh
+        text = f"epoch {epoch + 1}/{self.task.job.phase.epochs}  {curves.note(values)}"
+        self.poster.post(Event("points", fresh), Event("progress", (self.position.images, text)))
+
+    def _order(self) -> str:
+        """The driver's order, the same on all workers."""
+        order = self.poster.order() if self.leads else ""
+        if self.worker.world == 1:
+            return order
+        wanted = averaging.total(torch.tensor(float(bool(order)), device=self.worker.device))
+        return "ordered to stop" if wanted.item() else ""
+
+    def _checkpoint(self) -> None:
+        """Have the state written; training goes on meanwhile. Raises DivergedError for a broken one."""
+        if not all_finite(self.gan.generator) or not all_finite(self.gan.discriminator):
+            raise DivergedError(f"step {self.position.steps:,}: a weight is not finite")
+        if self.leads:
+            state = checkpoints.copied(state_of(self.gan))
+            table = curves.to_table(self.points)
+            self.writer.submit(Checkpoint(self.task.name, self.position, state, table, self.task.run_id))
+
+    def _picture(self) -> None:
+        if not self.leads:
+            return
+        grid = self.preview(self.gan)
+        if grid is not None:
+            save_picture(self.task.output, self.position.epoch, grid)
+            self.poster.post(Event("picture", (self.position.images, self.position.steps, grid)))
+
+    def hand_on(self) -> None:
+        """Write what the phase is for: the model and its curves."""
+        if not self.leads:
+            return
+        self.writer.finish()
+        publish(self.task, self.gan)
+        storage.write_parquet(storage.join(self.task.output, "metrics.parquet"), curves.to_table(self.points))
+
+    def ending(self, *, failure: str = "", stopped: str = "") -> Ending:
+        """Where it ended."""
+        return Ending(self.position, self.losses, failure, stopped, self.writer.seconds)
+
+
+@dataclass
+class Norms:
+    """Averages gradients over the workers; where wanted, keeps their norms (discriminator first)."""
+
+    world: int
+    wanted: bool = False
+    _norms: list[Tensor] = field(default_factory=list)
+
+    def __call__(self, gradients: Sequence[Tensor]) -> None:
+        """Average in place."""
+        if self.world > 1:
+            averaging.average(gradients)
+        if self.wanted:
+            self._norms.append(torch.stack(torch._foreach_norm(list(gradients))).norm())
+
+    def take(self) -> dict[str, float]:
+        """The norms of the last step they were wanted for."""
+        names = ("discriminator", "generator")[-len(self._norms) :] if self._norms else ()
+        values = {f"gradient_norm/{n}": float(v) for n, v in zip(names, self._norms, strict=True)}
+        self._norms.clear()
+        return values
+
+
+def all_finite(network: nn.Module | None) -> bool:
+    """Whether every trained weight is a number."""
+    if network is None:
+        return True
+    trained = [parameter.detach() for parameter in network.parameters() if parameter.requires_grad]
+    return not trained or bool(torch.stack(torch._foreach_norm(trained)).isfinite().all())
+
+
+# -- models -------------------------------------------------------------------
+
+
+def build(task: Task, device: torch.device) -> Translator:
+    """A fresh translator, its weights a function of the seed."""
+    job, phase = task.job, task.job.phase
+    layered = isinstance(job.model, Pix2PixHD)
+    perceptual = None
+    if job.losses.perceptual > 0:
+        assert job.vgg_weights is not None
+        with local_file(job.vgg_weights) as path:
+            perceptual = load_vgg(path).to(device)
+    return build_translator(
+        job.model,
+        task.inputs,
+        weights=job.losses,
+        enhancers=phase.enhancers if layered else None,
+        discriminators=phases.discriminators(job.model, phase) if layered else None,
+        parts=phase.parts,
+        learning_rate=phase.learning_rate,
+        betas=job.optimizer.betas,
+        ema_decay=job.ema,
+        precision=job.precision,
+        perceptual=perceptual,
+        device=device,
+        seed=job.seed,
+    )
+
+
+def grow(gan: Translator, before: str, device: torch.device) -> None:
+    """Start from what the phase before trained. Raises StageError if its model is damaged."""
+    with local_folder(storage.join(before, "model")) as folder:
+        try:
+            model = load_model(folder, weights="raw", device=device)
+            judge = load_discriminator(folder, device=device) if gan.discriminator is not None else None
+        except ValueError as error:
+            raise StageError(f"the phase before left no usable model: {error}") from error
+    if isinstance(gan.arch, Pix2PixHD):
+        grow_generator(gan.generator, model.generator)  # type: ignore[arg-type]
+        if gan.discriminator is not None:
+            grow_discriminator(gan.discriminator, judge)  # type: ignore[arg-type]
+    else:
+        gan.generator.load_state_dict(model.generator.state_dict())
+        if gan.discriminator is not None and judge is not None:
+            gan.discriminator.load_state_dict(judge.state_dict())
+    if gan.encoder is not None and model.encoder is not None:
+        gan.encoder.load_state_dict(model.encoder.state_dict())
+    if gan.ema is not None:
+        gan.ema = Ema.of(gan.generator, decay=gan.ema.decay)
+
+
+def publish(task: Task, gan: Translator) -> None:
+    """Write the phase's model folder, `model.json` last."""
+    target = storage.join(task.output, "model")
+    fs, path = storage.filesystem(target)
+    with tempfile.TemporaryDirectory(prefix="pixloom-") as temporary:
+        local = Path(path) if storage.is_local(target) else Path(temporary)
+        save_model(
+            local,
+            gan.generator,
+            architecture=gan.arch,
+            inputs=gan.inputs,
+            preprocessing=task.preprocessing,
+            ema=None if gan.ema is None else gan.ema.network.state_dict(),
+            discriminator=gan.discriminator,
+            encoder=gan.encoder,
+            extra={"phase": task.job.phase.name, "run": task.run_id},
+        )
+        if not storage.is_local(target):
+            names = sorted((file.name for file in local.iterdir()), key=lambda name: name == MANIFEST)
+            for name in names:
+                fs.put_file(str(local / name), f"{path}/{name}")
+
+
+def save_picture(output: str, epoch: int, grid: np.ndarray) -> None:
+    """Keep a sample grid in the phase's folder."""
+    storage.write_bytes(storage.join(output, "samples", f"epoch-{epoch:04d}.png"), png(grid))
+
+
+@contextmanager
+def local_folder(uri: str) -> Iterator[Path]:
+    """The files of a folder on this machine, copied for as long as they are needed if it is elsewhere."""
+    fs, path = storage.filesystem(uri)
+    if storage.is_local(uri):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="pixloom-") as temporary:
+        for name in storage.list_names(uri):
+            fs.get_file(f"{path}/{name}", f"{temporary}/{name}")
+        yield Path(temporary)
+
+
+@contextmanager
+def local_file(uri: str) -> Iterator[Path]:
+    """A file on this machine, copied for as long as it is needed if it is elsewhere."""
+    fs, path = storage.filesystem(uri)
+    if storage.is_local(uri):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="pixloom-") as temporary:
+        local = Path(temporary) / path.rsplit("/", 1)[-1]
+        fs.get_file(path, str(local))
+        yield local
