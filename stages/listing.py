@@ -185,46 +185,43 @@ def _subfolders(fs: AbstractFileSystem, base: str, path: str) -> Iterator[str]:
 
 
 def _key_ranges(fs: Any, base: str, want: int) -> list[Unit]:
-    """Ranges of S3 keys, cut where the first characters after the common prefix change.
+    """Ranges of S3 keys, cut where the first character changes after a prefix that many keys share.
 
-    The cuts are found by asking for single keys (one request a distinct character). They need not be even,
-    nor exact: ranges between any cuts hold each key once, whatever is written meanwhile.
+    A flat prefix is cut as well as folders are. The cuts need not be even, nor exact: ranges between any
+    cuts hold each key once, whatever is written meanwhile. They are keys that were found and not prefixes,
+    because SeaweedFS takes "start after `a`" to mean after all of folder `a/`.
     """
     bucket, prefix = _s3_base(base)
-    first = _s3_page(fs, bucket, prefix, "")
+    first = _s3_page(fs, bucket, prefix)
     if not first.get("KeyCount"):
         raise FileNotFoundError(f"s3://{base}")
-    if not first.get("IsTruncated"):
-        return [Unit("range")]
-    cuts: list[str] = []
-    level = [prefix]
-    probes = 0
-    while level and len(cuts) < want and probes < 4 * want:
-        following: list[str] = []
-        for start in level:
-            found = list(_next_characters(fs, bucket, start, limit=want))
-            probes += len(found) + 1
-            following += found
-        cuts = sorted({*cuts, *following}, key=str.encode)
-        level = following
-    # A cut at a prefix starts the range just before the first key that has it: S3 starts *after* a key, and
-    # the key that equals the prefix belongs to the range before, which ends with it.
-    edges = ["", *cuts, ""]
+    keys = [info["Key"].encode() for info in first["Contents"]]
+    ordered = keys == sorted(keys)  # S3's directory buckets list as they please, so they are not cut
+    cuts: set[str] = set()
+    level = deque([prefix] if first.get("IsTruncated") and ordered else [])
+    for _ in range(want):  # opens at most as many prefixes, so the requests are bounded too
+        if not level or len(cuts) >= want:
+            break
+        start = level.popleft()
+        children = list(_next_characters(fs, bucket, start, limit=want))
+        cuts.update(key for _, key in children[1:])
+        level.extend(longer for longer, _ in children if _s3_page(fs, bucket, longer).get("IsTruncated"))
+    edges = ["", *sorted(cuts, key=str.encode), ""]
     return [Unit("range", after=after, until=until) for after, until in pairwise(edges)]
 
 
-def _next_characters(fs: Any, bucket: str, prefix: str, limit: int) -> Iterator[str]:
-    """Prefixes one character longer than `prefix` under which there are keys, at most `limit`, in order."""
-    after = prefix
+def _next_characters(fs: Any, bucket: str, prefix: str, limit: int) -> Iterator[tuple[str, str]]:
+    """Prefixes one character longer under which there are keys, each with the first key, at most `limit`."""
+    after = ""
     for _ in range(limit):
-        page = _s3_page(fs, bucket, prefix, after, size=1)
-        if not page.get("KeyCount"):
+        page = _s3_page(fs, bucket, prefix, size=1, after=after)
+        if not page.get("Contents"):
             return
         key: str = page["Contents"][0]["Key"]
         longer = key[: len(prefix) + 1]
-        if longer <= after[: len(longer)] and after != prefix:
-            return  # a key beyond the greatest character: not worth a cut
-        yield longer
+        if after and key.encode() <= after.encode():
+            return  # a store that does not list in the order of keys: whatever was found so far will do
+        yield longer, key
         after = longer + "\U0010fffd"
 
 
@@ -319,35 +316,37 @@ def _s3_base(base: str) -> tuple[str, str]:
     return bucket, prefix.rstrip("/") + "/" if prefix.rstrip("/") else ""
 
 
-def _s3_page(fs: Any, bucket: str, prefix: str, after: str, size: int = PAGE) -> dict[str, Any]:
+def _s3_page(
+    fs: Any, bucket: str, prefix: str, *, size: int = PAGE, after: str = "", token: str = ""
+) -> dict[str, Any]:
     """One page of a listing, in key order. s3fs's own `find` would keep all pages in memory."""
-    options = {"StartAfter": after} if after else {}
-    return retried(
-        lambda: fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=size, **options)
+    start = {"ContinuationToken": token} if token else {"StartAfter": after} if after else {}
+    page: dict[str, Any] = retried(
+        lambda: fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=size, **start)
     )
+    return page
 
 
 def _range_pages(fs: Any, base: str, unit: Unit) -> Iterator[Page]:
     bucket, prefix = _s3_base(base)
-    after, last = unit.after, unit.until.encode()
+    last = unit.until.encode()
+    token = ""
     while True:
-        answer = _s3_page(fs, bucket, prefix, after)
-        page = Page()
-        contents = answer.get("Contents", [])
-        for info in contents:
+        answer = _s3_page(fs, bucket, prefix, after=unit.after, token=token)
+        page, beyond = Page(), False
+        for info in answer.get("Contents", []):
             key: str = info["Key"]
-            if last and key.encode() > last:
+            beyond = bool(last) and key.encode() > last
+            if beyond:
                 break
             path = key[len(prefix) :]
             if path and not path.endswith("/"):  # names that end in "/" stand for folders in some tools
                 page.add(path, f"s3://{bucket}/{key}", int(info["Size"]), etag_of(info))
         if len(page):
             yield page
-        if not contents or not answer.get("IsTruncated") or (last and contents[-1]["Key"].encode() > last):
+        token = answer.get("NextContinuationToken", "")
+        if beyond or not token or not answer.get("IsTruncated"):
             return
-        # Continuing after the last key instead of with the store's token: a retry or another server of the
-        # same store needs no state, and a token can expire.
-        after = contents[-1]["Key"]
 
 
 def _is_http(fs: AbstractFileSystem) -> bool:
