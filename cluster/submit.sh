@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Submit a pipeline run to the Ray cluster at $RAY_API_SERVER_ADDRESS, follow its log, pass its exit code on.
 #
-#   cluster/submit.sh -c recipes/facades.yaml --set train.seed=1     what follows goes to python -m pipeline.run
+#   cluster/submit.sh -c recipes/pix2pix/facades.yaml --plan         what follows goes to python -m pipeline.run
 #   cluster/submit.sh --no-wait -c run.yaml                          submit and return
 #   cluster/submit.sh --here                                         the cluster sees this folder (cluster/local.py)
 #   cluster/submit.sh --pip -c run.yaml                              install requirements.lock first

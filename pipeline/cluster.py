@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import AuthenticationError
 
 from stages import storage
 from stages.base import Resources
+from stages.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -21,11 +25,13 @@ QUIET = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # A job may set some of these itself. They are kept (setdefault), and Ray does not call it a conflict.
+    "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",
 }
 
 
 @contextmanager
-def cluster(resources: Resources, options: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+def cluster(resources: Resources, options: Mapping[str, Mapping[str, Any]], workspace: str) -> Iterator[None]:
     """Join or start Ray for a `with` block; what was started here is taken down again, what was joined stays.
 
     `options`: the config's `storage` section, which every worker gets too.
@@ -36,10 +42,18 @@ def cluster(resources: Resources, options: Mapping[str, Mapping[str, Any]]) -> I
     runtime_env = {"env_vars": environment}
     joined = "RAY_ADDRESS" in os.environ
     if joined:
-        ray.init(runtime_env=runtime_env, log_to_driver=False, logging_level=logging.WARNING)
-        logger.info("joined the Ray cluster at %s", os.environ["RAY_ADDRESS"])
+        _join(os.environ["RAY_ADDRESS"], runtime_env)
+        machines = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+        if len(machines) > 1 and storage.is_local(workspace):
+            logger.warning(
+                "workspace %s is a folder: all %d machines of the cluster must see it, or name a bucket",
+                workspace,
+                len(machines),
+            )
     else:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if "RAY_AUTH_MODE" not in os.environ:
+            # A token of this run's own: other users of the machine stay out, the home folder stays clean.
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         ray.init(
             # Logical CPUs: on a small machine too, training and the reading that feeds it run together.
@@ -53,3 +67,25 @@ def cluster(resources: Resources, options: Mapping[str, Mapping[str, Any]]) -> I
         yield
     finally:
         ray.shutdown()
+
+
+def _join(address: str, runtime_env: Mapping[str, Any]) -> None:
+    """Connect to a running cluster. Raises UserError naming it where there is none, or it refuses."""
+    try:
+        ray.init(runtime_env=dict(runtime_env), log_to_driver=False, logging_level=logging.WARNING)
+    except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"RAY_ADDRESS={address}: cannot join the Ray cluster there: {told[0]}") from error
+    logger.info("joined the Ray cluster at %s", address)
+
+
+def check_workspace(workspace: str, config: str) -> None:
+    """Refuse a workspace inside the folder a job was uploaded as: it is deleted when no job needs it.
+
+    Raises UserError naming the config file and the key.
+    """
+    if storage.is_local(workspace) and "runtime_resources" in Path(workspace).parts:
+        raise UserError(
+            f"{config}: workspace: {workspace} is in the job's uploaded folder, which Ray deletes; "
+            "name a bucket (s3://...) or an absolute path that every machine sees"
+        )

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import yaml
 
 from pipeline import config as configuration
-from pipeline.cluster import cluster
+from pipeline.cluster import check_workspace, cluster
 from pipeline.config import PipelineConfig
 from pipeline.dag import Step, steps
 from pipeline.runner import Planned, execute, plan, select
@@ -110,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.schema:
         sys.stdout.write(configuration.schema())
         return 0
+    _stop_on_sigterm()
     try:
         run(options, command=shlex.join(["python", "-m", "pipeline.run", *words]))
     except UserError as error:
@@ -128,6 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace, *, command: str) -> None:
     """Plan, then run what is to do, then tell what came of it."""
     config = configuration.load(options.config, options.set, options.profile)
+    check_workspace(config.workspace, options.config)
     storage.configure(config.storage)
     planned = plan(steps(config), config.workspace)
     if options.plan:
@@ -171,7 +173,7 @@ def _run(
     tags |= config.about.tags() | _commit()
     with open_parent(config.tracking, time.strftime("%Y-%m-%d %H:%M"), tags, config.workspace) as parent:
         parent.artifact("config.yaml", text.encode())
-        with cluster(config.resources, config.storage):
+        with cluster(config.resources, config.storage, config.workspace):
             _stop_on_sigterm()
             execute(chosen, config.resources, parent=parent, extra=extra, finished=finished)
         _log_results(parent, finished)
@@ -184,7 +186,7 @@ def _log_results(parent: Run, finished: Mapping[str, Mapping[str, Any]]) -> None
 
 
 def _stop_on_sigterm() -> None:
-    """`ray job stop` and a scheduler send SIGTERM: end like Ctrl-C. Set after ray.init sets its own."""
+    """`ray job stop` and a scheduler send SIGTERM: end as Ctrl-C. Set again after ray.init, which has one."""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
         raise KeyboardInterrupt

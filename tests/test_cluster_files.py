@@ -523,12 +523,12 @@ exit "$(cat {tmp_path}/code)"
 
 
 def test_the_folder_is_uploaded_and_the_rest_goes_to_the_run(submit: Any) -> None:
-    done, words = submit("-c", "recipes/facades.yaml", "--set", "a.b={x: 'y z'}")
+    done, words = submit("-c", "recipes/pix2pix/facades.yaml", "--set", "a.b={x: 'y z'}")
     assert done.returncode == 0, done.stderr
     assert words[:3] == ["job", "submit", "--submission-id"]
     assert words[4:] == [
         *("--working-dir", ".", "--", "python", "-m", "pipeline.run"),
-        *("-c", "recipes/facades.yaml", "--set", "a.b={x: 'y z'}"),
+        *("-c", "recipes/pix2pix/facades.yaml", "--set", "a.b={x: 'y z'}"),
     ]
     assert set(submit.mode.read_text().split()) == {"token"}
 
