@@ -64,7 +64,13 @@ def run_program(exported: Exported) -> Run:
     return lambda values: module(**values)
 
 
-@pytest.fixture(scope="module", params=[(UNET, InputSpec()), (HD, LABELS)], ids=["pix2pix", "hd"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((UNET, InputSpec()), id="pix2pix"),
+        pytest.param((HD, LABELS), id="hd", marks=pytest.mark.slow),
+    ],
+)
 def traced(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[LoadedModel, Exported]:

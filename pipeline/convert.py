@@ -1,0 +1,350 @@
+"""Models in and out: published checkpoints become model folders, model folders become ONNX or torch programs.
+
+python -m pipeline.convert import --generator latest_net_G.pth --output models/street
+python -m pipeline.convert export --model models/street --format onnx --size 1024x512 --output street.onnx
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages import storage
+from stages.errors import PixloomError, StageError, UserError
+from stages.model_source import local_model
+from stages.models.architecture import InputSpec
+from stages.models.checkpoint_import import Imported, import_checkpoint
+from stages.models.export import (
+    TOLERANCE,
+    Exported,
+    export_model,
+    largest_difference,
+    onnx_bytes,
+    program_bytes,
+)
+from stages.models.saved import MANIFEST, LoadedModel, Picture, Preprocessing, load_model, save_model
+from stages.models.weights import read_tensors
+
+logger = logging.getLogger(__name__)
+
+HELP = """\
+Models in and out. `import` makes a model folder of a published checkpoint, as if it had been trained
+here; `export` writes a model folder's generator for other runtimes. Every location is a path or a URI
+(s3://bucket/key ...). Nothing is ever unpickled but tensors; a file with anything else is refused."""
+
+EXAMPLES = """\
+examples:
+  python -m pipeline.convert import --generator latest_net_G.pth --output models/street
+  python -m pipeline.convert import --generator latest_net_G.pth --discriminator latest_net_D.pth \\
+      --encoder latest_net_E.pth --output s3://models/street
+  python -m pipeline.convert export --model workspace/train-joint-1a2b3c4d5e6f --format onnx \\
+      --size 1024x512 --output street.onnx
+  python -m pipeline.run --only infer --set infer.model=models/street --set infer.input=s3://maps
+
+exit codes:
+  0  done, and checked
+  1  the export gives another picture than the model, or torch cannot convert it; nothing is written
+  2  yours to mend: one line names the option and the file
+"""
+
+IMPORT_HELP = """\
+Read the state dicts of NVIDIA/pix2pixHD or junyanz/pytorch-CycleGAN-and-pix2pix (.pth, today's or the
+legacy format, or .safetensors) and write a model folder. The architecture is read off the tensors: kind,
+widths, depths, enhancers, norm, scales, receptive field. What they leave open is assumed as the
+published code defaults, and said; --source, --classes and --[no-]instances tell it otherwise."""
+
+EXPORT_HELP = """\
+Write the generator with everything around it (one-hot labels, instance edges, padding and cropping) as
+one file. It is run again and compared with the model before it is written. The file takes any batch
+and any size above the network's multiple (2 to the number of downsamplings); with a --size that is not
+above it, that size only. Its inputs and their ranges are in docs/models.md and inside the file."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m pipeline.convert",
+        description=HELP,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = p.add_subparsers(dest="command", required=True, metavar="import|export")
+
+    i = commands.add_parser(
+        "import",
+        help="a published checkpoint -> a model folder",
+        description=IMPORT_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    i.add_argument("--generator", required=True, metavar="FILE", help="latest_net_G.pth")
+    i.add_argument("--discriminator", metavar="FILE", help="latest_net_D.pth: to go on training")
+    i.add_argument("--encoder", metavar="FILE", help="latest_net_E.pth: pix2pixHD's feature encoder")
+    i.add_argument("--output", required=True, metavar="FOLDER", help="the model folder to write")
+    i.add_argument("--overwrite", action="store_true", help="replace a model that is there")
+    i.add_argument(
+        "--source", choices=["image", "labels"], help="what the input is (default: labels above 4 channels)"
+    )
+    i.add_argument("--classes", type=int, metavar="N", help="number of label ids: a labels source")
+    i.add_argument(
+        "--instances",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="whether the last input channel is instance edges (pix2pixHD only)",
+    )
+
+    e = commands.add_parser(
+        "export",
+        help="a model folder -> ONNX or a torch.export program",
+        description=EXPORT_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    e.add_argument(
+        "--model", required=True, metavar="FOLDER", help="a model folder, a training step's, or models:/..."
+    )
+    e.add_argument("--format", required=True, choices=sorted(FORMATS), help="what to write")
+    e.add_argument(
+        "--size", required=True, type=_size, metavar="WxH", help="width and height to trace and check with"
+    )
+    e.add_argument("--output", required=True, metavar="FILE", help="the file to write, e.g. street.onnx")
+    e.add_argument(
+        "--weights", choices=["ema", "raw"], default="ema", help="averaged weights if there are any, or raw"
+    )
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit code."""
+    options = parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
+    for name in ("pipeline", "__main__"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses packages we do not use
+    try:
+        if options.command == "import":
+            import_model(options)
+        else:
+            export(options)
+    except PixloomError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; nothing was written\n")
+        return 130
+    return 0
+
+
+# -- import -------------------------------------------------------------------
+
+
+def import_model(options: argparse.Namespace) -> None:
+    """Read published files, write a model folder."""
+    output = storage.absolute(options.output)
+    if not options.overwrite and _reach(
+        "--output", output, lambda: storage.exists(storage.join(output, MANIFEST))
+    ):
+        raise UserError(f"--output: {output}: there is a model already; --overwrite replaces it")
+    states = {name: _tensors(f"--{name}", getattr(options, name)) for name in ("discriminator", "encoder")}
+    generator = _tensors("--generator", options.generator)
+    assert generator is not None
+    try:
+        imported = import_checkpoint(
+            generator, **states, source=options.source, classes=options.classes, instances=options.instances
+        )
+    except ValueError as error:
+        raise UserError(f"--generator: {options.generator}: {error}") from error
+    with tempfile.TemporaryDirectory(prefix="pixloom-") as temp:
+        folder = Path(temp)
+        save_model(
+            folder,
+            imported.generator,
+            architecture=imported.architecture,
+            inputs=imported.inputs,
+            preprocessing=_preprocessing(imported.inputs),
+            discriminator=imported.discriminator,
+            encoder=imported.encoder,
+            extra={"imported_from": Path(options.generator).name},
+        )
+        load_model(folder)  # what is handed out has been read back
+        _reach("--output", output, lambda: _upload(folder, output))
+    logger.info("%s", _told(imported))
+    logger.info("written to %s", output)
+
+
+def _preprocessing(inputs: InputSpec) -> Preprocessing:
+    """What published models were trained on, as far as the channels tell: photos in [-1, 1], label ids."""
+    colours = {1: "grey", 3: "rgb"}
+    pictures = {"target": Picture(kind=colours.get(inputs.target_channels, "channels"))}
+    if (inputs.source, inputs.channels, inputs.target_channels) == ("image", 1, 2):
+        return Preprocessing(pictures={"source": Picture(kind="lab_l"), "target": Picture(kind="lab_ab")})
+    if inputs.source == "labels":
+        pictures["source"] = Picture(kind="labels", classes=inputs.classes)
+    else:
+        pictures["source"] = Picture(kind=colours.get(inputs.channels, "channels"))
+    if inputs.instances:
+        pictures["instance"] = Picture(kind="instances")
+    return Preprocessing(pictures=pictures)
+
+
+def _told(imported: Imported) -> str:
+    """What was found, and what was assumed, for a person to check."""
+    values = imported.architecture.model_dump()
+    inputs = imported.inputs.model_dump(exclude_none=True)
+    lines = [
+        f"{values.pop('kind')}: " + ", ".join(f"{key} {value}" for key, value in values.items()),
+        "inputs: " + ", ".join(f"{key} {value}" for key, value in inputs.items()),
+        *(f"note: {note}" for note in imported.notes),
+    ]
+    return "\n".join(lines)
+
+
+def _upload(folder: Path, output: str) -> None:
+    """Copy a model folder, `model.json` last: until it is there, the folder is no model."""
+    fs, path = storage.filesystem(output)
+    fs.makedirs(path, exist_ok=True)
+    if fs.exists(f"{path}/{MANIFEST}"):
+        fs.rm_file(f"{path}/{MANIFEST}")
+    for file in sorted(folder.iterdir(), key=lambda file: (file.name == MANIFEST, file.name)):
+        if file.name == MANIFEST:
+            storage.write_bytes(storage.join(output, file.name), file.read_bytes())
+        else:
+            fs.put_file(str(file), f"{path}/{file.name}")
+
+
+def _tensors(option: str, uri: str | None) -> dict[str, Tensor] | None:
+    """The tensors of a file anywhere; None if the option was not given."""
+    if uri is None:
+        return None
+    with _local_file(option, uri) as path:
+        try:
+            return read_tensors(path)
+        except ValueError as error:
+            raise UserError(f"{option}: {str(error).replace(str(path), uri, 1)}") from error
+
+
+@contextmanager
+def _local_file(option: str, uri: str) -> Iterator[Path]:
+    """A file on this machine; one that is elsewhere is copied for as long as it is needed."""
+    fs, path = _reach(option, uri, lambda: storage.filesystem(storage.absolute(uri)))
+    if storage.is_local(storage.absolute(uri)):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="pixloom-") as temp:
+        local = Path(temp) / path.rsplit("/", 1)[-1]
+
+        def copy() -> None:
+            with fs.open(path, "rb") as there, local.open("wb") as here:
+                shutil.copyfileobj(there, here, 1 << 22)
+
+        _reach(option, uri, copy)
+        yield local
+
+
+Result = TypeVar("Result")
+
+
+def _reach(option: str, uri: str, action: Callable[[], Result]) -> Result:
+    """Do something with a store; whatever it says goes wrong there is the user's, with the option named."""
+    try:
+        return action()
+    except PixloomError:
+        raise
+    except Exception as error:  # every kind of store has its own errors
+        text = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise UserError(f"{option}: {uri}: {text}") from error
+
+
+# -- export -------------------------------------------------------------------
+
+
+def export(options: argparse.Namespace) -> None:
+    """Trace a model, compare the file's picture with the model's, write the file."""
+    width, height = options.size
+    serialise, load = FORMATS[options.format]
+    output = storage.absolute(options.output)
+    with tempfile.TemporaryDirectory(prefix="pixloom-") as temp:
+        model = _model(options.model, Path(temp), options.weights)
+        try:
+            exported = export_model(model, width=width, height=height)
+            data = serialise(exported)
+            difference = largest_difference(
+                load(data), model, width=width, height=height, any_size=exported.any_size
+            )
+        except ImportError as error:
+            raise UserError(
+                f"--format: {options.format} needs the package {error.name}: "
+                "pip install onnx onnxscript onnxruntime"
+            ) from error
+        except ValueError as error:
+            raise StageError(f"export: {error}; nothing was written") from error
+    _reach("--output", output, lambda: storage.write_bytes(output, data))
+    sizes = "any batch, any size" if exported.any_size else f"any batch, {width}x{height} only"
+    logger.info(
+        "%s weights, %s; largest difference to the model's picture %.1e of at most %.0e (range [-1, 1])",
+        model.weights,
+        sizes,
+        difference,
+        TOLERANCE,
+    )
+    logger.info("written to %s, %.1f MB", output, len(data) / 1e6)
+
+
+def _model(uri: str, temp: Path, weights: Any) -> LoadedModel:
+    try:
+        folder = _reach("--model", uri, lambda: local_model(uri, temp, weights=weights))
+        return load_model(folder, weights=weights)
+    except UserError as error:
+        raise UserError(str(error).replace("infer.model:", "--model:")) from error
+    except ValueError as error:
+        raise UserError(f"--model: {error}") from error
+
+
+Run = Callable[[Mapping[str, Tensor]], Tensor]
+
+
+def _onnx_run(data: bytes) -> Run:
+    # imported here: it is in the test extra only, and only this format needs it
+    import onnxruntime  # noqa: PLC0415
+
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+
+    def run(values: Mapping[str, Tensor]) -> Tensor:
+        (image,) = session.run(["image"], {name: value.numpy() for name, value in values.items()})
+        return torch.from_numpy(np.asarray(image))
+
+    return run
+
+
+def _program_run(data: bytes) -> Run:
+    module = torch.export.load(io.BytesIO(data)).module()
+    return lambda values: module(**values)
+
+
+FORMATS: dict[str, tuple[Callable[[Exported], bytes], Callable[[bytes], Run]]] = {
+    "onnx": (onnx_bytes, _onnx_run),
+    "torch_export": (program_bytes, _program_run),
+}
+"""How each format is written, and how its file is run again."""
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if match is None or not (int(match[1]) and int(match[2])):
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, e.g. 1024x512")
+    return int(match[1]), int(match[2])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
