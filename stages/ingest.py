@@ -3,7 +3,7 @@
 in:  locations, each with a role and a key pattern
 out: objects-*.parquet  {key, role, split, group, x, y, uri, size, etag, location}   one object a row
      rejects-*.parquet  {key, role, uri, reason}   bad_key, link, encrypted; of tables: outside, bad_row
-     _listing.json      the files above that count, and how many objects each role has
+     _listing.json      the objects' files that count, and how many objects each role has
 
 A location is cut into units that are listed by parallel tasks; each writes its own files of at most
 `ROWS_PER_FILE` rows, named by unit and number, so that a rerun overwrites what a killed run left.
@@ -426,7 +426,7 @@ def finish(config: IngestConfig, output: str, counts: list[Counter[str]], files:
     write_json(
         join(output, "_listing.json"),
         {
-            "files": dict(sorted(files.items())),
+            "files": {name: n for name, n in sorted(files.items()) if name.startswith("objects-")},
             "roles": {name.removeprefix("role_"): n for name, n in total.items() if name.startswith("role_")},
             "rejected": total["rejected"],
             "locations": [

@@ -454,9 +454,9 @@ class Layout:
         # Tasks exchange (total / rows) squared files, so large data gets larger tasks: up to 300 MB each.
         rows = min(max(total // 64, ROWS_PER_TASK[0]), ROWS_PER_TASK[1])
         groups: list[list[str]] = []
-        held = rows
+        held = 0
         for name, count in sorted(files.items()):
-            if held + count > rows:
+            if not groups or held + count > rows:
                 groups.append([])
                 held = 0
             groups[-1].append(name)

@@ -86,7 +86,7 @@ def match(pattern: Pattern, paths: pa.Array) -> pa.Table:
         A table of n rows. What is captured is in Unicode's composed form (NFC), for macOS writes names
         decomposed. Hidden files never match; a pattern that leaves the suffix open matches images only.
     """
-    paths = pc.utf8_normalize(paths, "NFC")
+    paths = compose(paths)
     found = pc.extract_regex(paths, pattern.regex)
     counts = pc.and_(found.is_valid(), pc.invert(pc.match_substring_regex(paths, _HIDDEN)))
     if pattern.images_only:
@@ -104,6 +104,21 @@ def match(pattern: Pattern, paths: pa.Array) -> pa.Table:
             "y": captured.get("y", none).cast(pa.float64()),
         }
     )
+
+
+def compose(text: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """Text in Unicode's composed form (NFC).
+
+    By Python where it is not ASCII: pyarrow 25's `utf8_normalize` decomposes when asked for NFC.
+    """
+    if isinstance(text, pa.ChunkedArray):
+        text = text.combine_chunks()
+    plain = pc.fill_null(pc.string_is_ascii(text), True)
+    if pc.all(plain).as_py() in (True, None):
+        return text
+    odd = text.filter(pc.invert(plain)).to_pylist()
+    composed = pa.array([unicodedata.normalize("NFC", one) for one in odd], pa.string())
+    return pc.replace_with_mask(text, pc.invert(plain), composed)
 
 
 def bad_keys(keys: pa.Array) -> pa.Array:

@@ -19,7 +19,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
-from stages.patterns import bad_keys, canonical_splits
+from stages.patterns import bad_keys, canonical_splits, compose
 from stages.storage import filesystem
 
 ROLES = ("source", "target", "label", "instance")
@@ -145,7 +145,7 @@ def objects(table: pa.Table, uri: str, within: Sequence[str]) -> pa.Table:
     for role in ("source", "target"):  # a table without keys: the image's path, without its suffix
         below = reduce(_without_prefix, roots, addresses[role])
         key = pc.coalesce(key, pc.replace_substring_regex(below, r"\.[^./]*\z", ""))
-    key = pc.utf8_normalize(pc.coalesce(key, ""), "NFC")
+    key = compose(pc.coalesce(key, ""))
     bad = bad_keys(key)
     parts = []
     for role, address in addresses.items():
@@ -157,7 +157,7 @@ def objects(table: pa.Table, uri: str, within: Sequence[str]) -> pa.Table:
                 "key": key,
                 "role": pa.array([role]).take(np.zeros(table.num_rows, np.int64)),
                 "split": canonical_splits(table["split"].combine_chunks()),
-                "group": pc.utf8_normalize(table["group"], "NFC"),
+                "group": compose(table["group"]),
                 "uri": address,
                 "reason": reason,
             }
