@@ -11,11 +11,15 @@ out of the archive is only ever a name, since nothing is written where a member 
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import lzma
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from stages.storage import filesystem
 
@@ -91,23 +95,52 @@ def members(uri: str, version: str) -> Iterator[Member]:
     fs, path = filesystem(outer)
     try:
         with fs.open(path, "rb") as file:
-            found = _tar_members(file) if protocol == "tar" else _zip_members(file)
+            found = _tar_members(file, _file_name(outer)) if protocol == "tar" else _zip_members(file)
             for name, size, place, fault in found:
                 clean = name.removeprefix("./")
                 if clean.startswith(below):
                     address = f"{protocol}://{name}::{outer}"
                     yield Member(clean[len(below) :], address, size, f"{place}@{version}", fault)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError) as error:
         raise OSError(f"damaged archive: {error}") from error
 
 
-def _tar_members(file: IO[bytes]) -> Iterator[tuple[str, int, str, str]]:
-    with tarfile.open(fileobj=file, mode="r|*", errors="surrogateescape") as archive:
+def _tar_members(file: IO[bytes], name: str) -> Iterator[tuple[str, int, str, str]]:
+    stream: Any = _Stream(_unpacked(file, name))
+    with tarfile.open(fileobj=stream, mode="r|", errors="surrogateescape") as archive:
         for member in archive:
-            archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has read; millions of them are memory
+            # tarfile keeps every header it has read; millions of them are memory
+            archive.members = []  # type: ignore[attr-defined]
             if not member.isdir():
                 fault = "" if member.isreg() and not member.issparse() else "link"
                 yield member.name, member.size, f"{member.offset_data}+{member.size}", fault
+    # tarfile takes the end of what it can read for the end of the archive, which would lose the rest quietly.
+    while stream.read(1 << 20):
+        pass
+    if stream.tail.strip(b"\0"):
+        raise EOFError("it is cut off")
+
+
+def _unpacked(file: IO[bytes], name: str) -> IO[bytes]:
+    if name.endswith((".gz", ".tgz")):
+        return cast(IO[bytes], gzip.GzipFile(fileobj=file))
+    if name.endswith(".bz2"):
+        return cast(IO[bytes], bz2.BZ2File(file))
+    if name.endswith(".xz"):
+        return cast(IO[bytes], lzma.LZMAFile(file))
+    return file
+
+
+class _Stream:
+    """Reads on, and remembers the last block: a whole tar ends with one of zeros."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.tail = file, b"\1"
+
+    def read(self, size: int) -> bytes:
+        data = self.file.read(size)
+        self.tail = (self.tail + data)[-tarfile.BLOCKSIZE :]
+        return data
 
 
 def _zip_members(file: IO[bytes]) -> Iterator[tuple[str, int, str, str]]:
