@@ -414,10 +414,18 @@ def shrink(array: Array, factor: int, kind: Kind) -> Array:
     if kind in IDS:
         return array[factor // 2 :: factor, factor // 2 :: factor]
     if array.dtype == np.uint8 and array.shape[2] in (1, 3):
-        image = Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else np.ascontiguousarray(array))
-        return np.asarray(image.reduce(factor)).reshape(height // factor, width // factor, array.shape[2])
+        if array.strides[2] > abs(array.strides[1]):  # planar, as raw images are stored
+            planes = [_reduced(array[:, :, c], factor) for c in range(array.shape[2])]
+            return np.moveaxis(np.stack(planes), 0, 2)
+        small = _reduced(array[:, :, 0] if array.shape[2] == 1 else array, factor)
+        return small.reshape(height // factor, width // factor, array.shape[2])
     blocks = array.reshape(height // factor, factor, width // factor, factor, array.shape[2])
     return _settled(blocks.mean(axis=(1, 3), dtype=np.float32), array.dtype)
+
+
+def _reduced(array: Array, factor: int) -> Array:
+    """Means over squares, rounded, of a plane (H, W) or colours (H, W, 3) of uint8."""
+    return np.asarray(Image.fromarray(np.ascontiguousarray(array)).reduce(factor))
 
 
 # -- storage ------------------------------------------------------------------

@@ -1,0 +1,183 @@
+"""In which order training sees the pairs: exact, and the same global batches for any number of workers.
+
+in:  the rows of each row group of a split; seed, epoch, global batch size, rank, world size, first step
+out: the row groups a worker has to read, in order of need, and which of their rows make up each of its steps
+
+An epoch's sequence of all n rows is made of row groups in random order; rows are mixed within windows of
+`window` row groups. A batch has B slots, and slot s owns the s-th of B contiguous, near-equal stretches of
+the sequence: step k takes the k-th row of every slot. So
+
+- every pair comes exactly once an epoch, in ceil(n / B) steps, of which the last may be short (its rows are
+  those of the first n mod B slots);
+- a batch's rows come from B far-apart places, each mixed over a window;
+- rank r of W owns slots r*B/W to (r+1)*B/W: the global batch does not depend on W, and no row group is read
+  by more workers than the ends of stretches make necessary;
+- any step of any epoch can be the first: the order is a function of its arguments alone.
+
+Pure, numpy only. A worker plans its own share: 100 million rows over 64 workers take about a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+
+WINDOW = 8
+"""Row groups among which rows are mixed. With 17 rows a group (286 px, raw) that is a window of 136."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadUnit:
+    """Rows of one row group (numbered over the split) that are read together; `rows` ascend."""
+
+    group: int
+    rows: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one worker reads in one epoch, from its first step on.
+
+    The rows of step i are `unit[offsets[i]:offsets[i+1]]` and, within those units, `row[...]`.
+    """
+
+    units: tuple[ReadUnit, ...]
+    unit: Ints
+    row: Ints
+    offsets: Ints
+
+    @property
+    def steps(self) -> int:
+        """Steps left in the epoch."""
+        return len(self.offsets) - 1
+
+
+def num_steps(rows: int, batch: int) -> int:
+    """Steps of an epoch."""
+    return -(-rows // batch)
+
+
+def slot_starts(rows: int, batch: int) -> Ints:
+    """Where each slot's stretch of the sequence begins, and, last, where the last one ends."""
+    slots = np.arange(batch + 1, dtype=np.int64)
+    return slots * (rows // batch) + np.minimum(slots, rows % batch)
+
+
+def plan_epoch(
+    groups: Sequence[int] | Ints,
+    *,
+    seed: int,
+    epoch: int,
+    batch: int,
+    rank: int = 0,
+    world: int = 1,
+    start_step: int = 0,
+    window: int = WINDOW,
+) -> Plan:
+    """The plan of one worker. `groups`: rows of every row group of the split; `world` divides `batch`."""
+    assert batch % world == 0, "the config checks that workers divide the batch"
+    sizes = np.asarray(groups, np.int64)
+    rows, per_rank = int(sizes.sum()), batch // world
+    steps = num_steps(rows, batch)
+    assert 0 <= start_step <= steps
+    order = _generator(seed, epoch, 0).permutation(len(sizes))
+    ends = np.concatenate([[0], np.cumsum(sizes[order])])
+    # First row of each window, and the end of the last.
+    edges = np.unique(np.append(ends[:-1:window], rows))
+    starts = slot_starts(rows, batch)
+    parts = [
+        _stretch(
+            int(starts[slot]) + start_step,
+            int(starts[slot + 1]),
+            order,
+            sizes,
+            ends,
+            edges,
+            window,
+            seed,
+            epoch,
+        )
+        for slot in range(rank * per_rank, (rank + 1) * per_rank)
+    ]
+    group = np.concatenate([part[0] for part in parts])
+    row = np.concatenate([part[1] for part in parts])
+    step = np.concatenate([np.arange(len(part[0])) for part in parts])
+    slot = np.repeat(np.arange(len(parts)), [len(part[0]) for part in parts])
+    by_step = np.lexsort((slot, step))
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(step, minlength=steps - start_step))])
+    reach = max(1, int(window * sizes.mean())) if len(sizes) else 1
+    units, unit, at = _units(group[by_step], row[by_step], step[by_step], reach)
+    return Plan(units, unit, at, offsets.astype(np.int64))
+
+
+def _generator(seed: int, epoch: int, index: int) -> np.random.Generator:
+    return np.random.default_rng([seed & (2**64 - 1), epoch, index])
+
+
+def _stretch(
+    first: int,
+    last: int,
+    order: Ints,
+    sizes: Ints,
+    ends: Ints,
+    edges: Ints,
+    window: int,
+    seed: int,
+    epoch: int,
+) -> tuple[Ints, Ints]:
+    """Row group and row of the places `first` to `last` of the sequence."""
+    groups: list[Ints] = [np.empty(0, np.int64)]
+    rows: list[Ints] = [np.empty(0, np.int64)]
+    if first < last:
+        for index in range(int(np.searchsorted(edges, first, "right")) - 1, len(edges) - 1):
+            begin, end = int(edges[index]), int(edges[index + 1])
+            if begin >= last:
+                break
+            members = order[np.searchsorted(ends, begin) :][:window]
+            members = members[: int(np.searchsorted(np.cumsum(sizes[members]), end - begin)) + 1]
+            mixed = _generator(seed, epoch, index + 1).permutation(end - begin)
+            mixed = mixed[max(first, begin) - begin : min(last, end) - begin]
+            inner = np.concatenate([[0], np.cumsum(sizes[members])])
+            member = np.searchsorted(inner, mixed, "right") - 1
+            groups.append(members[member])
+            rows.append(mixed - inner[member])
+    return np.concatenate(groups), np.concatenate(rows)
+
+
+def _units(group: Ints, row: Ints, step: Ints, reach: int) -> tuple[tuple[ReadUnit, ...], Ints, Ints]:
+    """Reads that serve the given rows, which come in order of need.
+
+    Rows of one row group needed within `reach` steps of each other are read together, whichever slots they
+    are for: on small data sets several slots share a window.
+    """
+    if not len(group):
+        return (), np.empty(0, np.int64), np.empty(0, np.int64)
+    ordered = np.lexsort((row, step, group))  # by group, then by need
+    g, s = group[ordered], step[ordered]
+    fresh = np.append(True, g[1:] != g[:-1])
+    begins = np.flatnonzero(fresh)
+    for begin, end in zip(begins, np.append(begins[1:], len(g)), strict=True):
+        if s[end - 1] - s[begin] > reach:  # needed again much later: read again rather than kept
+            since = s[begin]
+            for i in range(begin, end):
+                if s[i] - since > reach:
+                    fresh[i], since = True, s[i]
+    number = np.cumsum(fresh) - 1
+    begins = np.flatnonzero(fresh)
+    place = np.empty(len(group), np.int64)
+    place[ordered] = np.arange(len(group))
+    # Units in order of their first need: the place in the original order of each one's first row.
+    need = np.minimum.reduceat(ordered, begins)
+    rank = np.empty(len(begins), np.int64)
+    rank[np.argsort(need)] = np.arange(len(begins))
+    chunks = np.split(row[ordered], begins[1:])
+    at = np.concatenate([np.argsort(np.argsort(chunk)) for chunk in chunks])
+    units: list[ReadUnit | None] = [None] * len(begins)
+    for index, chunk in enumerate(chunks):
+        units[rank[index]] = ReadUnit(int(g[begins[index]]), np.sort(chunk))
+    return tuple(u for u in units if u is not None), rank[number][place], at[place]
