@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +319,18 @@ def test_damaged_checkpoints_are_refused_in_one_line(tmp_path: Path, legacy: boo
         with pytest.raises(ValueError, match=r"G\.pth: ") as caught:
             read_tensors(path)
         assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_that_unfolds_to_more_than_it_is_is_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(100_000)}, tmp_path / "plain.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for entry in plain.namelist():
+            bomb.writestr(entry, plain.read(entry))
+    with pytest.raises(ValueError, match="unfold to more than the file"):
+        read_tensors(tmp_path / "bomb.pth")
 
 
 def test_a_wrapped_state_dict_is_unwrapped(tmp_path: Path) -> None:
