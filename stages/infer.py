@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import tempfile
 import threading
 import time
@@ -27,16 +26,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
-import ray.data
 import torch
 from pydantic import Field, PositiveInt, field_validator, model_validator
-from ray.data import ActorPoolStrategy
-from ray.exceptions import RayError
 
 from stages import dataset, images, outputs, sources, storage
+from stages.actors import on_actors, pool_size, threads, uses_gpu
 from stages.base import Config, Fraction, Kind, Outcome, Resources, Split
-from stages.errors import PixloomError, StageError, UserError
+from stages.errors import StageError, UserError
 from stages.fetch import Object, Reader
 from stages.images import Array, ImageRejected
 from stages.inference import Painter, noise_seed
@@ -57,7 +53,6 @@ BATCH_PIXELS = {"cpu": 1 << 19, "cuda": 1 << 22}
 """Pixels of a batch: eight pictures of 256x256 on a CPU, 64 on a GPU."""
 
 MAX_BATCH = 64
-CHUNK_UNITS = 4096  # blocks Ray Data holds at once
 
 logger = logging.getLogger(__name__)
 
@@ -503,9 +498,7 @@ def make_job(
     planned: Planned | None,
 ) -> Job:
     """The job for the processes, with what depends on this cluster."""
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    use_gpu = gpus > 0 if resources.gpu is None else resources.gpu
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    gpu = uses_gpu(resources)
     size = None
     if shards:
         trained = (told.get("preprocessing") or {}).get("size")
@@ -522,73 +515,24 @@ def make_job(
         shards=shards,
         planned=planned,
         size=size,
-        device="cuda" if use_gpu else "cpu",
-        threads=resources.threads_per_worker
-        or max(1, cores // actors(resources, "cuda" if use_gpu else "cpu")),
+        device="cuda" if gpu else "cpu",
+        threads=threads(resources, pool_size(resources, gpu=gpu)),
         io_threads=resources.io_threads,
     )
 
 
-def actors(resources: Resources, device: str) -> int:
-    """Processes that generate at most: as configured, else one a GPU, or one for every two cores."""
-    if resources.infer_actors is not None:
-        return resources.infer_actors
-    if device == "cuda":
-        return max(1, int(ray.cluster_resources().get("GPU", 1)))
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) == 1:  # its CPUs may be logical ones, more than the machine has
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    else:
-        cores = int(ray.cluster_resources().get("CPU", 1))
-    return max(1, cores // 2)
-
-
 def generate(job: Job, resources: Resources, left: list[int], total: int, done: int) -> Counter[str]:
     """Do the units that are left, on as many processes as allowed. Returns what they counted."""
-    most = min(actors(resources, job.device), len(left))
     counts: Counter[str] = Counter()
+    gpu = job.device == "cuda"
     with Progress("infer", total=total, unit="images", done=done) as progress:
-        for start in range(0, len(left), CHUNK_UNITS * 64):
-            chunk = left[start : start + CHUNK_UNITS * 64]
-            rows = ray.data.from_items(
-                [{"unit": unit} for unit in chunk], override_num_blocks=min(len(chunk), CHUNK_UNITS)
-            ).map_batches(
-                Generator,
-                fn_constructor_kwargs={"job": job},
-                batch_size=1,
-                batch_format="numpy",
-                num_cpus=0.5,  # actors that held all logical CPUs would leave none for Ray Data's own tasks
-                num_gpus=1 if job.device == "cuda" else None,
-                compute=ActorPoolStrategy(
-                    min_size=1,
-                    max_size=most,
-                    initial_size=most if len(chunk) >= 2 * most else 1,
-                    max_tasks_in_flight_per_actor=3,
-                    max_concurrent_calls_per_actor=2,
-                    enable_true_multi_threading=True,
-                ),
-            )
-            try:
-                for row in rows.iter_rows():
-                    counts["images"] += int(row["images"])
-                    for reason, number in json.loads(row["errors"]).items():
-                        counts[f"error_{reason}"] += number
-                    progress.advance(int(row["images"]))
-            except RayError as error:
-                raise failure(error) from error
+        most = pool_size(resources, gpu=gpu)
+        for row in on_actors(Generator, job, left, stage="infer", most=most, gpu=gpu):
+            counts["images"] += int(row["images"])
+            for reason, number in json.loads(row["errors"]).items():
+                counts[f"error_{reason}"] += number
+            progress.advance(int(row["images"]))
     return counts
-
-
-def failure(error: BaseException) -> PixloomError:
-    """The error of ours that Ray wrapped, or a StageError naming the innermost cause."""
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, PixloomError):
-            return type(inner)(str(inner))
-        error, inner = inner, getattr(inner, "cause", None) or inner.__cause__
-    return StageError(
-        f"infer: the processes that generate failed: {str(error).strip().splitlines()[-1][:300]}"
-    )
 
 
 def identity(told: Mapping[str, Any], config: InferConfig, source: str) -> dict[str, Any]:
