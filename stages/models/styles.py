@@ -10,12 +10,14 @@ Nothing here loops over instances.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from stages.models.pix2pixhd import FeatureEncoder
+from stages.models.step import Batch, unit_range
 
 RADIX = 1 << 32
 """Ids are below this: two of them make one int64 key."""
@@ -150,6 +152,43 @@ def instance_styles(
     """
     instances = find_instances(instance, label)
     return mean_features(encoder.features(image), instances).cpu(), instances.classes.cpu()
+
+
+def collect_styles(
+    encoder: FeatureEncoder,
+    batches: Iterable[Batch],
+    *,
+    num_classes: int,
+    clusters: int = 10,
+    limit: int = 200_000,
+    seed: int = 0,
+) -> Styles:
+    """The styles of a trained encoder over (a sample of) its training set, for `save_model`.
+
+    Reads batches until `limit` instances are seen: more of them move the clusters little, and memory stays
+    bounded. A batch's classes are its label map or, for a labels source, the source. Batches must be on the
+    encoder's device and carry instances. Raises ValueError if there are none.
+    """
+    was_training = encoder.training
+    encoder.eval()
+    features, classes, seen = [], [], 0
+    for batch in batches:
+        if batch.source.shape[0] == 0:
+            continue
+        assert batch.instance is not None, "an encoder is trained on pairs with instances"
+        label = batch.source if batch.label is None else batch.label
+        vectors, their_classes = instance_styles(encoder, unit_range(batch.target), batch.instance, label)
+        features.append(vectors)
+        classes.append(their_classes)
+        seen += len(vectors)
+        if seen >= limit:
+            break
+    encoder.train(was_training)
+    if not features:
+        raise ValueError("no pairs to take styles from")
+    return fit_styles(
+        torch.cat(features), torch.cat(classes), num_classes=num_classes, clusters=clusters, seed=seed
+    )
 
 
 def fit_styles(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
 from stages.models.pix2pixhd import FeatureEncoder
+from stages.models.step import Batch
 from stages.models.styles import (
     Styles,
+    collect_styles,
     find_instances,
     fit_styles,
     from_reference,
@@ -97,6 +101,27 @@ def test_the_encoder_gives_one_vector_an_instance() -> None:
     found = find_instances(instance, label)
     torch.testing.assert_close(paint(vectors, found), encoder(image, instance).detach())
     assert torch.equal(classes, found.classes)
+
+
+def test_styles_are_collected_over_batches_up_to_a_limit() -> None:
+    encoder = FeatureEncoder(3, 3, width=4, downsamplings=1)
+    taken = []
+
+    def batches() -> Iterator[Batch]:
+        for seed in range(5):
+            _, instance, label = scene(seed=seed)
+            taken.append(seed)
+            target = torch.randint(0, 256, (2, 3, 24, 32), dtype=torch.uint8)
+            yield Batch(source=label, target=target, instance=instance)
+
+    found = collect_styles(encoder, batches(), num_classes=3, clusters=2)
+    assert found.counts.sum() == sum(len(find_instances(*scene(seed=seed)[1:]).number) for seed in range(5))
+    assert encoder.training
+    taken.clear()
+    collect_styles(encoder, batches(), num_classes=3, limit=1)
+    assert taken == [0]
+    with pytest.raises(ValueError, match="no pairs"):
+        collect_styles(encoder, [], num_classes=3)
 
 
 def test_a_chosen_cluster_is_painted_on_every_instance_of_its_class() -> None:
