@@ -35,7 +35,8 @@ import psutil
 HOST = "127.0.0.1"
 FOLDER = Path("/tmp") / f"pixloom-{os.getuid()}"  # noqa: S108  made with mode 700, and its owner is checked
 LONGEST_FOLDER = 40  # Ray puts sockets below it, and a socket's path is limited to 103 bytes
-START_SECONDS = 90.0
+START_SECONDS = 120.0
+STARTS = 3
 STOP_SECONDS = 8.0
 
 
@@ -116,11 +117,7 @@ def start(options: argparse.Namespace) -> Cluster:
     memory = options.object_store_memory << 20 or share_of_memory(psutil.virtual_memory().total, len(names))
     try:
         for name, mine in zip(names, gpus, strict=True):
-            cluster.nodes.append(_start_node(cluster, name, cores, mine, memory))
-            cluster.save()
-            if name == "head":
-                _wait(cluster, lambda: _listens(cluster.port), "the head does not listen")
-        _wait(cluster, lambda: _alive(cluster) == len(names), "not all nodes have joined")
+            _bring_up(cluster, name, cores, mine, memory)
     except BaseException:
         stop(cluster)
         raise
@@ -136,6 +133,7 @@ def stop(cluster: Cluster) -> None:
     for node in reversed(cluster.nodes):
         process = node.process()
         if process is None:
+            family += _orphans(cluster, node)
             continue
         with contextlib.suppress(psutil.NoSuchProcess):
             family += [*process.children(recursive=True), process]
@@ -147,6 +145,17 @@ def stop(cluster: Cluster) -> None:
             process.kill()
     psutil.wait_procs(alive, timeout=STOP_SECONDS)
     Path(cluster.folder, "cluster.json").unlink(missing_ok=True)
+
+
+def _orphans(cluster: Cluster, node: Node) -> list[psutil.Process]:
+    """What a killed node left behind: its session's processes, told from strangers by the cluster's token."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            ours = os.getsid(process.pid) == node.pid
+            if ours and process.environ().get("RAY_AUTH_TOKEN_PATH") == str(cluster.token):
+                found.append(process)
+    return found
 
 
 def status(cluster: Cluster | None) -> str:
@@ -181,6 +190,21 @@ def share_of_memory(total: int, nodes: int) -> int:
 
 
 # -- processes, ports, files ---------------------------------------------------
+
+
+def _bring_up(cluster: Cluster, name: str, cores: int, gpus: Sequence[str], memory: int) -> None:
+    """Start a node and wait until the dashboard counts it. `ray start` gives up on a busy machine: again then."""
+    before = len(cluster.nodes)
+    for attempt in range(STARTS):
+        cluster.nodes[before:] = [_start_node(cluster, name, cores, gpus, memory)]
+        cluster.save()
+        try:
+            _wait(cluster, lambda: _alive(cluster) == before + 1, f"{name} has not joined")
+        except LocalClusterError:
+            if attempt == STARTS - 1 or cluster.nodes[before].process() is not None:
+                raise
+        else:
+            return
 
 
 def _start_node(cluster: Cluster, name: str, cores: int, gpus: Sequence[str], memory: int) -> Node:
@@ -236,10 +260,11 @@ def _wait(cluster: Cluster, ready: Any, complaint: str) -> None:
             last = log.read_text(errors="replace").strip().splitlines()[-12:]
             why = f"{name} ended" if dead else f"{complaint} after {START_SECONDS:.0f} s"
             raise LocalClusterError("\n".join([f"{why}; {log} ends:", *last]))
-        time.sleep(0.2)
+        time.sleep(0.5)
 
 
 def _listens(port: int) -> bool:
+    """Whether something is there already."""
     with socket.socket() as probe:
         probe.settimeout(1)
         return probe.connect_ex((HOST, port)) == 0
