@@ -3,8 +3,8 @@
     what it extends  <-  the file  <-  one of its profiles  <-  --set a.b=c     ->  PipelineConfig, frozen
 
 Each is laid over the one before: sections are merged, lists and values replaced, and a section whose keys
-are numbers changes those places of a list (`phases: {0: {epochs: 5}}`). Everything wrong with it is found
-here, before any work, and told in one line that names file and dotted key.
+are numbers changes those places of a list (`phases: {0: {epochs: 5}, 2: null}`; null takes one out).
+Everything wrong with it is found here, before any work, and told in one line that names file and dotted key.
 """
 
 from __future__ import annotations
@@ -98,14 +98,19 @@ def load(path: str, overrides: Iterable[str] = (), profile: str | None = None) -
     Raises UserError with one line that names the file (or `--set`, `--profile`) and the dotted key.
     """
     values = read(path, profile)
-    for override in overrides:
-        _set(values, override)
+    override(values, overrides)
     return validated(values, path)
 
 
 def read(path: str, profile: str | None = None) -> dict[str, Any]:
     """A config file's values with what it extends and its profile merged, not yet checked."""
     return _with_profile(_read(Path(path), seen=()), path, profile)
+
+
+def override(values: dict[str, Any], overrides: Iterable[str]) -> None:
+    """Apply `a.b=c` overrides, in place."""
+    for one in overrides:
+        _set(values, one)
 
 
 def validated(values: Mapping[str, Any], path: str) -> PipelineConfig:
@@ -148,10 +153,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """A file's values, merged over those of the file it extends."""
-    if path.resolve() in seen:
-        raise UserError(f"{path}: extends: the files extend each other in a circle")
+def parse(path: Path) -> dict[str, Any]:
+    """A YAML file's sections. Raises UserError that names the file, in one line."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506  a SafeLoader
     except FileNotFoundError:
@@ -164,6 +167,14 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(
             f"{path}: expected sections (`ingest:`, `train:`, ...), found {type(values).__name__}"
         )
+    return values
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """A file's values, merged over those of the file it extends."""
+    if path.resolve() in seen:
+        raise UserError(f"{path}: extends: the files extend each other in a circle")
+    values = parse(path)
     names = values.pop("extends", [])
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -199,20 +210,21 @@ def _with_profile(values: dict[str, Any], path: str, wanted: str | None) -> dict
 def _merge(base: Any, over: Any) -> Any:
     """`over` on top of `base`: sections are merged, lists and values replaced.
 
-    A section whose keys are numbers changes those places of a list. Raises LookupError for a place that is
-    not there.
+    A section whose keys are numbers changes those places of a list, or takes them out where it says null.
+    Raises LookupError for a place that is not there.
     """
     if isinstance(base, dict) and isinstance(over, dict):
         return base | {key: _merge(base[key], value) if key in base else value for key, value in over.items()}
     if isinstance(base, list) and isinstance(over, dict) and over and all(isinstance(n, int) for n in over):
         if max(over) >= len(base) or min(over) < 0:
             raise LookupError(f"{max(over)} is not a place in a list of {len(base)}")
-        return [_merge(value, over[n]) if n in over else value for n, value in enumerate(base)]
+        merged = [_merge(value, over[n]) if n in over else value for n, value in enumerate(base)]
+        return [value for n, value in enumerate(merged) if over.get(n, value) is not None]
     return over
 
 
 def _set(values: dict[str, Any], override: str) -> None:
-    """Apply one `a.b=c`; a number in the path is a place in a list."""
+    """Apply one `a.b=c`, given on the command line."""
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise UserError(f"--set {override}: expected key=value, e.g. --set train.seed=7")
@@ -220,25 +232,38 @@ def _set(values: dict[str, Any], override: str) -> None:
         value = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
     except yaml.YAMLError as error:
         raise UserError(f"--set {override}: the value is not valid YAML") from error
+    assign(values, dotted, value, said=f"--set {override}")
+
+
+def assign(values: dict[str, Any], dotted: str, value: Any, *, said: str) -> None:
+    """Set `a.b` of a config's values, in place; a number in the path is a place in a list, null takes it out.
+
+    Raises UserError that begins with what was `said`.
+    """
     *parents, last = dotted.split(".")
     place: Any = values
     for part in parents:
         if isinstance(place, dict):
-            place = place.setdefault(part, {})
+            if place.get(part) is None:  # `train: null`, or nothing there yet
+                place[part] = {}
+            place = place[part]
             continue
-        place = _item(place, part, override)
+        place = _item(place, part, said)
     if isinstance(place, dict):
         place[last] = value
+        return
+    _item(place, last, said)
+    if value is None:
+        del place[int(last)]
     else:
-        _item(place, last, override)
         place[int(last)] = value
 
 
-def _item(place: Any, part: str, override: str) -> Any:
+def _item(place: Any, part: str, said: str) -> Any:
     if not isinstance(place, list):
-        raise UserError(f"--set {override}: there is no section to set {part} in")
+        raise UserError(f"{said}: there is no section to set {part} in")
     if not part.isdigit() or int(part) >= len(place):
-        raise UserError(f"--set {override}: {part} is not a place in a list of {len(place)}")
+        raise UserError(f"{said}: {part} is not a place in a list of {len(place)}")
     return place[int(part)]
 
 

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -98,6 +98,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     options = parser().parse_args(words)
+    log_to_stdout()
+    if options.schema:
+        sys.stdout.write(configuration.schema())
+        return 0
+    return exit_code(lambda: run(options, command=shlex.join(["python", "-m", "pipeline.run", *words])))
+
+
+def log_to_stdout() -> None:
+    """Our own log lines with the time; of others' only warnings."""
     logging.basicConfig(
         level=logging.WARNING,
         format="%(asctime)s  %(message)s",
@@ -107,12 +116,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     for name in ("pipeline", "stages", "pixloom", "__main__"):
         logging.getLogger(name).setLevel(logging.INFO)
-    if options.schema:
-        sys.stdout.write(configuration.schema())
-        return 0
-    _stop_on_sigterm()
+
+
+def exit_code(work: Callable[[], None]) -> int:
+    """Do the work of a command; what stops it becomes a line on stderr and the exit code."""
+    stop_on_sigterm()
     try:
-        run(options, command=shlex.join(["python", "-m", "pipeline.run", *words]))
+        work()
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 2
@@ -152,31 +162,43 @@ def _run(
     finished: dict[str, dict[str, Any]],
     command: str,
 ) -> None:
-    written = config.model_dump(mode="json")
-    text = yaml.safe_dump(written, sort_keys=False, allow_unicode=True)
-    phases = [p.folder for p in planned if p.step.group == "train"]
+    tags = {"pixloom.command": command, "pixloom.workspace": config.workspace}
+    tags |= config.about.tags() | commit()
+    with open_parent(config.tracking, time.strftime("%Y-%m-%d %H:%M"), tags, config.workspace) as parent:
+        parent.artifact("config.yaml", as_yaml(config).encode())
+        with cluster(config.resources, config.storage, config.workspace):
+            stop_on_sigterm()
+            extra = extra_arguments(config, planned, finished, command)
+            execute(chosen, config.resources, parent=parent, extra=extra, finished=finished)
+        _log_results(parent, finished)
+
+
+def as_yaml(config: PipelineConfig) -> str:
+    """The whole config, defaults included."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def extra_arguments(
+    config: PipelineConfig,
+    planned: Sequence[Planned],
+    finished: Mapping[str, Mapping[str, Any]],
+    command: str,
+) -> Callable[[Step], Mapping[str, Any]]:
+    """What each step is told beside its inputs; none of it changes its result."""
 
     def extra(step: Step) -> Mapping[str, Any]:
-        """What a step is told beside its inputs; none of it changes its result."""
         if step.group == "train" and "before" not in step.needs:
             return {"before": ""}
         if step.group == "report":
             return {
-                "phases": phases,
+                "phases": [p.folder for p in planned if p.step.group == "train"],
                 "steps": list(finished.values()),
-                "config_text": text,
+                "config_text": as_yaml(config),
                 "command": command,
             }
         return {}
 
-    tags = {"pixloom.command": command, "pixloom.workspace": config.workspace}
-    tags |= config.about.tags() | _commit()
-    with open_parent(config.tracking, time.strftime("%Y-%m-%d %H:%M"), tags, config.workspace) as parent:
-        parent.artifact("config.yaml", text.encode())
-        with cluster(config.resources, config.storage, config.workspace):
-            _stop_on_sigterm()
-            execute(chosen, config.resources, parent=parent, extra=extra, finished=finished)
-        _log_results(parent, finished)
+    return extra
 
 
 def _log_results(parent: Run, finished: Mapping[str, Mapping[str, Any]]) -> None:
@@ -185,7 +207,7 @@ def _log_results(parent: Run, finished: Mapping[str, Mapping[str, Any]]) -> None
         parent.metrics(finished["evaluate"]["metrics"], step=0)
 
 
-def _stop_on_sigterm() -> None:
+def stop_on_sigterm() -> None:
     """`ray job stop` and a scheduler send SIGTERM: end as Ctrl-C. Set again after ray.init, which has one."""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
@@ -194,7 +216,7 @@ def _stop_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, stop)
 
 
-def _commit() -> dict[str, str]:
+def commit() -> dict[str, str]:
     """The code's git commit, as a tag, where there is one."""
     try:
         told = subprocess.run(
