@@ -325,9 +325,9 @@ def _judges(size: Size, layers: int, padding: int) -> bool:
 
 
 def check_workers(phase: PhaseConfig, resources: Resources, *, key: str) -> None:
-    """Raises ValueError where a step has fewer pairs than there are workers."""
-    if phase.batch < resources.train_workers:
+    """Raises ValueError where workers cannot share a step's pairs evenly."""
+    if phase.batch % resources.train_workers:
         raise ValueError(
-            f"{key}.batch: a step of '{phase.name}' has {phase.batch} pairs for {resources.train_workers} "
-            f"workers; raise the batch or lower resources.train_workers"
+            f"{key}.batch: a step of '{phase.name}' has {phase.batch} pairs, which {resources.train_workers} "
+            "workers cannot share evenly; change the batch or resources.train_workers"
         )

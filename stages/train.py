@@ -1,0 +1,255 @@
+"""Train one phase on the cluster: a Ray Train run whose workers read shards and step the networks together.
+
+in:  shards   {split}-*.parquet and dataset.json (stages.dataset);   before: the folder of the phase before
+out: model/               weights, averages, discriminator, model.json (stages.models.saved)
+     metrics.parquet      the curves: step, images, epoch, name, value, time_ms
+     samples/             epoch-XXXX.png: source | generated | target of a few validation pairs
+     checkpoints/         what a killed phase goes on from (stages.checkpoints)
+
+The phase goes on where it was, whatever was killed: a worker (Ray starts the group again), a node, the
+driver (the same command again). Workers never wait for MLflow, nor the driver for workers (stages.board).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from stages import board, dataset, phases, storage
+from stages.base import Outcome, Resources
+from stages.board import Event, Poster, Reader
+from stages.dataset import DatasetSpec
+from stages.errors import StageError, UserError
+from stages.feed import Feed
+from stages.loop import Ending, Task, Worker, phase_seed, train_phase
+from stages.models.process import tune_process
+from stages.models.saved import Picture, Preprocessing
+from stages.phases import PhaseConfig, PhaseJob, TrainConfig, jobs
+from stages.previews import Samples
+from stages.tracking import Run
+
+__all__ = ["VERSION", "PhaseConfig", "PhaseJob", "TrainConfig", "jobs", "run"]
+
+VERSION = 1
+POLL_S = 0.25
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What every worker is sent."""
+
+    task: Task
+    shards: str
+    spec: DatasetSpec
+    board: Any
+    gpu: bool
+    threads: int | None
+
+
+# -- rules --------------------------------------------------------------------
+
+
+def job_name(job: PhaseJob, shards: str, before: str) -> str:
+    """A digest of the phase's settings and inputs: a checkpoint of another digest is not gone on from."""
+    text = "\n".join([job.model_dump_json(), shards.rstrip("/"), before.rstrip("/")])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def preprocessing(job: PhaseJob, spec: DatasetSpec) -> Preprocessing:
+    """What inference has to know of the pictures this phase saw."""
+    full = phases.full_size(spec.size, job.augment)
+    return Preprocessing(
+        size=phases.phase_size(job.model, job.phase, full),
+        pictures={
+            role: Picture(kind=known.kind, classes=known.classes) for role, known in spec.roles.items()
+        },
+    )
+
+
+def threads(resources: Resources, workers_here: int, gpu: bool) -> int:
+    """Torch threads of a worker. Ray sets OMP_NUM_THREADS to 1, which torch would otherwise obey."""
+    if resources.threads_per_worker is not None:
+        return resources.threads_per_worker
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if gpu else max(1, cores // max(1, workers_here))
+
+
+# -- wiring -------------------------------------------------------------------
+
+
+def run(
+    config: PhaseJob, resources: Resources, *, output: str, track: Run, shards: str, before: str = ""
+) -> Outcome:
+    """Train one phase to its end.
+
+    Raises UserError for data the networks cannot take, StageError when training diverges, when workers died
+    more than `resources.max_failures` times, or when memory does not suffice.
+    """
+    label = f"train-{config.phase.name}"
+    spec = dataset.load(shards)
+    rows = spec.rows("train")
+    if rows == 0:
+        raise UserError(f"{shards}: no pair is in the train split (pair.split, or {{split}} in the pattern)")
+    try:
+        phases.check_workers(config.phase, resources, key="train")
+        phases.check_size(
+            config.model, config.phase, phases.full_size(spec.size, config.augment), key="train"
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    notices = board.open_board()
+    task = Task(
+        job=config,
+        name=job_name(config, shards, before),
+        inputs=phases.input_spec(spec),
+        preprocessing=preprocessing(config, spec),
+        rows=rows,
+        output=output,
+        before=before,
+        run_id=track.run_id(wait=1.0),
+        checkpoint_images=resources.checkpoint_images,
+        keep_checkpoints=resources.keep_checkpoints,
+    )
+    gpu = resources.gpu if resources.gpu is not None else ray.cluster_resources().get("GPU", 0) >= 1
+    setup = Setup(
+        task=task, shards=shards, spec=spec, board=notices, gpu=gpu, threads=resources.threads_per_worker
+    )
+    track.params(config.model_dump(mode="json"))
+    track.dataset("shards", uri=shards, digest=hashlib.sha256(spec.model_dump_json().encode()).hexdigest(),
+                  context="training")  # fmt: skip
+    reader = Reader(label, rows * config.phase.epochs, track)
+    with _reading(reader, notices):
+        ending = _fit(setup, resources, label)
+    if ending.failure:
+        raise StageError(f"{label}: {ending.failure}; its last good checkpoint is in {output}/checkpoints")
+    if ending.stopped:
+        raise StageError(
+            f"{label}: {ending.stopped} at {ending.position.images:,} images; run again to go on"
+        )
+    return Outcome(
+        counts={"images": ending.position.images, "steps": ending.position.steps},
+        metrics={name: value for name, value in ending.losses.items() if name.count("/") == 1},
+    )
+
+
+def _fit(setup: Setup, resources: Resources, label: str) -> Ending:
+    """One Ray Train run; what happened to its workers becomes one line."""
+    workers = resources.train_workers
+    fs, path = storage.filesystem(storage.join(setup.task.output, "checkpoints", "ray"))
+    local = storage.is_local(setup.task.output)
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"setup": setup},
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=setup.gpu,
+            # Less than a CPU each: Ray Data reads for them on what is left, and without it they hang.
+            resources_per_worker={"CPU": 0.5} | ({"GPU": 1} if setup.gpu else {}),
+            placement_strategy="PACK" if setup.gpu else "SPREAD",
+        ),
+        torch_config=TorchConfig(timeout_s=resources.collective_timeout_s),
+        run_config=RunConfig(
+            name=setup.task.name,
+            storage_path=path,
+            storage_filesystem=None if local else PyFileSystem(FSSpecHandler(fs)),
+            failure_config=FailureConfig(max_failures=resources.max_failures),
+            logging_config=LoggingConfig("WARNING"),
+            callbacks=[Teller(setup.board)],
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise StageError(f"{label}: {_cause(error)} (after {resources.max_failures} restarts)") from error
+    ending: Ending = result.return_value
+    return ending
+
+
+def _work(config: dict[str, Any]) -> Ending:
+    """A worker's process: find out who and where it is, then train."""
+    setup: Setup = config["setup"]
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device() if setup.gpu else torch.device("cpu")
+    worker = Worker(rank=context.get_world_rank(), world=context.get_world_size(), device=device)
+    tune_process(device)
+    torch.set_num_threads(
+        threads(Resources(threads_per_worker=setup.threads), context.get_local_world_size(), setup.gpu)
+    )
+    task, job = setup.task, setup.task.job
+    feed = Feed(
+        setup.shards,
+        setup.spec,
+        split="train",
+        seed=phase_seed(job.seed, job.phase.name),
+        batch=job.phase.batch,
+        rank=worker.rank,
+        world=worker.world,
+        augment=job.augment,
+        scale=phases.downscale(job.model, job.phase),
+        device=device,
+        epochs=job.phase.epochs,
+    )
+    samples = Samples(setup.shards, setup.spec, job, device)
+    return train_phase(task, worker, feed, Poster(setup.board), samples)
+
+
+class Teller(UserCallback):  # type: ignore[misc]
+    """In Ray Train's controller: says in one line what happened to a worker."""
+
+    def __init__(self, notices: Any) -> None:
+        self.notices = notices
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
+        """Tell the driver."""
+        told = "; ".join(f"worker {rank}: {_cause(error)}" for rank, error in worker_exceptions.items())
+        self.notices.post.remote([Event("note", f"lost workers, starts them again ({told})")])
+
+
+@contextmanager
+def _reading(reader: Reader, notices: Any) -> Iterator[None]:
+    """Pass on what the board holds, from a thread, until the block ends."""
+    over = threading.Event()
+
+    def read() -> None:
+        while not over.wait(POLL_S):
+            with suppress(ray.exceptions.RayError):
+                reader.handle(ray.get(notices.take.remote()))
+
+    thread = threading.Thread(target=read, name="train-board", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        with suppress(ray.exceptions.RayError):
+            reader.handle(ray.get(notices.take.remote(), timeout=10))
+        ray.kill(notices)
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason, in one line."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        rank, first = next(iter(failures.items()))
+        return f"worker {rank}: {_cause(first)}"
+    while (inner := getattr(error, "cause", None) or error.__cause__) is not None and inner is not error:
+        error = inner
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
