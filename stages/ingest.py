@@ -30,7 +30,7 @@ from pydantic import Field, field_validator, model_validator
 
 from stages import archives, tables
 from stages.base import Config, Outcome, Resources
-from stages.errors import UserError
+from stages.errors import StageError, UserError
 from stages.listing import Page, Unit, describe, etag_of, pages, split_location
 from stages.patterns import bad_keys, canonical_splits, compile_pattern, match
 from stages.progress import Progress
@@ -216,14 +216,14 @@ def table_rows(
 # -- listing, with or without Ray ---------------------------------------------
 
 
-def batches(found: Iterable[Page], rows_per_batch: int = ROWS_PER_BATCH) -> Iterator[Page]:
+def batches(found: Iterable[Page]) -> Iterator[Page]:
     """Pages put together, so that the rules work on long columns."""
     batch: Page | None = None
     for page in found:
         if batch is None:
             batch = Page(chained=page.chained)
         batch.extend(page)
-        if len(batch) >= rows_per_batch:
+        if len(batch) >= ROWS_PER_BATCH:
             yield batch
             batch = None
     if batch is not None:
@@ -340,7 +340,12 @@ def list_unit(item: Mapping[str, Any], *, config: IngestConfig, output: str, req
         if table.num_rows:
             number = sum(name.startswith(kind) for name in files)
             name = f"{kind}-{int(item['unit']):05d}-{number:04d}.parquet"
-            write_parquet(join(output, name), table, compression="zstd")
+            try:
+                write_parquet(join(output, name), table, compression="zstd")
+            except PermissionError as error:
+                raise UserError(f"{output}: {describe(error)}") from error
+            except OSError as error:  # no fault of the location that is being listed
+                raise StageError(f"ingest: cannot write {output}: {describe(error)}") from error
             files[name] = table.num_rows
 
     objects, rejects = [OBJECTS.empty_table()], [REJECTS.empty_table()]

@@ -121,11 +121,19 @@ def describe(error: BaseException) -> str | None:
         return f"access denied: check the credentials and the permissions ({text})"
     if isinstance(error, ImportError):
         return text  # fsspec names the package to install
-    if type(error).__module__.startswith("botocore") or type(error).__name__.endswith("ConnectorError"):
+    if "Credential" in type(error).__name__:
+        return f"no credentials: {text}"
+    if type(error).__name__.endswith(("ConnectionError", "ConnectorError", "TimeoutError")):
         return f"cannot reach the store: {text}"
-    if isinstance(error, OSError | ValueError):
-        return text
-    return None
+    return text if passing(error) or isinstance(error, ValueError) else None
+
+
+def passing(error: BaseException) -> bool:
+    """Whether another attempt may succeed: the network's and the store's troubles, not their refusals."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
+        return False
+    client = type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp")
+    return isinstance(error, OSError) or (client and "Credential" not in type(error).__name__)
 
 
 def retried(call: Callable[[], Value], *, attempts: int = ATTEMPTS, wait: float = 0.5) -> Value:
@@ -136,9 +144,9 @@ def retried(call: Callable[[], Value], *, attempts: int = ATTEMPTS, wait: float 
     for attempt in range(attempts - 1):
         try:
             return call()
-        except (FileNotFoundError, NotADirectoryError, PermissionError):
-            raise
-        except OSError as error:
+        except Exception as error:
+            if not passing(error):
+                raise
             logger.info("listing failed, trying again: %s", error)
             time.sleep(wait * 2**attempt)
     return call()
@@ -317,12 +325,12 @@ def _s3_base(base: str) -> tuple[str, str]:
 
 
 def _s3_page(
-    fs: Any, bucket: str, prefix: str, *, size: int = PAGE, after: str = "", token: str = ""
+    fs: Any, bucket: str, prefix: str, *, size: int | None = None, after: str = "", token: str = ""
 ) -> dict[str, Any]:
     """One page of a listing, in key order. s3fs's own `find` would keep all pages in memory."""
     start = {"ContinuationToken": token} if token else {"StartAfter": after} if after else {}
     page: dict[str, Any] = retried(
-        lambda: fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=size, **start)
+        lambda: fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=size or PAGE, **start)
     )
     return page
 

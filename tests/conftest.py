@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.stores.fixtures import s3_bucket, s3_store
+
+__all__ = ["s3_bucket", "s3_store"]  # fixtures, found by their names here
+
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")

@@ -1,0 +1,351 @@
+"""Rows made of what is listed, the digest of it, and the wiring."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec.config
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import ValidationError
+
+from stages import ingest, pair, storage
+from stages.base import Resources
+from stages.errors import UserError
+from stages.ingest import IngestConfig, LocationConfig
+from stages.listing import Page, Unit
+from stages.tracking import NullRun
+from tests.stores.faults import Fault, FaultProxy
+from tests.stores.files import FileServer
+from tests.stores.seaweed import SeaweedS3
+
+
+def config(*locations: dict[str, Any]) -> IngestConfig:
+    return IngestConfig.model_validate({"locations": locations})
+
+
+def location(**values: Any) -> LocationConfig:
+    return LocationConfig.model_validate({"uri": "/data", "role": "target"} | values)
+
+
+def page(*paths: str, **fault: str) -> Page:
+    made = Page()
+    for path in paths:
+        made.add(path, f"/data/{path}", 5, "v1", fault.get("fault", ""))
+    return made
+
+
+def make_files(folder: Path, *names: str) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+
+
+# -- rules --------------------------------------------------------------------
+
+
+def test_an_object_becomes_a_row() -> None:
+    objects, rejects, ignored = ingest.rows(
+        location(pattern="{split}/{group}_{key}.png"), 3, page("Train/oslo_1.png", "README.md")
+    )
+    assert objects.to_pylist() == [
+        {
+            "key": "Train/oslo/1", "role": "target", "split": "train", "group": "oslo", "x": None, "y": None,
+            "uri": "/data/Train/oslo_1.png", "size": 5, "etag": "v1", "location": 3,
+        }
+    ]  # fmt: skip
+    assert (rejects.num_rows, ignored) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "path", ["a/../../b.png", "a\nb.png", "x" * 600 + ".png", "a//b.png", "tar://a::b.png", "caf\udce9.png"]
+)
+def test_hostile_names_are_rejects_with_a_reason(path: str) -> None:
+    objects, rejects, ignored = ingest.rows(location(), 0, page(path, "good.png"))
+    assert objects["key"].to_pylist() == ["good"]
+    assert rejects["reason"].to_pylist() == ["bad_key"]
+    assert ignored == 0
+
+
+def test_names_that_are_no_unicode_are_written_out() -> None:
+    _, rejects, _ = ingest.rows(location(), 0, page("caf\udce9.png"))
+    assert rejects.to_pylist() == [
+        {"key": "caf\\udce9", "role": "target", "uri": "/data/caf\\udce9.png", "reason": "bad_key"}
+    ]
+
+
+def test_members_that_are_links_are_rejects() -> None:
+    _, rejects, _ = ingest.rows(location(), 0, page("a.png", fault="link"))
+    assert rejects["reason"].to_pylist() == ["link"]
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"pattern": "{nope}.png"}, "pattern"),
+        ({"uri": ""}, "uri"),
+        ({"uri": "tar://x.png"}, "uri"),
+        ({"role": "photo"}, "role"),
+        ({"role": "table", "uri": "/data/pairs.xlsx"}, "table ends in"),
+        ({"within": ["/x"]}, "for tables"),
+    ],
+)
+def test_a_location_that_cannot_be_is_refused(values: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValidationError, match=complaint):
+        location(**values)
+
+
+def test_a_chain_is_made_independent_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert ingest.root(location(uri="data/x")) == f"{tmp_path}/data/x"
+    assert ingest.root(location(uri="tar://train::data/x.tar")) == f"tar://train::{tmp_path}/data/x.tar"
+    assert ingest.root(location(uri="s3://bucket/x")) == "s3://bucket/x"
+    assert ingest.root(location(uri=f"file://{tmp_path}/x")) == f"{tmp_path}/x"
+
+
+# -- the digest ---------------------------------------------------------------
+
+
+def test_the_digest_changes_with_every_object_and_with_nothing_else(tmp_path: Path) -> None:
+    make_files(tmp_path, *(f"{folder}/{number}.png" for folder in "abc" for number in range(5)))
+    listed = config({"uri": str(tmp_path), "role": "target"})
+    first = ingest.digest(listed)
+    assert ingest.digest(listed) == first
+    make_files(tmp_path, "notes.md")
+    assert ingest.digest(listed) == first, "what no pattern speaks of does not count"
+    stat = (tmp_path / "a/1.png").stat()
+    (tmp_path / "a/1.png").write_bytes(b"another")
+    changed = ingest.digest(listed)
+    assert changed != first
+    (tmp_path / "a/1.png").write_bytes(b"x")
+    os.utime(tmp_path / "a/1.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert ingest.digest(listed) == first
+    (tmp_path / "b/2.png").rename(tmp_path / "b/7.png")
+    assert ingest.digest(listed) not in (first, changed)
+
+
+def test_the_digest_does_not_depend_on_how_the_location_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_files(tmp_path, *(f"{folder}/{number}.png" for folder in "abc" for number in range(5)))
+    listed = config({"uri": str(tmp_path), "role": "target"})
+    first = ingest.digest(listed)
+    monkeypatch.setattr(ingest, "UNITS_PER_LOCATION", 1)
+    monkeypatch.setattr(ingest, "ROWS_PER_BATCH", 2)
+    assert ingest.digest(listed) == first
+
+
+def test_a_table_that_changes_changes_the_digest(tmp_path: Path) -> None:
+    table = tmp_path / "pairs.csv"
+    table.write_text("source,target\na.png,b.png\n")
+    listed = config({"uri": str(table), "role": "table"})
+    first = ingest.digest(listed)
+    assert ingest.digest(listed) == first
+    table.write_text("source,target\na.png,c.png\nd.png,e.png\n")
+    assert ingest.digest(listed) != first
+
+
+def test_a_location_that_is_not_there_is_named(tmp_path: Path) -> None:
+    make_files(tmp_path, "a.png")
+    listed = config({"uri": str(tmp_path), "role": "source"}, {"uri": f"{tmp_path}/none", "role": "target"})
+    with pytest.raises(UserError, match=r"^ingest\.locations\.1\.uri: .*/none: there is no such"):
+        ingest.digest(listed)
+
+
+# -- one unit -----------------------------------------------------------------
+
+
+def list_all(listed: IngestConfig, output: str) -> list[dict[str, Any]]:
+    """What the tasks do, in this process."""
+    found = []
+    for number, (index, unit) in enumerate(ingest.units(listed)):
+        item = {"unit": number, "location": index, "spec": json.dumps(ingest.asdict(unit))}
+        found.append(ingest.list_unit(item, config=listed, output=output, requests=4))
+    assert [row["error"] for row in found] == [""] * len(found)
+    return found
+
+
+def read(folder: Path, prefix: str) -> pa.Table:
+    return pa.concat_tables(pq.read_table(path) for path in sorted(folder.glob(f"{prefix}-*.parquet")))
+
+
+def test_a_unit_writes_files_of_bounded_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingest, "ROWS_PER_FILE", 10)
+    monkeypatch.setattr(ingest, "ROWS_PER_BATCH", 4)
+    monkeypatch.setattr("stages.listing.PAGE", 4)
+    make_files(tmp_path / "data", *(f"{number}.png" for number in range(30)))
+    item = {"unit": 7, "location": 0, "spec": json.dumps(ingest.asdict(Unit("tree")))}
+    listed = config({"uri": f"{tmp_path}/data", "role": "target"})
+    row = ingest.list_unit(item, config=listed, output=str(tmp_path / "out"), requests=1)
+    assert json.loads(row["files"]) == {
+        f"objects-00007-{number:04d}.parquet": rows for number, rows in enumerate((12, 12, 6))
+    }
+    assert sorted(read(tmp_path / "out", "objects")["key"].to_pylist()) == sorted(map(str, range(30)))
+
+
+def test_a_table_gives_objects_of_several_roles(tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text("key,source,target\nk,a.png,../b.png\nbroken\n")
+    listed = config({"uri": f"{tmp_path}/pairs.csv", "role": "table"})
+    (row,) = list_all(listed, str(tmp_path / "out"))
+    assert json.loads(row["counts"]) == {
+        "listed": 3, "ignored": 0, "objects": 1, "rejected": 2,
+        "role_source": 1, "reject_outside": 1, "reject_bad_row": 1,
+    }  # fmt: skip
+    (found,) = read(tmp_path / "out", "objects").to_pylist()
+    assert (found["key"], found["uri"], found["size"], found["etag"]) == ("k", f"{tmp_path}/a.png", -1, "")
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_published_archive_loads_by_its_url(tmp_path: Path, ranges: bool) -> None:
+    make_files(tmp_path / "facades", "train/1.jpg", "train/2.jpg", "val/3.jpg", "._val/3.jpg")
+    with tarfile.open(tmp_path / "facades.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "facades", "facades")
+    with FileServer(tmp_path, ranges=ranges) as server:
+        uri = f"tar://facades::{server.url}/facades.tar.gz"
+        list_all(config({"uri": uri, "role": "pair", "pattern": "{split}/{key}.jpg"}), str(tmp_path / "out"))
+    found = {row["key"]: row for row in read(tmp_path / "out", "objects").to_pylist()}
+    assert set(found) == {"train/1", "train/2", "val/3"}
+    assert found["val/3"]["uri"] == f"tar://facades/val/3.jpg::{server.url}/facades.tar.gz"
+    assert found["val/3"]["split"] == "val"
+    assert "@" in found["val/3"]["etag"]
+
+
+def test_an_archive_that_is_damaged_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.tar.gz").write_bytes(b"not gzip")
+    with pytest.raises(UserError, match=r"ingest\.locations\.0\.uri: .*x\.tar\.gz: "):
+        ingest.digest(config({"uri": f"{tmp_path}/x.tar.gz", "role": "pair"}))
+
+
+@pytest.fixture
+def client_options() -> Iterator[None]:
+    """Client options that a test sets are its own."""
+    before = dict(fsspec.config.conf)
+    yield
+    fsspec.config.conf.clear()
+    fsspec.config.conf.update(before)
+
+
+@pytest.mark.s3
+def test_a_bucket_is_listed_and_paired_in_the_bucket_through_faults(
+    s3_store: SeaweedS3, s3_bucket: str, client_options: None
+) -> None:
+    """A fifth of the requests is answered 503, and of the writes that did happen 500: no row is lost."""
+    client = s3_store.client()
+    names = [f"{number:02d}" for number in range(40)]
+    for name in names:
+        client.pipe_file(f"{s3_bucket}/data/{name}_photo.png", b"photo")
+        client.pipe_file(f"{s3_bucket}/data/{name}_label.png", b"label")
+    faults = [
+        Fault("status_after", times=2, method="PUT", code=500, error="InternalError"),
+        Fault("status", share=0.2),
+    ]
+    listed = config(
+        {"uri": f"s3://{s3_bucket}/data", "role": "source", "pattern": "{key}_label.png"},
+        {"uri": f"s3://{s3_bucket}/data", "role": "target", "pattern": "{key}_photo.png"},
+    )
+    work = f"s3://{s3_bucket}/work"
+    with FaultProxy(s3_store.address, faults, seed=3) as proxy:
+        storage.configure({"s3": s3_store.options(endpoint=proxy.url)})
+        files: dict[str, int] = {}
+        for row in list_all(listed, work):
+            files.update(json.loads(row["files"]))
+        shuffle = {"exchange": f"{work}/x", "parts": 1}
+        item = {"number": 0, "files": json.dumps(sorted(files))}
+        pair.scatter(item, objects=work, parts_per_task=1, seed=0, **shuffle)
+        joined = pair.gather(
+            {"task": 0},
+            output=work,
+            roles=("source", "target"),
+            config=pair.PairConfig(),
+            cuts=(0, 0),
+            threads=4,
+            **shuffle,
+        )
+        print(f"faults: {proxy.counts}")
+        assert proxy.counts["status"]
+        assert proxy.counts["status_after"]
+        pairs = storage.read_parquet(f"{work}/part-00000.parquet")
+    assert json.loads(joined["counts"]) == {"train": 40}
+    assert pairs["key"].to_pylist() == names
+    assert pairs["source_size"].to_pylist() == [5] * 40
+    etags = {client.info(f"{s3_bucket}/data/00_photo.png")["ETag"].strip('"')}
+    assert set(pairs["target_etag"].to_pylist()) == etags
+
+
+@pytest.mark.s3
+def test_a_place_that_cannot_be_written_is_an_error_not_a_loss(
+    s3_store: SeaweedS3, s3_bucket: str, client_options: None, tmp_path: Path
+) -> None:
+    make_files(tmp_path, "a.png")
+    storage.configure({"s3": s3_store.options(read_only=True)})
+    listed = config({"uri": str(tmp_path), "role": "target"})
+    item = {"unit": 0, "location": 0, "spec": json.dumps(ingest.asdict(Unit("tree")))}
+    row = ingest.list_unit(item, config=listed, output=f"s3://{s3_bucket}/work", requests=1)
+    assert row["error"].startswith(f"s3://{s3_bucket}/work: access denied")
+
+
+# -- wiring -------------------------------------------------------------------
+
+
+def run(listed: IngestConfig, output: Path) -> Any:
+    return ingest.run(listed, Resources(), output=str(output), track=NullRun())
+
+
+@pytest.mark.ray
+def test_locations_are_listed_and_again_to_the_same_end(ray_local: None, tmp_path: Path) -> None:
+    make_files(
+        tmp_path / "photo", *(f"{city}/{number}.jpg" for city in ("oslo", "bern") for number in range(6))
+    )
+    make_files(
+        tmp_path / "label", *(f"{city}/{number}.png" for city in ("oslo", "bern") for number in range(5))
+    )
+    make_files(tmp_path / "label", "oslo/bad\n.png", "README.md")
+    listed = config(
+        {"uri": f"{tmp_path}/photo", "role": "target", "pattern": "{group}/{key}.jpg"},
+        {"uri": f"{tmp_path}/label", "role": "source", "pattern": "{group}/{key}.png"},
+    )
+    output = tmp_path / "objects"
+    outcome = run(listed, output)
+    assert outcome.counts == {
+        "locations": 2, "listed": 24, "ignored": 1, "objects": 22, "rejected": 1,
+        "role_target": 12, "role_source": 10, "reject_bad_key": 1,
+    }  # fmt: skip
+    listing = json.loads((output / "_listing.json").read_text())
+    assert listing["roles"] == {"target": 12, "source": 10}
+    assert listing["rejected"] == 1
+    assert sum(listing["files"].values()) == 22
+    assert set(listing["files"]) == {path.name for path in output.glob("objects-*")}
+    first = {path.name: path.read_bytes() for path in output.iterdir()}
+    (output / "objects-00099-0000.parquet").write_bytes(b"left by a killed run of another cut")
+    run(listed, output)
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == first
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("files", "pattern", "complaint"),
+    [
+        ([], "{key}.*", r"ingest\.locations\.0\.uri: .* nothing in it"),
+        (
+            ["a.jpg", "b.jpg"],
+            "{key}.png",
+            r"ingest\.locations\.0\.pattern: '{key}.png' matches none of the 2",
+        ),
+    ],
+)
+def test_a_location_that_gives_nothing_is_the_users_to_mend(
+    ray_local: None, tmp_path: Path, files: list[str], pattern: str, complaint: str
+) -> None:
+    make_files(tmp_path / "data", "x", *files)
+    (tmp_path / "data" / "x").unlink()
+    with pytest.raises(UserError, match=complaint):
+        run(config({"uri": f"{tmp_path}/data", "role": "target", "pattern": pattern}), tmp_path / "objects")
