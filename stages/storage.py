@@ -95,7 +95,8 @@ def write_bytes(uri: str, data: bytes) -> None:
         finally:
             partial.unlink(missing_ok=True)
     else:
-        fs.pipe_file(path, data)  # one PUT, or a multipart upload that appears when it is completed
+        # bytes: S3 clients take no buffers.
+        fs.pipe_file(path, bytes(data))  # one PUT, or a multipart upload that appears when it is completed
 
 
 def read_json(uri: str) -> Any:
