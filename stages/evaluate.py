@@ -334,6 +334,7 @@ class Judge:
                 "file": run.name,
                 "row_group": group,
                 "row": place,
+                "generated": self._names(sample.key)[0],
             }
             rows.append(row)
             try:
@@ -361,16 +362,17 @@ class Judge:
 
     def _generated(self, key: str) -> tuple[Array, list[Array]]:
         """The picture of a key, and its further samples."""
-        if self.job.suffix:
-            names = [outputs.output_name(key, self.job.suffix, sample) for sample in range(self.job.samples)]
-        else:
-            name = key.rpartition("/")[2]
-            names = [self.config.names.replace("{key}", key).replace("{name}", name)]
         found = [
             images.decode(self.reader.read(Object(storage.join(self.job.images, name))), "rgb")
-            for name in names
+            for name in self._names(key)
         ]
         return found[0], found
+
+    def _names(self, key: str) -> list[str]:
+        """Where the pictures of a key are, below the folder of images."""
+        if self.job.suffix:
+            return [outputs.output_name(key, self.job.suffix, sample) for sample in range(self.job.samples)]
+        return [self.config.names.replace("{key}", key).replace("{name}", key.rpartition("/")[2])]
 
     def _scores(self, generated: Array, target: Array, samples: list[Array]) -> dict[str, float]:
         fake, real = same_size(generated, target)
@@ -489,6 +491,7 @@ ROW_FIELDS = {
     "file": pa.string(),
     "row_group": pa.int32(),
     "row": pa.int32(),
+    "generated": pa.string(),  # below the folder of images
 }
 
 
@@ -661,6 +664,7 @@ def gather(config: EvaluateConfig, job: Job, output: str, units: int) -> dict[st
     summary = summarise(rows(), names)
     storage.write_bytes(storage.join(output, "metrics.parquet"), sink.getvalue())
     summary["example_missing"] = missing[0] if missing else None
+    summary["images"] = job.images
     summary |= gather_sums(config, output, units)
     if job.manifest:
         summary["model"] = hashlib.sha256(job.manifest.encode()).hexdigest()[:16]
