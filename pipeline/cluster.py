@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
+import ray.data
 from ray.exceptions import AuthenticationError
 
 from stages import storage
@@ -51,9 +51,6 @@ def cluster(resources: Resources, options: Mapping[str, Mapping[str, Any]], work
                 len(machines),
             )
     else:
-        if "RAY_AUTH_MODE" not in os.environ:
-            # A token of this run's own: other users of the machine stay out, the home folder stays clean.
-            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         ray.init(
             # Logical CPUs: on a small machine too, training and the reading that feeds it run together.
@@ -63,10 +60,19 @@ def cluster(resources: Resources, options: Mapping[str, Mapping[str, Any]], work
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
+    _quiet_data()
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _quiet_data() -> None:
+    """Stages say how far they are themselves; Ray Data's own bars and plans would drown that."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
 def _join(address: str, runtime_env: Mapping[str, Any]) -> None:
