@@ -1,0 +1,1 @@
+"""Measurements: each file prints what the README's tables hold."""

@@ -1,0 +1,246 @@
+"""Our training step against the published way of doing it: wall time and peak memory.
+
+    python -m benchmarks.train_step                        # every case, float32 and bf16
+    python -m benchmarks.train_step local --precision float32 --turns 5
+
+Both sides have the same weights and data and run in turns in one process, so that whatever else the machine
+does hits both; the ratio is that of the medians. Peak memory is that of a process of its own for each side,
+less what the interpreter and the libraries take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.plain import (
+    Plain,
+    PlainGenerator,
+    PlainMultiScale,
+    PlainPatch,
+    PlainUnet,
+    copy_weights,
+    pix2pix_step,
+    pix2pixhd_step,
+)
+from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD, condition_channels
+from stages.models.losses import paper_weights
+from stages.models.process import keep_freed_memory, return_freed_memory
+from stages.models.step import Batch, Precision, build_translator, make_condition, step
+
+HD_INPUTS = InputSpec(source="labels", classes=35, instances=True)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table."""
+
+    arch: Pix2Pix | Pix2PixHD
+    size: tuple[int, int]  # width, height
+    enhancers: int = 0
+    scales: int = 0
+    local: bool = False
+    checkpointing: bool = False
+    time_goal: tuple[float, float] | None = None  # float32, bf16
+    memory_goal: float | None = None  # float32
+
+
+CASES = {
+    "global": Case(Pix2PixHD(enhancers=0), (256, 256), scales=2, time_goal=(1.25, 2.2)),
+    "local": Case(
+        Pix2PixHD(), (512, 256), enhancers=1, scales=3, local=True, time_goal=(2, 3.5), memory_goal=0.7
+    ),
+    "joint": Case(Pix2PixHD(), (512, 256), enhancers=1, scales=3, time_goal=(1.4, 2.4), memory_goal=1),
+    "joint-checkpointing": Case(
+        Pix2PixHD(), (512, 256), enhancers=1, scales=3, checkpointing=True, memory_goal=0.7
+    ),
+    "unet": Case(Pix2Pix(), (256, 256), time_goal=(1.25, 1.8)),
+}
+
+
+def make_batch(case: Case, seed: int = 0) -> Batch:
+    """A street-like batch of one: blocky labels and instances, a random photo."""
+    source = torch.Generator().manual_seed(seed)
+    width, height = case.size
+    photo = torch.randint(0, 256, (1, 3, height, width), generator=source, dtype=torch.uint8)
+    if isinstance(case.arch, Pix2Pix):
+        return Batch(source=photo.flip(3), target=photo)
+    blocks = torch.randint(0, 35, (1, 1, height // 16, width // 16), generator=source, dtype=torch.uint8)
+    labels = blocks.repeat_interleave(16, 2).repeat_interleave(16, 3)
+    return Batch(source=labels, target=photo, instance=labels.to(torch.int32))
+
+
+def our_side(case: Case, precision: Precision) -> tuple[Callable[[], None], torch.nn.Module, torch.nn.Module]:
+    """Our step, and the networks it trains."""
+    weights = paper_weights(case.arch)
+    hd = isinstance(case.arch, Pix2PixHD)
+    gan = build_translator(
+        case.arch,
+        HD_INPUTS if hd else InputSpec(),
+        weights=weights,
+        enhancers=case.enhancers if hd else None,
+        discriminators=case.scales if hd else None,
+        parts="outermost" if case.local else "all",
+        precision=precision,
+        checkpointing=case.checkpointing,
+    )
+    batch = make_batch(case)
+    assert gan.discriminator is not None
+    return lambda: _discard(step(gan, batch, weights=weights)), gan.generator, gan.discriminator
+
+
+def plain_side(
+    case: Case, generator: torch.nn.Module | None, discriminator: torch.nn.Module | None
+) -> Callable[[], None]:
+    """The published step, with the weights of ours if given."""
+    batch = make_batch(case)
+    target = batch.target.float() / 127.5 - 1
+    if isinstance(case.arch, Pix2Pix):
+        unet, patch = PlainUnet(3, 3, levels=8, width=64, noisy={7, 6, 5}), PlainPatch(6)
+        plain = Plain(_filled(unet, generator), _filled(patch, discriminator))
+        image = batch.source.float() / 127.5 - 1
+        return lambda: _discard(pix2pix_step(plain, image, target))
+    channels = condition_channels(case.arch, HD_INPUTS)
+    coarse_to_fine = PlainGenerator(channels, enhancers=case.enhancers)
+    scales = PlainMultiScale(channels + 3, scales=case.scales)
+    plain = Plain(_filled(coarse_to_fine, generator), _filled(scales, discriminator), local=case.local)
+
+    def run() -> None:
+        condition = make_condition(batch.source, batch.instance, arch=case.arch, inputs=HD_INPUTS)
+        pix2pixhd_step(plain, condition, target)
+
+    return run
+
+
+def _filled(plain: torch.nn.Module, ours: torch.nn.Module | None) -> torch.nn.Module:
+    if ours is not None:
+        copy_weights(ours, plain)
+    return plain
+
+
+def _discard(_: object) -> None:
+    """Losses are read by nobody here."""
+
+
+# -- time ---------------------------------------------------------------------
+
+
+def time_in_turns(case: Case, precision: Precision, turns: int) -> tuple[list[float], list[float]]:
+    """Seconds of each plain and each of our steps."""
+    ours, generator, discriminator = our_side(case, precision)
+    plain = plain_side(case, generator, discriminator)
+    times: tuple[list[float], list[float]] = ([], [])
+    for turn in range(turns + 2):  # two to warm up: compilation, allocations
+        for side, (run, prepare) in enumerate(((plain, return_freed_memory), (ours, keep_freed_memory))):
+            prepare()
+            start = time.perf_counter()
+            run()
+            if turn >= 2:
+                times[side].append(time.perf_counter() - start)
+    return times
+
+
+# -- memory -------------------------------------------------------------------
+
+
+def peak_bytes() -> int:
+    """The most this process ever held. (`ru_maxrss` would start from the parent's.)"""
+    line = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert line is not None
+    return int(line[1]) * 1024
+
+
+def measure_memory(name: str, side: str, precision: Precision) -> int:
+    """In a process of its own: peak over what the libraries take."""
+    before = peak_bytes()
+    if side == "ours":
+        keep_freed_memory()
+        run = our_side(CASES[name], precision)[0]
+    else:
+        run = plain_side(CASES[name], None, None)
+    for _ in range(3):
+        run()
+    return peak_bytes() - before
+
+
+def memory_in_child(name: str, side: str, precision: Precision) -> int:
+    """`measure_memory`, from outside."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.train_step",
+        name,
+        "--memory-of",
+        side,
+        "--precision",
+        precision,
+    ]
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=Path(__file__).resolve().parents[1]
+    )
+    return int(json.loads(result.stdout.splitlines()[-1]))
+
+
+# -- table --------------------------------------------------------------------
+
+
+def main() -> None:
+    """Measure what was asked for and print one row for each case and precision."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("cases", nargs="*", choices=list(CASES))
+    parser.add_argument("--precision", choices=["float32", "bf16"], action="append")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--no-time", action="store_true")
+    parser.add_argument("--memory-of", choices=["ours", "plain"], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    precisions: list[Precision] = arguments.precision or ["float32", "bf16"]
+    if arguments.memory_of:
+        print(measure_memory(arguments.cases[0], arguments.memory_of, precisions[0]))
+        return
+    print(
+        f"torch {torch.__version__}, {arguments.threads} threads, medians of {arguments.turns} steps in turns"
+    )
+    print("| case | precision | plain s | ours s | ratio | goal | plain MiB | ours MiB | ratio | goal |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for name in arguments.cases or CASES:
+        case = CASES[name]
+        plain_memory = 0 if arguments.no_memory else memory_in_child(name, "plain", "float32")
+        for precision in precisions:
+            row = [name, precision]
+            if arguments.no_time:
+                row += ["-"] * 4
+            else:
+                plain, ours = (
+                    statistics.median(side) for side in time_in_turns(case, precision, arguments.turns)
+                )
+                goal = case.time_goal[precision == "bf16"] if case.time_goal else None
+                row += [f"{plain:.3f}", f"{ours:.3f}", f"{plain / ours:.2f}x", f"{goal}x" if goal else "-"]
+            gc.collect()
+            if arguments.no_memory:
+                row += ["-"] * 4
+            else:
+                ours_memory = memory_in_child(name, "ours", precision)
+                goal = case.memory_goal if precision == "float32" else None
+                row += [f"{plain_memory >> 20}", f"{ours_memory >> 20}", f"{ours_memory / plain_memory:.2f}x"]
+                row += [f"{goal}x" if goal else "-"]
+            print("| " + " | ".join(row) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Settings of a training process that change speed and no result. A worker applies them once, at its start."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import torch
+
+# mallopt's parameters, from glibc's malloc.h
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+
+
+def tune_process(device: torch.device | str) -> None:
+    """Make this process fast for training on `device`."""
+    if torch.device(device).type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True  # shapes never change within a phase
+    else:
+        keep_freed_memory()
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to keep freed memory for the next allocation. Returns whether it listened.
+
+    By default large blocks go back to the kernel when freed, and their pages are made and zeroed anew at the
+    next allocation. Torch frees and allocates every activation and gradient in each step: 16 ms for 40 MB
+    measured here, against 1 ms to fill memory that was kept.
+    """
+    return _mallopt({_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1})
+
+
+def return_freed_memory() -> bool:
+    """Back to what glibc does by itself after it has seen large blocks freed (man mallopt, dynamic threshold)."""
+    done = _mallopt({_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20})
+    if done:
+        ctypes.CDLL(None).malloc_trim(0)
+    return done
+
+
+def _mallopt(values: dict[int, int]) -> bool:
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is None or not hasattr(libc, "mallopt"):
+        return False
+    return all(libc.mallopt(parameter, value) == 1 for parameter, value in values.items())
