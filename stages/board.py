@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import ray
@@ -34,6 +34,7 @@ class Notices:
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.order = ""
+        self.failure = ""
 
     def post(self, events: Sequence[Event]) -> str:
         """Put up events; returns the driver's order, "" for none."""
@@ -49,9 +50,13 @@ class Notices:
         """Order the workers to end the phase at the next checkpoint, which they make at once."""
         self.order = reason
 
-    def ask(self) -> str:
-        """The order that stands."""
-        return self.order
+    def give_up(self, reason: str) -> None:
+        """Say that starting again would fail again, so that the next attempt ends at once."""
+        self.failure = self.failure or reason
+
+    def why_not(self) -> str:
+        """What an earlier attempt failed for, for good; "" if nothing."""
+        return self.failure
 
 
 def open_board() -> Any:
@@ -107,7 +112,8 @@ class Reader:
     """The last step whose points were passed on: a restart repeats some."""
     _progress: Progress | None = None
     _pictured: int = -1
-    _seen: set[str] = field(default_factory=set)
+    _text: str = ""
+    """What the next progress line ends with, while it has not been said."""
 
     def handle(self, events: Sequence[Event]) -> None:
         """Pass events on."""
@@ -144,7 +150,14 @@ class Reader:
     def _advance(self, images: int, text: str) -> None:
         if self._progress is None or images < self._progress.done:
             self._progress = Progress(self.label, total=self.total_images, unit="images", done=images)
+        said = self._progress.spoken
         self._progress.advance(images - self._progress.done, text)
+        self._text = text if self._progress.spoken == said else ""
+
+    def finish(self) -> None:
+        """The last progress line, whatever was said shortly before."""
+        if self._progress is not None and self._text:
+            self._progress.say(self._text)
 
     def _picture(self, images: int, step: int, png: Any) -> None:
         if images > self._pictured:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -49,6 +49,7 @@ from stages.phases import PhaseJob
 from stages.tracking import png, system_metrics
 
 PICTURES = 20  # sample grids per phase, at most
+ASK_S = 5.0  # between two looks for a preemption warning, which cost a round trip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,9 +149,19 @@ def is_pictured(epoch: int, epochs: int) -> bool:
 # -- the loop -----------------------------------------------------------------
 
 
-def train_phase(task: Task, worker: Worker, feed: Feed, poster: Poster, preview: Preview) -> Ending:
-    """Run the phase to its end, or to where it has to stop. Every worker returns alike."""
-    loop = Loop(task, worker, poster, preview)
+def train_phase(
+    task: Task,
+    worker: Worker,
+    feed: Feed,
+    poster: Poster,
+    preview: Preview,
+    preempted: Callable[[], bool] = lambda: False,
+) -> Ending:
+    """Run the phase to its end, or to where it has to stop. Every worker returns alike.
+
+    `preempted` tells whether a machine of the phase is about to be taken away; all workers ask it together.
+    """
+    loop = Loop(task, worker, poster, preview, preempted)
     try:
         while loop.position.epoch < task.job.phase.epochs:
             for batch in loop.timed(feed.epoch(loop.position.epoch, loop.position.step)):
@@ -168,8 +179,16 @@ def train_phase(task: Task, worker: Worker, feed: Feed, poster: Poster, preview:
 class Loop:
     """All that changes while a phase runs."""
 
-    def __init__(self, task: Task, worker: Worker, poster: Poster, preview: Preview) -> None:
+    def __init__(
+        self,
+        task: Task,
+        worker: Worker,
+        poster: Poster,
+        preview: Preview,
+        preempted: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.task, self.worker, self.poster, self.preview = task, worker, poster, preview
+        self.preempted, self._warned, self._asked = preempted, False, time.monotonic()
         self.leads = worker.rank == 0
         self.folder = storage.join(task.output, "checkpoints")
         self.gan = build(task, worker.device)
@@ -240,9 +259,11 @@ class Loop:
         before, self.position = self.position, advance(self.position, rows=task.rows, batch=phase.batch)
         self.window.add(self.position.steps, losses, batch.share)
         due = is_due(before, self.position, task.checkpoint_images)
+        warned = False
         if due or self.position.steps % job.log_every == 0:
             self._close_window(before.epoch, rate)
-        if due or self.stopped:
+            warned = self._heed()
+        if due or warned or self.stopped:
             self._checkpoint()
         if self.position.epoch > before.epoch and is_pictured(self.position.epoch, phase.epochs):
             self._picture()
@@ -251,7 +272,6 @@ class Loop:
         """One point of every curve, and a progress line."""
         values = self.window.close(rate)
         self.losses = values
-        self.stopped = self._order()
         if not self.leads:
             return
         now = time.monotonic()
@@ -270,13 +290,23 @@ class Loop:
         text = f"epoch {epoch + 1}/{self.task.job.phase.epochs}  {curves.note(values)}"
         self.poster.post(Event("points", fresh), Event("progress", (self.position.images, text)))
 
-    def _order(self) -> str:
-        """The driver's order, the same on all workers."""
+    def _heed(self) -> bool:
+        """Look for the driver's order and for a warning, alike on all workers; True for a fresh warning."""
         order = self.poster.order() if self.leads else ""
-        if self.worker.world == 1:
-            return order
-        wanted = averaging.total(torch.tensor(float(bool(order)), device=self.worker.device))
-        return "ordered to stop" if wanted.item() else ""
+        ask = self.leads and time.monotonic() - self._asked > ASK_S
+        flags = torch.tensor([float(bool(order)), float(ask)])
+        if self.worker.world > 1:
+            flags = averaging.total(flags.to(self.worker.device)).cpu()
+        if flags[0]:
+            self.stopped = order or "ordered to stop"
+        if not flags[1]:
+            return False
+        self._asked = time.monotonic()
+        warned, before = self.preempted(), self._warned
+        self._warned = warned
+        if warned and not before and self.leads:
+            self.poster.post(Event("note", "a machine is about to be taken away: makes a checkpoint first"))
+        return warned and not before
 
     def _checkpoint(self) -> None:
         """Have the state written; training goes on meanwhile. Raises DivergedError for a broken one."""

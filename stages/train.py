@@ -32,8 +32,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from stages import board, dataset, phases, storage
 from stages.base import Outcome, Resources
 from stages.board import Event, Poster, Reader
+from stages.checkpoints import Position
 from stages.dataset import DatasetSpec
-from stages.errors import StageError, UserError
+from stages.errors import PixloomError, StageError, UserError
 from stages.feed import Feed
 from stages.loop import Ending, Task, Worker, phase_seed, train_phase
 from stages.models.process import tune_process
@@ -88,6 +89,20 @@ def threads(resources: Resources, workers_here: int, gpu: bool) -> int:
         return resources.threads_per_worker
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 1 if gpu else max(1, cores // max(1, workers_here))
+
+
+def out_of_memory(error: BaseException, job: PhaseJob) -> str:
+    """What to lower, if an error says that memory did not suffice; else ""."""
+    text = str(error)
+    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in text:
+        return ""
+    lower = (
+        [f"the batch of phase {job.phase.name}"] if job.phase.batch > 1 else ["shard.size or augment.crop"]
+    )
+    lower.append("train.model.width")
+    if job.precision == "float32":
+        lower.append("take train.precision: bf16")
+    return f"out of memory ({text.splitlines()[0][:160]}); lower {' or '.join(lower)}"
 
 
 # -- wiring -------------------------------------------------------------------
@@ -182,8 +197,25 @@ def _fit(setup: Setup, resources: Resources, label: str) -> Ending:
 
 
 def _work(config: dict[str, Any]) -> Ending:
-    """A worker's process: find out who and where it is, then train."""
+    """A worker's process: find out who and where it is, then train.
+
+    What would fail again after a restart (bad data, too little memory) is left on the board, where the next
+    attempt finds it and ends: a loop that returns is not started again, one that raises is.
+    """
     setup: Setup = config["setup"]
+    failure = ray.get(setup.board.why_not.remote())
+    if failure:
+        return Ending(Position(), failure=failure)
+    try:
+        return _train(setup)
+    except (PixloomError, RuntimeError) as error:
+        reason = str(error) if isinstance(error, PixloomError) else out_of_memory(error, setup.task.job)
+        if reason:
+            ray.get(setup.board.give_up.remote(reason))
+        raise
+
+
+def _train(setup: Setup) -> Ending:
     context = ray.train.get_context()
     device = ray.train.torch.get_device() if setup.gpu else torch.device("cpu")
     worker = Worker(rank=context.get_world_rank(), world=context.get_world_size(), device=device)
@@ -206,7 +238,9 @@ def _work(config: dict[str, Any]) -> Ending:
         epochs=job.phase.epochs,
     )
     samples = Samples(setup.shards, setup.spec, job, device)
-    return train_phase(task, worker, feed, Poster(setup.board), samples)
+    return train_phase(
+        task, worker, feed, Poster(setup.board), samples, lambda: ray.train.get_preemption_info() is not None
+    )
 
 
 class Teller(UserCallback):  # type: ignore[misc]
@@ -240,6 +274,7 @@ def _reading(reader: Reader, notices: Any) -> Iterator[None]:
         thread.join()
         with suppress(ray.exceptions.RayError):
             reader.handle(ray.get(notices.take.remote(), timeout=10))
+        reader.finish()
         ray.kill(notices)
 
 

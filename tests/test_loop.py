@@ -249,6 +249,19 @@ def test_an_order_to_stop_checkpoints_first_and_the_next_run_goes_on(tmp_path: P
     assert feed.given == 9 - ending.position.steps
 
 
+def test_a_warning_that_a_machine_goes_is_heeded_once_with_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "ASK_S", -1.0)
+    job = phase_jobs()[0]
+    board = Notices()
+    given = task(tmp_path, job, checkpoint_images=None, keep_checkpoints=9)
+    train_phase(given, Worker(), Rows(16), Poster(board), nothing, lambda: True)
+    told = [event.value for event in board.take() if event.kind == "note"]
+    assert told == ["a machine is about to be taken away: makes a checkpoint first"]
+    assert "step-00000001" in checkpoints.names(str(tmp_path / "checkpoints"))
+
+
 def test_a_checkpoint_of_other_settings_is_not_gone_on_from(tmp_path: Path) -> None:
     job = phase_jobs()[0]
     train(task(tmp_path, job), Rows(16))

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from stages import curves, train
+from stages import checkpoints, curves, dataset, phases, train
 from stages.augment import AugmentConfig
 from stages.base import Resources
+from stages.board import Notices, Poster
 from stages.errors import StageError, UserError
-from stages.models.saved import load_model, read_manifest
+from stages.feed import Feed, read_here
+from stages.loop import Task, Worker, phase_seed, train_phase
+from stages.models.saved import load_model
 from stages.phases import PhaseJob, TrainConfig, jobs
 from stages.tracking import NullRun, TrackingConfig, open_parent
 from stages.tracking import _client as mlflow_client
@@ -58,44 +64,99 @@ def losses(output: Path) -> dict[tuple[int, str], float]:
     return {(row.step, row.name): row.value for row in rows if row.name.startswith(kept)}
 
 
+def reference(job: PhaseJob, shards: str, output: Path) -> dict[tuple[int, str], float]:
+    """The losses of a phase trained in this process: no Ray, one thread, nothing disturbed."""
+    spec = dataset.load(shards)
+    task = Task(
+        job=job,
+        name="reference",
+        inputs=phases.input_spec(spec),
+        preprocessing=train.preprocessing(job, spec),
+        rows=spec.rows("train"),
+        output=str(output),
+        before="",
+    )
+    feed = Feed(
+        shards,
+        spec,
+        seed=phase_seed(job.seed, job.phase.name),
+        batch=job.phase.batch,
+        augment=job.augment,
+        scale=phases.downscale(job.model, job.phase),
+        epochs=job.phase.epochs,
+        read=read_here,
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with feed:
+        train_phase(task, Worker(), feed, Poster(Notices()), lambda _: None)
+    torch.set_num_threads(threads)
+    return losses(output)
+
+
 @pytest.mark.ray
-def test_two_workers_train_as_one_and_a_second_phase_goes_on_from_the_first(
-    ray_local: None, shards: str, tmp_path: Path
-) -> None:
+def test_two_workers_train_as_one(ray_local: None, shards: str, tmp_path: Path) -> None:
     """24 steps; the last batch of an epoch is short, so that the workers have different numbers of rows."""
-    first, second, _ = phase_jobs()
-    track = open_parent(TrackingConfig(), "test", None, str(tmp_path))
-    one, two, local = tmp_path / "one", tmp_path / "two", tmp_path / "local"
-    outcome = train.run(first, ONE, output=str(one), track=track.child("one"), shards=shards)
-    child = track.child("two")
-    train.run(first, ONE.model_copy(update={"train_workers": 2}), output=str(two), track=child, shards=shards)
+    job = phase_jobs()[0]
+    alone = reference(job, shards, tmp_path / "alone")
+    track = open_parent(TrackingConfig(), "test", None, str(tmp_path)).child("train-global")
+    two = ONE.model_copy(update={"train_workers": 2})
+    outcome = train.run(job, two, output=str(tmp_path / "two"), track=track, shards=shards)
     assert outcome.counts == {"images": 88, "steps": 24}
-    alone, together = losses(one), losses(two)
+    together = losses(tmp_path / "two")
     assert alone.keys() == together.keys()
     assert {step for step, _ in alone} == set(range(1, 25))
     for name, value in alone.items():
         assert together[name] == pytest.approx(value, rel=2e-3, abs=1e-5), name
-    assert load_model(one / "model").architecture == first.model
-    assert len(list((one / "samples").iterdir())) == 8
+    assert load_model(tmp_path / "two" / "model").architecture == job.model
+    assert len(list((tmp_path / "two" / "samples").iterdir())) == 8
+    assert track.flush()
+    history = mlflow_client(track.uri).get_metric_history(track.run_id(), "generator/gan")
+    assert sorted(m.step for m in history) == list(range(1, 25))
 
-    assert child.flush()
-    history = mlflow_client(child.uri).get_metric_history(child.run_id(), "generator/gan")
-    assert [m.step for m in sorted(history, key=lambda m: m.step)] == list(range(1, 25))
 
-    train.run(second, ONE, output=str(local), track=NullRun(), shards=shards, before=str(one))
-    g1 = load_model(one / "model", weights="raw").generator.state_dict()
-    inner = load_model(local / "model", weights="raw").generator.state_dict()
-    frozen = [name for name in g1 if name.startswith("coarse.")]
-    assert frozen
-    assert all(g1[name].equal(inner[name]) for name in frozen)
-    assert read_manifest(local / "model").enhancers == 1
+class Killer(threading.Thread):
+    """Kills the training worker once a checkpoint beyond `images` is there; `killed` is its process id."""
+
+    def __init__(self, output: Path, steps: int) -> None:
+        super().__init__(daemon=True)
+        self.output, self.steps, self.killed, self.over = output, steps, 0, threading.Event()
+
+    def run(self) -> None:
+        while not self.over.wait(0.02):
+            names = checkpoints.names(str(self.output / "checkpoints"))
+            if names and int(names[-1].rpartition("-")[2]) >= self.steps:
+                for process in psutil.Process().children(recursive=True):
+                    if "RayTrainWorker" in process.name() + "".join(process.cmdline()[:1]):
+                        process.kill()
+                        self.killed = process.pid
+                        return
+
+
+@pytest.mark.ray
+def test_a_killed_worker_changes_no_loss(
+    ray_local: None, shards: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    many = [{**PHASES[0], "epochs": 50}]
+    job = phase_jobs(phases=many, model={**MODEL, "enhancers": 0})[0]
+    expected = reference(job, shards, tmp_path / "alone")
+    output = tmp_path / "killed"
+    killer = Killer(output, steps=30)
+    killer.start()
+    outcome = train.run(job, ONE, output=str(output), track=NullRun(), shards=shards)
+    killer.over.set()
+    assert killer.killed
+    assert outcome.counts == {"images": 550, "steps": 150}
+    assert losses(output) == expected
+    assert "lost workers" in caplog.text
+    assert "goes on from its checkpoint" in caplog.text
 
 
 @pytest.mark.ray
 def test_a_phase_that_diverges_fails_at_once_naming_step_and_rate(
     ray_local: None, shards: str, tmp_path: Path
 ) -> None:
-    job = phase_jobs(losses={"l1": 1e38, "feature_matching": 1e38})[0]
+    job = phase_jobs(losses={"l1": 1e39})[0]
     with pytest.raises(StageError, match=r"train-global: training diverged at step \d+: .*learning rate"):
         train.run(job, ONE, output=str(tmp_path / "out"), track=NullRun(), shards=shards)
 
@@ -115,6 +176,14 @@ def test_workers_that_cannot_share_a_batch_are_refused(shards: str, tmp_path: Pa
             track=NullRun(),
             shards=shards,
         )
+
+
+def test_a_lack_of_memory_says_what_to_lower() -> None:
+    job = phase_jobs()[0]
+    told = train.out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), job)
+    assert "the batch of phase global" in told
+    assert "bf16" in told
+    assert train.out_of_memory(RuntimeError("something else"), job) == ""
 
 
 def test_threads_are_a_workers_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
