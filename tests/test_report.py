@@ -1,0 +1,164 @@
+"""The report stage: which images it picks, and the page it makes of small folders."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stages import dataset, images, metrics, outputs, report, storage
+from stages.base import Resources
+from stages.errors import UserError
+from stages.evaluate import summarise
+from stages.report import ReportConfig, curves, phase_name, pick, rejects
+from stages.tracking import NullRun
+from tests.small import make_shards
+
+HOSTILE = "<script>window.pwned=1</script>"
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    return [{"key": f"k{i:03d}", "l1": (i * 37 % 100) / 100, "psnr": float(i)} for i in range(count)]
+
+
+def test_worst_best_and_a_sample_are_picked_each_once() -> None:
+    found = pick(iter(rows(100)), most=12, metric="l1", seed=0)
+    assert len(found) == 12
+    values = {key: row["l1"] for key, (row, _) in found.items()}
+    ranked = sorted((row["l1"] for row in rows(100)), reverse=True)
+    assert sorted((values[k] for k, (_, why) in found.items() if "worst" in why), reverse=True) == ranked[:4]
+    assert sorted(values[k] for k, (_, why) in found.items() if "best" in why) == ranked[:-5:-1]
+    assert next(iter(found.values()))[1][0] == "worst"
+
+
+def test_a_higher_metric_is_better_where_it_is() -> None:
+    found = pick(iter(rows(30)), most=3, metric="psnr", seed=0)
+    assert found["k000"][1][0] == "worst"
+    assert found["k029"][1][0] == "best"
+
+
+def test_the_sample_does_not_depend_on_the_order_of_rows() -> None:
+    one = pick(iter(rows(50)), most=9, metric="l1", seed=1)
+    other = pick(iter(reversed(rows(50))), most=9, metric="l1", seed=1)
+    assert one == other
+    assert set(one) != set(pick(iter(rows(50)), most=9, metric="l1", seed=2))
+
+
+def test_rows_without_a_score_are_still_seen() -> None:
+    found = pick(iter([{"key": "a", "l1": None}, {"key": "b", "l1": 0.5}]), most=5, metric="l1", seed=0)
+    assert set(found) == {"a", "b"}
+    assert found["a"][1] == ("sample",)
+
+
+def test_curves_are_those_of_a_phase_without_its_single_layers() -> None:
+    table = pa.table(
+        {
+            "step": [2, 1, 1],
+            "name": pa.array(["loss", "loss", "fm/layer1"]).dictionary_encode(),
+            "value": [1.0, 2.0, 3.0],
+        }
+    )
+    (curve,) = curves(table, "global")
+    assert (curve.name, list(curve.steps), list(curve.values)) == ("loss", [1, 2], [2.0, 1.0])
+    assert phase_name("/w/train-local-2-0123456789ab") == "local-2"
+
+
+def test_reasons_are_read_off_the_markers() -> None:
+    steps = [
+        {
+            "step": "shard",
+            "counts": {"pairs": 9, "rejected": 3, "rejected_empty": 1, "rejected_too_large": 2},
+        },
+        {"step": "pair", "counts": {"reject_no_target": 4}},
+    ]
+    found = rejects(steps, {"shard/empty": ["a"]})
+    assert [(r.stage, r.reason, r.count, list(r.examples)) for r in found] == [
+        ("pair", "no_target", 4, []),
+        ("shard", "too_large", 2, []),
+        ("shard", "empty", 1, ["a"]),
+    ]
+
+
+def judged(folder: Path, shards: str, count: int) -> tuple[str, str]:
+    """Images and metrics folders as infer and evaluate leave them: targets with some noise."""
+    spec = dataset.load(shards)
+    found = []
+    rng = np.random.default_rng(0)
+    for index, sample in enumerate(dataset.read_split(shards, spec, "test")):
+        noise = rng.normal(0, 2 + index, sample.images["target"].shape)
+        fake = np.clip(sample.images["target"] + noise, 0, 255).astype(np.uint8)
+        name = outputs.output_name(sample.key, ".png")
+        row = {
+            "key": sample.key,
+            "split": "test",
+            "group": sample.group,
+            "error": None,
+            "file": "test-00000.parquet",
+            "generated": name,
+        }
+        if index == count - 1:
+            row["error"] = "missing"
+        else:
+            storage.write_bytes(f"{folder}/images/{name}", images.to_png(fake))
+            row |= metrics.pixel_scores(fake, sample.images["target"]) | {"mean_target_l1": 0.3}
+        found.append(row)
+    storage.write_json(f"{folder}/images/model/model.json", {"architecture": {"kind": "pix2pixhd"}})
+    names = ["l1", "psnr", "ssim", "ms_ssim"]
+    summary = summarise(iter(found), names) | {"images": f"{folder}/images"}
+    storage.write_json(f"{folder}/metrics/summary.json", summary)
+    table = pa.Table.from_pylist([dict.fromkeys(names) | row for row in found])
+    storage.write_parquet(f"{folder}/metrics/metrics.parquet", table)
+    return f"{folder}/images", f"{folder}/metrics"
+
+
+def test_a_run_makes_one_page_within_its_size(tmp_path: Path) -> None:
+    make_shards(tmp_path / "shards", {"train": [4], "test": [12]}, size=(64, 48))
+    generated, judged_folder = judged(tmp_path, str(tmp_path / "shards"), 12)
+    phase = tmp_path / "train-global-0123456789ab"
+    points = {"step": [1, 2], "name": ["loss", "loss"], "value": [2.0, 1.0]}
+    storage.write_parquet(f"{phase}/metrics.parquet", pa.table(points))
+    rejected = {"key": [HOSTILE], "role": ["source"], "uri": ["x"], "reason": ["empty"], "detail": [""]}
+    pq.write_table(pa.table(rejected), tmp_path / "shards/quarantine-00000.parquet")
+    outcome = report.run(
+        ReportConfig(max_images=9, max_megabytes=1),
+        Resources(io_threads=2),
+        output=str(tmp_path / "report"),
+        track=NullRun(),
+        shards=str(tmp_path / "shards"),
+        images=generated,
+        metrics=judged_folder,
+        phases=[str(phase), str(tmp_path / "train-none-0123456789ab")],
+        steps=[{"step": "shard", "seconds": 3.0, "counts": {"pairs": 16, "rejected_empty": 1}}],
+        config_text=f"note: {HOSTILE}",
+        command="python -m pipeline.run",
+    )
+    made = (tmp_path / "report/report.html").read_text()
+    assert outcome.counts["images"] == 9
+    assert outcome.counts["bytes"] == len(made.encode()) < 1e6
+    assert "Pix2PixHD: labels to photo" in made
+    assert made.count('class="card"') == 9
+    assert HOSTILE not in made
+    assert "&lt;script&gt;window.pwned" in made
+    assert "loss" in made
+    assert json.dumps("missing")[1:-1] in made
+    sizes = re.findall(r'width="(\d+)" height="(\d+)" src', made)
+    assert set(sizes) == {("64", "48")}
+
+
+def test_a_run_that_was_not_evaluated_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no summary\.json"):
+        report.run(
+            ReportConfig(),
+            Resources(),
+            output=str(tmp_path),
+            track=NullRun(),
+            shards="",
+            images="",
+            metrics=str(tmp_path),
+        )
