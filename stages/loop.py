@@ -205,7 +205,7 @@ class Loop:
             workers=worker.world,
             agree=averaging.broadcast_object if several else list,
         )
-        self._waited = 0.0
+        self._waited = self._paused = 0.0
         self._since, self._since_images = time.monotonic(), self.position.images
 
     def _take_up(self) -> None:
@@ -280,11 +280,13 @@ class Loop:
         health = {
             "throughput/images_per_second": images / seconds if seconds > 0 else 0.0,
             "throughput/data_wait_fraction": self._waited / seconds if seconds > 0 else 0.0,
+            "throughput/checkpoint_fraction": self._paused / seconds if seconds > 0 else 0.0,
             **curves.balance(values),
             **self.norms.take(),
             **system_metrics(),
         }
-        self._since, self._since_images, self._waited = now, self.position.images, 0.0
+        self._since, self._since_images = now, self.position.images
+        self._waited = self._paused = 0.0
         fresh = curves.points(self.position, epoch, values | rates | health)
         self.points += fresh
         text = f"epoch {epoch + 1}/{self.task.job.phase.epochs}  {curves.note(values)}"
@@ -310,12 +312,14 @@ class Loop:
 
     def _checkpoint(self) -> None:
         """Have the state written; training goes on meanwhile. Raises DivergedError for a broken one."""
+        started = time.monotonic()
         if not all_finite(self.gan.generator) or not all_finite(self.gan.discriminator):
             raise DivergedError(f"step {self.position.steps:,}: a weight is not finite")
         if self.leads:
             state = checkpoints.copied(state_of(self.gan))
             table = curves.to_table(self.points)
             self.writer.submit(Checkpoint(self.task.name, self.position, state, table, self.task.run_id))
+        self._paused += time.monotonic() - started
 
     def _picture(self) -> None:
         if not self.leads:

@@ -286,5 +286,6 @@ def _cause(error: BaseException) -> str:
         return f"worker {rank}: {_cause(first)}"
     while (inner := getattr(error, "cause", None) or error.__cause__) is not None and inner is not error:
         error = inner
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
+    lines = str(error).strip().splitlines() or [""]
+    told = lines[0].partition(". ")[0] if "actor is dead" in lines[0] else lines[-1]
+    return f"{type(error).__name__}: {told.partition('Worker exit detail')[0].strip()}"[:200]

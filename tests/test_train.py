@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +155,43 @@ def test_a_killed_worker_changes_no_loss(
     assert losses(output) == expected
     assert "lost workers" in caplog.text
     assert "goes on from its checkpoint" in caplog.text
+
+
+DRIVER = """
+import sys
+import ray
+from stages import train
+from stages.base import Resources
+from stages.phases import PhaseJob
+from stages.tracking import NullRun
+
+job, shards, output = sys.argv[1:]
+ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20)
+one = Resources(threads_per_worker=1)
+train.run(PhaseJob.model_validate_json(job), one, output=output, track=NullRun(), shards=shards)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_driver_run_again_changes_no_loss(shards: str, tmp_path: Path) -> None:
+    job = phase_jobs(phases=[{**PHASES[0], "epochs": 200}], model={**MODEL, "enhancers": 0})[0]
+    expected = reference(job, shards, tmp_path / "alone")
+    output = tmp_path / "killed"
+    command = [sys.executable, "-c", DRIVER, job.model_dump_json(), shards, str(output)]
+    root = Path(__file__).resolve().parents[1]
+    driver = subprocess.Popen(command, cwd=root, start_new_session=True)
+    try:
+        until = time.monotonic() + 200
+        while not any(name >= "step-00000060" for name in checkpoints.names(str(output / "checkpoints"))):
+            assert driver.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.02)
+    finally:
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+    assert not (output / "model").exists()
+    subprocess.run(command, cwd=root, check=True, timeout=300)
+    assert losses(output) == expected
 
 
 @pytest.mark.ray
