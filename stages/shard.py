@@ -322,13 +322,14 @@ class ShardWriter:
         self.partial = here / f".{name}.{uuid.uuid4().hex}.partial"
         self.groups: list[int] = []
         self.waiting: list[Pair] = []
-        raw = [role for role, spec in specs.items() if spec.encoding == "raw"]
-        rest = [name for name in self.shape.names if name not in raw]
+        plain = [name for name in self.shape.names if name not in specs]
+        # LZ4 takes raw id maps to a few per cent; photos hardly at all, and unpacking them would be a third
+        # of the time it takes to make a batch.
+        packed = {r for r, spec in specs.items() if spec.encoding == "raw" and spec.kind in images.IDS}
         self.writer = pq.ParquetWriter(
             self.partial,
             self.shape,
-            # LZ4 unpacks at gigabytes a second; it takes label maps to a few per cent, photos hardly at all.
-            compression={name: "lz4" if name in raw else "none" for name in self.shape.names},
+            compression={name: "lz4" if name in packed else "none" for name in self.shape.names},
             use_dictionary=False,
             # Statistics of an image column would be images. Checksums of pages are ours, per image.
             write_statistics=[
