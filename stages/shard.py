@@ -332,9 +332,7 @@ class ShardWriter:
             compression={name: "lz4" if name in packed else "none" for name in self.shape.names},
             use_dictionary=False,
             # Statistics of an image column would be images. Checksums of pages are ours, per image.
-            write_statistics=[
-                n for n in rest if n not in specs and not n.endswith(("_ids", "_mean", "_std"))
-            ],
+            write_statistics=[n for n in plain if not n.endswith(("_ids", "_mean", "_std"))],
         )
 
     def add(self, pair: Pair) -> None:
