@@ -13,6 +13,7 @@ import ray
 import ray.data
 from ray.exceptions import AuthenticationError
 
+from pipeline.config import PipelineConfig
 from stages import storage
 from stages.base import Resources
 from stages.errors import UserError
@@ -31,10 +32,12 @@ QUIET = {
 
 
 @contextmanager
-def cluster(resources: Resources, options: Mapping[str, Mapping[str, Any]], workspace: str) -> Iterator[None]:
+def cluster(
+    resources: Resources, options: Mapping[str, Mapping[str, Any]], folders: Mapping[str, str]
+) -> Iterator[None]:
     """Join or start Ray for a `with` block; what was started here is taken down again, what was joined stays.
 
-    `options`: the config's `storage` section, which every worker gets too.
+    `options`: the config's `storage` section, which every worker gets too. `folders`: see `kept_in`.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -44,12 +47,8 @@ def cluster(resources: Resources, options: Mapping[str, Mapping[str, Any]], work
     if joined:
         _join(os.environ["RAY_ADDRESS"], runtime_env)
         machines = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
-        if len(machines) > 1 and storage.is_local(workspace):
-            logger.warning(
-                "workspace %s is a folder: all %d machines of the cluster must see it, or name a bucket",
-                workspace,
-                len(machines),
-            )
+        for key, folder in folders.items() if len(machines) > 1 else ():
+            logger.warning("%s: all %d machines of the cluster must see %s", key, len(machines), folder)
     else:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         ray.init(
@@ -85,13 +84,24 @@ def _join(address: str, runtime_env: Mapping[str, Any]) -> None:
     logger.info("joined the Ray cluster at %s", address)
 
 
-def check_workspace(workspace: str, config: str) -> None:
-    """Refuse a workspace inside the folder a job was uploaded as: it is deleted when no job needs it.
+def kept_in(config: PipelineConfig) -> dict[str, str]:
+    """The folders of this machine that a run keeps results in, by the config's key."""
+    kept = {"workspace": config.workspace} if storage.is_local(config.workspace) else {}
+    tracked = config.tracking.place(config.workspace)
+    if config.tracking.enabled and tracked.startswith("sqlite:///"):
+        kept["tracking.uri"] = tracked.removeprefix("sqlite:///")
+    return kept
+
+
+def check_folders(folders: Mapping[str, str], config: str) -> None:
+    """Refuse to keep results in the folder a job was uploaded as: it is deleted when no job needs it.
 
     Raises UserError naming the config file and the key.
     """
-    if storage.is_local(workspace) and "runtime_resources" in Path(workspace).parts:
-        raise UserError(
-            f"{config}: workspace: {workspace} is in the job's uploaded folder, which Ray deletes; "
-            "name a bucket (s3://...) or an absolute path that every machine sees"
-        )
+    for key, folder in folders.items():
+        if "runtime_resources" in Path(folder).parts:
+            other = "a bucket (s3://...)" if key == "workspace" else "an MLflow server (http://...)"
+            raise UserError(
+                f"{config}: {key}: {folder} is in the job's uploaded folder, which Ray deletes; "
+                f"name {other} or an absolute path that every machine sees"
+            )

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import yaml
 
 from pipeline import config as configuration
-from pipeline.cluster import check_workspace, cluster
+from pipeline.cluster import check_folders, cluster, kept_in
 from pipeline.config import PipelineConfig
 from pipeline.dag import Step, steps
 from pipeline.runner import Planned, execute, plan, select
@@ -139,7 +139,7 @@ def exit_code(work: Callable[[], None]) -> int:
 def run(options: argparse.Namespace, *, command: str) -> None:
     """Plan, then run what is to do, then tell what came of it."""
     config = configuration.load(options.config, options.set, options.profile)
-    check_workspace(config.workspace, options.config)
+    check_folders(kept_in(config), options.config)
     storage.configure(config.storage)
     planned = plan(steps(config), config.workspace)
     if options.plan:
@@ -166,7 +166,7 @@ def _run(
     tags |= config.about.tags() | commit()
     with open_parent(config.tracking, time.strftime("%Y-%m-%d %H:%M"), tags, config.workspace) as parent:
         parent.artifact("config.yaml", as_yaml(config).encode())
-        with cluster(config.resources, config.storage, config.workspace):
+        with cluster(config.resources, config.storage, kept_in(config)):
             stop_on_sigterm()
             extra = extra_arguments(config, planned, finished, command)
             execute(chosen, config.resources, parent=parent, extra=extra, finished=finished)

@@ -37,7 +37,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from pipeline import config as configuration
-from pipeline.cluster import check_workspace, cluster
+from pipeline.cluster import check_folders, cluster, kept_in
 from pipeline.config import PipelineConfig
 from pipeline.dag import Step, steps
 from pipeline.run import commit, exit_code, extra_arguments, log_to_stdout, stop_on_sigterm
@@ -482,7 +482,7 @@ def run(options: argparse.Namespace, *, command: str) -> None:
     sweep, recipe = configured(options)
     trials = make_trials(sweep, options.sweep, recipe, options.set)
     config = trials[0].config
-    check_workspace(config.workspace, recipe)
+    check_folders(kept_in(config), recipe)
     storage.configure(config.storage)
     asked = Asked()
     plans = [plan(asked.steps(trial.config), trial.config.workspace) for trial in trials]
@@ -501,7 +501,7 @@ def run(options: argparse.Namespace, *, command: str) -> None:
         to_do = [place for place, planned in enumerate(plans) if not all(p.done for p in planned)]
         try:
             if to_do:
-                with cluster(config.resources, config.storage, config.workspace):
+                with cluster(config.resources, config.storage, kept_in(config)):
                     stop_on_sigterm()
                     extra = extra_arguments(config, plans[0], {}, command)
                     execute(shared(plans), config.resources, parent=parent, extra=extra, finished={})
