@@ -63,10 +63,9 @@ def pick(
 ) -> dict[str, tuple[Mapping[str, Any], tuple[str, ...]]]:
     """At most `most` rows by key, with why each was picked: worst, best, sample. Holds no more than it picks.
 
-    The sample is that of a hash of the key, so it stays the same while the split does. Rows without the
-    metric can only be in the sample.
+    No more than a third of the rows are called worst, or best. The sample is that of a hash of the key, so it
+    stays the same while the split does. Rows without the metric can only be in the sample.
     """
-    third = max(1, most // 3)
     sign = 1 if lower_is_better(metric) else -1
     worst: list[tuple[float, str, Mapping[str, Any]]] = []
     best: list[tuple[float, str, Mapping[str, Any]]] = []
@@ -77,13 +76,16 @@ def pick(
         if len(heap) > most:
             heapq.heappop(heap)
 
+    scored = 0
     for row in rows:
         digest = hashlib.blake2b(f"{seed}\0{row['key']}".encode(), digest_size=8).digest()
         keep(drawn, int.from_bytes(digest, "little") / 2**64, row)
         value = row.get(metric)
         if value is not None:
+            scored += 1
             keep(worst, sign * value, row)
             keep(best, -sign * value, row)
+    third = max(1, min(most, scored) // 3)
     found: dict[str, tuple[Mapping[str, Any], tuple[str, ...]]] = {}
     for name, heap, count in (("worst", worst, third), ("best", best, third), ("sample", drawn, most)):
         for _, key, row in sorted(heap, key=lambda entry: (-entry[0], entry[1]))[:count]:
@@ -99,7 +101,7 @@ def curves(table: pa.Table, phase: str) -> list[Curve]:
     names = table["name"].cast(pa.string())
     found = []
     for name in sorted(set(names.to_pylist())):
-        if "/layer" in name:
+        if name.count("/") > 1:
             continue
         rows = table.filter(pc.equal(names, name)).sort_by("step")
         found.append(
@@ -319,6 +321,7 @@ def run(
         deviations=summary.get("deviations", {}),
         baselines=summary.get("baselines", {}),
         groups=summary.get("groups", {}),
+        facts=facts(summary),
         num_images=summary["num_images"],
         pictures=shown,
         curves=read_curves(phases),
@@ -369,7 +372,7 @@ def score_names(summary: Mapping[str, Any]) -> list[str]:
     """The metrics an image has, the well-known ones first."""
     known = [name for name in PIXEL_METRICS if name in summary]
     means = summary.get("deviations", {})
-    return known + [name for name in means if name not in known and name != "target_sharpness"]
+    return known + [n for n in means if n not in known and not n.endswith("sharpness")]
 
 
 def headline(summary: Mapping[str, Any]) -> dict[str, float]:
@@ -379,6 +382,22 @@ def headline(summary: Mapping[str, Any]) -> dict[str, float]:
         if name in ("generated", "palette"):
             found |= scores
     return found | {n: v for n, v in summary.items() if n.split("_")[0] in ("fid", "kid")}
+
+
+def facts(summary: Mapping[str, Any]) -> list[str]:
+    """What is no contest, but worth a sentence."""
+    found = []
+    if "sharpness" in summary and summary.get("target_sharpness"):
+        share = summary["sharpness"] / summary["target_sharpness"]
+        found.append(
+            f"Sharpness (mean gradient): {summary['sharpness']:.3g}, the targets have "
+            f"{summary['target_sharpness']:.3g}: the generated pictures are {share:.0%} as sharp."
+        )
+    for name, scores in summary.get("segmentation", {}).items():
+        if name == "target":
+            told = ", ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in scores.items())
+            found.append(f"The segmenter on the targets themselves: {told}.")
+    return found
 
 
 def lede(summary: Mapping[str, Any], spec: DatasetSpec, phases: Sequence[str]) -> str:

@@ -104,6 +104,8 @@ class ReportData:
     """Baseline name -> metric -> value."""
     groups: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Group name -> metric -> mean, with "num_images"."""
+    facts: Sequence[str] = ()
+    """Sentences below the headline metrics."""
     num_images: int = 0
     pictures: Sequence[Picture] = ()
     curves: Sequence[Curve] = ()
@@ -176,7 +178,10 @@ def data_uri(image: np.ndarray, *, max_side: int, max_bytes: int) -> str:
 def tiles(data: ReportData) -> str:
     """The headline metrics, each beside its baselines."""
     found = [_tile(name, value, data) for name, value in data.scores.items()]
-    return f'<dl class="tiles">{"".join(found)}</dl>' if found else '<p class="muted">No metrics.</p>'
+    if not found:
+        return '<p class="muted">No metrics.</p>'
+    facts = "".join(f'<p class="facts">{text(fact)}</p>' for fact in data.facts)
+    return f'<dl class="tiles">{"".join(found)}</dl>{facts}'
 
 
 def _tile(name: str, value: float, data: ReportData) -> str:
@@ -199,7 +204,7 @@ def _tile(name: str, value: float, data: ReportData) -> str:
         for label, v, css in rows
     )
     spread = data.deviations.get(name)
-    around = f' <span class="muted">± {number(spread, 2)}</span>' if spread is not None else ""
+    around = f' <span class="spread">± {number(spread, 2)}</span>' if spread is not None else ""
     return (
         f'<div class="tile"><dt>{text(metric_name(name))} · {"lower" if lower else "higher"} is better</dt>'
         f'<dd><div class="value">{number(value)}{around}</div>'
@@ -210,9 +215,9 @@ def _tile(name: str, value: float, data: ReportData) -> str:
 
 def _base_name(name: str) -> str:
     return {
-        "mean_target": "mean training target",
-        "untrained": "untrained network",
-        "nearest": "nearest training target",
+        "mean_target": "mean target",
+        "untrained": "untrained",
+        "nearest": "nearest target",
     }.get(name, name.replace("_", " "))
 
 

@@ -60,7 +60,7 @@ def test_curves_are_those_of_a_phase_without_its_single_layers() -> None:
     table = pa.table(
         {
             "step": [2, 1, 1],
-            "name": pa.array(["loss", "loss", "fm/layer1"]).dictionary_encode(),
+            "name": pa.array(["loss", "loss", "fm/scale0/layer1"]).dictionary_encode(),
             "value": [1.0, 2.0, 3.0],
         }
     )

@@ -80,8 +80,8 @@ def data(**values: object) -> ReportData:
 
 def test_the_page_shows_metrics_beside_baselines_with_a_verdict() -> None:
     told = "".join(Reader(page(data())).texts)
-    assert "33 % better than the best baseline (nearest training target)" in told
-    assert "9 % worse than the best baseline (nearest training target)" in told
+    assert "33 % better than the best baseline (nearest target)" in told
+    assert "9 % worse than the best baseline (nearest target)" in told
     for word in ("Streets", "empty", "1 min 30 s", "python -m pipeline.run", "8 x 8", "loss"):
         assert word in told
 
