@@ -3,26 +3,31 @@
 Workers post events and never wait; the driver takes them, prints progress and writes to MLflow, so workers
 need no route to a tracking server and a SQLite file may lie on the driver's disk. What is lost with the
 board (its node may die) is only early news: the curves are in the checkpoints and come again.
+
+Events are plain values and this module imports little: the board is a process of its own, and torch would
+take it seconds to load.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import ray
-
-from stages.curves import Point
-from stages.progress import Progress
-from stages.tracking import MetricRow, Run
+from ray.train import UserCallback
 
 logger = logging.getLogger(__name__)
 
 
 class Event(NamedTuple):
-    """points: list[Point]; progress: (images, text); note: text; picture: (images, PNG bytes)."""
+    """What happened.
+
+    points    list of (step, images, epoch, name, value, time_ms)
+    progress  (images, text)
+    note      text
+    picture   (images, step, (H, W, 3) uint8)
+    """
 
     kind: Literal["points", "progress", "note", "picture"]
     value: Any
@@ -101,65 +106,26 @@ class Poster:
             self._answer = None
 
 
-@dataclass
-class Reader:
-    """The driver's side: events become progress lines and MLflow records, each point once."""
+class Teller(UserCallback):  # type: ignore[misc]
+    """In Ray Train's controller: says in one line what happened to a worker."""
 
-    label: str
-    total_images: int
-    track: Run
-    step: int = -1
-    """The last step whose points were passed on: a restart repeats some."""
-    _progress: Progress | None = None
-    _pictured: int = -1
-    _text: str = ""
-    """What the next progress line ends with, while it has not been said."""
+    def __init__(self, notices: Any) -> None:
+        self.notices = notices
 
-    def handle(self, events: Sequence[Event]) -> None:
-        """Pass events on."""
-        for event in events:
-            match event.kind:
-                case "points":
-                    self.points(event.value)
-                case "progress":
-                    self._advance(*event.value)
-                case "note":
-                    logger.warning("%-13s %s", self.label, event.value)
-                case "picture":
-                    images, step, png = event.value
-                    self._picture(images, step, png)
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
+        """Tell the driver."""
+        told = "; ".join(f"worker {rank}: {cause(error)}" for rank, error in worker_exceptions.items())
+        self.notices.post.remote([Event("note", f"lost workers, starts them again ({told})")])
 
-    def points(self, points: Sequence[Point]) -> None:
-        """Send points of steps not sent before."""
-        fresh = [point for point in points if point.step > self.step]
-        if not fresh:
-            return
-        self.step = fresh[-1].step
-        self.track.metrics_batch(
-            MetricRow(point.name, point.value, point.step, point.time_ms)
-            for point in fresh
-            if "/layer" not in point.name  # in metrics.parquet; too many for a page of charts
-        )
-        steps = {point.step: point for point in fresh}
-        self.track.metrics_batch(
-            MetricRow(name, value, point.step, point.time_ms)
-            for point in steps.values()
-            for name, value in (("images", point.images), ("epoch", point.epoch))
-        )
 
-    def _advance(self, images: int, text: str) -> None:
-        if self._progress is None or images < self._progress.done:
-            self._progress = Progress(self.label, total=self.total_images, unit="images", done=images)
-        said = self._progress.spoken
-        self._progress.advance(images - self._progress.done, text)
-        self._text = text if self._progress.spoken == said else ""
-
-    def finish(self) -> None:
-        """The last progress line, whatever was said shortly before."""
-        if self._progress is not None and self._text:
-            self._progress.say(self._text)
-
-    def _picture(self, images: int, step: int, png: Any) -> None:
-        if images > self._pictured:
-            self._pictured = images
-            self.track.image(png, "samples", step)
+def cause(error: BaseException) -> str:
+    """The innermost reason of a failure in Ray, in one line."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        rank, first = next(iter(failures.items()))
+        return f"worker {rank}: {cause(first)}"
+    while (inner := getattr(error, "cause", None) or error.__cause__) is not None and inner is not error:
+        error = inner
+    lines = str(error).strip().splitlines() or [""]
+    told = lines[0].partition(". ")[0] if "actor is dead" in lines[0] else lines[-1]
+    return f"{type(error).__name__}: {told.partition('Worker exit detail')[0].strip()}"[:200]

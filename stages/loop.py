@@ -228,7 +228,7 @@ class Loop:
         self.position = found.position
         if self.leads:
             self.points = curves.from_table(found.curves)
-            self.poster.post(Event("points", self.points))
+            self.poster.post(Event("points", [tuple(point) for point in self.points]))
             at = f"epoch {self.position.epoch}, step {self.position.step}, {self.position.images:,} images"
             self.poster.post(Event("note", f"goes on from its checkpoint ({at})"))
 
@@ -290,7 +290,10 @@ class Loop:
         fresh = curves.points(self.position, epoch, values | rates | health)
         self.points += fresh
         text = f"epoch {epoch + 1}/{self.task.job.phase.epochs}  {curves.note(values)}"
-        self.poster.post(Event("points", fresh), Event("progress", (self.position.images, text)))
+        self.poster.post(
+            Event("points", [tuple(point) for point in fresh]),
+            Event("progress", (self.position.images, text)),
+        )
 
     def _heed(self) -> bool:
         """Look for the driver's order and for a warning, alike on all workers; True for a fresh warning."""

@@ -26,12 +26,12 @@ import ray.train
 import ray.train.torch
 import torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from stages import board, dataset, phases, storage
 from stages.base import Outcome, Resources
-from stages.board import Event, Poster, Reader
+from stages.board import Poster
 from stages.checkpoints import Position
 from stages.dataset import DatasetSpec
 from stages.errors import PixloomError, StageError, UserError
@@ -41,6 +41,7 @@ from stages.models.process import tune_process
 from stages.models.saved import Picture, Preprocessing
 from stages.phases import PhaseConfig, PhaseJob, TrainConfig, jobs
 from stages.previews import Samples
+from stages.relay import Reader
 from stages.tracking import Run
 
 __all__ = ["VERSION", "PhaseConfig", "PhaseJob", "TrainConfig", "jobs", "run"]
@@ -185,13 +186,15 @@ def _fit(setup: Setup, resources: Resources, label: str) -> Ending:
             storage_filesystem=None if local else PyFileSystem(FSSpecHandler(fs)),
             failure_config=FailureConfig(max_failures=resources.max_failures),
             logging_config=LoggingConfig("WARNING"),
-            callbacks=[Teller(setup.board)],
+            callbacks=[board.Teller(setup.board)],
         ),
     )
     try:
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise StageError(f"{label}: {_cause(error)} (after {resources.max_failures} restarts)") from error
+        raise StageError(
+            f"{label}: {board.cause(error)} (after {resources.max_failures} restarts)"
+        ) from error
     ending: Ending = result.return_value
     return ending
 
@@ -243,18 +246,6 @@ def _train(setup: Setup) -> Ending:
     )
 
 
-class Teller(UserCallback):  # type: ignore[misc]
-    """In Ray Train's controller: says in one line what happened to a worker."""
-
-    def __init__(self, notices: Any) -> None:
-        self.notices = notices
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
-        """Tell the driver."""
-        told = "; ".join(f"worker {rank}: {_cause(error)}" for rank, error in worker_exceptions.items())
-        self.notices.post.remote([Event("note", f"lost workers, starts them again ({told})")])
-
-
 @contextmanager
 def _reading(reader: Reader, notices: Any) -> Iterator[None]:
     """Pass on what the board holds, from a thread, until the block ends."""
@@ -276,16 +267,3 @@ def _reading(reader: Reader, notices: Any) -> Iterator[None]:
             reader.handle(ray.get(notices.take.remote(), timeout=10))
         reader.finish()
         ray.kill(notices)
-
-
-def _cause(error: BaseException) -> str:
-    """The innermost reason, in one line."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        rank, first = next(iter(failures.items()))
-        return f"worker {rank}: {_cause(first)}"
-    while (inner := getattr(error, "cause", None) or error.__cause__) is not None and inner is not error:
-        error = inner
-    lines = str(error).strip().splitlines() or [""]
-    told = lines[0].partition(". ")[0] if "actor is dead" in lines[0] else lines[-1]
-    return f"{type(error).__name__}: {told.partition('Worker exit detail')[0].strip()}"[:200]
