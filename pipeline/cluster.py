@@ -57,7 +57,7 @@ def cluster(
             include_dashboard=False,
             runtime_env=runtime_env,
             log_to_driver=False,
-            logging_level=logging.WARNING,
+            logging_level=logging.ERROR,  # a warning says at every start that tokens are on
         )
     _quiet_data()
     try:
@@ -72,6 +72,7 @@ def _quiet_data() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # that it has no bars
 
 
 def _join(address: str, runtime_env: Mapping[str, Any]) -> None:
