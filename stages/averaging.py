@@ -17,7 +17,7 @@ from torch import Tensor
 BUCKET_BYTES = 32 << 20
 
 
-def buckets(tensors: Sequence[Tensor], size: int = BUCKET_BYTES) -> Iterator[list[Tensor]]:
+def buckets(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
     """Tensors of one dtype, in order, in groups of about `size` bytes."""
     group: list[Tensor] = []
     held = 0
@@ -36,7 +36,7 @@ def average(tensors: Sequence[Tensor]) -> None:
     """Replace tensors, in place, by their mean over all workers. Every worker passes equal shapes."""
     world = dist.get_world_size()
     travelling = []
-    for group in buckets(tensors):
+    for group in buckets(tensors, BUCKET_BYTES):
         flat = torch.cat([tensor.reshape(-1) for tensor in group])
         travelling.append((group, flat, dist.all_reduce(flat, async_op=True)))
     for group, flat, work in travelling:

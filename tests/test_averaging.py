@@ -1,0 +1,43 @@
+"""Means over workers: every gradient, whatever its size and layout, by two real processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from stages import averaging
+
+
+def test_buckets_keep_order_and_dtype_and_are_about_as_large_as_asked() -> None:
+    tensors = [torch.zeros(n) for n in (3, 3, 10, 1)] + [torch.zeros(2, dtype=torch.float64)]
+    groups = [[t.numel() for t in group] for group in averaging.buckets(tensors, size=24)]
+    assert groups == [[3, 3], [10], [1], [2]]
+    assert list(averaging.buckets([], size=24)) == []
+
+
+def work(rank: int, world: int, folder: str) -> None:
+    """One of the two processes."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    averaging.BUCKET_BYTES = 64
+    planar = torch.arange(24.0).view(1, 2, 3, 4) * (rank + 1)
+    last = planar.clone(memory_format=torch.channels_last) if rank else planar.clone()
+    scalar = torch.tensor(float(rank))
+    averaging.average([planar, last, scalar])
+    expected = torch.arange(24.0).view(1, 2, 3, 4) * 1.5
+    assert planar.equal(expected)
+    assert last.equal(expected)
+    assert scalar.item() == 0.5
+    assert averaging.broadcast_object({"rank": rank}) == {"rank": 0}
+    assert averaging.total(torch.tensor([1.0])).item() == world
+    dist.destroy_process_group()
+    Path(folder, f"done-{rank}").touch()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_two_processes_have_the_same_mean_afterwards(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(work, (2, str(tmp_path)), nprocs=2)
+    assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
