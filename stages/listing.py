@@ -17,7 +17,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,13 +43,13 @@ ATTEMPTS = 5
 class Unit:
     """A part of a location that one task lists.
 
-    `tree` lists `path` (below the location) with all its folders, `folder` without them, `range` the keys
-    after `after` up to and including `until` ("" is open), `index` the pages below `path`, `archive` its
-    members. A `table` is not listed: it is read, by `row_group` where it has several (see `stages.tables`).
+    `tree` lists the folders `paths` (below the location) with all that is in them, `folder` without their own
+    folders, `range` the keys after `after` up to and including `until` ("" is open), `index` a server's
+    pages, `archive` its members. A `table` is not listed: it is read, by `row_group` (see `stages.tables`).
     """
 
     kind: Literal["tree", "folder", "range", "index", "archive", "table"]
-    path: str = ""
+    paths: Sequence[str] = ("",)
     after: str = ""
     until: str = ""
     row_group: int = 0
@@ -175,15 +175,17 @@ def split_location(uri: str, *, want: int) -> list[Unit]:
 
 
 def _folders(fs: AbstractFileSystem, base: str, want: int) -> list[Unit]:
-    """Folders opened level by level until there are `want`; an opened folder keeps a unit for its files."""
-    opened: list[Unit] = []
+    """Folders opened level by level until there are `want`, dealt to about as many units."""
+    opened: list[str] = []
     closed = deque([""])
     while closed and len(opened) + len(closed) < want:
         path = closed.popleft()
-        folders = sorted(_subfolders(fs, base, path))
-        opened.append(Unit("folder", path))
-        closed.extend(folders)
-    return opened + [Unit("tree", path) for path in closed]
+        opened.append(path)
+        closed.extend(sorted(_subfolders(fs, base, path)))
+    trees = list(closed)
+    size = max(1, -(-len(trees) // want))
+    units = [Unit("tree", tuple(trees[start : start + size])) for start in range(0, len(trees), size)]
+    return ([Unit("folder", tuple(opened))] if opened else []) + units
 
 
 def _subfolders(fs: AbstractFileSystem, base: str, path: str) -> Iterator[str]:
@@ -300,7 +302,7 @@ def _leads_upwards(link: str) -> bool:
 def _folder_pages(fs: AbstractFileSystem, base: str, unit: Unit) -> Iterator[Page]:
     prefix = base.rstrip("/") + "/" if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(base) + "/"
     page = Page()
-    folders = deque([unit.path])
+    folders = deque(unit.paths)
     while folders:
         for entry in _entries(fs, base, folders.popleft()):
             if entry.is_folder:

@@ -49,6 +49,12 @@ def test_a_folder_holds_each_file_once_however_it_is_cut(tmp_path: Path, want: i
     assert sorted(found(str(tmp_path), want)) == sorted(NAMES)
 
 
+def test_a_folder_of_many_folders_is_no_more_units_than_asked_for(tmp_path: Path) -> None:
+    make_files(tmp_path, *(f"{number}/a.png" for number in range(100)))
+    assert len(listing.split_location(str(tmp_path), want=8)) <= 9
+    assert len(found(str(tmp_path), 8)) == 100
+
+
 def test_pages_say_where_an_object_is_how_long_and_which_version(tmp_path: Path) -> None:
     make_files(tmp_path, "x/b.png")
     (page,) = listing.pages(str(tmp_path), Unit("tree"))
@@ -93,7 +99,7 @@ def test_any_other_fsspec_file_system_is_a_location() -> None:
         fs.pipe_file(f"/images/{name}", b"x")
     try:
         assert sorted(found("memory://images", 3)) == sorted(NAMES)
-        (page, *_) = listing.pages("memory://images", Unit("tree", "w"))
+        (page, *_) = listing.pages("memory://images", Unit("tree", ("w",)))
         assert fsspec.filesystem("memory").cat_file(page.uris[0]) == b"x"
     finally:
         fs.rm("/images", recursive=True)
