@@ -118,7 +118,8 @@ def read_unit(folder: str, unit: Mapping[str, Any], columns: list[str]) -> pa.Ta
     try:
         table = patiently(lambda: read_row_group(uri, unit["group"], columns), uri)
     except (ImageRejected, pa.ArrowException) as error:
-        raise StageError(f"{uri}: not the shard that dataset.json describes ({error})") from error
+        text = " ".join(str(error).split())
+        raise StageError(f"{uri}: not the shard that dataset.json describes ({text})") from error
     rows = unit["rows"]
     return table if rows is None else table.take(pa.array(rows, pa.int64()))
 
@@ -149,8 +150,8 @@ def read_with_ray(folder: str, units: list[dict[str, Any]], columns: list[str]) 
     try:
         yield from blocks
     except RayTaskError as error:
-        if isinstance(error.cause, PixloomError):  # its one line, without Ray's traceback in the text
-            raise error.cause from error
+        if isinstance(error.cause, PixloomError):  # its one line, without what Ray adds to the text
+            raise type(error.cause)(str(error.cause).partition("\n")[0]) from error
         raise
 
 
