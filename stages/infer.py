@@ -430,6 +430,63 @@ def is_shards(uri: str) -> bool:
     return not uri.lower().endswith(".parquet") and storage.exists(storage.join(uri, dataset.NAME))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a run has to do, and what is done of it."""
+
+    model: str
+    told: Mapping[str, Any]
+    """The model's `model.json`."""
+    tracking_uri: str | None
+    shards: str
+    planned: Planned | None
+    rows: int
+    left: list[int]
+    """Units that are not finished."""
+    counts: Counter[str]
+    """Of those that are."""
+
+
+def prepare(
+    config: InferConfig, *, output: str, tracking_uri: str | None, model: str = "", shards: str = ""
+) -> Work:
+    """Look at the model, the input and what `output` holds. Needs no Ray; raises UserError as `run` does."""
+    model = config.model or model
+    if not model:
+        raise UserError("infer.model: name a model; none was trained here")
+    told = description(model, tracking_uri)
+    if config.overwrite:
+        forget(output)
+    planned = None
+    if config.input is not None:
+        where = location(config)
+        shards = where.uri if is_shards(where.uri) else ""
+        if not shards:
+            planned = begin_objects(where, output, told, config)
+    if planned is None:
+        spec = dataset.load(shards)
+        units, rows = len(sources.shard_units(spec, config.split)), spec.rows(config.split)
+        if not rows:
+            raise UserError(f"infer.split: the shards hold no pair of the split {config.split!r}")
+        content = storage.read_bytes(storage.join(shards, dataset.NAME))
+        who = identity(told, config, hashlib.sha256(content).hexdigest()[:16])
+        begin(output, who, {"rows": rows, "units": units})
+    else:
+        units, rows = planned.units, planned.rows
+    storage.write_json(storage.join(output, "model", "model.json"), told)
+    done = outputs.finished_units(output)
+    return Work(
+        model=model,
+        told=told,
+        tracking_uri=tracking_uri,
+        shards=shards,
+        planned=planned,
+        rows=rows,
+        left=[unit for unit in range(units) if unit not in done],
+        counts=finished_counts(output, sorted(done & set(range(units)))),
+    )
+
+
 def run(
     config: InferConfig,
     resources: Resources,
@@ -444,76 +501,45 @@ def run(
     Raises UserError for a model or input that is none, and for an output folder that holds another run's
     images; StageError if the work failed.
     """
-    model = config.model or model
-    if not model:
-        raise UserError("infer.model: name a model; none was trained here")
-    tracking_uri = track.uri or None
-    told = description(model, tracking_uri)
-    if config.overwrite:
-        forget(output)
-    folder, planned = shards, None
-    if config.input is not None:
-        where = location(config)
-        folder = where.uri if is_shards(where.uri) else ""
-        if not folder:
-            planned = begin_objects(where, output, told, config)
-    if folder:
-        spec = dataset.load(folder)
-        total, count = len(sources.shard_units(spec, config.split)), spec.rows(config.split)
-        if not count:
-            raise UserError(f"infer.split: the shards hold no pair of the split {config.split!r}")
-        content = storage.read_bytes(storage.join(folder, dataset.NAME))
-        who = identity(told, config, hashlib.sha256(content).hexdigest()[:16])
-        begin(output, who, {"rows": count, "units": total})
-    else:
-        assert planned is not None
-        total, count = planned.units, planned.rows
-    storage.write_json(storage.join(output, "model", "model.json"), told)
+    work = prepare(config, output=output, tracking_uri=track.uri or None, model=model, shards=shards)
+    return finish(config, resources, work, output)
 
-    done = outputs.finished_units(output)
-    left = [unit for unit in range(total) if unit not in done]
-    counts = finished_counts(output, sorted(done & set(range(total))))
-    if left:
-        job = make_job(config, resources, told, model, tracking_uri, output, folder, planned)
-        counts += generate(job, resources, left, count * config.samples, counts["images"])
+
+def finish(config: InferConfig, resources: Resources, work: Work, output: str) -> Outcome:
+    """Do what is left. Raises StageError if more sources than allowed cannot be used."""
+    counts = Counter(work.counts)
+    if work.left:
+        job = make_job(config, resources, work, output)
+        counts += generate(job, resources, work.left, work.rows * config.samples, counts["images"])
     errors = {name: value for name, value in sorted(counts.items()) if name.startswith("error_")}
     failed = sum(errors.values())
-    if failed > config.max_reject_fraction * count:
+    if failed > config.max_reject_fraction * work.rows:
         worst = max(errors, key=lambda name: errors[name]).removeprefix("error_")
         raise StageError(
-            f"infer: {failed:,} of {count:,} sources cannot be used, most for {worst!r}; {output}/table has "
-            f"every reason; infer.max_reject_fraction is {config.max_reject_fraction}"
+            f"infer: {failed:,} of {work.rows:,} sources cannot be used, most for {worst!r}; {output}/table "
+            f"has every reason; infer.max_reject_fraction is {config.max_reject_fraction}"
         )
     return Outcome(counts={"images": counts["images"], "errors": failed, **errors})
 
 
-def make_job(
-    config: InferConfig,
-    resources: Resources,
-    told: Mapping[str, Any],
-    model: str,
-    tracking_uri: str | None,
-    output: str,
-    shards: str,
-    planned: Planned | None,
-) -> Job:
+def make_job(config: InferConfig, resources: Resources, work: Work, output: str) -> Job:
     """The job for the processes, with what depends on this cluster."""
     gpu = uses_gpu(resources)
-    size = None
-    if shards:
-        trained = (told.get("preprocessing") or {}).get("size")
-        stored = dataset.load(shards).size
+    size, read = None, work.told.get("preprocessing") or {}
+    if work.shards:
+        trained = read.get("size")
+        stored = dataset.load(work.shards).size
         size = generated_size(stored, tuple(trained) if trained else None, config.size)
-    kind = ((told.get("preprocessing") or {}).get("pictures") or {}).get("target", {}).get("kind", "rgb")
+    kind = (read.get("pictures") or {}).get("target", {}).get("kind", "rgb")
     if kind == "grey16" and config.format != "png":
         raise UserError(f"infer.format: {config.format} cannot hold this model's 16-bit pictures; use png")
     return Job(
         config=config,
-        model=model,
-        tracking_uri=tracking_uri,
+        model=work.model,
+        tracking_uri=work.tracking_uri,
         output=output,
-        shards=shards,
-        planned=planned,
+        shards=work.shards,
+        planned=work.planned,
         size=size,
         device="cuda" if gpu else "cpu",
         threads=threads(resources, pool_size(resources, gpu=gpu)),
