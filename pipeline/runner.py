@@ -115,7 +115,7 @@ def execute(
         ) as run:
             outcome = _run(p, resources, run, extra(p.step))
             seconds = time.monotonic() - started
-            run.metrics({**outcome.metrics, **outcome.counts, "seconds": seconds}, step=0)
+            run.metrics({**outcome.counts, "seconds": seconds}, step=0)  # a stage logs its own curves
         marker = {
             "step": p.step.name,
             "fingerprint": p.fingerprint,
