@@ -115,7 +115,9 @@ def execute(
         ) as run:
             outcome = _run(p, resources, run, extra(p.step))
             seconds = time.monotonic() - started
-            run.metrics({**outcome.counts, "seconds": seconds}, step=0)  # a stage logs its own curves
+            # A phase has logged its losses as curves already; a last point at step 0 would spoil them.
+            metrics = {} if p.step.group == "train" else outcome.metrics
+            run.metrics({**metrics, **outcome.counts, "seconds": seconds}, step=0)
         marker = {
             "step": p.step.name,
             "fingerprint": p.fingerprint,
