@@ -41,6 +41,12 @@ class Resources(Config):
     train_workers: Annotated[
         int, Field(ge=1, description="training processes, one GPU each if there are GPUs")
     ] = 1
+    train_workers_min: Annotated[
+        int | None,
+        Field(
+            ge=1, description="go on with as few as these when nodes leave, up to train_workers; null: wait"
+        ),
+    ] = None
     gpu: Annotated[
         bool | None, Field(description="train and infer on GPUs; null: if the cluster has any")
     ] = None

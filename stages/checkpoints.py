@@ -87,6 +87,8 @@ class Checkpoint:
     curves: pa.Table
     run_id: str = ""
     """Of MLflow, for a reader's eyes."""
+    best: str = ""
+    """Name of the best checkpoint so far, which stays whatever its age."""
 
 
 class DamagedError(Exception):
@@ -146,10 +148,10 @@ def copied(state: Any) -> Any:
     return state
 
 
-def outdated(names: list[str], keep: int) -> list[str]:
-    """Which of the checkpoints in a folder to delete so that the newest `keep` stay."""
+def outdated(names: list[str], keep: int, best: str = "") -> list[str]:
+    """Which of the checkpoints in a folder to delete so that the newest `keep` and the best one stay."""
     ours = sorted(name for name in names if name.startswith("step-"))
-    return ours[:-keep] if keep else ours
+    return [name for name in ours[:-keep] if name != best]
 
 
 # -- folders ------------------------------------------------------------------
@@ -170,7 +172,7 @@ def names(folder: str) -> list[str]:
 
 
 def save(folder: str, checkpoint: Checkpoint, *, keep: int) -> None:
-    """Write a checkpoint, its manifest last, then delete all but the newest `keep`. Raises OSError."""
+    """Write a checkpoint, its manifest last, then delete all but the newest `keep` and the best."""
     place = storage.join(folder, folder_name(checkpoint.position))
     tensors, plain = split_state(checkpoint.state)
     files: dict[str, FileEntry] = {}
@@ -194,7 +196,7 @@ def save(folder: str, checkpoint: Checkpoint, *, keep: int) -> None:
         files=files,
     )
     storage.write_bytes(storage.join(place, MANIFEST), manifest.model_dump_json().encode())
-    for name in outdated(names(folder), keep):
+    for name in outdated(names(folder), keep, checkpoint.best):
         remove(storage.join(folder, name))
 
 

@@ -24,6 +24,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from stages import averaging, checkpoints, curves, phases, storage
 from stages.board import Event, Poster
@@ -85,10 +86,10 @@ class Feed(Protocol):
 
 
 class Preview(Protocol):
-    """Draws sample pictures; None where there is nothing to draw."""
+    """Draws sample pictures and measures them."""
 
-    def __call__(self, gan: Translator) -> np.ndarray | None:
-        """A grid, (H, W, 3) uint8."""
+    def __call__(self, gan: Translator) -> tuple[np.ndarray | None, dict[str, float]]:
+        """A grid, (H, W, 3) uint8, or None where there is nothing to draw; numbers by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +145,15 @@ def is_due(before: Position, after: Position, every: int | None) -> bool:
 def is_pictured(epoch: int, epochs: int) -> bool:
     """Whether samples are drawn after an epoch (counted from 1): evenly spread, and after the last."""
     return epoch == epochs or epoch % math.ceil(epochs / PICTURES) == 0
+
+
+def best_checkpoint(points: Sequence[Point]) -> str:
+    """Name of the checkpoint with the lowest validation L1 so far; "" if none was measured."""
+    measured = [point for point in points if point.name == "validation/l1"]
+    if not measured:
+        return ""
+    best = min(measured, key=lambda point: point.value)
+    return checkpoints.folder_name(Position(steps=best.step))
 
 
 # -- the loop -----------------------------------------------------------------
@@ -225,6 +235,9 @@ class Loop:
                 grow(self.gan, self.task.before, self.worker.device)
             return
         load_state(self.gan, found.state)
+        for optimizer in (self.gan.generator_optimizer, self.gan.discriminator_optimizer):
+            if optimizer is not None:
+                lay_out(optimizer)
         self.position = found.position
         if self.leads:
             self.points = curves.from_table(found.curves)
@@ -254,8 +267,10 @@ class Loop:
         set_learning_rate(self.gan, rate)
         torch.manual_seed(noise_seed(job.seed, phase.name, self.position.steps, self.worker.rank))
         self.norms.wanted = (self.position.steps + 1) % job.log_every == 0
+        # Alone and unobserved, a gradient can be dropped as soon as its weight is updated.
+        seen = self.norms if self.norms.wanted or self.worker.world > 1 else None
         batch = batch.to(self.worker.device, non_blocking=True)
-        losses = step(self.gan, batch, weights=job.losses, average=self.norms)
+        losses = step(self.gan, batch, weights=job.losses, average=seen)
         before, self.position = self.position, advance(self.position, rows=task.rows, batch=phase.batch)
         self.window.add(self.position.steps, losses, batch.share)
         due = is_due(before, self.position, task.checkpoint_images)
@@ -264,9 +279,10 @@ class Loop:
             self._close_window(before.epoch, rate)
             warned = self._heed()
         if due or warned or self.stopped:
+            self._verify()
+            if self.position.epoch > before.epoch and is_pictured(self.position.epoch, phase.epochs):
+                self._picture(before.epoch)
             self._checkpoint()
-        if self.position.epoch > before.epoch and is_pictured(self.position.epoch, phase.epochs):
-            self._picture()
 
     def _close_window(self, epoch: int, rate: float) -> None:
         """One point of every curve, and a progress line."""
@@ -313,21 +329,34 @@ class Loop:
             self.poster.post(Event("note", "a machine is about to be taken away: makes a checkpoint first"))
         return warned and not before
 
-    def _checkpoint(self) -> None:
-        """Have the state written; training goes on meanwhile. Raises DivergedError for a broken one."""
-        started = time.monotonic()
+    def _verify(self) -> None:
+        """Raises DivergedError, alike on all workers, for weights that are not finite: never checkpointed."""
         if not all_finite(self.gan.generator) or not all_finite(self.gan.discriminator):
             raise DivergedError(f"step {self.position.steps:,}: a weight is not finite")
+
+    def _checkpoint(self) -> None:
+        """Have the state written; training goes on meanwhile."""
+        started = time.monotonic()
         if self.leads:
-            state = checkpoints.copied(state_of(self.gan))
-            table = curves.to_table(self.points)
-            self.writer.submit(Checkpoint(self.task.name, self.position, state, table, self.task.run_id))
+            checkpoint = Checkpoint(
+                self.task.name,
+                self.position,
+                checkpoints.copied(state_of(self.gan)),
+                curves.to_table(self.points),
+                self.task.run_id,
+                best_checkpoint(self.points),
+            )
+            self.writer.submit(checkpoint)
         self._paused += time.monotonic() - started
 
-    def _picture(self) -> None:
+    def _picture(self, epoch: int) -> None:
+        """Samples and their numbers, at the end of an epoch."""
         if not self.leads:
             return
-        grid = self.preview(self.gan)
+        grid, values = self.preview(self.gan)
+        fresh = curves.points(self.position, epoch, values)
+        self.points += fresh
+        self.poster.post(Event("points", [tuple(point) for point in fresh]))
         if grid is not None:
             save_picture(self.task.output, self.position.epoch, grid)
             self.poster.post(Event("picture", (self.position.images, self.position.steps, grid)))
@@ -374,6 +403,17 @@ def all_finite(network: nn.Module | None) -> bool:
         return True
     trained = [parameter.detach() for parameter in network.parameters() if parameter.requires_grad]
     return not trained or bool(torch.stack(torch._foreach_norm(trained)).isfinite().all())
+
+
+def lay_out(optimizer: Optimizer) -> None:
+    """Give restored moments the memory layout of their weights: fused kernels walk both side by side.
+
+    Files hold tensors row by row; weights may be channels last.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 # -- models -------------------------------------------------------------------

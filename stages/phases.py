@@ -325,9 +325,14 @@ def _judges(size: Size, layers: int, padding: int) -> bool:
 
 
 def check_workers(phase: PhaseConfig, resources: Resources, *, key: str) -> None:
-    """Raises ValueError where workers cannot share a step's pairs evenly."""
-    if phase.batch % resources.train_workers:
-        raise ValueError(
-            f"{key}.batch: a step of '{phase.name}' has {phase.batch} pairs, which {resources.train_workers} "
-            "workers cannot share evenly; change the batch or resources.train_workers"
-        )
+    """Raises ValueError where workers, as few or many as there may be, cannot share a step's pairs evenly."""
+    most = resources.train_workers
+    least = most if resources.train_workers_min is None else resources.train_workers_min
+    if least > most:
+        raise ValueError(f"resources.train_workers_min: {least} is more than train_workers, {most}")
+    for workers in range(least, most + 1):
+        if phase.batch % workers:
+            raise ValueError(
+                f"{key}.batch: a step of '{phase.name}' has {phase.batch} pairs, which {workers} workers "
+                "cannot share evenly; change the batch or resources.train_workers"
+            )

@@ -1,12 +1,13 @@
-"""Pictures of a phase's progress: the same few pairs every time, source | generated | target, a pair a row.
+"""A phase's progress on pairs it does not train on: sample pictures, and one number.
 
 in:  the first pairs of the shards' validation split (else test, else train), at the phase's resolution
-out: (H, W, 3) uint8 grids
+out: (H, W, 3) uint8 grids, source | generated | target, a pair a row; `validation/l1`, the mean absolute
+     difference in [0, 1] (as `stages.metrics` takes it), over the first `MEASURED` validation pairs
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,8 @@ from stages.images import Array
 from stages.models.step import Translator, make_condition
 from stages.phases import PhaseJob
 
-PAIRS = 4
+SHOWN = 4
+MEASURED = 16
 SPLITS: tuple[Split, ...] = ("val", "test", "train")
 
 
@@ -45,48 +47,60 @@ def tensor(arrays: Sequence[Array], spec: DatasetSpec, role: Role) -> Tensor:
 
 @dataclass
 class Samples:
-    """Reads its pairs when the first picture is drawn, and keeps them."""
+    """Draws and measures by the averaged weights, if there are any."""
 
     shards: str
     spec: DatasetSpec
     job: PhaseJob
     device: torch.device
-    _pairs: list[dict[Role, Array]] | None = None
 
-    def pairs(self) -> list[dict[Role, Array]]:
-        """The same pairs every time: in the order they are stored."""
-        if self._pairs is None:
-            split: Split = next((split for split in SPLITS if self.spec.rows(split)), "train")
-            found = dataset.read_split(self.shards, self.spec, split, limit=PAIRS)
-            needed = {"source", "target"} | ({"instance"} if "instance" in self.spec.roles else set())
-            pairs = [fixed(sample, self.spec, self.job) for sample in found]
-            self._pairs = [pair for pair in pairs if needed <= pair.keys()]
-        return self._pairs
+    def __call__(self, gan: Translator) -> tuple[Array | None, dict[str, float]]:
+        """A grid (None where no pair is whole) and the numbers (none without a validation split)."""
+        split: Split = next((split for split in SPLITS if self.spec.rows(split)), "train")
+        rows: list[list[Array]] = []
+        differences: list[float] = []
+        for group in self._groups(split, MEASURED if split == "val" else SHOWN):
+            drawn = self._draw(gan, group)
+            differences += [
+                float((image.float() - truth.float()).abs().mean()) / 2
+                for image, truth in zip(drawn, self._stack(group, "target"), strict=True)
+            ]
+            if not rows:
+                kind = self.spec.roles["target"].kind
+                for pair, value in zip(group, drawn.float().permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+                    shown = {**pair, "target": images.restore(value, kind)}
+                    rows.append(
+                        [
+                            self._picture(pair, "source"),
+                            self._picture(shown, "target"),
+                            self._picture(pair, "target"),
+                        ]
+                    )
+        measured = split == "val" and differences
+        return (
+            images.sheet(rows) if rows else None,
+            {"validation/l1": float(np.mean(differences))} if measured else {},
+        )
 
-    def __call__(self, gan: Translator) -> Array | None:
-        """A grid drawn by the averaged weights, if there are any; None where no pair is whole."""
-        pairs = self.pairs()
-        if not pairs:
-            return None
-        source = tensor([pair["source"] for pair in pairs], self.spec, "source").to(self.device)
-        target = tensor([pair["target"] for pair in pairs], self.spec, "target").to(self.device)
-        instance = None
-        if "instance" in self.spec.roles:
-            instance = tensor([pair["instance"] for pair in pairs], self.spec, "instance").to(self.device)
-        drawn = generate(gan, source, target, instance)
-        kind = self.spec.roles["target"].kind
-        values = drawn.float().permute(0, 2, 3, 1).cpu().numpy()
-        rows = []
-        for pair, value in zip(pairs, values, strict=True):
-            shown = {**pair, "target": images.restore(value, kind)}
-            rows.append(
-                [
-                    self._picture(pair, "source"),
-                    self._picture(shown, "target"),
-                    self._picture(pair, "target"),
-                ]
-            )
-        return images.sheet(rows)
+    def _groups(self, split: Split, limit: int) -> Iterator[list[dict[Role, Array]]]:
+        """The first whole pairs of a split, in the order they are stored, a few at a time."""
+        needed = {"source", "target"} | ({"instance"} if "instance" in self.spec.roles else set())
+        group: list[dict[Role, Array]] = []
+        for sample in dataset.read_split(self.shards, self.spec, split, limit=limit):
+            if needed <= sample.images.keys():
+                group.append(fixed(sample, self.spec, self.job))
+            if len(group) == SHOWN:
+                yield group
+                group = []
+        if group:
+            yield group
+
+    def _stack(self, group: Sequence[dict[Role, Array]], role: Role) -> Tensor:
+        return tensor([pair[role] for pair in group], self.spec, role).to(self.device)
+
+    def _draw(self, gan: Translator, group: Sequence[dict[Role, Array]]) -> Tensor:
+        instance = self._stack(group, "instance") if "instance" in self.spec.roles else None
+        return generate(gan, self._stack(group, "source"), self._stack(group, "target"), instance)
 
     def _picture(self, pair: dict[Role, Array], role: Role) -> Array:
         known = self.spec.roles[role]

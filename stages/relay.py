@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from stages.board import Event
@@ -22,8 +22,9 @@ class Reader:
     label: str
     total_images: int
     track: Run
-    step: int = -1
-    """The last step whose points were passed on: a restart repeats some."""
+    _sent: dict[str, int] = field(default_factory=dict)
+    """The last step of each curve that was passed on: a restart repeats some."""
+    _counted: int = -1
     _progress: Progress | None = None
     _pictured: int = -1
     _text: str = ""
@@ -45,16 +46,15 @@ class Reader:
 
     def points(self, points: Sequence[Point]) -> None:
         """Send points of steps not sent before."""
-        fresh = [point for point in points if point.step > self.step]
-        if not fresh:
-            return
-        self.step = fresh[-1].step
+        fresh = [point for point in points if point.step > self._sent.get(point.name, -1)]
+        self._sent |= {point.name: point.step for point in fresh}
         self.track.metrics_batch(
             MetricRow(point.name, point.value, point.step, point.time_ms)
             for point in fresh
             if "/layer" not in point.name  # in metrics.parquet; too many for a page of charts
         )
-        steps = {point.step: point for point in fresh}
+        steps = {point.step: point for point in fresh if point.step > self._counted}
+        self._counted = max([self._counted, *steps])
         self.track.metrics_batch(
             MetricRow(name, value, point.step, point.time_ms)
             for point in steps.values()

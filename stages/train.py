@@ -166,14 +166,14 @@ def run(
 
 def _fit(setup: Setup, resources: Resources, label: str) -> Ending:
     """One Ray Train run; what happened to its workers becomes one line."""
-    workers = resources.train_workers
+    most, least = resources.train_workers, resources.train_workers_min
     fs, path = storage.filesystem(storage.join(setup.task.output, "checkpoints", "ray"))
     local = storage.is_local(setup.task.output)
     trainer = TorchTrainer(
         _work,
         train_loop_config={"setup": setup},
         scaling_config=ScalingConfig(
-            num_workers=workers,
+            num_workers=most if least in (None, most) else (least, most),
             use_gpu=setup.gpu,
             # Less than a CPU each: Ray Data reads for them on what is left, and without it they hang.
             resources_per_worker={"CPU": 0.5} | ({"GPU": 1} if setup.gpu else {}),

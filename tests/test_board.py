@@ -50,6 +50,8 @@ def test_points_that_a_restart_repeats_are_recorded_once() -> None:
     reader.handle([Event("points", [point(1), point(2)]), Event("points", [point(2), point(3)])])
     assert [row.step for row in run.rows if row.name == "generator/gan"] == [1, 2, 3]
     assert [row.value for row in run.rows if row.name == "images"] == [4, 8, 12]
+    reader.handle([Event("points", [point(3, "validation/l1")])])
+    assert run.rows[-1].name == "validation/l1"
 
 
 def test_curves_per_layer_stay_out_of_the_charts() -> None:

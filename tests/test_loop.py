@@ -94,8 +94,8 @@ def task(output: Path, job: PhaseJob, **changes: Any) -> Task:
     return replace(made, **changes)
 
 
-def nothing(gan: Translator) -> np.ndarray | None:
-    return None
+def nothing(gan: Translator) -> tuple[np.ndarray | None, dict[str, float]]:
+    return None, {}
 
 
 def train(given: Task, feed: Rows, preview: Callable[[Translator], Any] = nothing) -> tuple[Ending, Notices]:
@@ -272,13 +272,36 @@ def test_a_checkpoint_of_other_settings_is_not_gone_on_from(tmp_path: Path) -> N
 
 def test_samples_are_drawn_into_the_phases_folder(tmp_path: Path) -> None:
     grid = np.zeros((4, 4, 3), np.uint8)
-    _, board = train(task(tmp_path, phase_jobs()[0]), Rows(16), lambda _: grid)
+    _, board = train(task(tmp_path, phase_jobs()[0]), Rows(16), lambda _: (grid, {}))
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
         "epoch-0001.png",
         "epoch-0002.png",
         "epoch-0003.png",
     ]
     assert [event.value[0] for event in board.take() if event.kind == "picture"] == [10, 20, 30]
+
+
+def test_the_best_checkpoint_by_validation_stays_whatever_its_age(tmp_path: Path) -> None:
+    measured = iter([0.2, 0.1, 0.3, 0.4, 0.5])
+    job = phase_jobs(phases=[{**PHASES[0], "epochs": 5}, *PHASES[1:]])[0]
+    given = task(tmp_path, job, checkpoint_images=None)
+    train(given, Rows(16), lambda _: (None, {"validation/l1": next(measured)}))
+    assert checkpoints.names(str(tmp_path / "checkpoints")) == [
+        "step-00000006",
+        "step-00000012",
+        "step-00000015",
+    ]
+
+
+def test_restored_moments_lie_in_memory_as_their_weights_do() -> None:
+    """A fused optimizer pairs elements by address: in another layout, weights get one another's moments."""
+    weight = nn.Parameter(torch.rand(4, 3, 2, 2).contiguous(memory_format=torch.channels_last))
+    optimizer = torch.optim.Adam([weight], fused=True)
+    moments = torch.rand(4, 3, 2, 2)
+    optimizer.state[weight] = {"step": torch.tensor(1.0), "exp_avg": moments, "exp_avg_sq": moments.clone()}
+    loop.lay_out(optimizer)
+    assert optimizer.state[weight]["exp_avg"].stride() == weight.stride()
+    assert optimizer.state[weight]["exp_avg"].equal(moments)
 
 
 def test_a_network_without_numbers_is_found() -> None:

@@ -130,6 +130,9 @@ def test_workers_that_cannot_share_a_batch_are_refused() -> None:
     given.check_resources(Resources(train_workers=2))
     with pytest.raises(ValueError, match=r"train.phases.0.batch: .* 2 pairs, which 3 workers"):
         given.check_resources(Resources(train_workers=3))
+    given.check_resources(Resources(train_workers=2, train_workers_min=1))
+    with pytest.raises(ValueError, match=r"train_workers_min: 3 is more than train_workers, 2"):
+        given.check_resources(Resources(train_workers=2, train_workers_min=3))
 
 
 def test_a_phase_works_on_the_size_its_enhancers_stand_for() -> None:

@@ -94,7 +94,7 @@ def reference(job: PhaseJob, shards: str, output: Path) -> dict[tuple[int, str],
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with feed:
-        train_phase(task, Worker(), feed, Poster(Notices()), lambda _: None)
+        train_phase(task, Worker(), feed, Poster(Notices()), lambda _: (None, {}))
     torch.set_num_threads(threads)
     return losses(output)
 
