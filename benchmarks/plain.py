@@ -1,10 +1,10 @@
-"""The training step as published, written from the paper's description: what ours is measured and tested against.
+"""The training step as published, written from the papers: ours is measured and tested against it.
 
 Slow on purpose, in the ways of the published code: each layer a module of its own, biases in front of norms
-added and trained, three discriminator passes, weight gradients of the discriminator in the generator's backward
-pass, frozen parts back-propagated, one Adam update per tensor, float32, contiguous.
+added and trained, three discriminator passes, weight gradients of the discriminator in the generator's
+backward pass, frozen parts back-propagated, one Adam update per tensor, float32, contiguous.
 
-`copy_weights` puts the weights of one of our networks into its plain counterpart, through the published names.
+`copy_weights` puts the weights of one of our networks into its plain counterpart, by the published names.
 """
 
 from __future__ import annotations

@@ -136,7 +136,9 @@ def _discard(_: object) -> None:
 # -- time ---------------------------------------------------------------------
 
 
-def time_in_turns(case: Case, precision: Precision, turns: int) -> tuple[list[float], list[float]]:
+def time_in_turns(
+    case: Case, precision: Precision, turns: int, clock: Callable[[], float]
+) -> tuple[list[float], list[float]]:
     """Seconds of each plain and each of our steps."""
     ours, generator, discriminator = our_side(case, precision)
     plain = plain_side(case, generator, discriminator)
@@ -144,10 +146,10 @@ def time_in_turns(case: Case, precision: Precision, turns: int) -> tuple[list[fl
     for turn in range(turns + 2):  # two to warm up: compilation, allocations
         for side, (run, prepare) in enumerate(((plain, return_freed_memory), (ours, keep_freed_memory))):
             prepare()
-            start = time.perf_counter()
+            start = clock()
             run()
             if turn >= 2:
-                times[side].append(time.perf_counter() - start)
+                times[side].append(clock() - start)
     return times
 
 
@@ -204,11 +206,13 @@ def main() -> None:
     parser.add_argument("--precision", choices=["float32", "bf16"], action="append")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cpu-time", action="store_true", help="for a busy machine, with --threads 1")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--no-time", action="store_true")
     parser.add_argument("--memory-of", choices=["ours", "plain"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
     precisions: list[Precision] = arguments.precision or ["float32", "bf16"]
     if arguments.memory_of:
         print(measure_memory(arguments.cases[0], arguments.memory_of, precisions[0]))
@@ -227,7 +231,7 @@ def main() -> None:
                 row += ["-"] * 4
             else:
                 plain, ours = (
-                    statistics.median(side) for side in time_in_turns(case, precision, arguments.turns)
+                    statistics.median(side) for side in time_in_turns(case, precision, arguments.turns, clock)
                 )
                 goal = case.time_goal[precision == "bf16"] if case.time_goal else None
                 row += [f"{plain:.3f}", f"{ours:.3f}", f"{plain / ours:.2f}x", f"{goal}x" if goal else "-"]

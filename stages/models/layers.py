@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stages.models.wide import suits, wide_conv, wide_transposed_conv
+
 Upsampling = Literal["transpose", "resize"]
 """Transposed convolution, or nearest-neighbour resize and a convolution (no checkerboards)."""
 
@@ -56,7 +58,14 @@ class Conv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H', W')."""
-        y: Tensor = self._conv_forward(x, self.weight, None if self.inert_bias else self.bias)
+        bias = None if self.inert_bias else self.bias
+        stride, padding = self.stride[0], int(self.padding[0])
+        rows = x.shape[0] * (x.shape[2] // stride) * (x.shape[3] // stride)
+        if suits(x, self.weight, rows):
+            reflect = self.padding_mode == "reflect"
+            wide = wide_conv(x, self.weight, stride=stride, padding=padding, reflect=reflect)
+            return wide if bias is None else wide + bias.view(1, -1, 1, 1)
+        y: Tensor = self._conv_forward(x, self.weight, bias)
         return y
 
 
@@ -83,6 +92,9 @@ class TransposedConv(nn.ConvTranspose2d):
         """(N, C_in, H, W) -> (N, C_out, 2H, 2W)."""
         assert output_size is None
         bias = None if self.inert_bias else self.bias
+        if suits(x, self.weight, x.shape[0] * x.shape[2] * x.shape[3]):
+            wide = wide_transposed_conv(x, self.weight)
+            return wide if bias is None else wide + bias.view(1, -1, 1, 1)
         return F.conv_transpose2d(x, self.weight, bias, 2, 1, self.output_padding)
 
 
@@ -118,6 +130,15 @@ def up_conv(
 
 class InstanceNorm(nn.InstanceNorm2d):
     """Each channel of each sample to mean 0 and variance 1; no parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same shape and memory format."""
+        if torch.compiler.is_compiling() or not x.is_contiguous(memory_format=torch.channels_last):
+            return F.instance_norm(x, eps=self.eps)
+        # torch's instance norm copies channels-last pictures; its batch norm, the same thing for one picture,
+        # does not.
+        samples = [F.batch_norm(s, None, None, training=True, eps=self.eps) for s in torch.split(x, 1)]
+        return samples[0] if len(samples) == 1 else torch.cat(samples)
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -158,7 +179,7 @@ class Dropout(nn.Module):
             return F.dropout(x, 0.5, self.training)
         shape = x.shape[1:]
         masks = torch.stack(
-            [torch.randint(0, 2, shape, generator=source, dtype=torch.uint8) for source in noise]
+            [torch.randint(0, 2, shape, generator=s, dtype=torch.uint8, device=s.device) for s in noise]
         )
         return x * masks.to(x.device, x.dtype) * 2
 

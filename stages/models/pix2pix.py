@@ -40,8 +40,8 @@ class Down(nn.Module):
         self.norm = make_norm(norm, out_channels) if normed else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C_in, H, W) -> (N, C_out, H/2, W/2)."""
-        x = self.conv(F.leaky_relu(x, 0.2) if self.activate else x)
+        """(N, C_in, H, W) -> (N, C_out, H/2, W/2). Activates `x` in place."""
+        x = self.conv(F.leaky_relu(x, 0.2, inplace=True) if self.activate else x)
         return x if self.norm is None else self.norm(x)
 
 
@@ -71,8 +71,8 @@ class Up(nn.Module):
         self.dropout = Dropout() if dropout else None
 
     def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
-        """(N, C_in, H, W) -> (N, C_out, 2H, 2W)."""
-        x = self.conv(F.relu(x))
+        """(N, C_in, H, W) -> (N, C_out, 2H, 2W). Activates `x` in place."""
+        x = self.conv(F.relu(x, inplace=True))
         if self.norm is not None:
             x = self.norm(x)
         return x if self.dropout is None else self.dropout(x, noise)
@@ -128,6 +128,7 @@ class UNet(nn.Module):
         skips = []
         for down in self.encoder:
             x = down(x)  # (N, width * 2**min(level, 3), H / 2**(level+1), ...)
+            # The next level applies LeakyReLU to it in place; the way up applies ReLU, which undoes that.
             skips.append(x)
         x = skips.pop()
         for level in reversed(range(len(self.decoder))):
@@ -239,4 +240,4 @@ class DiscriminatorBlock(nn.Module):
         x = self.conv(x)
         if self.norm is not None:
             x = self.norm(x)
-        return F.leaky_relu(x, 0.2) if self.activate else x
+        return F.leaky_relu(x, 0.2, inplace=True) if self.activate else x

@@ -42,7 +42,7 @@ class ConvNormReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H', W')."""
-        return F.relu(self.norm(self.conv(x)))
+        return F.relu(self.norm(self.conv(x)), inplace=True)
 
 
 def stem(in_channels: int, width: int) -> ConvNormReLU:
@@ -75,8 +75,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> the same shape."""
-        y: Tensor = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
-        return x + y
+        y: Tensor = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        y = self.norm2(self.conv2(y))
+        y += x
+        return y
 
 
 class Head(nn.Module):

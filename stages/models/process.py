@@ -1,4 +1,4 @@
-"""Settings of a training process that change speed and no result. A worker applies them once, at its start."""
+"""Settings of a process that trains: they change speed and no result. A worker applies them at its start."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> bool:
-    """Back to what glibc does by itself after it has seen large blocks freed (man mallopt, dynamic threshold)."""
+    """Back to what glibc does by itself once large blocks were freed (man mallopt: dynamic threshold)."""
     done = _mallopt({_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20})
     if done:
         ctypes.CDLL(None).malloc_trim(0)

@@ -15,12 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 
+from stages.models.adam import Adam
 from stages.models.architecture import (
     InputSpec,
     Parts,
@@ -123,18 +124,20 @@ def build_translator(
     """
     if weights.perceptual > 0 and perceptual is None:
         raise ValueError("the perceptual loss needs VGG19 weights")
-    generator = build_generator(arch, inputs, enhancers=enhancers, seed=seed).to(device)
+    generator = _placed(build_generator(arch, inputs, enhancers=enhancers, seed=seed), device)
     encoder = build_encoder(arch, inputs, seed=seed)
     trained = trainable_parts(generator, parts)
     if not isinstance(arch, Pix2Pix):
         generator.checkpointing = checkpointing
     if encoder is not None:
-        trained += trainable_parts(encoder.to(device), "all") if parts == "all" else []
+        trained += trainable_parts(_placed(encoder, device), "all") if parts == "all" else []
         encoder.requires_grad_(requires_grad=parts == "all")
     discriminator: nn.Module | None = None
     discriminator_optimizer: Optimizer | None = None
     if weights.uses_discriminator:
-        discriminator = build_discriminator(arch, inputs, discriminators=discriminators, seed=seed).to(device)
+        discriminator = _placed(
+            build_discriminator(arch, inputs, discriminators=discriminators, seed=seed), device
+        )
         discriminator_optimizer = make_optimizer(trainable_parts(discriminator, "all"), learning_rate, betas)
     return Translator(
         generator=generator.train(),
@@ -150,11 +153,23 @@ def build_translator(
     )
 
 
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def _placed(network: Network, device: torch.device | str) -> Network:
+    """On the device, channels last: the faster layout on CPUs and GPUs alike (benchmarks/README.md)."""
+    network.to(device)
+    for parameter in network.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return network
+
+
 def make_optimizer(
     parameters: Sequence[nn.Parameter], learning_rate: float, betas: tuple[float, float]
 ) -> Optimizer:
     """Adam in one pass over the memory."""
-    return Adam(parameters, lr=learning_rate, betas=betas, fused=True)
+    return Adam(parameters, lr=learning_rate, betas=betas)
 
 
 def learning_rate_at(epoch: float, *, rate: float, epochs: int, decay_epochs: int) -> float:
@@ -258,6 +273,8 @@ def step(
     dtype = next(gan.generator.parameters()).dtype
     target = unit_range(batch.target, dtype)
     condition = make_condition(batch.source, batch.instance, arch=gan.arch, inputs=gan.inputs, dtype=dtype)
+    condition = condition.contiguous(memory_format=torch.channels_last)
+    target = target.contiguous(memory_format=torch.channels_last)
     with _autocast(gan.precision, target.device):
         generated = _generate(gan, condition, target, batch.instance)
     fake = generated.detach().requires_grad_()  # the losses end here; the generator's graph starts here
@@ -274,8 +291,12 @@ def step(
         # Not before: the gradient just taken went through the weights from before the step, and a fused
         # optimizer changes them without autograd noticing.
         _update(gan.discriminator_optimizer, average)
-    torch.autograd.backward(generated, fake_gradient)
-    _update(gan.generator_optimizer, average)
+    if average is None and isinstance(gan.generator_optimizer, Adam):
+        with gan.generator_optimizer.stepping_in_backward():
+            torch.autograd.backward(generated, fake_gradient)
+    else:
+        torch.autograd.backward(generated, fake_gradient)
+        _update(gan.generator_optimizer, average)
     if gan.ema is not None:
         gan.ema.update(gan.generator)
     return {name: value.detach() for name, value in losses.items()}
