@@ -34,8 +34,8 @@ import psutil
 
 HOST = "127.0.0.1"
 FOLDER = Path("/tmp") / f"pixloom-{os.getuid()}"  # noqa: S108  made with mode 700, and its owner is checked
-LONGEST_FOLDER = 40  # Ray puts sockets below it, and a socket's path is limited to 103 bytes
-START_SECONDS = 120.0
+LONGEST_FOLDER = 28  # Ray puts sockets deep below it, and a socket's path is limited to 103 bytes
+START_SECONDS = 90.0
 STARTS = 3
 STOP_SECONDS = 8.0
 
@@ -110,7 +110,8 @@ def start(options: argparse.Namespace) -> Cluster:
         raise LocalClusterError(f"{folder} holds a running cluster; stop it first, or name another --folder")
     cluster = Cluster(str(folder), _port(options.port, 6379), _port(options.dashboard_port, 8265))
     _write_token(cluster.token)
-    shutil.rmtree(folder / "ray", ignore_errors=True)  # the sessions of the cluster before
+    for session in [path for path in folder.iterdir() if path.is_dir()]:  # of the cluster before
+        shutil.rmtree(session, ignore_errors=True)
     names = ["head", *(f"worker-{number}" for number in range(1, options.workers + 1))]
     cores = options.cpus_per_node or share_of_cores(_cores(), len(names))
     gpus = share_of_gpus(_gpus(), len(names))
@@ -129,8 +130,14 @@ def stop(cluster: Cluster) -> None:
 
     A head under SIGTERM may take half a minute to drain; whatever is left after a few seconds is killed.
     """
+    _end(cluster, cluster.nodes, patience=STOP_SECONDS)
+    Path(cluster.folder, "cluster.json").unlink(missing_ok=True)
+
+
+def _end(cluster: Cluster, nodes: Sequence[Node], *, patience: float) -> None:
+    """SIGTERM to the nodes, the last first; after `patience` seconds SIGKILL to all they started."""
     family: list[psutil.Process] = []
-    for node in reversed(cluster.nodes):
+    for node in reversed(nodes):
         process = node.process()
         if process is None:
             family += _orphans(cluster, node)
@@ -139,12 +146,11 @@ def stop(cluster: Cluster) -> None:
             family += [*process.children(recursive=True), process]
             process.terminate()
     # A job's driver and its watcher lead sessions of their own: known here as descendants, not by group.
-    _, alive = psutil.wait_procs(family, timeout=STOP_SECONDS)
+    _, alive = psutil.wait_procs(family, timeout=patience)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(alive, timeout=STOP_SECONDS)
-    Path(cluster.folder, "cluster.json").unlink(missing_ok=True)
 
 
 def _orphans(cluster: Cluster, node: Node) -> list[psutil.Process]:
@@ -201,8 +207,9 @@ def _bring_up(cluster: Cluster, name: str, cores: int, gpus: Sequence[str], memo
         try:
             _wait(cluster, lambda: _alive(cluster) == before + 1, f"{name} has not joined")
         except LocalClusterError:
-            if attempt == STARTS - 1 or cluster.nodes[before].process() is not None:
+            if attempt == STARTS - 1:
                 raise
+            _end(cluster, cluster.nodes[before:], patience=0)
         else:
             return
 
@@ -214,11 +221,13 @@ def _start_node(cluster: Cluster, name: str, cores: int, gpus: Sequence[str], me
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={HOST}"),
         *(f"--num-cpus={cores}", f"--num-gpus={len(gpus)}", f"--object-store-memory={memory}"),
         *("--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={_port(0, 0)}"),
+        # A place of its own: in a shared one, each node deletes uploaded folders that others still use.
+        f"--temp-dir={cluster.folder}/{name}",
     ]
     if name == "head":
         command += [
-            *("--head", f"--port={cluster.port}", f"--temp-dir={cluster.folder}/ray"),
-            *(f"--ray-client-server-port={_port(0, 0)}", "--include-dashboard=true"),
+            *("--head", f"--port={cluster.port}", "--include-dashboard=true"),
+            f"--ray-client-server-port={_port(0, 0)}",
             *(f"--dashboard-host={HOST}", f"--dashboard-port={cluster.dashboard_port}"),
         ]
     else:

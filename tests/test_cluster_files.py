@@ -624,7 +624,7 @@ def test_a_process_that_took_over_a_nodes_number_is_left_alone(tmp_path: Path) -
 
 def test_a_folder_too_long_for_sockets_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert local.main(["--folder", str(tmp_path / ("x" * 60)), "start"]) == 2
-    assert "at most 40 characters" in capsys.readouterr().err
+    assert "at most 28 characters" in capsys.readouterr().err
 
 
 def test_without_a_cluster_stop_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
