@@ -141,10 +141,10 @@ def schema() -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without duplicate keys, which PyYAML would silently drop, and with 2e-4 read as a number."""
+    """YAML without duplicate keys, of which PyYAML would silently drop the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(

@@ -36,6 +36,7 @@ PLASTER = ((196, 158, 116), (168, 92, 72), (148, 146, 150), (206, 190, 160))
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,11 @@ class Scene:
     photo: Bytes
     label: Bytes
     instance: npt.NDArray[np.uint16]
+
+
+def rgb(values: Sequence[int]) -> Floats:
+    """A colour, to be reckoned with."""
+    return np.array(values, np.float32)
 
 
 def draw(seed: int, number: int, width: int, height: int) -> Scene:
@@ -79,23 +85,24 @@ class _Canvas:
         photo = np.clip(self.photo * light + grain, 0, 255).astype(np.uint8)
         return Scene(photo, self.label, self.instance)
 
-    def paint(
-        self, mask: npt.NDArray[np.bool_], klass: int, colour: Floats, instance: int | None = None
-    ) -> None:
+    def paint(self, mask: Mask, klass: int, colour: Floats, instance: int | None = None) -> None:
         """Put a shape into all three layers. `colour` (H, W, 3) or (3,)."""
         self.label[mask] = klass
         self.instance[mask] = klass if instance is None else instance
         self.colour(mask, colour)
 
-    def colour(self, mask: npt.NDArray[np.bool_], colour: Floats) -> None:
+    def colour(self, mask: Mask, colour: Floats) -> None:
         """Change the photo alone: detail within a shape."""
         self.photo[mask] = np.broadcast_to(colour, self.photo.shape)[mask]
 
-    def box(self, left: float, top: float, right: float, bottom: float) -> npt.NDArray[np.bool_]:
-        return (self.columns >= left) & (self.columns < right) & (self.rows >= top) & (self.rows < bottom)
+    def box(self, left: float, top: float, right: float, bottom: float) -> Mask:
+        across = (self.columns >= left) & (self.columns < right)
+        inside: Mask = across & (self.rows >= top) & (self.rows < bottom)
+        return inside
 
-    def ellipse(self, x: float, y: float, rx: float, ry: float) -> npt.NDArray[np.bool_]:
-        return ((self.columns - x) / max(rx, 0.5)) ** 2 + ((self.rows - y) / max(ry, 0.5)) ** 2 <= 1
+    def ellipse(self, x: float, y: float, rx: float, ry: float) -> Mask:
+        inside: Mask = ((self.columns - x) / max(rx, 0.5)) ** 2 + ((self.rows - y) / max(ry, 0.5)) ** 2 <= 1
+        return inside
 
     def thing(self, klass: int) -> int:
         """The next instance id of a class."""
@@ -104,7 +111,7 @@ class _Canvas:
 
     def sky(self) -> None:
         share = (self.rows / self.height)[..., None]
-        top, low = np.float32([96, 150, 214]), np.float32([214, 228, 240])
+        top, low = rgb([96, 150, 214]), rgb([214, 228, 240])
         self.paint(np.ones_like(self.label, bool), SKY, top + (low - top) * np.minimum(share * 2, 1))
 
     def houses(self, horizon: float) -> None:
@@ -117,7 +124,7 @@ class _Canvas:
 
     def house(self, left: float, top: float, right: float, bottom: float) -> None:
         # The plaster follows from the height, so a label map tells it.
-        colour = np.float32(PLASTER[int(4 * top / bottom) % len(PLASTER)])
+        colour = rgb(PLASTER[int(4 * top / bottom) % len(PLASTER)])
         wall = self.box(left, top, right, bottom)
         brick = 1 - 0.08 * ((self.rows - top) % 4 < 1)
         self.paint(wall, BUILDING, colour * brick[..., None])
@@ -127,32 +134,32 @@ class _Canvas:
         column, row = (self.columns - left) % step / step, (self.rows - top) % step / step
         inside &= (self.columns > left + 2) & (self.columns < right - 2)
         pane = inside & (column > 0.3) & (column < 0.8) & (row > 0.3) & (row < 0.85)
-        self.colour(pane, np.float32([58, 74, 96]) + 46 * (1 - row)[..., None])
+        self.colour(pane, rgb([58, 74, 96]) + 46 * (1 - row)[..., None])
 
     def ground(self, horizon: float) -> None:
         below = self.rows >= horizon
         depth = (self.rows - horizon) / (self.height - horizon)
         tiles = ((self.columns + self.rows * 1.5) % (self.width / 16) < 1.5) | (depth * 24 % 3 < 0.4)
-        self.paint(below, SIDEWALK, np.float32([176, 168, 160]) - 30 * tiles[..., None])
+        self.paint(below, SIDEWALK, rgb([176, 168, 160]) - 30 * tiles[..., None])
         centre = self.width * self.rng.uniform(0.42, 0.58)
         half = self.width * (0.06 + 0.5 * depth)
         road = below & (np.abs(self.columns - centre) < half)
         tar = self.rng.normal(0, 5, (self.height, self.width, 1)).astype(np.float32)
-        self.paint(road, ROAD, np.float32([86, 86, 92]) + 22 * depth[..., None] + tar)
+        self.paint(road, ROAD, rgb([86, 86, 92]) + 22 * depth[..., None] + tar)
         dash = road & (np.abs(self.columns - centre) < 0.5 + self.width * 0.012 * depth)
-        self.colour(dash & (1 / (depth + 0.12) * 3 % 1.2 < 0.7), np.float32([236, 232, 214]))
+        self.colour(dash & (1 / (depth + 0.12) * 3 % 1.2 < 0.7), rgb([236, 232, 214]))
         kerb = below & ~road & (np.abs(self.columns - centre) < half + 2)
-        self.colour(kerb, np.float32([122, 116, 110]))
+        self.colour(kerb, rgb([122, 116, 110]))
 
     def tree(self, horizon: float) -> None:
         x = self.rng.choice([self.rng.uniform(0, 0.3), self.rng.uniform(0.7, 1)]) * self.width
         crown = self.height * self.rng.uniform(0.1, 0.17)
         foot = horizon + self.height * self.rng.uniform(0.02, 0.08)
         top = foot - crown * 2.2
-        self.paint(self.box(x - crown / 8, top, x + crown / 8, foot), VEGETATION, np.float32([92, 66, 42]))
+        self.paint(self.box(x - crown / 8, top, x + crown / 8, foot), VEGETATION, rgb([92, 66, 42]))
         leaves = self.rng.normal(0, 16, (self.height, self.width, 1)).astype(np.float32)
         shade = np.clip((self.rows - top + crown) / (2 * crown), 0, 1)[..., None]
-        green = np.float32([98, 150, 62]) * (1.1 - 0.5 * shade) + leaves
+        green = rgb([98, 150, 62]) * (1.1 - 0.5 * shade) + leaves
         self.paint(self.ellipse(x, top, crown, crown * 1.1), VEGETATION, green)
 
     def car(self, horizon: float, depth: float) -> None:
@@ -161,7 +168,7 @@ class _Canvas:
         x = self.width * self.rng.uniform(0.12, 0.88)
         number = self.thing(CAR)
         # The paint follows from the place, so the maps tell it.
-        paint = np.float32(CAR_PAINT[int(x / self.width * len(CAR_PAINT)) % len(CAR_PAINT)])
+        paint = rgb(CAR_PAINT[int(x / self.width * len(CAR_PAINT)) % len(CAR_PAINT)])
         top = foot - high
         cabin = self.ellipse(x, top + high * 0.45, wide * 0.34, high * 0.45)
         body = self.box(x - wide / 2, top + high * 0.4, x + wide / 2, foot - high * 0.12)
@@ -171,28 +178,26 @@ class _Canvas:
         ]
         shine = 1.15 - 0.5 * np.clip((self.rows - top) / high, 0, 1)[..., None]
         self.paint(cabin | body, CAR, paint * shine, number)
-        self.colour(
-            self.ellipse(x, top + high * 0.42, wide * 0.27, high * 0.3) & ~body, np.float32([70, 92, 112])
-        )
+        self.colour(self.ellipse(x, top + high * 0.42, wide * 0.27, high * 0.3) & ~body, rgb([70, 92, 112]))
         for wheel in wheels:
-            self.paint(wheel, CAR, np.float32([24, 24, 26]), number)
+            self.paint(wheel, CAR, rgb([24, 24, 26]), number)
         lamp = self.box(x - wide / 2, top + high * 0.5, x - wide * 0.42, top + high * 0.64)
-        self.colour(lamp & body, np.float32([250, 226, 140]))
+        self.colour(lamp & body, rgb([250, 226, 140]))
 
     def person(self, horizon: float, depth: float) -> None:
         high = self.height * (0.12 + 0.2 * depth)
         foot = horizon + (self.height - horizon) * (0.06 + 0.75 * depth)
         x = self.width * self.rng.choice([self.rng.uniform(0.04, 0.22), self.rng.uniform(0.78, 0.96)])
         number, top, wide = self.thing(PERSON), foot - high, high * 0.26
-        coat = np.float32([182, 120, 34] if x < self.width / 2 else [70, 52, 128])
+        coat = rgb([182, 120, 34] if x < self.width / 2 else [70, 52, 128])
         legs = self.box(x - wide * 0.38, top + high * 0.55, x + wide * 0.38, foot)
         gap = self.box(x - wide * 0.08, top + high * 0.66, x + wide * 0.08, foot)
-        self.paint(legs & ~gap, PERSON, np.float32([38, 42, 62]), number)
+        self.paint(legs & ~gap, PERSON, rgb([38, 42, 62]), number)
         self.paint(self.ellipse(x, top + high * 0.4, wide * 0.5, high * 0.24), PERSON, coat, number)
         self.paint(
             self.ellipse(x, top + high * 0.1, wide * 0.3, high * 0.1),
             PERSON,
-            np.float32([222, 176, 142]),
+            rgb([222, 176, 142]),
             number,
         )
 

@@ -79,7 +79,7 @@ def test_tiles_are_blended_into_one_picture_without_seams_of_their_own(tmp_path:
     model = load_model(make_model(tmp_path))
 
     class Pixelwise(torch.nn.Module):
-        def forward(self, x: torch.Tensor, noise: object = None) -> torch.Tensor:  # noqa: ARG002
+        def forward(self, x: torch.Tensor, noise: object = None) -> torch.Tensor:
             return x[:, :3] * 2 - 1
 
     object.__setattr__(model, "generator", Pixelwise())

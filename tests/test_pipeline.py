@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -70,7 +71,9 @@ class Place:
     def __init__(self, folder: Path, data: Path) -> None:
         self.folder = folder
         self.workspace = folder / "workspace"
-        self.ray = Path("/tmp") / f"pl-{os.getpid()}-{folder.name[-12:]}"  # Unix sockets want short paths
+        self.ray = (
+            Path(tempfile.gettempdir()) / f"pl-{os.getpid()}-{folder.name[-12:]}"
+        )  # Unix sockets want short paths
         locations = [
             {"uri": str(data / layer), "role": role, "pattern": "{key}.png"}
             for layer, role in {"label": "source", "photo": "target", "instance": "instance"}.items()
