@@ -13,7 +13,7 @@ Weight names: `coarse.{stem,down.I,blocks.I,up.I}`, `enhancers.N.{stem,down,bloc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -213,13 +213,24 @@ class MultiScaleDiscriminator(nn.Module):
             for _ in range(scales)
         )
 
-    def forward(self, x: Tensor) -> list[list[Tensor]]:
-        """(N, C_in, H, W) -> per scale, finest first: all feature maps, the patch predictions last."""
+    def forward(self, x: Tensor, conditions: Sequence[Tensor] | None = None) -> list[list[Tensor]]:
+        """(N, C_in, H, W) -> per scale, finest first: all feature maps, the patch predictions last.
+
+        With `conditions` (see `pyramid`) x is the image alone and is put behind the condition of each scale:
+        pooling works channel by channel, so the condition needs it once, not once for each image judged.
+        """
         results = []
         for index, scale in enumerate(self.scales):
             x = half_resolution(x) if index else x
-            results.append(scale(x))
+            results.append(scale(x if conditions is None else torch.cat([conditions[index], x], 1)))
         return results
+
+    def pyramid(self, condition: Tensor) -> list[Tensor]:
+        """What each scale sees of the condition (N, C, H, W)."""
+        levels = [condition]
+        for _ in self.scales[1:]:
+            levels.append(half_resolution(levels[-1]))
+        return levels
 
 
 class FeatureEncoder(nn.Module):

@@ -45,6 +45,7 @@ from stages.models.losses import (
     mean_difference,
     perceptual_losses,
 )
+from stages.models.pix2pixhd import MultiScaleDiscriminator
 
 Precision = Literal["float32", "bf16"]
 Average = Callable[[Sequence[Tensor]], None]
@@ -319,12 +320,22 @@ def _generate(gan: Translator, condition: Tensor, target: Tensor, instance: Tens
     return image
 
 
-def _judge(gan: Translator, condition: Tensor, image: Tensor) -> Features:
+def _judge(gan: Translator, conditions: Sequence[Tensor] | None, image: Tensor) -> Features:
     """The discriminator's features per scale; a single PatchGAN is one scale."""
     assert gan.discriminator is not None
-    seen = torch.cat([condition, image.to(condition.dtype)], 1) if gan.arch.conditional else image
-    features = gan.discriminator(seen)
-    return [features] if isinstance(features[0], Tensor) else features
+    if isinstance(gan.discriminator, MultiScaleDiscriminator):
+        several: Features = gan.discriminator(image, conditions)
+        return several
+    return [gan.discriminator(image if conditions is None else torch.cat([conditions[0], image], 1))]
+
+
+def _conditions(gan: Translator, condition: Tensor) -> list[Tensor] | None:
+    """What the discriminator sees of the condition, per scale; None: it judges the image alone."""
+    if not gan.arch.conditional:
+        return None
+    if isinstance(gan.discriminator, MultiScaleDiscriminator):
+        return gan.discriminator.pyramid(condition)
+    return [condition]
 
 
 Judged = tuple[Features, Features] | None
@@ -344,11 +355,12 @@ def _judge_for_both(
     if gan.discriminator is None:
         return None
     parameters = [parameter for parameter in gan.discriminator.parameters() if parameter.requires_grad]
-    real_features = _judge(gan, condition, target)
+    conditions = _conditions(gan, condition)
+    real_features = _judge(gan, conditions, target)
     real = discriminator_losses(real_features, weights.gan, real=True)
     torch.autograd.backward(torch.stack(real).sum() * (0.5 * share), inputs=parameters)
     real_features = [[feature.detach() for feature in scale] for scale in real_features]
-    fake_features = _judge(gan, condition, fake)
+    fake_features = _judge(gan, conditions, fake)
     judged_fake = discriminator_losses(fake_features, weights.gan, real=False)
     loss = torch.stack(judged_fake).sum() * (0.5 * share)
     torch.autograd.backward(loss, inputs=parameters, retain_graph=True)
@@ -370,16 +382,17 @@ def _judge_in_turn(
     """Step the discriminator, then let the updated one judge the fake. Batch norm: one image kind a pass."""
     if gan.discriminator is None or gan.discriminator_optimizer is None:
         return None
-    fake_loss = discriminator_losses(_judge(gan, condition, fake.detach()), weights.gan, real=False)
+    conditions = _conditions(gan, condition)
+    fake_loss = discriminator_losses(_judge(gan, conditions, fake.detach()), weights.gan, real=False)
     torch.autograd.backward(torch.stack(fake_loss).sum() * (0.5 * share))
-    real_features = _judge(gan, condition, target)
+    real_features = _judge(gan, conditions, target)
     real_loss = discriminator_losses(real_features, weights.gan, real=True)
     torch.autograd.backward(torch.stack(real_loss).sum() * (0.5 * share))
     _update(gan.discriminator_optimizer, average)
     _note(losses, "discriminator/real", real_loss)
     _note(losses, "discriminator/fake", fake_loss)
     with _frozen(gan.discriminator):
-        fake_features = _judge(gan, condition, fake)
+        fake_features = _judge(gan, conditions, fake)
     return fake_features, [[feature.detach() for feature in scale] for scale in real_features]
 
 
