@@ -15,7 +15,8 @@ A transposed convolution is the same with forward and input gradient exchanged.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -58,8 +59,17 @@ def _cast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return x, weight
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _as_given(function: Function) -> Function:
+    """Autocast has nothing to do inside: it would take reflection padding back to float32."""
+    return cast(Function, torch.autocast("cpu", enabled=False)(function))
+
+
 class _WideConv(torch.autograd.Function):
     @staticmethod
+    @_as_given
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: int, reflect: bool) -> Tensor:
         kernel = weight.shape[2]
         patches, height, width = _patches(_pad(x, padding, reflect), kernel, stride)
@@ -70,6 +80,7 @@ class _WideConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_as_given
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         kernel, rows = weight.shape[2], _rows(gradient)
@@ -88,6 +99,7 @@ class _WideConv(torch.autograd.Function):
 
 class _WideTransposedConv(torch.autograd.Function):
     @staticmethod
+    @_as_given
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         kernel = weight.shape[2]
         height, width = (2 * side for side in x.shape[2:])
@@ -101,6 +113,7 @@ class _WideTransposedConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_as_given
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         kernel = weight.shape[2]

@@ -1,0 +1,83 @@
+"""Inputs: one-hot, edges, instance means, padding, each against a slow loop."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from stages.models.inputs import (
+    instance_edges,
+    instance_mean,
+    instance_segments,
+    one_hot,
+    padded_size,
+    reflect_to,
+)
+
+
+def ids(*shape: int, high: int = 5) -> torch.Tensor:
+    return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_one_hot_marks_each_pixels_class() -> None:
+    labels = ids(2, 1, 3, 4).to(torch.uint8)
+    expected = torch.nn.functional.one_hot(labels[:, 0].long(), 5).permute(0, 3, 1, 2).float()
+    assert torch.equal(one_hot(labels, 5), expected)
+
+
+def test_ids_outside_the_range_are_no_class_and_no_crash() -> None:
+    hot = one_hot(torch.tensor([[[[255, 3, -1]]]]), 4)
+    assert hot[0, :, 0, 0].sum() == 0
+    assert hot[0, :, 0, 2].sum() == 0
+    assert hot[0, 3, 0, 1] == 1
+
+
+def test_edges_are_where_a_neighbour_is_another_instance() -> None:
+    instance = ids(2, 1, 6, 7, high=3)
+    edges = instance_edges(instance)
+    for n, y, x in np.ndindex(2, 6, 7):
+        around = [(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)]
+        inside = [(i, j) for i, j in around if 0 <= i < 6 and 0 <= j < 7]
+        other = any(instance[n, 0, i, j] != instance[n, 0, y, x] for i, j in inside)
+        assert edges[n, 0, y, x] == float(other)
+
+
+def test_means_are_taken_over_each_instance_of_each_sample_with_any_ids() -> None:
+    instance = ids(2, 1, 6, 7) * 33_001 - 7  # ids beyond 16 bits, and negative ones
+    features = torch.randn(2, 3, 6, 7, dtype=torch.float64)
+    means = instance_mean(features, instance)
+    for n in range(2):
+        for value in instance[n].unique():
+            inside = instance[n, 0] == value
+            expected = features[n][:, inside].mean(1, keepdim=True)
+            torch.testing.assert_close(means[n][:, inside], expected.expand(-1, int(inside.sum())))
+
+
+def test_segments_are_equal_exactly_within_an_instance_of_a_sample() -> None:
+    instance = ids(2, 1, 4, 4)
+    segments = instance_segments(instance)
+    flat = instance.reshape(2, -1)
+    same = segments[:, :, None] == segments[:, None, :]
+    assert torch.equal(same, flat[:, :, None] == flat[:, None, :])
+    assert not set(segments[0].tolist()) & set(segments[1].tolist())
+    assert segments.max() < segments.numel()
+
+
+def test_gradients_flow_through_the_means() -> None:
+    features = torch.randn(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: instance_mean(x, ids(1, 1, 3, 3)), (features,))
+
+
+def test_sizes_are_rounded_up_and_never_below_the_minimum() -> None:
+    assert padded_size(256, multiple=32, minimum=64) == 256
+    assert padded_size(257, multiple=32, minimum=64) == 288
+    assert padded_size(1, multiple=32, minimum=64) == 64
+
+
+def test_reflection_padding_takes_any_amount_and_dtype() -> None:
+    for height, width in ((1, 1), (1, 3), (2, 5), (4, 3)):
+        picture = ids(1, 2, height, width, high=100).to(torch.uint8)
+        padded = reflect_to(picture, 9, 11)
+        pads = ((0, 0), (0, 0), (0, 9 - height), (0, 11 - width))
+        assert np.array_equal(padded.numpy(), np.pad(picture.numpy(), pads, mode="reflect"))
+        assert torch.equal(padded[:, :, :height, :width], picture)

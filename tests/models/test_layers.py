@@ -1,0 +1,81 @@
+"""Operators: norms, noise, upsampling."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from stages.models.layers import (
+    BatchNorm,
+    Conv,
+    Dropout,
+    InstanceNorm,
+    ResizeConv,
+    half_resolution,
+    noise_sources,
+    up_conv,
+    use_running_statistics,
+)
+
+
+def test_instance_norm_is_the_same_in_both_layouts_and_for_any_batch() -> None:
+    x = torch.randn(3, 4, 5, 6)
+    expected = F.instance_norm(x)
+    for batch in (x, x[:1]):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            y = InstanceNorm(4)(batch.contiguous(memory_format=layout))
+            torch.testing.assert_close(y, expected[: len(batch)])
+            assert y.is_contiguous(memory_format=layout)
+
+
+def test_at_inference_batch_norm_takes_each_samples_own_statistics() -> None:
+    norm, x = BatchNorm(4), torch.randn(3, 4, 5, 6)
+    norm.weight.data.uniform_(0.5, 2)
+    alone = torch.cat([norm.train()(sample) for sample in x.split(1)])
+    torch.testing.assert_close(norm.eval()(x), alone)
+
+
+def test_running_averages_can_be_chosen_instead() -> None:
+    norm, x = BatchNorm(4).eval(), torch.randn(3, 4, 5, 6)
+    use_running_statistics(norm, running=True)
+    torch.testing.assert_close(norm(x), x / (1 + norm.eps) ** 0.5)
+    use_running_statistics(norm, running=False)
+    assert not torch.allclose(norm(x), x)
+
+
+def test_seeded_dropout_is_a_function_of_each_samples_seed() -> None:
+    x = torch.ones(3, 8, 4, 4)
+    dropout = Dropout().eval()
+    together = dropout(x, noise_sources([5, 6, 7]))
+    alone = dropout(x[:1], noise_sources([6]))
+    assert torch.equal(together[1:2], alone)
+    assert not torch.equal(together[0], together[1])
+    assert set(together.unique().tolist()) == {0.0, 2.0}
+    assert torch.equal(dropout(x), x)
+
+
+def test_an_inert_bias_changes_nothing() -> None:
+    conv = Conv(2, 3, 3, padding=1, inert_bias=True)
+    x = torch.randn(1, 2, 5, 5)
+    before = conv(x)
+    conv.bias.data.fill_(100)
+    assert torch.equal(conv(x), before)
+    assert not conv.bias.requires_grad
+
+
+def test_both_upsamplings_double_the_size() -> None:
+    x = torch.randn(1, 4, 3, 5)
+    for kernel in (3, 4):
+        for upsampling in ("transpose", "resize"):
+            y = up_conv(4, 2, kernel, upsampling=upsampling)(x)  # type: ignore[arg-type]
+            assert y.shape == (1, 2, 6, 10)
+
+
+def test_a_resize_convolution_makes_no_checkerboard_of_a_flat_picture() -> None:
+    conv = ResizeConv(2, 1)
+    y = conv(torch.full((1, 2, 4, 4), 0.7))
+    assert (y.max() - y.min()).item() < 1e-5
+
+
+def test_pooling_does_not_count_the_padding() -> None:
+    assert torch.equal(half_resolution(torch.ones(1, 1, 5, 7)), torch.ones(1, 1, 3, 4))

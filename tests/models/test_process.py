@@ -1,0 +1,25 @@
+"""Process settings are applied where the platform knows them, and harmless elsewhere."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from stages.models import process
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_can_be_kept_and_given_back() -> None:
+    try:
+        assert process.keep_freed_memory()
+        assert torch.ones(3 << 20).sum() == 3 << 20
+    finally:
+        assert process.return_freed_memory()
+
+
+def test_other_platforms_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    process.tune_process("cpu")
+    assert not process.keep_freed_memory()
