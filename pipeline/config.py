@@ -89,6 +89,7 @@ class PipelineConfig(Config):
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Self:
         self.train.check_data(self.shard, self.augment)
+        self.train.check_resources(self.resources)
         return self
 
 

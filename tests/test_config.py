@@ -53,6 +53,7 @@ def test_set_reads_a_number_in_scientific_notation_without_a_point() -> None:
         ("pair.max_reject_fraction=2", ("pair.max_reject_fraction",)),
         ("shard.classes=0", ("shard.classes",)),
         ("resources.train_workers=0", ("resources.train_workers",)),
+        ("resources.train_workers=9", ("train.phases.0.batch", "9")),
         ("storage.s3.secret=abc", ("storage", "secret", "environment")),
         ("storage.s3.client_kwargs.aws_session_token=abc", ("aws_session_token",)),
     ],
