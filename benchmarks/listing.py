@@ -149,7 +149,10 @@ def main() -> None:
         include_dashboard=False,
         log_to_driver=False,
         object_store_memory=300 << 20,
-        runtime_env={"worker_process_setup_hook": "benchmarks.listing.register"},
+        runtime_env={
+            "worker_process_setup_hook": "benchmarks.listing.register",
+            "env_vars": {"PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+        },
     )
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
