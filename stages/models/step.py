@@ -116,10 +116,14 @@ def build_translator(
     precision: Precision = "float32",
     perceptual: nn.Module | None = None,
     checkpointing: bool = False,
+    compiled: bool = False,
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Translator:
     """A fresh translator for one phase; `grow_generator` and `grow_discriminator` put in the phase before.
+
+    checkpointing   keep only the inputs of the generator's layers and compute the rest again: less memory
+    compiled        torch.compile both networks, for GPUs; CPUs are faster without (benchmarks/README.md)
 
     Raises ValueError where the perceptual loss has no network.
     """
@@ -140,6 +144,10 @@ def build_translator(
             build_discriminator(arch, inputs, discriminators=discriminators, seed=seed), device
         )
         discriminator_optimizer = make_optimizer(trainable_parts(discriminator, "all"), learning_rate, betas)
+    if compiled:
+        generator.compile()
+        if discriminator is not None:
+            discriminator.compile()
     return Translator(
         generator=generator.train(),
         generator_optimizer=make_optimizer(trained, learning_rate, betas),
