@@ -1,0 +1,107 @@
+"""The GPU path: what a CPU cannot show. Skips, and says so, where there is no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from stages.models.architecture import InputSpec, Pix2PixHD
+from stages.models.losses import LossWeights
+from stages.models.process import tune_process
+from stages.models.step import Batch, Precision, Translator, all_finite, build_translator, step
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT RUN: needs a GPU"),
+]
+
+ARCH = Pix2PixHD(
+    enhancers=1,
+    width=16,
+    downsamplings=2,
+    blocks=2,
+    enhancer_blocks=1,
+    discriminators=2,
+    feature_encoder=True,
+    feature_width=8,
+    feature_downsamplings=2,
+)
+INPUTS = InputSpec(source="labels", classes=5, instances=True)
+WEIGHTS = LossWeights()
+
+
+@pytest.fixture(autouse=True)
+def _no_host_synchronisation_outlives_its_test() -> Iterator[None]:
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def translator(precision: Precision = "float32", *, compiled: bool = False) -> Translator:
+    tune_process("cuda")
+    return build_translator(
+        ARCH, INPUTS, weights=WEIGHTS, precision=precision, device="cuda", compiled=compiled, ema_decay=0.99
+    )
+
+
+def batch() -> Batch:
+    source = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 5, (2, 1, 64, 64), generator=source, dtype=torch.uint8)
+    target = torch.randint(0, 256, (2, 3, 64, 64), generator=source, dtype=torch.uint8)
+    return Batch(source=labels, target=target, instance=labels.to(torch.int32)).to("cuda")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_step_never_waits_for_the_device(precision: Precision) -> None:
+    gan, pairs = translator(precision), batch()
+    step(gan, pairs, weights=WEIGHTS)  # optimizers make their state, cuDNN its choices
+    torch.cuda.set_sync_debug_mode("error")
+    losses = step(gan, pairs, weights=WEIGHTS)
+    flag = all_finite(losses)
+    torch.cuda.set_sync_debug_mode("default")
+    assert bool(flag)
+
+
+def test_float32_products_use_tf32() -> None:
+    translator()
+    assert torch.backends.cudnn.allow_tf32
+    assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_weights_and_gradients_are_channels_last() -> None:
+    gan = translator()
+    for _ in range(2):
+        step(gan, batch(), weights=WEIGHTS)
+    for parameter in gan.generator.parameters():
+        if parameter.ndim == 4:
+            assert parameter.is_contiguous(memory_format=torch.channels_last)
+            if parameter.requires_grad:
+                state = gan.generator_optimizer.state[parameter]
+                assert state["exp_avg"].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_bf16_stays_close_to_float32() -> None:
+    exact, rough = (step(translator(p), batch(), weights=WEIGHTS) for p in ("float32", "bf16"))
+    for name, value in exact.items():
+        assert rough[name].item() == pytest.approx(value.item(), rel=0.1, abs=0.05), name
+
+
+def test_a_compiled_step_gives_the_same_losses_and_compiles_once() -> None:
+    plain, compiled = translator(), translator(compiled=True)
+    pairs = batch()
+    for _ in range(3):
+        expected = step(plain, pairs, weights=WEIGHTS)
+        losses = step(compiled, pairs, weights=WEIGHTS)
+    for name, value in expected.items():
+        assert losses[name].item() == pytest.approx(value.item(), rel=0.02, abs=0.02), name
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        step(compiled, pairs, weights=WEIGHTS)
+
+
+def test_the_cpu_and_the_gpu_agree() -> None:
+    on_gpu = step(translator(), batch(), weights=WEIGHTS)
+    gan = build_translator(ARCH, INPUTS, weights=WEIGHTS)
+    on_cpu = step(gan, batch().to("cpu"), weights=WEIGHTS)
+    for name, value in on_cpu.items():
+        assert on_gpu[name].item() == pytest.approx(value.item(), rel=0.02, abs=0.02), name
