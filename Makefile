@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-all check format schema lock clean
+.PHONY: help run test test-long check format schema lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -16,8 +16,11 @@ run: $(VENV)/run.stamp ## draw sample data, train all three phases on it, write 
 	$(BIN)/python -m pipeline.sample sample --pairs 120 --size 256x128 --seed 0
 	$(BIN)/python -m pipeline.run
 
-test: $(VENV)/test.stamp ## the tests
-	$(PYTEST)
+test: $(VENV)/test.stamp ## the tests (a quarter of an hour on 2 cores)
+	$(PYTEST) -m "not long"
+
+test-long: $(VENV)/test.stamp ## what `make test` leaves out: submitted jobs, every recipe, sweeps, killed drivers
+	$(PYTEST) -m long
 
 check: $(VENV)/test.stamp ## lint, format, types, import layers
 	$(BIN)/ruff check .

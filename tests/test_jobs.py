@@ -24,7 +24,7 @@ import yaml
 from cluster import local
 from pipeline import sample
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 12

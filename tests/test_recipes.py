@@ -333,7 +333,7 @@ def paint(model: Path, shards: str, config: PipelineConfig) -> Mapping[str, np.n
     return painted
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.ray
 @every_recipe
 def test_a_recipe_trains_two_steps_a_phase_and_paints(
@@ -350,7 +350,7 @@ def test_a_recipe_trains_two_steps_a_phase_and_paints(
         assert image.shape == (spec.size[1], spec.size[0], spec.roles["target"].channels)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.parametrize("name", ["pix2pix/colorization", "pix2pixhd/cityscapes-1024-features"])
 def test_what_a_recipe_trained_is_generated_and_judged(name: str, prepared: Prepare, tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ NETWORKS = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_runs_its_trials_names_the_best_and_does_nothing_twice(
     data: list[str], tmp_path: Path
 ) -> None:

@@ -172,7 +172,7 @@ train.run(PhaseJob.model_validate_json(job), one, output=output, track=NullRun()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_driver_run_again_changes_no_loss(shards: str, tmp_path: Path) -> None:
     job = phase_jobs(phases=[{**PHASES[0], "epochs": 100}], model={**MODEL, "enhancers": 0})[0]
     expected = reference(job, shards, tmp_path / "alone")
