@@ -53,7 +53,8 @@ def test_bytes_and_arrays_go_in_and_images_come_out(tmp_path: Path) -> None:
         served.predict(None, pd.DataFrame({"image": [b"no image"]}))
 
 
-@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # MLflow's own use of pandas and alembic
+@pytest.mark.long
 def test_a_logged_model_loads_elsewhere_and_the_better_one_is_champion(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     client = MlflowClient(tracking_uri=uri)
