@@ -215,16 +215,16 @@ class Generator:
         torch.set_num_threads(job.threads)
         torch.backends.cudnn.benchmark = True
         self.job, self.config = job, job.config
-        self._temp = tempfile.TemporaryDirectory(prefix="pixloom-model-")
-        folder = local_model(
-            job.model, Path(self._temp.name), weights=job.config.weights, tracking_uri=job.tracking_uri
-        )
+        config = job.config
+        with tempfile.TemporaryDirectory(prefix="pixloom-model-") as temp:  # gone before Ray can end us
+            folder = local_model(job.model, Path(temp), weights=config.weights, tracking_uri=job.tracking_uri)
+            model = load_model(folder, weights=config.weights, device=job.device)
         self.painter = Painter(
-            load_model(folder, weights=job.config.weights, device=job.device),
+            model,
             device=job.device,
-            precision=job.config.precision,
-            stochastic=job.config.stochastic,
-            tile=job.config.tile,
+            precision=config.precision,
+            stochastic=config.stochastic,
+            tile=config.tile,
         )
         self.fingerprint = self.painter.model.fingerprint
         self.reader = Reader()
