@@ -73,15 +73,18 @@ def make_batch(case: Case, seed: int = 0) -> Batch:
     """A street-like batch of one: blocky labels and instances, a random photo."""
     source = torch.Generator().manual_seed(seed)
     width, height = case.size
-    photo = torch.randint(0, 256, (1, 3, height, width), generator=source, dtype=torch.uint8)
+    photo = torch.randint(0, 256, (1, 3, height, width), generator=source, dtype=torch.uint8, device="cpu")
     if isinstance(case.arch, Pix2Pix):
         return Batch(source=photo.flip(3), target=photo)
-    blocks = torch.randint(0, 35, (1, 1, height // 16, width // 16), generator=source, dtype=torch.uint8)
+    shape = (1, 1, height // 16, width // 16)
+    blocks = torch.randint(0, 35, shape, generator=source, dtype=torch.uint8, device="cpu")
     labels = blocks.repeat_interleave(16, 2).repeat_interleave(16, 3)
     return Batch(source=labels, target=photo, instance=labels.to(torch.int32))
 
 
-def our_side(case: Case, precision: Precision) -> tuple[Callable[[], None], torch.nn.Module, torch.nn.Module]:
+def our_side(
+    case: Case, precision: Precision, device: str = "cpu"
+) -> tuple[Callable[[], None], torch.nn.Module, torch.nn.Module]:
     """Our step, and the networks it trains."""
     weights = paper_weights(case.arch)
     hd = isinstance(case.arch, Pix2PixHD)
@@ -94,9 +97,13 @@ def our_side(case: Case, precision: Precision) -> tuple[Callable[[], None], torc
         parts="outermost" if case.local else "all",
         precision=precision,
         checkpointing=case.checkpointing,
+        device=device,
     )
-    batch = make_batch(case)
+    batch = make_batch(case).to(device)
     assert gan.discriminator is not None
+    if device == "meta":  # only operations are counted, and fused optimizers do not know the device
+        gan.generator_optimizer = torch.optim.SGD(gan.generator.parameters())
+        gan.discriminator_optimizer = torch.optim.SGD(gan.discriminator.parameters())
     return lambda: _discard(step(gan, batch, weights=weights)), gan.generator, gan.discriminator
 
 
@@ -104,7 +111,7 @@ def plain_side(
     case: Case, generator: torch.nn.Module | None, discriminator: torch.nn.Module | None
 ) -> Callable[[], None]:
     """The published step, with the weights of ours if given."""
-    batch = make_batch(case)
+    batch = make_batch(case).to(torch.get_default_device())
     target = batch.target.float() / 127.5 - 1
     if isinstance(case.arch, Pix2Pix):
         unet, patch = PlainUnet(3, 3, levels=8, width=64, noisy={7, 6, 5}), PlainPatch(6)
@@ -171,7 +178,7 @@ def measure_memory(name: str, side: str, precision: Precision) -> int:
         run = our_side(CASES[name], precision)[0]
     else:
         run = plain_side(CASES[name], None, None)
-    for _ in range(3):
+    for _ in range(2):  # the second has the optimizers' state
         run()
     return peak_bytes() - before
 

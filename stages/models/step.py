@@ -13,7 +13,7 @@ What the published step computes for nothing is left out, with the same maths:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -316,8 +316,8 @@ def all_finite(losses: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([value.float() for value in losses.values()]).isfinite().all()
 
 
-def _autocast(precision: Precision, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+def _autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def _generate(gan: Translator, condition: Tensor, target: Tensor, instance: Tensor | None) -> Tensor:

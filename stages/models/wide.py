@@ -189,9 +189,10 @@ def _summed_patches(
     """The transpose of `_patches`: patches around pixels of `shape` -> (N, C, *size), overlaps summed."""
     samples, _, height, width = shape
     patches = patches.view(samples, height, width, kernel, kernel, -1)
-    total = patches.new_zeros(samples, *size, patches.shape[-1])
+    exact = torch.promote_types(patches.dtype, torch.float32)  # sums of up to k*k terms: not in bf16
+    total = patches.new_zeros(samples, *size, patches.shape[-1], dtype=exact)
     for i in range(kernel):
         for j in range(kernel):
             covered = total[:, i : i + stride * height : stride, j : j + stride * width : stride]
             covered += patches[:, :, :, i, j]
-    return total.permute(0, 3, 1, 2)
+    return total.to(patches.dtype).permute(0, 3, 1, 2)

@@ -1,0 +1,89 @@
+"""Generating pictures with G1 at 512x256: settings against eager float32 as published, in turns.
+
+python -m benchmarks.inference_model [--turns 5] [--settings channels-last bf16 ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.plain import PlainGenerator, copy_weights
+from benchmarks.train_step import HD_INPUTS, Case, make_batch
+from stages.models.architecture import Pix2PixHD, build_generator
+from stages.models.process import keep_freed_memory, return_freed_memory
+from stages.models.step import make_condition
+
+ARCH = Pix2PixHD(enhancers=0)
+SETTINGS = ("as-trained", "channels-last", "bf16", "compiled", "compiled-bf16")
+
+
+def channels_last(network: nn.Module) -> nn.Module:
+    """Weights in the layout that the trainer gives them."""
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def generator(setting: str, weights: nn.Module) -> tuple[Callable[[Tensor], Tensor], torch.dtype | None]:
+    """A way to run the generator, and the dtype of its autocast."""
+    network = build_generator(ARCH, HD_INPUTS, enhancers=0)
+    network.load_state_dict(weights.state_dict())
+    network.eval().requires_grad_(False)
+    run: Callable[[Tensor], Tensor] = network if setting == "as-trained" else channels_last(network)
+    if setting.startswith("compiled"):
+        run = torch.compile(network, options={"freezing": True})
+    return run, torch.bfloat16 if setting.endswith("bf16") else None
+
+
+def main() -> None:
+    """Measure and print one row for each setting."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=SETTINGS)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--cpu-time", action="store_true", help="for a busy machine, with --threads 1")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    clock = time.process_time if arguments.cpu_time else time.perf_counter
+    batch = make_batch(Case(ARCH, (512, 256)))
+    condition = make_condition(batch.source, batch.instance, arch=ARCH, inputs=HD_INPUTS)
+    ours = build_generator(ARCH, HD_INPUTS, enhancers=0).eval()
+    plain = PlainGenerator(condition.shape[1]).eval()
+    copy_weights(ours, plain)
+    print(f"torch {torch.__version__}, {arguments.threads} threads, medians of {arguments.turns} in turns")
+    print("| setting | eager float32 s | this s | ratio | largest difference |")
+    print("|---|---|---|---|---|")
+    for setting in arguments.settings:
+        run, dtype = generator(setting, ours)
+        x = condition if setting == "as-trained" else condition.contiguous(memory_format=torch.channels_last)
+        times: tuple[list[float], list[float]] = ([], [])
+        with torch.inference_mode():
+            for turn in range(arguments.turns + 2):
+                return_freed_memory()
+                start = clock()
+                expected = plain(condition)
+                middle = clock()
+                keep_freed_memory()
+                again = clock()
+                with torch.autocast("cpu", dtype) if dtype else nullcontext():
+                    y = run(x)
+                if turn >= 2:
+                    times[0].append(middle - start)
+                    times[1].append(clock() - again)
+        first, second = (statistics.median(side) for side in times)
+        difference = (y.float() - expected).abs().max().item()
+        print(
+            f"| {setting} | {first:.3f} | {second:.3f} | {first / second:.2f}x | {difference:.1e} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
