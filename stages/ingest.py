@@ -165,7 +165,8 @@ def fold(objects: pa.Table, rejects: pa.Table) -> np.ndarray[Any, np.dtype[np.ui
         values = np.asarray(array.to_pandas(), dtype=object)
         if len(values):
             for lane, key in enumerate(("pixloom-listing0", "pixloom-listing1")):
-                total[lane] += pd.util.hash_array(values, hash_key=key, categorize=False).sum(dtype=np.uint64)
+                hashed = pd.util.hash_array(values, hash_key=key, categorize=False)
+                total[lane : lane + 1] += hashed.sum(dtype=np.uint64)  # as an array, which wraps around
     return total
 
 

@@ -33,6 +33,7 @@ from stages.curves import DivergedError, Point, Window
 from stages.errors import StageError
 from stages.models.architecture import InputSpec, Pix2PixHD, grow_discriminator, grow_generator
 from stages.models.ema import Ema
+from stages.models.pix2pixhd import FeatureEncoder
 from stages.models.saved import MANIFEST, Preprocessing, load_discriminator, load_model, save_model
 from stages.models.step import (
     Batch,
@@ -45,6 +46,7 @@ from stages.models.step import (
     state_of,
     step,
 )
+from stages.models.styles import Styles, collect_styles
 from stages.models.vgg import load_vgg
 from stages.phases import PhaseJob
 from stages.tracking import png, system_metrics
@@ -178,7 +180,7 @@ def train_phase(
                 loop.step(batch)
                 if loop.stopped:
                     return loop.ending(stopped=loop.stopped)
-        loop.hand_on()
+        loop.hand_on(feed.epoch(task.job.phase.epochs - 1))
     except DivergedError as error:
         return loop.ending(failure=f"training diverged at {error}")
     finally:
@@ -361,12 +363,12 @@ class Loop:
             save_picture(self.task.output, self.position.epoch, grid)
             self.poster.post(Event("picture", (self.position.images, self.position.steps, grid)))
 
-    def hand_on(self) -> None:
-        """Write what the phase is for: the model and its curves."""
+    def hand_on(self, batches: Iterator[Batch]) -> None:
+        """Write what the phase is for: the model, with the styles in these batches, and its curves."""
         if not self.leads:
             return
         self.writer.finish()
-        publish(self.task, self.gan)
+        publish(self.task, self.gan, styles_in(batches, self.gan, self.worker.device))
         storage.write_parquet(storage.join(self.task.output, "metrics.parquet"), curves.to_table(self.points))
 
     def ending(self, *, failure: str = "", stopped: str = "") -> Ending:
@@ -467,7 +469,15 @@ def grow(gan: Translator, before: str, device: torch.device) -> None:
         gan.ema = Ema.of(gan.generator, decay=gan.ema.decay)
 
 
-def publish(task: Task, gan: Translator) -> None:
+def styles_in(batches: Iterator[Batch], gan: Translator, device: torch.device) -> Styles | None:
+    """The styles that a trained feature encoder sees; None without one, or without classes."""
+    if not isinstance(gan.encoder, FeatureEncoder) or gan.inputs.classes is None:
+        return None
+    placed = (batch.to(device, non_blocking=True) for batch in batches)
+    return collect_styles(gan.encoder, placed, num_classes=gan.inputs.classes)
+
+
+def publish(task: Task, gan: Translator, styles: Styles | None) -> None:
     """Write the phase's model folder, `model.json` last."""
     target = storage.join(task.output, "model")
     fs, path = storage.filesystem(target)
@@ -482,6 +492,7 @@ def publish(task: Task, gan: Translator) -> None:
             ema=None if gan.ema is None else gan.ema.network.state_dict(),
             discriminator=gan.discriminator,
             encoder=gan.encoder,
+            styles=styles,
             extra={"phase": task.job.phase.name, "run": task.run_id},
         )
         if not storage.is_local(target):
