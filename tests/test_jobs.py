@@ -125,7 +125,7 @@ class Followed:
             assert time.monotonic() < deadline, f"no {text!r} in:\n{self.told}"
             time.sleep(0.1)
 
-    def end(self, expect: int, seconds: float = 400) -> str:
+    def end(self, expect: int, seconds: float = 500) -> str:
         self.process.wait(timeout=seconds)
         self.reader.join(timeout=10)
         assert self.process.returncode == expect, self.told
@@ -221,7 +221,7 @@ def test_a_stopped_run_is_taken_up_by_the_next_job(cluster: Cluster, config: Pat
     first.until("train-global  starts")
     _until(lambda: any(workspace.glob("train-global-*/*")), first)
     subprocess.run(
-        ["ray", "job", "stop", "first"], env=cluster.environment, check=True, capture_output=True, timeout=90
+        ["ray", "job", "stop", "first"], env=cluster.environment, check=True, capture_output=True, timeout=300
     )
     told = first.end(130)
     assert "stopped; what was done is kept" in told
@@ -249,7 +249,7 @@ def test_a_shell_that_knows_the_cluster_joins_it_without_a_job(cluster: Cluster,
         env=cluster.environment,
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=400,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
