@@ -333,6 +333,7 @@ def test_the_run_in_the_manifest_is_a_config_that_fits_the_cluster(
     gpus = quantity(group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
     assert config.resources.train_workers <= gpus * group["maxReplicas"]
     assert config.resources.train_workers % gpus == 0
+    assert all(phase.batch == config.resources.train_workers for phase in config.train.phases)
 
 
 # -- the image -------------------------------------------------------------------------------------
