@@ -36,7 +36,7 @@ from benchmarks.plain import (
 )
 from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD, condition_channels
 from stages.models.losses import paper_weights
-from stages.models.process import keep_freed_memory, return_freed_memory
+from stages.models.process import return_freed_memory, tune_process
 from stages.models.step import Batch, Precision, build_translator, make_condition, step
 
 HD_INPUTS = InputSpec(source="labels", classes=35, instances=True)
@@ -151,8 +151,10 @@ def time_in_turns(
     plain = plain_side(case, generator, discriminator)
     times: tuple[list[float], list[float]] = ([], [])
     for turn in range(turns + 2):  # two to warm up: compilation, allocations
-        for side, (run, prepare) in enumerate(((plain, return_freed_memory), (ours, keep_freed_memory))):
-            prepare()
+        for side, run in enumerate((plain, ours)):
+            return_freed_memory()
+            if side == 1:
+                tune_process("cpu", save_memory=case.checkpointing)
             start = clock()
             run()
             if turn >= 2:
@@ -174,7 +176,7 @@ def measure_memory(name: str, side: str, precision: Precision) -> int:
     """In a process of its own: peak over what the libraries take."""
     before = peak_bytes()
     if side == "ours":
-        keep_freed_memory()
+        tune_process("cpu", save_memory=CASES[name].checkpointing)
         run = our_side(CASES[name], precision)[0]
     else:
         run = plain_side(CASES[name], None, None)

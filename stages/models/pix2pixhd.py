@@ -198,8 +198,7 @@ class CoarseToFineGenerator(nn.Module):
         features: Tensor = self.coarse(pyramid.pop(), run)
         for enhancer in self.enhancers:
             features = enhancer(pyramid.pop(), features, run)
-        image: Tensor = self.head(features)
-        return image
+        return run(self.head, features)
 
 
 class MultiScaleDiscriminator(nn.Module):

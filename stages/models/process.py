@@ -11,12 +11,14 @@ import torch
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 
 
-def tune_process(device: torch.device | str) -> None:
-    """Make this process fast for training on `device`."""
+def tune_process(device: torch.device | str, *, save_memory: bool = False) -> None:
+    """Make this process fast for training on `device`; `save_memory`, on a CPU, gives up speed for it."""
     if torch.device(device).type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True  # shapes never change within a phase
+    elif save_memory:
+        return_freed_memory(1 << 20)
     else:
         keep_freed_memory()
 
@@ -31,9 +33,13 @@ def keep_freed_memory() -> bool:
     return _mallopt({_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1})
 
 
-def return_freed_memory() -> bool:
-    """Back to what glibc does by itself once large blocks were freed (man mallopt: dynamic threshold)."""
-    done = _mallopt({_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20})
+def return_freed_memory(threshold: int = 32 << 20) -> bool:
+    """Have blocks above `threshold` bytes given back to the kernel as soon as they are freed.
+
+    32 MiB is where glibc by itself ends up once large blocks were freed (man mallopt: dynamic threshold). A
+    smaller one leaves fewer holes between the blocks that stay: less memory, and more time spent on pages.
+    """
+    done = _mallopt({_MMAP_MAX: 65536, _MMAP_THRESHOLD: threshold, _TRIM_THRESHOLD: 2 * threshold})
     if done:
         ctypes.CDLL(None).malloc_trim(0)
     return done
