@@ -71,7 +71,8 @@ def test_a_logged_model_loads_elsewhere_and_the_better_one_is_champion(tmp_path:
     assert not promote(
         tracking_uri=uri, name="street", version=versions[1], alias="champion", metric="l1", value=0.3
     )
-    assert client.get_model_version_by_alias("street", "champion").version == versions[0]
+    champion = client.get_model_version_by_alias("street", "champion")
+    assert str(champion.version) == versions[0]
     labels = scene(1, 32, 32)["source"]
     (tmp_path / "in.png").write_bytes(images.encode(labels, "png"))
     elsewhere = tmp_path / "elsewhere"
