@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from stages.models.wide import suits, wide_conv, wide_transposed_conv
@@ -133,12 +134,52 @@ class InstanceNorm(nn.InstanceNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> the same shape and memory format."""
-        if torch.compiler.is_compiling() or not x.is_contiguous(memory_format=torch.channels_last):
+        if torch.compiler.is_compiling() or not _is_channels_last(x):
             return F.instance_norm(x, eps=self.eps)
-        # torch's instance norm copies channels-last pictures; its batch norm, the same thing for one picture,
-        # does not.
-        samples = [F.batch_norm(s, None, None, training=True, eps=self.eps) for s in torch.split(x, 1)]
+        # torch's instance norm copies channels-last pictures on every device; its batch norm does not.
+        samples = [self._of_one(sample) for sample in torch.split(x, 1)]
         return samples[0] if len(samples) == 1 else torch.cat(samples)
+
+    def _of_one(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu":
+            return F.batch_norm(x, None, None, training=True, eps=self.eps)
+        y: Tensor = _ChannelsLastNorm.apply(x, self.eps)  # type: ignore[no-untyped-call]
+        return y
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+class _ChannelsLastNorm(torch.autograd.Function):
+    """Batch norm of one picture, with statistics that stay exact on large maps.
+
+    The library's kernel adds up a channel in one float32, and is 1e-2 off at 512x256 where means are far from
+    0. Here it does so for each column of the picture (a view), and columns are put together in float64.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        _, channels, height, width = x.shape
+        columns = x.permute(0, 2, 3, 1).view(1, height, 1, width * channels).permute(0, 3, 1, 2)
+        means, variances = torch.batch_norm_update_stats(columns, None, None, 0.0)
+        means, variances = means.view(width, channels).double(), variances.view(width, channels).double()
+        mean = means.mean(0)
+        variance = variances.add_((means - mean).square_()).mean(0)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        mean, scale = mean.to(exact), (variance + eps).rsqrt().to(exact)
+        ctx.save_for_backward(x, mean, scale)
+        ctx.eps = eps
+        return torch.native_batch_norm(x, None, None, mean, variance.to(exact), False, 0.0, eps)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        x, mean, scale = ctx.saved_tensors
+        of_x, _, _ = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, None, None, None, mean, scale, True, ctx.eps, [True, False, False]
+        )
+        return of_x, None
 
 
 class BatchNorm(nn.BatchNorm2d):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.nn import functional as F
 
@@ -26,6 +27,22 @@ def test_instance_norm_is_the_same_in_both_layouts_and_for_any_batch() -> None:
             y = InstanceNorm(4)(batch.contiguous(memory_format=layout))
             torch.testing.assert_close(y, expected[: len(batch)])
             assert y.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("size", [(5, 7), (256, 512)])
+def test_channels_last_instance_norm_is_exact_with_its_gradient(size: tuple[int, int]) -> None:
+    source = torch.Generator().manual_seed(0)
+    far_from_zero = 20 * torch.randn(1, 8, 1, 1, generator=source)
+    x = torch.randn(1, 8, *size, generator=source) + far_from_zero
+    weight = torch.randn(1, 8, *size, generator=source)
+    results = []
+    for picture in (x.double(), x.contiguous(memory_format=torch.channels_last)):
+        leaf = picture.clone(memory_format=torch.preserve_format).requires_grad_()
+        y = F.instance_norm(leaf) if leaf.dtype == torch.float64 else InstanceNorm(8)(leaf)
+        (gradient,) = torch.autograd.grad((y * weight).sum(), leaf)
+        results.append((y.detach().double(), gradient.double()))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=0, atol=2e-5)
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=0, atol=2e-5)
 
 
 def test_at_inference_batch_norm_takes_each_samples_own_statistics() -> None:

@@ -51,6 +51,18 @@ def test_a_picture_does_not_depend_on_its_batch_or_layout() -> None:
         torch.testing.assert_close(together, network(x.contiguous(memory_format=torch.channels_last)))
 
 
+def test_both_layouts_are_as_exact_as_float64_at_full_size() -> None:
+    network = build_generator(Pix2PixHD(enhancers=0, width=16), InputSpec()).eval()
+    x = torch.rand(1, 3, 256, 512, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.inference_mode():
+        contiguous = network(x)
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        channels_last = network(x.contiguous(memory_format=torch.channels_last))
+        exact = network.double()(x.double())
+    torch.testing.assert_close(contiguous.double(), exact, rtol=0, atol=1e-4)
+    torch.testing.assert_close(channels_last.double(), exact, rtol=0, atol=1e-4)
+
+
 def test_frozen_parts_record_no_graph() -> None:
     network, x = generator(), torch.rand(1, 3, 16, 16)
     trainable_parts(network, "outermost")
