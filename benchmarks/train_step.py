@@ -211,7 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("cases", nargs="*", choices=list(CASES))
+    parser.add_argument("cases", nargs="*", metavar="case", help=f"of {', '.join(CASES)}; all if none is named")
     parser.add_argument("--precision", choices=["float32", "bf16"], action="append")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -220,6 +220,8 @@ def main() -> None:
     parser.add_argument("--no-time", action="store_true")
     parser.add_argument("--memory-of", choices=["ours", "plain"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if unknown := set(arguments.cases) - CASES.keys():
+        parser.error(f"no such case: {', '.join(sorted(unknown))}")
     torch.set_num_threads(arguments.threads)
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     precisions: list[Precision] = arguments.precision or ["float32", "bf16"]
