@@ -68,9 +68,12 @@ class Resources(Config):
     collective_timeout_s: Annotated[
         int, Field(ge=10, description="a worker that others wait for so long counts as lost")
     ] = 300
+    checkpointing: Annotated[
+        bool, Field(description="coarse-to-fine training in less memory and a longer step")
+    ] = False
     compile: Annotated[
-        bool | None, Field(description="torch.compile the training step; null: where it measured faster")
-    ] = None
+        bool, Field(description="torch.compile the networks that train, for GPUs; CPUs are slower with it")
+    ] = False
 
 
 @dataclass(frozen=True, slots=True)

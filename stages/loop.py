@@ -34,6 +34,7 @@ from stages.errors import StageError
 from stages.models.architecture import InputSpec, Pix2PixHD, grow_discriminator, grow_generator
 from stages.models.ema import Ema
 from stages.models.pix2pixhd import FeatureEncoder
+from stages.models.process import best_precision
 from stages.models.saved import MANIFEST, Preprocessing, load_discriminator, load_model, save_model
 from stages.models.step import (
     Batch,
@@ -69,6 +70,8 @@ class Task:
     run_id: str = ""  # of MLflow
     checkpoint_images: int | None = None
     keep_checkpoints: int = 2
+    checkpointing: bool = False
+    compiled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -440,8 +443,10 @@ def build(task: Task, device: torch.device) -> Translator:
         learning_rate=phase.learning_rate,
         betas=job.optimizer.betas,
         ema_decay=job.ema,
-        precision=job.precision,
+        precision=job.precision or best_precision(device),
         perceptual=perceptual,
+        checkpointing=task.checkpointing,
+        compiled=task.compiled,
         device=device,
         seed=job.seed,
     )

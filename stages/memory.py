@@ -97,7 +97,7 @@ def _activations(
 ) -> int:
     """What is kept between forward and backward: the generator's, and both passes of the discriminator."""
     rows, height, width = shape
-    share = 0.55 if job.precision == "bf16" else 1.0
+    share = 0.55 if job.precision == "bf16" else 1.0  # float32 if it is left open: the more of the two
 
     def images(channels: int) -> Tensor:
         return torch.empty(rows, channels, height, width, device="meta")

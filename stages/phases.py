@@ -76,7 +76,10 @@ class Recipe(Config):
     ema: Annotated[
         float | None, Field(ge=0, lt=1, description="keep a moving average of the weights with this decay")
     ] = None
-    precision: Precision = "float32"
+    precision: Annotated[
+        Precision | None,
+        Field(description="null: bf16 where the workers have matrix units for it, float32 elsewhere"),
+    ] = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     log_every: Annotated[int, Field(ge=1, description="steps between two points of a curve")] = 10
 

@@ -37,6 +37,7 @@ from stages.dataset import DatasetSpec
 from stages.errors import PixloomError, StageError, UserError
 from stages.feed import Feed
 from stages.loop import Ending, Task, Worker, phase_seed, train_phase
+from stages.models.architecture import Pix2PixHD
 from stages.models.process import tune_process
 from stages.models.saved import Picture, Preprocessing
 from stages.phases import PhaseConfig, PhaseJob, TrainConfig, jobs
@@ -101,6 +102,8 @@ def out_of_memory(error: BaseException, job: PhaseJob) -> str:
         [f"the batch of phase {job.phase.name}"] if job.phase.batch > 1 else ["shard.size or augment.crop"]
     )
     lower.append("train.model.width")
+    if isinstance(job.model, Pix2PixHD):
+        lower.append("set resources.checkpointing")
     if job.precision == "float32":
         lower.append("take train.precision: bf16")
     return f"out of memory ({text.splitlines()[0][:160]}); lower {' or '.join(lower)}"
@@ -141,6 +144,8 @@ def run(
         run_id=track.run_id(wait=1.0),
         checkpoint_images=resources.checkpoint_images,
         keep_checkpoints=resources.keep_checkpoints,
+        checkpointing=resources.checkpointing,
+        compiled=resources.compile,
     )
     gpu = resources.gpu if resources.gpu is not None else ray.cluster_resources().get("GPU", 0) >= 1
     setup = Setup(
@@ -222,7 +227,7 @@ def _train(setup: Setup) -> Ending:
     context = ray.train.get_context()
     device = ray.train.torch.get_device() if setup.gpu else torch.device("cpu")
     worker = Worker(rank=context.get_world_rank(), world=context.get_world_size(), device=device)
-    tune_process(device)
+    tune_process(device, save_memory=setup.task.checkpointing)
     torch.set_num_threads(
         threads(Resources(threads_per_worker=setup.threads), context.get_local_world_size(), setup.gpu)
     )

@@ -45,7 +45,7 @@ PHASES = [
 
 
 def phase_jobs(**changes: Any) -> tuple[PhaseJob, ...]:
-    values = {"model": HD, "phases": PHASES, "log_every": 1, "ema": 0.9, **changes}
+    values = {"model": HD, "phases": PHASES, "log_every": 1, "ema": 0.9, "precision": "float32", **changes}
     return jobs(TrainConfig.model_validate(values), AugmentConfig())
 
 
@@ -188,6 +188,13 @@ def test_a_finished_phase_run_again_is_the_same_and_trains_nothing(tmp_path: Pat
     assert again.given == 0
     assert ending.position.epoch == 3
     assert losses(tmp_path) == before
+
+
+def test_checkpointing_changes_memory_and_no_number(tmp_path: Path) -> None:
+    joint = phase_jobs(phases=[{**PHASES[2], "kind": "joint"}])[0]
+    for name, checkpointing in (("plain", False), ("sparing", True)):
+        train(task(tmp_path / name, joint, checkpointing=checkpointing), Rows(16))
+    assert losses(tmp_path / "plain") == losses(tmp_path / "sparing")
 
 
 def test_phases_hand_over_and_only_the_joint_one_changes_g1(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ ONE = Resources(threads_per_worker=1)
 
 
 def phase_jobs(**changes: Any) -> tuple[PhaseJob, ...]:
-    values = {"model": MODEL, "phases": PHASES, "log_every": 1, **changes}
+    values = {"model": MODEL, "phases": PHASES, "log_every": 1, "precision": "float32", **changes}
     return jobs(TrainConfig.model_validate(values), AugmentConfig())
 
 
@@ -225,6 +225,7 @@ def test_a_lack_of_memory_says_what_to_lower() -> None:
     told = train.out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), job)
     assert "the batch of phase global" in told
     assert "bf16" in told
+    assert "resources.checkpointing" in told
     assert train.out_of_memory(RuntimeError("something else"), job) == ""
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 from torch import nn
 
 from stages.models.layers import Upsampling, initialise
@@ -50,6 +50,10 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+Width = Annotated[int, Field(ge=1, le=1024)]
+"""Channels of a network's first layer. Bounded: a model folder may come from anywhere."""
+
+
 class InputSpec(Frozen):
     """What a pair holds: the part of a model's shape that the data decides."""
 
@@ -81,7 +85,7 @@ class Pix2Pix(Frozen):
         Literal["unet", "encoder_decoder"], Field(description="encoder_decoder: the same without skips")
     ] = "unet"
     levels: Annotated[int, Field(ge=2, le=12, description="8 for 256 px, 7 for 128, 9 for 512")] = 8
-    width: PositiveInt = 64
+    width: Width = 64
     norm: Literal["batch", "instance"] = "batch"
     dropout: Annotated[
         Literal["paper", "common", "none"],
@@ -92,7 +96,7 @@ class Pix2Pix(Frozen):
         int,
         Field(ge=0, le=6, description="receptive field: 0: 1, 1: 16, 2: 34, 3: 70, 4: 142, 5: 286 pixels"),
     ] = 3
-    discriminator_width: PositiveInt = 64
+    discriminator_width: Width = 64
     conditional: Annotated[bool, Field(description="false: the discriminator sees the output alone")] = True
 
 
@@ -102,22 +106,22 @@ class Pix2PixHD(Frozen):
     kind: Literal["pix2pixhd"] = "pix2pixhd"
     enhancers: Annotated[int, Field(ge=0, le=4)] = 1
     width: Annotated[
-        int | None, Field(ge=1, description="of the outermost part; null: such that G1 has 64")
+        int | None, Field(ge=1, le=1024, description="of the outermost part; null: such that G1 has 64")
     ] = None
     downsamplings: Annotated[int, Field(ge=1, le=6)] = 4
-    blocks: Annotated[int, Field(ge=0)] = 9
-    enhancer_blocks: Annotated[int, Field(ge=0)] = 3
+    blocks: Annotated[int, Field(ge=0, le=64)] = 9
+    enhancer_blocks: Annotated[int, Field(ge=0, le=64)] = 3
     upsampling: Upsampling = "transpose"
     discriminators: Annotated[int, Field(ge=1, le=5, description="scales of the last phase")] = 3
     discriminator_layers: Annotated[int, Field(ge=1, le=6)] = 3
-    discriminator_width: PositiveInt = 64
+    discriminator_width: Width = 64
     conditional: bool = True
     instance_edges: Annotated[bool, Field(description="add the edges, where pairs carry instances")] = True
     feature_encoder: Annotated[bool, Field(description="instance-wise style features; needs instances")] = (
         False
     )
-    feature_channels: PositiveInt = 3
-    feature_width: PositiveInt = 16
+    feature_channels: Width = 3
+    feature_width: Width = 16
     feature_downsamplings: Annotated[int, Field(ge=1, le=6)] = 4
 
     @property

@@ -19,6 +19,12 @@ def test_freed_memory_can_be_kept_and_given_back() -> None:
         assert process.return_freed_memory()
 
 
+def test_bf16_is_chosen_where_there_are_matrix_units_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for amx, precision in ((True, "bf16"), (False, "float32")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        assert process.best_precision("cpu") == precision
+
+
 def test_other_platforms_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     process.tune_process("cpu")
