@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
+from benchmarks import learning
 from pipeline import config as configuration
 from pipeline import sweep
 from pipeline.config import PipelineConfig
 from pipeline.dag import steps
 from pipeline.runner import plan
-from stages import dataset, evaluate, infer, ingest, pair, phases, shard, train
+from stages import dataset, evaluate, infer, ingest, pair, shard, train
 from stages.base import Kind, Resources
-from stages.board import Notices, Poster
-from stages.feed import Feed, read_here
-from stages.inference import Painter
 from stages.ingest import LocationConfig
-from stages.loop import Task, Worker, train_phase
 from stages.models.saved import load_model
 from stages.pair import Region
-from stages.previews import Samples
 from stages.tracking import NullRun
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -286,53 +281,6 @@ def prepared(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Calla
     return prepare
 
 
-def train_here(config: PipelineConfig, shards: str, folder: Path) -> tuple[Path, int]:
-    """All phases in this process, as a worker runs them; returns the last one's folder and the steps made."""
-    spec = dataset.load(shards)
-    before, made = "", 0
-    for job in train.jobs(config.train, config.augment):
-        output = str(folder / job.phase.name)
-        task = Task(
-            job=job,
-            name=train.job_name(job, shards, before),
-            inputs=phases.input_spec(spec),
-            preprocessing=train.preprocessing(job, spec),
-            rows=spec.rows("train"),
-            output=output,
-            before=before,
-        )
-        feed = Feed(
-            shards,
-            spec,
-            seed=job.seed,
-            batch=job.phase.batch,
-            augment=job.augment,
-            scale=phases.downscale(job.model, job.phase),
-            prefetch=1,
-            threads=1,
-            epochs=1,
-            read=read_here,
-        )
-        samples = Samples(shards, spec, job, torch.device("cpu"))
-        ending = train_phase(task, Worker(), feed, Poster(Notices()), samples)
-        feed.close()
-        assert not ending.failure
-        assert all(np.isfinite(list(ending.losses.values())))
-        before, made = output, made + ending.position.steps
-    return Path(before), made
-
-
-def paint(model: Path, shards: str, config: PipelineConfig) -> Mapping[str, np.ndarray]:
-    """What the trained model makes of the pairs that the recipe judges."""
-    spec = dataset.load(shards)
-    painter = Painter(load_model(model), stochastic=config.infer.stochastic)
-    painted = {}
-    for sample in dataset.read_split(shards, spec, config.infer.split):
-        instances = [sample.images["instance"]] if "instance" in sample.images else None
-        (painted[sample.key],) = painter.translate([sample.images["source"]], instances, seeds=[0])
-    return painted
-
-
 @pytest.mark.long
 @pytest.mark.ray
 @every_recipe
@@ -342,11 +290,12 @@ def test_a_recipe_trains_two_steps_a_phase_and_paints(
     config = small(recipe, "paper")
     shards = prepared(config)
     spec = dataset.load(shards)
-    last, made = train_here(config, shards, tmp_path)
+    model, made = learning.trained(train.jobs(config.train, config.augment), shards, tmp_path)
     assert made >= 2 * len(config.train.phases)
-    painted = paint(last / "model", shards, config)
+    samples = list(dataset.read_split(shards, spec, config.infer.split))
+    painted = learning.painted(load_model(model), samples, stochastic=config.infer.stochastic)
     assert len(painted) == spec.rows(config.infer.split) > 0
-    for image in painted.values():
+    for image in painted:
         assert image.shape == (spec.size[1], spec.size[0], spec.roles["target"].channels)
 
 
@@ -356,12 +305,10 @@ def test_a_recipe_trains_two_steps_a_phase_and_paints(
 def test_what_a_recipe_trained_is_generated_and_judged(name: str, prepared: Prepare, tmp_path: Path) -> None:
     config = small(ROOT / "recipes" / f"{name}.yaml", "cpu")
     shards = prepared(config)
-    last, _ = train_here(config, shards, tmp_path)
+    model, _ = learning.trained(train.jobs(config.train, config.augment), shards, tmp_path)
     resources = Resources(io_threads=2, infer_actors=1)
     images, judged = (str(tmp_path / folder) for folder in ("images", "judged"))
-    infer.run(
-        config.infer, resources, output=images, track=NullRun(), model=str(last / "model"), shards=shards
-    )
+    infer.run(config.infer, resources, output=images, track=NullRun(), model=str(model), shards=shards)
     outcome = evaluate.run(
         config.evaluate, resources, output=judged, track=NullRun(), shards=shards, images=images
     )

@@ -1,0 +1,237 @@
+"""Whether training learns: a recipe's model beside controls that must do worse, on any shards folder.
+
+    python -m benchmarks.learning -c recipes/pix2pix/facades.yaml --shards workspace/facades/shard-...
+
+trained         the recipe's phases, as a worker runs them
+again           the same, with the same seed: what of the numbers is chance
+shuffled        sources and targets of other pairs: what is learnt without looking at the source
+sign error      the generator's L1 with the wrong sign
+untrained       initial weights
+mean target     the mean training target, whatever the source
+nearest source  the target of the training pair whose source is the most similar (at 16x16 pixels)
+
+Every side makes all images of the split; each number is the mean over them (`stages.metrics`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from pipeline import config as configuration
+from stages import dataset, images, metrics, phases, train
+from stages.base import Split
+from stages.board import Notices, Poster
+from stages.dataset import DatasetSpec, Sample
+from stages.evaluate import nearest, thumbnail
+from stages.feed import Feed, read_here
+from stages.images import Array
+from stages.inference import Painter
+from stages.loop import Task, Worker, phase_seed, train_phase
+from stages.models import step
+from stages.models.architecture import build_generator
+from stages.models.saved import LoadedModel, load_model
+from stages.phases import PhaseJob
+from stages.previews import Samples
+
+Scores = dict[str, float]
+
+
+def trained(jobs: Sequence[PhaseJob], shards: str, folder: Path) -> tuple[Path, int]:
+    """All phases in this process, as a worker runs them. Returns the last one's model and the steps made."""
+    spec = dataset.load(shards)
+    before, made = "", 0
+    for job in jobs:
+        output = str(folder / job.phase.name)
+        task = Task(
+            job=job,
+            name=train.job_name(job, shards, before),
+            inputs=phases.input_spec(spec),
+            preprocessing=train.preprocessing(job, spec),
+            rows=spec.rows("train"),
+            output=output,
+            before=before,
+        )
+        feed = Feed(
+            shards,
+            spec,
+            seed=phase_seed(job.seed, job.phase.name),
+            batch=job.phase.batch,
+            augment=job.augment,
+            scale=phases.downscale(job.model, job.phase),
+            prefetch=1,
+            threads=1,
+            epochs=job.phase.epochs,
+            read=read_here,
+        )
+        ending = train_phase(
+            task, Worker(), feed, Poster(Notices()), Samples(shards, spec, job, torch.device("cpu"))
+        )
+        feed.close()
+        if ending.failure:
+            raise RuntimeError(ending.failure)
+        before, made = output, made + ending.position.steps
+    return Path(before) / "model", made
+
+
+def shuffled(shards: str, folder: Path) -> str:
+    """A copy of the shards in which every training source has the target of another pair of its file."""
+    shutil.copytree(shards, folder)
+    spec = dataset.load(shards)
+    for file in spec.splits["train"]:
+        table = pq.read_table(folder / file.name)
+        turned = np.roll(np.arange(table.num_rows), table.num_rows // 2 or 1)
+        for name in table.column_names:
+            if name.startswith("target"):
+                column = table[name].take(pa.array(turned))
+                table = table.set_column(table.column_names.index(name), table.field(name), column)
+        pq.write_table(table, folder / file.name, row_group_size=max(file.row_groups))
+    return str(folder)
+
+
+@contextmanager
+def sign_error() -> Iterator[None]:
+    """For a while, the generator's L1 grows as it gets better."""
+    right = step.mean_difference
+    step.mean_difference = lambda x, y: 2 - right(x, y)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        step.mean_difference = right  # type: ignore[attr-defined]
+
+
+def painted(model: LoadedModel, samples: Sequence[Sample], *, stochastic: bool = False) -> list[Array]:
+    """What a model makes of the samples' sources."""
+    painter = Painter(model, stochastic=stochastic)
+    made = []
+    for sample in samples:
+        instances = [sample.images["instance"]] if "instance" in sample.images else None
+        made += painter.translate([sample.images["source"]], instances, seeds=[0])
+    return made
+
+
+def untrained(path: Path) -> LoadedModel:
+    """A trained model's network with other, initial weights."""
+    model = load_model(path)
+    generator = build_generator(model.architecture, model.inputs, enhancers=model.enhancers, seed=1)
+    model.generator.load_state_dict(generator.state_dict())
+    return model
+
+
+def scored(made: Sequence[Array], samples: Sequence[Sample], spec: DatasetSpec) -> Scores:
+    """Means of the scores over the samples."""
+    sums = metrics.Sums()
+    for image, sample in zip(made, samples, strict=True):
+        shown = as_picture(image, sample, spec)
+        sums.add(metrics.pixel_scores(shown, sample.picture(spec, "target")))
+        sums.add({"sharpness": metrics.sharpness(shown)})
+    return sums.means()
+
+
+def as_picture(image: Array, sample: Sample, spec: DatasetSpec) -> Array:
+    """A generated image as a picture, as the sample's target would be: colours of Lab need its lightness."""
+    return replace(sample, images={**sample.images, "target": image}).picture(spec, "target")
+
+
+def by_phase(
+    models: Sequence[str], shards: str, split: Split
+) -> tuple[dict[str, Scores], dict[str, list[Array]]]:
+    """Scores and images, by folder, of models of several resolutions on one split, all at its full size.
+
+    A model of an earlier phase gets the sources at its own size, and what it makes is upsampled (bicubic).
+    """
+    spec = dataset.load(shards)
+    samples = list(dataset.read_split(shards, spec, split))
+    scores, made = {}, {}
+    for path in models:
+        model = load_model(Path(path))
+        factor = spec.size[0] // model.preprocessing.size[0]
+        small = [
+            replace(
+                sample,
+                images={r: images.shrink(i, factor, spec.roles[r].kind) for r, i in sample.images.items()},
+            )
+            for sample in samples
+        ]
+        made[path] = [images.resize(image, spec.size, "rgb") for image in painted(model, small)]
+        scores[path] = scored(made[path], samples, spec)
+    return scores, made
+
+
+def baselines(shards: str, samples: Sequence[Sample], spec: DatasetSpec) -> dict[str, Scores]:
+    """What needs no training."""
+    mean = metrics.MeanImage.empty(spec.size[1], spec.size[0], 3)
+    vectors, targets = [], []
+    for sample in dataset.read_split(shards, spec, "train"):
+        target = sample.picture(spec, "target")
+        mean.add(target)
+        vectors.append(thumbnail(sample.picture(spec, "source")))
+        targets.append(target)
+    candidates = np.stack(vectors)
+    found = [targets[nearest(thumbnail(one.picture(spec, "source")), candidates)] for one in samples]
+    return {
+        "mean target": scored([mean.image()] * len(samples), samples, spec),
+        "nearest source": scored(found, samples, spec),
+    }
+
+
+def compare(jobs: Sequence[PhaseJob], shards: str, split: Split, folder: Path) -> dict[str, Scores]:
+    """Scores on a split, by side; the sides are told at the top."""
+    spec = dataset.load(shards)
+    samples = list(dataset.read_split(shards, spec, split))
+
+    def judged(model: LoadedModel) -> Scores:
+        return scored(painted(model, samples), samples, spec)
+
+    def learnt(name: str, from_shards: str) -> Scores:
+        return judged(load_model(trained(jobs, from_shards, folder / name)[0]))
+
+    sides = {"trained": learnt("trained", shards), "again": learnt("again", shards)}
+    sides["shuffled"] = learnt("shuffled", shuffled(shards, folder / "shards"))
+    with sign_error():
+        sides["sign error"] = learnt("sign", shards)
+    sides["untrained"] = judged(untrained(folder / "trained" / jobs[-1].phase.name / "model"))
+    return sides | baselines(shards, samples, spec)
+
+
+def table(sides: Mapping[str, Scores]) -> str:
+    """The scores as a Markdown table."""
+    names = [name for name in next(iter(sides.values())) if name != "ms_ssim"]
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for side, scores in sides.items():
+        lines.append(f"| {side} | " + " | ".join(f"{scores[name]:.4f}" for name in names) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """The command."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("-c", "--config", required=True, help="the recipe whose training is tried")
+    p.add_argument("--shards", required=True, help="its shards folder")
+    p.add_argument("--split", default="test", choices=["val", "test"])
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting")
+    options = p.parse_args()
+    config = configuration.load(options.config, options.set)
+    torch.manual_seed(0)
+    began, cpu = time.time(), time.process_time()
+    with tempfile.TemporaryDirectory(prefix="learning-") as temp:
+        sides = compare(train.jobs(config.train, config.augment), options.shards, options.split, Path(temp))
+    sys.stdout.write(table(sides) + "\n")
+    sys.stdout.write(f"{time.time() - began:.0f} s, {time.process_time() - cpu:.0f} s of CPU time\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

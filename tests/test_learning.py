@@ -1,0 +1,67 @@
+"""Training learns: a small model beats what needs no training, and controls with one thing wrong do worse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import learning
+from stages.augment import AugmentConfig
+from stages.train import TrainConfig, jobs
+from tests.small import make_shards
+
+UNET = {"kind": "pix2pix", "levels": 5, "width": 8, "norm": "instance", "discriminator_width": 8}
+WHOLE = {
+    "name": "whole",
+    "kind": "whole",
+    "epochs": 25,
+    "decay_epochs": 10,
+    "batch": 4,
+    "learning_rate": 1e-3,
+}
+
+
+@pytest.mark.slow
+def test_the_right_pairs_and_the_right_loss_make_the_difference(tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    make_shards(shards, {"train": [32], "val": [2], "test": [8]})
+    config = TrainConfig.model_validate({"model": UNET, "phases": [WHOLE]})
+    sides = learning.compare(jobs(config, AugmentConfig()), str(shards), "test", tmp_path)
+    print(learning.table(sides))
+    worse = ("shuffled", "sign error", "untrained", "mean target", "nearest source")
+    for side in worse:
+        assert sides["trained"]["l1"] < 0.8 * sides[side]["l1"], side
+        assert sides["trained"]["psnr"] > sides[side]["psnr"] + 1, side
+    assert sides["again"] == sides["trained"]
+
+
+HD = {
+    "kind": "pix2pixhd",
+    "width": 8,
+    "enhancers": 1,
+    "downsamplings": 2,
+    "blocks": 1,
+    "enhancer_blocks": 1,
+    "discriminator_width": 8,
+    "discriminators": 2,
+}
+COARSE_TO_FINE = [
+    {"name": "global", "kind": "global", "epochs": 15, "batch": 4, "learning_rate": 1e-3},
+    {"name": "local", "kind": "local", "enhancers": 1, "epochs": 8, "batch": 4, "learning_rate": 1e-3},
+    {"name": "joint", "kind": "joint", "enhancers": 1, "epochs": 10, "batch": 4, "learning_rate": 1e-3},
+]
+
+
+@pytest.mark.slow
+def test_local_and_joint_sharpen_what_global_gave(tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    make_shards(shards, {"train": [32], "val": [2], "test": [8]}, size=(64, 64))
+    config = TrainConfig.model_validate({"model": HD, "losses": {"l1": 100}, "phases": COARSE_TO_FINE})
+    learning.trained(jobs(config, AugmentConfig()), str(shards), tmp_path)
+    models = [str(tmp_path / phase / "model") for phase in ("global", "local", "joint")]
+    scores, _ = learning.by_phase(models, str(shards), "test")
+    print(learning.table(scores))
+    coarse, local, joint = scores.values()
+    assert joint["l1"] < local["l1"] < coarse["l1"]
+    assert joint["sharpness"] > coarse["sharpness"]
