@@ -11,6 +11,11 @@ mean target     the mean training target, whatever the source
 nearest source  the target of the training pair whose source is the most similar (at 16x16 pixels)
 
 Every side makes all images of the split; each number is the mean over them (`stages.metrics`).
+
+    python -m benchmarks.learning --shards .../shard-... --models .../train-{global,local,joint}-*/model
+
+compares models instead, each made at its own resolution and upsampled to the full one: what local and joint
+training add to global. `--crops FILE` draws a part of what each made (a row a pair, a column a model).
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
 
 from pipeline import config as configuration
 from stages import dataset, images, metrics, phases, train
@@ -165,7 +171,7 @@ def by_phase(
             )
             for sample in samples
         ]
-        made[path] = [images.resize(image, spec.size, "rgb") for image in painted(model, small)]
+        made[path] = [np.array(images.resize(image, spec.size, "rgb")) for image in painted(model, small)]
         scores[path] = scored(made[path], samples, spec)
     return scores, made
 
@@ -218,19 +224,38 @@ def table(sides: Mapping[str, Scores]) -> str:
 def main() -> int:
     """The command."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("-c", "--config", required=True, help="the recipe whose training is tried")
-    p.add_argument("--shards", required=True, help="its shards folder")
-    p.add_argument("--split", default="test", choices=["val", "test"])
+    p.add_argument("--shards", required=True, help="shards folder")
+    p.add_argument("--split", default="test", choices=["train", "val", "test"])
+    p.add_argument("-c", "--config", help="the recipe whose training is tried")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting")
+    p.add_argument("--models", nargs="+", default=[], metavar="FOLDER", help="compare these models instead")
+    p.add_argument("--crops", metavar="FILE", help="with --models: where to draw what they made")
     options = p.parse_args()
-    config = configuration.load(options.config, options.set)
-    torch.manual_seed(0)
     began, cpu = time.time(), time.process_time()
-    with tempfile.TemporaryDirectory(prefix="learning-") as temp:
-        sides = compare(train.jobs(config.train, config.augment), options.shards, options.split, Path(temp))
+    if options.models:
+        sides, made = by_phase(options.models, options.shards, options.split)
+        if options.crops:
+            draw(list(made.values()), options.crops)
+    elif options.config:
+        config = configuration.load(options.config, options.set)
+        with tempfile.TemporaryDirectory(prefix="learning-") as temp:
+            jobs = train.jobs(config.train, config.augment)
+            sides = compare(jobs, options.shards, options.split, Path(temp))
+    else:
+        p.error("name a recipe (-c) or --models")
     sys.stdout.write(table(sides) + "\n")
     sys.stdout.write(f"{time.time() - began:.0f} s, {time.process_time() - cpu:.0f} s of CPU time\n")
     return 0
+
+
+def draw(columns: Sequence[Sequence[Array]], path: str, rows: int = 4) -> None:
+    """The middle of each image, a row a pair, a column a model; at most `rows` pairs."""
+    pictures = []
+    for row in list(zip(*columns, strict=True))[:rows]:
+        height, width = (side // 2 for side in row[0].shape[:2])
+        part = (slice(height // 2, height // 2 + height), slice(width // 2, width // 2 + width))
+        pictures.append([image[part] for image in row])
+    Image.fromarray(images.sheet(pictures)).save(path, quality=88)
 
 
 if __name__ == "__main__":
