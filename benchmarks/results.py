@@ -1,0 +1,186 @@
+"""The runs of docs/results.md, on real data: trained, judged on val and test, and what they generate drawn.
+
+    python -m benchmarks.results --data DATA --output results                 all of them, one after another
+    python -m benchmarks.results --data DATA --output results facades camvid
+    python -m benchmarks.results --data DATA --output results --commands      what would be run
+
+DATA holds a folder for each data set, laid out as the recipes' `data/` files say: facades, camvid,
+edges2shoes, cityscapes_hd. What is done already is not done again. Of each run the output gets NAME.md, its
+scores beside the baselines', and NAME.jpg, images it generated: none of a data set's own, which are not
+ours to show.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pipeline import config as configuration
+from pipeline.config import PipelineConfig
+from pipeline.dag import steps
+from pipeline.runner import plan
+from stages import images, storage
+from stages.base import Split
+
+SCORES = {"l1": "L1", "psnr": "PSNR, dB", "ssim": "SSIM", "sharpness": "sharpness"}
+SIDES = {
+    "mean_target": "mean training target",
+    "nearest": "nearest source's target",
+    "untrained": "untrained",
+}
+SHOWN = (4, 3)  # columns and rows of a picture
+
+
+@dataclass(frozen=True)
+class Training:
+    """A recipe, settings with the folders `{data}` and `{output}`, what it is judged on (the last shown)."""
+
+    recipe: str
+    settings: tuple[str, ...]
+    splits: tuple[Split, ...] = ("val", "test")
+
+
+def epochs(number: int, decay: int) -> tuple[str, str]:
+    """Settings for so many epochs, the last of them at a falling rate."""
+    return f"train.phases.0.epochs={number}", f"train.phases.0.decay_epochs={decay}"
+
+
+PHOTOS = ("ingest.locations.0.uri={output}/photos", 'ingest.locations.0.pattern="{split}/{key}.png"')
+RUNS = {
+    "facades": Training(
+        "recipes/pix2pix/facades.yaml", ("ingest.locations.0.uri={data}/facades", *epochs(14, 6))
+    ),
+    "camvid": Training(
+        "recipes/pix2pix/camvid.yaml",
+        ("ingest.locations.0.uri={data}/camvid", "ingest.locations.1.uri={data}/camvid", *epochs(40, 15)),
+        splits=("val",),
+    ),
+    "edges": Training(
+        "recipes/pix2pix/edges-to-shoes.yaml",
+        (
+            "ingest.locations.0.uri={data}/edges2shoes",
+            'ingest.locations.0.pattern="{split}/{key}_AB.jpg"',
+            *epochs(40, 15),
+        ),
+        splits=("val",),
+    ),
+    "colour": Training("recipes/pix2pix/colorization.yaml", (*PHOTOS, *epochs(10, 4))),
+    "inpainting": Training("recipes/pix2pix/inpainting.yaml", (*PHOTOS, *epochs(10, 4))),
+    "facades-hd": Training("recipes/facades.yaml", ("ingest.locations.0.uri={data}/facades",)),
+    # Eight scenes are too few to hold any back: whether it can learn them by heart, and what each phase adds.
+    "cityscapes-hd": Training(
+        "recipes/pix2pixhd/cityscapes-2048.yaml",
+        (
+            "ingest.locations.0={uri: {data}/cityscapes_hd/train_img, role: target, "
+            'pattern: "{key}_leftImg8bit.png"}',
+            "ingest.locations.1={uri: {data}/cityscapes_hd/train_label, role: source, "
+            'pattern: "{key}_gtFine_labelIds.png"}',
+            "ingest.locations.2={uri: {data}/cityscapes_hd/train_inst, role: instance, "
+            'pattern: "{key}_gtFine_instanceIds.png"}',
+            "pair.split={val: 0, test: 0}",
+            "shard.size=[512, 256]",
+            "augment.mirror=false",
+            "evaluate.baselines.nearest=0",  # it would find the scene itself
+            "train.phases.0.batch=1",
+            "train.phases.0.epochs=100",
+            "train.phases.0.decay_epochs=40",
+            "train.phases.1.batch=1",
+            "train.phases.1.epochs=15",
+            "train.phases.1.decay_epochs=5",
+            "train.phases.2.batch=1",
+            "train.phases.2.epochs=50",
+            "train.phases.2.decay_epochs=25",
+        ),
+        splits=("train",),
+    ),
+}
+
+
+def settings(run: Training, name: str, split: Split, data: Path, output: Path) -> list[str]:
+    """The values of `--set`."""
+    written = [f"workspace={output}/{name}", *run.settings, f"infer.split={split}", f"evaluate.split={split}"]
+    return [one.replace("{data}", str(data)).replace("{output}", str(output)) for one in written]
+
+
+def command(run: Training, values: Sequence[str]) -> list[str]:
+    """The arguments of `python -m pipeline.run`."""
+    return ["-c", run.recipe, *(word for value in values for word in ("--set", value))]
+
+
+def photos(data: Path, output: Path) -> None:
+    """The left half of each of the facades' pairs, in a folder of its own, to derive sources from."""
+    for path in sorted((data / "facades").glob("*/*.jpg")):
+        photo = output / "photos" / path.parent.name / path.with_suffix(".png").name
+        if not photo.exists():
+            photo.parent.mkdir(parents=True, exist_ok=True)
+            with Image.open(path) as pair:
+                pair.crop((0, 0, pair.width // 2, pair.height)).save(photo)
+
+
+def folders(config: PipelineConfig) -> dict[str, str]:
+    """The folder of each step of a run."""
+    return {p.step.name: p.folder for p in plan(steps(config), config.workspace)}
+
+
+def rows(split: Split, summary: dict[str, Any]) -> list[str]:
+    """The table's lines for one split: the model's, then the baselines'."""
+    told = [("**trained**", summary), *((SIDES[side], of) for side, of in summary["baselines"].items())]
+    return [
+        f"| {split}, {summary['num_images']} | {name} | "
+        + " | ".join(f"{of[score]:.4g}" if score in of else "" for score in SCORES)
+        + " |"
+        for name, of in told
+    ]
+
+
+def grid(folder: str, path: Path) -> None:
+    """Some of the generated images, evenly taken, as one JPEG."""
+    columns, lines = SHOWN
+    files = sorted(Path(folder).glob("images/**/*.png"))
+    chosen = np.linspace(0, len(files) - 1, min(len(files), columns * lines)).astype(int)
+    made = [np.asarray(Image.open(files[i]).convert("RGB")) for i in chosen]
+    pictures = [made[i : i + columns] for i in range(0, len(made), columns)]
+    Image.fromarray(images.sheet(pictures)).save(path, quality=85)
+
+
+def main() -> int:
+    """The command."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("runs", nargs="*", choices=[*RUNS, []], help="which (default: all)")
+    p.add_argument("--data", type=Path, required=True)
+    p.add_argument("--output", type=Path, required=True)
+    p.add_argument("--commands", action="store_true", help="print the commands, run nothing")
+    options = p.parse_args()
+    data, output = options.data.absolute(), options.output.absolute()
+    if not options.commands:
+        photos(data, output)
+    for name in options.runs or RUNS:
+        run = RUNS[name]
+        lines = [f"| {name} | | " + " | ".join(SCORES.values()) + " |", "|---" * (len(SCORES) + 2) + "|"]
+        for split in run.splits:
+            values = settings(run, name, split, data, output)
+            words = command(run, values)
+            if options.commands:
+                sys.stdout.write(f"{name} {shlex.join(words)}\n")
+                continue
+            subprocess.run([sys.executable, "-m", "pipeline.run", *words], check=True)
+            found = folders(configuration.load(run.recipe, values))
+            lines += rows(split, storage.read_json(f"{found['evaluate']}/summary.json"))
+            grid(found["infer"], output / f"{name}.jpg")
+        if not options.commands:
+            (output / f"{name}.md").write_text("\n".join(lines) + "\n")
+            sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
