@@ -54,6 +54,7 @@ def epochs(number: int, decay: int) -> tuple[str, str]:
     return f"train.phases.0.epochs={number}", f"train.phases.0.decay_epochs={decay}"
 
 
+RATE = "train.phases.0.learning_rate=1.0e-3"  # a few hundred steps of a small network get by with larger ones
 PHOTOS = ("ingest.locations.0.uri={output}/photos", 'ingest.locations.0.pattern="{split}/{key}.png"')
 RUNS = {
     "facades": Training(
@@ -61,7 +62,12 @@ RUNS = {
     ),
     "camvid": Training(
         "recipes/pix2pix/camvid.yaml",
-        ("ingest.locations.0.uri={data}/camvid", "ingest.locations.1.uri={data}/camvid", *epochs(40, 15)),
+        (
+            "ingest.locations.0.uri={data}/camvid",
+            "ingest.locations.1.uri={data}/camvid",
+            *epochs(12, 6),
+            RATE,
+        ),
         splits=("val",),
     ),
     "edges": Training(
@@ -69,7 +75,8 @@ RUNS = {
         (
             "ingest.locations.0.uri={data}/edges2shoes",
             'ingest.locations.0.pattern="{split}/{key}_AB.jpg"',
-            *epochs(40, 15),
+            *epochs(16, 8),
+            RATE,
         ),
         splits=("val",),
     ),
