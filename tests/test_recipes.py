@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import learning
+from benchmarks import learning, results
 from pipeline import config as configuration
 from pipeline import sweep
 from pipeline.config import PipelineConfig
@@ -255,6 +255,20 @@ def test_a_recipe_plans(recipe: Path, profile: str, tmp_path: Path) -> None:
         "ingest", "pair", "shard", *wanted, "infer", "evaluate", "report"
     ]  # fmt: skip
     assert not any(p.done for p in planned)
+
+
+@pytest.mark.parametrize("name", results.RUNS)
+def test_a_run_on_real_data_is_a_recipe_with_settings(name: str, tmp_path: Path) -> None:
+    run = results.RUNS[name]
+    for split in run.splits:
+        values = results.settings(run, name, split, tmp_path / "data", tmp_path / "results")
+        config = configuration.load(str(ROOT / run.recipe), values)
+        assert (config.infer.split, config.evaluate.split) == (split, split)
+        assert config.workspace == str(tmp_path / "results" / name)
+        assert all(
+            place.uri.startswith((str(tmp_path / "data"), str(tmp_path / "results" / "photos")))
+            for place in config.ingest.locations
+        )
 
 
 # -- two steps of each --------------------------------------------------------
