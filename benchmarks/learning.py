@@ -9,6 +9,7 @@ sign error      the generator's L1 with the wrong sign
 untrained       initial weights
 mean target     the mean training target, whatever the source
 nearest source  the target of the training pair whose source is the most similar (at 16x16 pixels)
+source itself   where it is a picture: what is to be coloured or filled in
 
 Every side makes all images of the split; each number is the mean over them (`stages.metrics`).
 
@@ -119,13 +120,21 @@ def sign_error() -> Iterator[None]:
 
 
 def painted(model: LoadedModel, samples: Sequence[Sample], *, stochastic: bool = False) -> list[Array]:
-    """What a model makes of the samples' sources."""
+    """What a model makes of the samples' sources, of the target's kind."""
     painter = Painter(model, stochastic=stochastic)
     made = []
     for sample in samples:
         instances = [sample.images["instance"]] if "instance" in sample.images else None
         made += painter.translate([sample.images["source"]], instances, seeds=[0])
     return made
+
+
+def pictures(model: LoadedModel, samples: Sequence[Sample], spec: DatasetSpec) -> list[Array]:
+    """The same as pictures, as a sample's own target would be: colours of Lab need the pair's lightness."""
+    return [
+        replace(sample, images={**sample.images, "target": image}).picture(spec, "target")
+        for sample, image in zip(samples, painted(model, samples), strict=True)
+    ]
 
 
 def untrained(path: Path) -> LoadedModel:
@@ -140,15 +149,10 @@ def scored(made: Sequence[Array], samples: Sequence[Sample], spec: DatasetSpec) 
     """Means of the scores over the samples."""
     sums = metrics.Sums()
     for image, sample in zip(made, samples, strict=True):
-        shown = as_picture(image, sample, spec)
+        shown = np.array(image)
         sums.add(metrics.pixel_scores(shown, sample.picture(spec, "target")))
         sums.add({"sharpness": metrics.sharpness(shown)})
     return sums.means()
-
-
-def as_picture(image: Array, sample: Sample, spec: DatasetSpec) -> Array:
-    """A generated image as a picture, as the sample's target would be: colours of Lab need its lightness."""
-    return replace(sample, images={**sample.images, "target": image}).picture(spec, "target")
 
 
 def by_phase(
@@ -186,28 +190,33 @@ def baselines(shards: str, samples: Sequence[Sample], spec: DatasetSpec) -> dict
         vectors.append(thumbnail(sample.picture(spec, "source")))
         targets.append(target)
     candidates = np.stack(vectors)
-    found = [targets[nearest(thumbnail(one.picture(spec, "source")), candidates)] for one in samples]
-    return {
-        "mean target": scored([mean.image()] * len(samples), samples, spec),
-        "nearest source": scored(found, samples, spec),
-    }
+    sources = [sample.picture(spec, "source") for sample in samples]
+    found = [targets[nearest(thumbnail(source), candidates)] for source in sources]
+    sides = {"mean target": [mean.image()] * len(samples), "nearest source": found}
+    if spec.roles["source"].kind != "labels":
+        sides["source itself"] = sources
+    return {side: scored(made, samples, spec) for side, made in sides.items()}
 
 
-def compare(jobs: Sequence[PhaseJob], shards: str, split: Split, folder: Path) -> dict[str, Scores]:
-    """Scores on a split, by side; the sides are told at the top."""
+def compare(
+    jobs: Sequence[PhaseJob], shards: str, split: Split, folder: Path, *, controls: bool = True
+) -> dict[str, Scores]:
+    """Scores on a split, by side; the sides are told at the top. Without `controls`, none is trained."""
     spec = dataset.load(shards)
     samples = list(dataset.read_split(shards, spec, split))
 
     def judged(model: LoadedModel) -> Scores:
-        return scored(painted(model, samples), samples, spec)
+        return scored(pictures(model, samples, spec), samples, spec)
 
     def learnt(name: str, from_shards: str) -> Scores:
         return judged(load_model(trained(jobs, from_shards, folder / name)[0]))
 
-    sides = {"trained": learnt("trained", shards), "again": learnt("again", shards)}
-    sides["shuffled"] = learnt("shuffled", shuffled(shards, folder / "shards"))
-    with sign_error():
-        sides["sign error"] = learnt("sign", shards)
+    sides = {"trained": learnt("trained", shards)}
+    if controls:
+        sides["again"] = learnt("again", shards)
+        sides["shuffled"] = learnt("shuffled", shuffled(shards, folder / "turned"))
+        with sign_error():
+            sides["sign error"] = learnt("sign", shards)
     sides["untrained"] = judged(untrained(folder / "trained" / jobs[-1].phase.name / "model"))
     return sides | baselines(shards, samples, spec)
 
