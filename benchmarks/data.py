@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -270,8 +271,14 @@ def measure_wait(paths: Sequence[Path], scratch: Path, turns: int, seconds: floa
     ray.shutdown()
 
 
-def measure_shard(paths: Sequence[Path], scratch: Path, turns: int, seconds: float) -> None:  # noqa: ARG001
-    """5,000 pairs from a real S3 server to shards in it, against one process doing the same with s3fs."""
+def measure_shard(
+    paths: Sequence[Path],
+    scratch: Path,
+    turns: int,
+    seconds: float,  # noqa: ARG001
+    count: int = 5000,
+) -> None:
+    """So many pairs from a real S3 server to shards in it, against one process doing the same with s3fs."""
     from stages import storage  # noqa: PLC0415
     from tests.stores.seaweed import SeaweedS3  # noqa: PLC0415 - the tests' server
 
@@ -280,7 +287,6 @@ def measure_shard(paths: Sequence[Path], scratch: Path, turns: int, seconds: flo
         os.environ.update(storage.worker_environment({"s3": store.options()}))
         fs = store.client()
         fs.call_s3("create_bucket", Bucket="bench")
-        count = 5000
         for n in range(-(-count // len(paths))):
             names = {f"bench/in/{n}-{p.name}": p.read_bytes() for p in paths[: count - n * len(paths)]}
             fs.pipe(names)
@@ -295,8 +301,9 @@ def measure_shard(paths: Sequence[Path], scratch: Path, turns: int, seconds: flo
         found: dict[str, list[float]] = {"one process, s3fs and Pillow": [], "shard stage": []}
         for turn in range(turns):
             start = time.perf_counter()
-            loop(uris[:1000], f"bench/plain{turn}", fs)
-            found["one process, s3fs and Pillow"].append(1000 / (time.perf_counter() - start))
+            share = max(1, count // 5)
+            loop(uris[:share], f"bench/plain{turn}", fs)
+            found["one process, s3fs and Pillow"].append(share / (time.perf_counter() - start))
             start = time.perf_counter()
             shard.run(
                 config,
@@ -306,6 +313,8 @@ def measure_shard(paths: Sequence[Path], scratch: Path, turns: int, seconds: flo
                 pairs=str(scratch / "pairs"),
             )
             found["shard stage"].append(count / (time.perf_counter() - start))
+            for side in (f"bench/plain{turn}", f"bench/out{turn}"):
+                fs.rm(side, recursive=True)
         show(found, "one process, s3fs and Pillow")
         ray.shutdown()
 
@@ -364,6 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, help="a folder of side-by-side JPEGs")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--pairs", type=int, default=5000, help="of `shard`")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="bench", ignore_cleanup_errors=True) as scratch:
         paths = pictures(options.data, Path(scratch))
@@ -371,7 +381,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{len(paths)} pictures, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}",
             flush=True,
         )
-        MEASURES[options.what](paths, Path(scratch), options.turns, options.seconds)
+        measure = MEASURES[options.what]
+        if options.what == "shard":
+            measure = partial(measure_shard, count=options.pairs)
+        measure(paths, Path(scratch), options.turns, options.seconds)
     return 0
 
 

@@ -17,8 +17,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-Role = Literal["source", "target", "label", "instance"]
-"""What an image is to its pair. `label` and `instance` are optional maps that ride along with the source."""
+Role = Literal["source", "target", "label", "instance", "features"]
+"""What an image is to its pair. `label` and `instance` are optional maps that ride along with the source;
+`features` are further channels of it."""
 
 Kind = Literal["rgb", "grey", "labels", "instances", "grey16", "lab_l", "lab_ab", "channels"]
 """How an image's values are to be read: colours, lightness, class ids, instance ids (16 bit), 16-bit

@@ -16,13 +16,11 @@ from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 import ray.data
 
 from stages import images, storage
 from stages.base import Kind, Role, Split
 from stages.dataset import DatasetSpec, read_split
-from stages.fetch import patiently
 from stages.images import Array
 
 SAMPLES = 4
@@ -224,13 +222,7 @@ def hashable(kind: Kind) -> bool:
 
 def read_hashes(folder: str, name: str, role: Role) -> tuple[list[str], npt.NDArray[np.uint64]]:
     """Keys and hashes of a shard's images, without those too plain to compare."""
-    fs, path = storage.filesystem(storage.join(folder, name))
-
-    def read() -> Any:
-        with fs.open(path, "rb") as file:
-            return pq.read_table(file, columns=["key", f"{role}_hash"]).drop_null()
-
-    table = patiently(read, path)
+    table = storage.read_parquet(storage.join(folder, name), ["key", f"{role}_hash"]).drop_null()
     hashes = table[f"{role}_hash"].to_numpy().astype(np.uint64)
     bits = np.bitwise_count(hashes)
     kept = np.flatnonzero((bits >= _PLAIN) & (bits <= 64 - _PLAIN))

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from stages import images, storage
 from stages.base import Config, Kind, Role, Split
 from stages.errors import StageError, UserError
 from stages.images import Array, Encoding, ImageRejected
+from stages.row_groups import num_row_groups, read_unit
 
 NAME = "dataset.json"
 
@@ -126,18 +126,16 @@ def read_file(
     folder: str, spec: DatasetSpec, split: Split, name: str, keys: Collection[str] | None = None
 ) -> Iterator[Sample]:
     """The pairs of one shard file, a row group at a time. Raises StageError on a damaged image."""
-    fs, path = storage.filesystem(storage.join(folder, name))
-    with fs.open(path, "rb") as handle:
-        file = pq.ParquetFile(handle)
-        for index in range(file.num_row_groups):
-            if keys is not None:  # the keys are a small column: look before reading images
-                found = file.read_row_group(index, columns=["key"])["key"].to_pylist()
-                if not any(key in keys for key in found):
-                    continue
-            table = file.read_row_group(index, columns=columns(spec))
-            for row in range(table.num_rows):
-                if keys is None or table["key"][row].as_py() in keys:
-                    yield _sample(folder, spec, split, name, table, row)
+    for group in range(num_row_groups(storage.join(folder, name))):
+        unit = {"file": name, "group": group}
+        if keys is not None:  # the keys are a small column: look before reading images
+            found = read_unit(folder, unit, ["key"])["key"].to_pylist()
+            if not any(key in keys for key in found):
+                continue
+        table = read_unit(folder, unit, columns(spec))
+        for row in range(table.num_rows):
+            if keys is None or table["key"][row].as_py() in keys:
+                yield _sample(folder, spec, split, name, table, row)
 
 
 def read_split(

@@ -55,11 +55,11 @@ from stages.judges import (
     pairwise_mean,
     palette,
 )
-from stages.listing import retried
 from stages.metrics import MeanImage, Moments, Sums
 from stages.models.architecture import build_encoder, build_generator
 from stages.models.saved import LoadedModel, Manifest
 from stages.progress import Progress
+from stages.row_groups import num_row_groups, read_unit
 from stages.sources import Run as RowGroups
 
 if TYPE_CHECKING:
@@ -229,13 +229,10 @@ def look_through(item: Mapping[str, Any], *, shards: str, share: float, mean: bo
 
 def stored(shards: str, spec: DatasetSpec, split: Split, run: RowGroups) -> Iterator[tuple[int, int, Sample]]:
     """Row group, row and sample of every pair in a run of row groups."""
-    fs, path = storage.filesystem(storage.join(shards, run.name))
-    with fs.open(path, "rb") as handle:
-        file = pq.ParquetFile(handle)
-        for group in range(run.start, min(run.stop, file.num_row_groups)):
-            table = file.read_row_group(group, columns=dataset.columns(spec))
-            for row in range(table.num_rows):
-                yield group, row, dataset._sample(shards, spec, split, run.name, table, row)
+    for group in range(run.start, min(run.stop, num_row_groups(storage.join(shards, run.name)))):
+        table = read_unit(shards, {"file": run.name, "group": group}, dataset.columns(spec))
+        for row in range(table.num_rows):
+            yield group, row, dataset._sample(shards, spec, split, run.name, table, row)
 
 
 def training(config: BaselineConfig, shards: str, spec: DatasetSpec) -> Training | None:
@@ -409,9 +406,7 @@ class Judge:
         return found
 
     def _stored_target(self, name: str, group: int, row: int) -> Array:
-        fs, path = storage.filesystem(storage.join(self.job.shards, name))
-        with fs.open(path, "rb") as handle:
-            table = pq.ParquetFile(handle).read_row_group(group, columns=dataset.columns(self.spec))
+        table = read_unit(self.job.shards, {"file": name, "group": group}, dataset.columns(self.spec))
         found = dataset._sample(self.job.shards, self.spec, "train", name, table, row)
         return found.picture(self.spec, "target")
 
@@ -473,14 +468,14 @@ class Judge:
         if arrays:
             np.savez(sink, **arrays)  # type: ignore[arg-type]
             where = storage.join(self.job.output, "parts", f"sums-{unit:05d}.npz")
-            retried(lambda: storage.write_bytes(where, sink.getvalue()))
+            storage.write_bytes(where, sink.getvalue())
         fields = {
             **ROW_FIELDS,
             **{name: pa.float64() for name in dict.fromkeys(n for r in rows for n in r)},
             **ROW_FIELDS,
         }
         table = pa.Table.from_pylist(rows, schema=pa.schema(fields))
-        retried(lambda: storage.write_parquet(part_uri(self.job.output, unit), table))
+        storage.write_parquet(part_uri(self.job.output, unit), table)
 
 
 ROW_FIELDS = {

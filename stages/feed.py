@@ -10,7 +10,6 @@ batch's memory (Pillow, numpy and zlib let go of the GIL). Colours stay uint8 un
 
 from __future__ import annotations
 
-import io
 import itertools
 import logging
 import os
@@ -19,29 +18,28 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.data
 import torch
 from ray.data import DataContext, ExecutionResources, TaskPoolStrategy
 from ray.exceptions import RayTaskError
 from torch import Tensor
 
-from stages import dataset, images, storage
+from stages import dataset, images
 from stages.augment import NONE, AugmentConfig, apply, draw
 from stages.base import Role, Split
 from stages.dataset import DatasetSpec, RoleSpec
-from stages.errors import PixloomError, StageError, UserError
-from stages.fetch import in_order, patiently
+from stages.errors import PixloomError, UserError
+from stages.fetch import in_order
 from stages.images import ImageRejected
 from stages.models.step import Batch
 from stages.order import WINDOW, Plan, num_steps, plan_epoch
+from stages.row_groups import read_unit
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -55,73 +53,7 @@ READER_CPUS = 0.25  # reading waits more than it computes, and must find room be
 MISSING_LABEL = 255  # where an optional label map is lacking
 
 
-# -- reading row groups, in Ray's tasks ----------------------------------------
-
-
-@lru_cache(maxsize=256)
-def _metadata(uri: str) -> Any:
-    fs, path = storage.filesystem(uri)
-    with fs.open(path, "rb") as file:
-        return pq.read_metadata(file)
-
-
-class _Window(io.RawIOBase):
-    """The bytes of a file from `start` on, at their own places: what a reader of one row group asks for."""
-
-    def __init__(self, start: int, data: bytes, size: int) -> None:
-        super().__init__()
-        self.start, self.data, self.total, self.at = start, memoryview(data), size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self.at = offset + (0, self.at, self.total)[whence]
-        return self.at
-
-    def tell(self) -> int:
-        return self.at
-
-    def readinto(self, out: Any) -> int:
-        begin = self.at - self.start
-        assert 0 <= begin <= len(self.data), "outside the row group"
-        part = self.data[begin : begin + len(out)]
-        out[: len(part)] = part
-        self.at += len(part)
-        return len(part)
-
-
-def read_row_group(uri: str, group: int, columns: list[str]) -> pa.Table:
-    """Columns of one row group; from a store with a single request (its footer is read once a process)."""
-    if storage.is_local(uri):
-        with pq.ParquetFile(uri, memory_map=True) as file:
-            return file.read_row_group(group, columns=columns, use_threads=False)
-    metadata = _metadata(uri)
-    chunks = [metadata.row_group(group).column(i) for i in range(metadata.num_columns)]
-    chunks = [c for c in chunks if c.path_in_schema in columns]
-    starts = [c.dictionary_page_offset or c.data_page_offset for c in chunks]
-    start, end = min(starts), max(s + c.total_compressed_size for s, c in zip(starts, chunks, strict=True))
-    fs, path = storage.filesystem(uri)
-    data = cast(bytes, fs.cat_file(path, start=start, end=end))
-    if len(data) != end - start:
-        raise OSError(f"{uri}: {len(data)} bytes of {end - start}")
-    with pq.ParquetFile(_Window(start, data, end), metadata=metadata) as file:
-        return file.read_row_group(group, columns=columns, use_threads=False)
-
-
-def read_unit(folder: str, unit: Mapping[str, Any], columns: list[str]) -> pa.Table:
-    """The rows of a read unit {file, group, rows}, in their order; rows None are all of the group."""
-    uri = storage.join(folder, unit["file"])
-    try:
-        table = patiently(lambda: read_row_group(uri, unit["group"], columns), uri)
-    except (ImageRejected, pa.ArrowException) as error:
-        text = " ".join(str(error).split())
-        raise StageError(f"{uri}: not the shard that dataset.json describes ({text})") from error
-    rows = unit["rows"]
-    return table if rows is None else table.take(pa.array(rows, pa.int64()))
+# -- reading row groups, in Ray's tasks or here --------------------------------------
 
 
 def read_with_ray(folder: str, units: list[dict[str, Any]], columns: list[str]) -> Iterator[pa.Table]:

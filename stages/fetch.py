@@ -13,12 +13,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import random
 import re
 import struct
 import tarfile
 import threading
-import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator
@@ -32,18 +30,14 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from stages import archives
-from stages.errors import StageError, UserError
 from stages.images import ImageRejected
 from stages.listing import etag_of, local_etag
-from stages.storage import filesystem
+from stages.storage import ATTEMPTS, FIRST_WAIT, filesystem, patiently
 
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
 Item = TypeVar("Item")
 
-ATTEMPTS = 8
-FIRST_WAIT = 0.25  # doubled each time, at most LONGEST_WAIT: about 40 s in all, longer than a restart takes
-LONGEST_WAIT = 10.0
 TIMEOUT = 300.0  # seconds for one object; the clients' own timeouts come first where they are set
 
 _MD5 = re.compile(r"[0-9a-f]{32}")
@@ -84,7 +78,10 @@ class Reader:
         """
         if wanted.uri in self._members:
             return self._members[wanted.uri]
-        return patiently(lambda: self._read(wanted), wanted.uri, self.attempts, self.first_wait)
+        try:
+            return patiently(lambda: self._read(wanted), wanted.uri, self.attempts, self.first_wait)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise ImageRejected("missing", wanted.uri) from error
 
     def stream_archives(self, wanted: Iterable[Object]) -> None:
         """Take members of compressed tars out of them in one pass each; `read` then has them in memory.
@@ -192,37 +189,7 @@ class Reader:
         return found
 
 
-# -- again --------------------------------------------------------------------
-
-
-def patiently(
-    call: Callable[[], Value], uri: str, attempts: int = ATTEMPTS, first_wait: float = FIRST_WAIT
-) -> Value:
-    """The call's value, tried again with growing, scattered waits while the store fails.
-
-    Raises:
-        ImageRejected: `missing`, there is no such object.
-        UserError: the store refuses access. StageError: it failed at every attempt.
-    """
-    for attempt in range(attempts):
-        try:
-            return call()
-        except (ImageRejected, UserError):
-            raise
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-            raise ImageRejected("missing", uri) from error
-        except Exception as error:
-            refusal = _refusal(error)
-            if refusal:
-                raise UserError(f"{uri}: access denied, check the credentials ({refusal})") from error
-            if not _passing(error):
-                raise
-            if attempt == attempts - 1:
-                raise StageError(f"{uri}: failed at each of {attempts} attempts ({_line(error)})") from error
-            logger.info("%s: %s, trying again", uri, _line(error))
-            wait = min(first_wait * 2**attempt, LONGEST_WAIT)
-            time.sleep(wait * random.uniform(0.5, 1))  # noqa: S311 - scatters retries, changes no result
-    raise AssertionError("unreachable")
+# -- many --------------------------------------------------------------------
 
 
 def in_order(
@@ -316,29 +283,3 @@ def _unzip(fs: AbstractFileSystem, path: str, start: int, size: int, *, method: 
     if zlib.crc32(data) != crc:
         raise _DamagedError(f"{path}: checksum of the zip member at byte {start} differs")
     return data
-
-
-# -- errors -------------------------------------------------------------------
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def _refusal(error: BaseException) -> str:
-    """What the store says when it refuses these credentials; "" for other errors."""
-    if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
-        return _line(error)
-    return ""
-
-
-def _passing(error: BaseException) -> bool:
-    """Whether another attempt may succeed: errors of files, networks and the stores' clients."""
-    client = type(error).__module__.partition(".")[0]
-    return isinstance(error, OSError | EOFError | tarfile.TarError | zlib.error) or client in (
-        "botocore",
-        "aiobotocore",
-        "aiohttp",
-        "asyncio",
-        "urllib3",
-    )

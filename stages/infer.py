@@ -36,7 +36,6 @@ from stages.errors import StageError, UserError
 from stages.fetch import Object, Reader
 from stages.images import Array, ImageRejected
 from stages.inference import Painter, noise_seed
-from stages.listing import retried
 from stages.model_source import description, local_model
 from stages.models.saved import load_model
 from stages.outputs import Format
@@ -256,7 +255,7 @@ class Generator:
             one.result()
         listed = [rows[place] for place in sorted(rows)]
         table = pa.Table.from_pylist(listed, schema=outputs.ROWS)
-        retried(lambda: storage.write_parquet(outputs.part_uri(self.job.output, unit), table))
+        storage.write_parquet(outputs.part_uri(self.job.output, unit), table)
         errors = Counter(row["error"].partition(":")[0] for row in listed if row["error"] is not None)
         return {
             "unit": unit,
@@ -363,7 +362,7 @@ class Generator:
     def _write(self, row: dict[str, Any], picture: Array) -> None:
         data = encoded(picture, self.config.format, self.config.quality)
         row["crc"], row["size"] = zlib.crc32(data), len(data)
-        retried(lambda: storage.write_bytes(storage.join(self.job.output, row["output"]), data))
+        storage.write_bytes(storage.join(self.job.output, row["output"]), data)
 
     def _row(self, item: Item, **values: Any) -> dict[str, Any]:
         empty = dict.fromkeys(outputs.ROWS.names)

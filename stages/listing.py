@@ -13,30 +13,24 @@ No caller ever holds more than a page. How a location is cut depends on what can
 
 from __future__ import annotations
 
-import logging
 import os
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from stages import archives
-from stages.storage import filesystem
-
-logger = logging.getLogger(__name__)
-Value = TypeVar("Value")
+from stages.storage import filesystem, passing, retried
 
 PAGE = 1000  # objects an S3 listing returns at once; the other stores are read in pages of the same size
-ATTEMPTS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,30 +120,6 @@ def describe(error: BaseException) -> str | None:
     if type(error).__name__.endswith(("ConnectionError", "ConnectorError", "TimeoutError")):
         return f"cannot reach the store: {text}"
     return text if passing(error) or isinstance(error, ValueError) else None
-
-
-def passing(error: BaseException) -> bool:
-    """Whether another attempt may succeed: the network's and the store's troubles, not their refusals."""
-    if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError):
-        return False
-    client = type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp")
-    return isinstance(error, OSError) or (client and "Credential" not in type(error).__name__)
-
-
-def retried(call: Callable[[], Value], *, attempts: int = ATTEMPTS, wait: float = 0.5) -> Value:
-    """The call's value, tried again with doubling waits when the store fails; not when it refuses.
-
-    The clients retry too, for a few seconds; this is for a store that is away for longer.
-    """
-    for attempt in range(attempts - 1):
-        try:
-            return call()
-        except Exception as error:
-            if not passing(error):
-                raise
-            logger.info("listing failed, trying again: %s", error)
-            time.sleep(wait * 2**attempt)
-    return call()
 
 
 # -- how a location is cut ----------------------------------------------------

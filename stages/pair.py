@@ -18,13 +18,15 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
@@ -32,11 +34,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
+from ray.exceptions import RayError
 
+from stages.actors import failure
 from stages.base import Config, Fraction, Outcome, Resources, Role, Split
 from stages.errors import StageError, UserError
 from stages.progress import Progress
-from stages.storage import filesystem, join, list_names, read_json, read_parquet, write_parquet
+from stages.storage import filesystem, join, read_json, read_parquet, write_parquet
 
 if TYPE_CHECKING:
     from stages.tracking import Run
@@ -44,7 +48,8 @@ if TYPE_CHECKING:
 VERSION = 1
 ROWS_PER_TASK = (128_000, 1_000_000)  # least, most
 SPLIT_BINS = 1 << 16
-EXCHANGE = "_exchange-"
+EXCHANGE = "_exchange-"  # then the second it was begun, and a name of its own
+EXCHANGE_KEPT = 24 * 3600.0  # seconds: what a killed run has exchanged is removed by a later run after these
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +59,7 @@ Uint64s = np.ndarray[Any, np.dtype[np.uint64]]
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
-ROLES: tuple[Role, ...] = ("source", "target", "label", "instance")
+ROLES: tuple[Role, ...] = get_args(Role)
 OTHER_HALF: Mapping[str, str] = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 REJECTS = pa.schema({"key": pa.string(), "role": pa.string(), "uri": pa.string(), "reason": pa.string()})
@@ -318,17 +323,30 @@ def _rejects(table: pa.Table, key_of_row: Ints, reasons: np.ndarray[Any, Any]) -
 def scatter(
     item: Mapping[str, Any], *, objects: str, exchange: str, parts: int, parts_per_task: int, seed: int
 ) -> dict[str, Any]:
-    """Deal some of the objects' files to the tasks that join them. Returns {histogram: bytes of int64}."""
+    """Deal some of the objects' files to the tasks that join them.
+
+    Returns {number, tasks (JSON): which tasks have a file of it, histogram: bytes of int64}.
+    """
     names = json.loads(item["files"])
     table = pa.concat_tables(read_parquet(join(objects, name)) for name in names)
     task = buckets(table["key"], parts) // parts_per_task
     order = np.argsort(task, kind="stable")
     ordered = table.take(pa.array(order))
-    for number, start, stop in runs(task[order]):
-        name = f"{number:05d}/{int(item['number']):05d}.parquet"
-        write_parquet(join(exchange, name), ordered.slice(start, stop - start), compression="lz4")
+    dealt = runs(task[order])
+    for number, start, stop in dealt:
+        uri = exchanged(exchange, number, int(item["number"]))
+        write_parquet(uri, ordered.slice(start, stop - start), compression="lz4")
     anchors = table.filter(pc.is_in(table["role"], pa.array(["pair", "target"])))
-    return {"histogram": split_histogram(anchors, seed).tobytes()}
+    return {
+        "number": item["number"],
+        "tasks": json.dumps([number for number, _, _ in dealt]),
+        "histogram": split_histogram(anchors, seed).tobytes(),
+    }
+
+
+def exchanged(exchange: str, task: int, scatter: int) -> str:
+    """Where a scattering task leaves what a joining task takes."""
+    return join(exchange, f"{task:05d}", f"{scatter:05d}.parquet")
 
 
 def gather(
@@ -342,12 +360,17 @@ def gather(
     parts: int,
     threads: int,
 ) -> dict[str, Any]:
-    """Join the objects dealt to a task and write its parts. Returns {counts (JSON), files (JSON)}."""
-    folder = join(exchange, f"{int(item['task']):05d}")
+    """Join the objects dealt to a task and write its parts. Returns {counts (JSON), files (JSON)}.
+
+    Raises:
+        StageError: something has removed what was exchanged.
+    """
+    dealt = [exchanged(exchange, int(item["task"]), number) for number in json.loads(item["scatters"])]
     with ThreadPoolExecutor(threads) as pool:
-        tables = list(pool.map(read_parquet, [join(folder, name) for name in list_names(folder)]))
-        if not tables:
-            return {"counts": "{}", "files": "[]"}
+        try:
+            tables = list(pool.map(read_parquet, dealt))
+        except FileNotFoundError as error:
+            raise StageError(f"pair: {exchange} was removed while it was in use: run again") from error
         pairs, rejects = join_roles(pa.concat_tables(tables), roles, config, cuts)
         del tables
         files = {
@@ -396,44 +419,51 @@ def run(
     listing = read_json(join(objects, "_listing.json"))
     roles = check_roles(config, listing["roles"])
     layout = Layout.of(config, listing)
-    exchange = join(output, f"{EXCHANGE}{uuid.uuid4().hex}")
+    # A name of its own, so that two drivers at once keep apart; the parts they write are the same.
+    exchange = join(output, f"{EXCHANGE}{int(time.time())}-{uuid.uuid4().hex}")
     histogram = np.zeros(SPLIT_BINS, np.int64)
+    scatters: list[list[int]] = [[] for _ in range(layout.tasks)]  # of each joining task: who dealt to it
     counts: Counter[str] = Counter()
     files: set[str] = set()
+    deal = partial(
+        scatter,
+        objects=objects,
+        exchange=exchange,
+        parts=layout.parts,
+        parts_per_task=layout.parts_per_task,
+        seed=config.split.seed,
+    )
     with Progress("pair", total=layout.scatters + layout.tasks, unit="tasks") as progress:
-        dealt = ray.data.from_items(layout.items, override_num_blocks=layout.scatters).map(
-            partial(
-                scatter,
-                objects=objects,
-                exchange=exchange,
-                parts=layout.parts,
-                parts_per_task=layout.parts_per_task,
-                seed=config.split.seed,
-            )
-        )
-        for row in dealt.iter_rows():
+        for row in each(deal, layout.items):
             histogram += np.frombuffer(row["histogram"], np.int64)
+            for task in json.loads(row["tasks"]):
+                scatters[task].append(row["number"])
             progress.advance()
-        joined = ray.data.from_items(
-            [{"task": task} for task in range(layout.tasks)], override_num_blocks=layout.tasks
-        ).map(
-            partial(
-                gather,
-                exchange=exchange,
-                output=output,
-                roles=roles,
-                config=config,
-                cuts=split_cuts(histogram, config.split),
-                parts=layout.parts,
-                threads=resources.io_threads,
-            )
+        joining = partial(
+            gather,
+            exchange=exchange,
+            output=output,
+            roles=roles,
+            config=config,
+            cuts=split_cuts(histogram, config.split),
+            parts=layout.parts,
+            threads=resources.io_threads,
         )
-        for row in joined.iter_rows():
+        items = [{"task": n, "scatters": json.dumps(who)} for n, who in enumerate(scatters) if who]
+        for row in each(joining, items):
             counts.update(json.loads(row["counts"]))
             files.update(json.loads(row["files"]))
             progress.advance()
-    tidy(output, files)
+    tidy(output, exchange, files)
     return outcome(config, counts, listing["rejected"], output)
+
+
+def each(task: Callable[[dict[str, Any]], dict[str, Any]], items: list[dict[str, Any]]) -> Iterator[Any]:
+    """The task's row for each item, in no order. Raises the task's own error."""
+    try:
+        yield from ray.data.from_items(items, override_num_blocks=len(items)).map(task).iter_rows()
+    except RayError as error:
+        raise failure("pair", error) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -523,12 +553,17 @@ def outcome(config: PairConfig, counts: Mapping[str, int], unusable: int, output
     )
 
 
-def tidy(output: str, files: set[str]) -> None:
-    """Remove the exchanged files, and what a killed run of another layout has left."""
+def tidy(output: str, exchange: str, files: set[str]) -> None:
+    """Remove the exchanged files, and what killed runs have left: parts of another layout, old exchanges."""
     fs, path = filesystem(output)
+    mine = exchange.rpartition("/")[2]
+    fs.invalidate_cache()
     for entry in fs.ls(path, detail=True):
-        name = entry["name"].rstrip("/").rsplit("/", 1)[-1]
-        if name.startswith(EXCHANGE):
-            fs.rm(f"{path}/{name}", recursive=True)
+        name = entry["name"].rstrip("/").rpartition("/")[2]
+        begun = name.removeprefix(EXCHANGE).partition("-")[0]
+        if name == mine or (begun.isdigit() and time.time() - int(begun) > EXCHANGE_KEPT):
+            with suppress(FileNotFoundError):  # a driver beside this one may tidy up too
+                fs.rm(f"{path}/{name}", recursive=True)
         elif name.startswith(("part-", "rejects-")) and name not in files:
-            fs.rm_file(f"{path}/{name}")
+            with suppress(FileNotFoundError):
+                fs.rm_file(f"{path}/{name}")

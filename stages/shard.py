@@ -41,7 +41,7 @@ from stages.card import Statistics
 from stages.dataset import DatasetSpec, RoleSpec, ShardFile
 from stages.derive import derive
 from stages.errors import PixloomError, StageError, UserError
-from stages.fetch import Object, Reader, in_order, patiently
+from stages.fetch import Object, Reader, in_order
 from stages.images import Array, Encoding, ImageRejected
 from stages.progress import Progress
 
@@ -60,6 +60,7 @@ DEFAULT_KINDS: Mapping[Role, Kind] = {
     "target": "rgb",
     "label": "labels",
     "instance": "instances",
+    "features": "channels",
 }
 # What an encoding leaves of raw bytes, for the choice of row group alone.
 _SHRINKS: Mapping[Encoding, float] = {"raw": 1.0, "png": 0.5, "jpeg": 0.15, "webp": 0.1}
@@ -89,6 +90,10 @@ class ShardConfig(Config):
     ]
     classes: Annotated[int | None, Field(ge=1, le=256, description="number of label ids")] = None
     channels: Annotated[int | None, Field(ge=1, le=512, description="channels of kind `channels`")] = None
+    features: Annotated[
+        int | None,
+        Field(ge=1, le=512, description="channels of the role features"),
+    ] = None
     ignore_label: Annotated[
         int | None, Field(ge=0, le=255, description="an id that becomes void_class instead of a reject")
     ] = None
@@ -112,6 +117,8 @@ class ShardConfig(Config):
             raise ValueError("kind labels needs shard.classes, the number of label ids")
         if "channels" in kinds and self.channels is None:
             raise ValueError("kind channels needs shard.channels, their number")
+        if "features" in self.kinds:
+            raise ValueError("features are always of kind channels")
         if self.void_class is not None and self.classes is not None and self.void_class >= self.classes:
             raise ValueError(f"void_class {self.void_class} is no class of {self.classes}")
         return self
@@ -121,19 +128,41 @@ class ShardConfig(Config):
 
 
 def role_specs(config: ShardConfig, roles: Iterable[Role]) -> dict[Role, RoleSpec]:
-    """How each role is stored. Raises UserError if `classes` is missing for a label role."""
+    """How each role is read, and stored but for `features`. Raises UserError if a number is missing."""
     specs: dict[Role, RoleSpec] = {}
     for role in roles:
         kind = config.kinds.get(role, DEFAULT_KINDS[role])
         if kind == "labels" and config.classes is None:
             raise UserError(f"shard.classes: role '{role}' holds label ids, say how many there are")
+        if role == "features" and config.features is None:
+            raise UserError("shard.features: there are feature maps, say how many channels they have")
+        count = config.features if role == "features" else config.channels
         specs[role] = RoleSpec(
             kind=kind,
             encoding=images.stored_encoding(kind, config.encoding),
             classes=config.classes if kind == "labels" else None,
-            channel_count=config.channels if kind == "channels" else None,
+            channel_count=count if kind == "channels" else None,
         )
     return specs
+
+
+def stored_specs(specs: Mapping[Role, RoleSpec]) -> dict[Role, RoleSpec]:
+    """How each role is stored: features become channels of the source, after its own (or its classes)."""
+    stored: dict[Role, RoleSpec] = {role: spec for role, spec in specs.items() if role != "features"}
+    if "features" in specs:
+        count = (specs["source"].classes or specs["source"].channels) + specs["features"].channels
+        encoding = images.stored_encoding("channels", specs["source"].encoding)
+        stored["source"] = RoleSpec(kind="channels", encoding=encoding, channel_count=count)
+    return stored
+
+
+def with_features(source: Array, spec: RoleSpec, features: Array) -> Array:
+    """A source as networks see it (H, W, C), one-hot if it holds ids, then its features: float32."""
+    if spec.classes is not None:
+        seen = (source == np.arange(spec.classes, dtype=np.uint8)).astype(np.float32)
+    else:
+        seen = images.normalise(source, spec.kind)
+    return np.concatenate([seen, features], axis=2)
 
 
 def row_group_rows(config: ShardConfig, specs: Mapping[Role, RoleSpec]) -> int:
@@ -210,6 +239,7 @@ class Maker:
 
     def __init__(self, config: ShardConfig, specs: Mapping[Role, RoleSpec], reader: Reader) -> None:
         self.config, self.specs, self.reader = config, specs, reader
+        self.stored = stored_specs(specs)
         self._decoding = threading.Semaphore(DECODERS)
 
     def __call__(self, row: Mapping[str, Any]) -> Pair | Reject:
@@ -218,6 +248,7 @@ class Maker:
         sizes: dict[Role, tuple[int, int]] = {}
         fetched: dict[str, bytes] = {}
         decoded: dict[tuple[str, Kind], Array] = {}
+        arrays: dict[Role, Array] = {}
         for role, spec in self.specs.items():
             uri = row.get(f"{role}_uri")
             if uri is None:
@@ -226,11 +257,16 @@ class Maker:
                 if uri not in fetched:
                     fetched[uri] = self.reader.read(_object(row, role))
                 with self._decoding:
-                    array, sizes[role] = self._image(row, role, spec, fetched[uri], decoded)
-                    pair.stored[role] = self._store(array, spec, uri, sizes[role])
+                    arrays[role], sizes[role] = self._image(row, role, spec, fetched[uri], decoded)
                 same_shape(sizes)
             except ImageRejected as why:
                 return Reject(pair.key, role, uri, why.reason, why.detail)
+        if "features" in arrays:
+            arrays["source"] = with_features(arrays["source"], self.specs["source"], arrays.pop("features"))
+        for role, array in arrays.items():
+            with self._decoding:
+                stored = self._store(array, self.stored[role], row[f"{role}_uri"], sizes[role])
+            pair.stored[role] = stored
         return pair
 
     def _image(
@@ -247,7 +283,11 @@ class Maker:
         place = (row[f"{role}_uri"], kind)
         if place not in decoded:
             decoded[place] = images.decode(
-                data, kind, max_pixels=config.max_pixels, channels=config.channels, min_side=config.min_side
+                data,
+                kind,
+                max_pixels=config.max_pixels,
+                channels=spec.channel_count,
+                min_side=config.min_side,
             )
         whole = images.crop_half(decoded[place], row.get(f"{role}_crop") or "")
         size = (whole.shape[1], whole.shape[0])
@@ -331,7 +371,9 @@ class ShardWriter:
             self.shape,
             compression={name: "lz4" if name in packed else "none" for name in self.shape.names},
             use_dictionary=False,
-            # Statistics of an image column would be images. Checksums of pages are ours, per image.
+            # An image's own checksum says that it is sound; that of a page, that the store's client was.
+            write_page_checksum=True,
+            # Statistics of an image column would be images.
             write_statistics=[n for n in plain if not n.endswith(("_ids", "_mean", "_std"))],
         )
 
@@ -352,7 +394,7 @@ class ShardWriter:
         self._flush()
         self.writer.close()
         size = self.partial.stat().st_size
-        patiently(lambda: _put(self.partial, self.uri), self.uri)
+        _put(self.partial, self.uri)
         return {"name": self.name, "rows": sum(self.groups), "row_groups": self.groups, "bytes": size}
 
     def discard(self) -> None:
@@ -369,7 +411,7 @@ def _put(partial: Path, uri: str) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     else:
-        fs.put_file(str(partial), path)
+        storage.written(lambda: fs.put_file(str(partial), path), uri)
 
 
 def shard_part(
@@ -388,6 +430,7 @@ def shard_part(
     rows = storage.read_parquet(part).to_pylist()
     if storage.is_local(output):
         Path(output).mkdir(parents=True, exist_ok=True)
+    stored = stored_specs(specs)
     reader = Reader()
     reader.stream_archives(_object(row, role) for row in rows for role in specs if row.get(f"{role}_uri"))
     statistics: dict[Split, Statistics] = {}
@@ -402,12 +445,12 @@ def shard_part(
                 continue
             if made.split not in writers:
                 name = f"{made.split}-{bucket:05d}.parquet"
-                writer = ShardWriter(output, name, specs, row_group_rows(config, specs), scratch)
+                writer = ShardWriter(output, name, stored, row_group_rows(config, stored), scratch)
                 writers[made.split] = writer
                 stack.callback(writer.discard)
                 statistics[made.split] = Statistics()
-            for role, stored in made.stored.items():
-                statistics[made.split].add(role, stored.measures, stored.original)
+            for role, image in made.stored.items():
+                statistics[made.split].add(role, image.measures, image.original)
             writers[made.split].add(made)
         files = {split: writer.publish() for split, writer in sorted(writers.items())}
     _write_quarantine(output, bucket, rejects)
@@ -418,7 +461,7 @@ def shard_part(
         "rejects": dict(Counter(reject.reason for reject in rejects)),
         "statistics": {split: found.to_json() for split, found in sorted(statistics.items())},
     }
-    patiently(lambda: storage.write_json(marker, summary), marker)
+    storage.write_json(marker, summary)
     return summary
 
 
@@ -430,12 +473,9 @@ def bucket_of(part: str) -> int:
 
 
 def _marker(uri: str) -> dict[str, Any] | None:
-    def read() -> dict[str, Any]:
-        return cast(dict[str, Any], storage.read_json(uri))
-
     try:
-        return patiently(read, uri)
-    except ImageRejected:  # there is none
+        return cast(dict[str, Any], storage.read_json(uri))
+    except FileNotFoundError:
         return None
 
 
@@ -443,8 +483,7 @@ def _write_quarantine(output: str, bucket: int, rejects: Sequence[Reject]) -> No
     if rejects:
         columns = {name: [getattr(reject, name) for reject in rejects] for name in QUARANTINE.names}
         uri = storage.join(output, f"quarantine-{bucket:05d}.parquet")
-        found = pa.table(columns, schema=QUARANTINE)
-        patiently(lambda: storage.write_parquet(uri, found, compression="zstd"), uri)
+        storage.write_parquet(uri, pa.table(columns, schema=QUARANTINE), compression="zstd")
 
 
 # -- wiring -------------------------------------------------------------------
@@ -467,7 +506,7 @@ def run(config: ShardConfig, resources: Resources, *, output: str, track: Run, p
             done.add(summary)
             progress.advance(summary["rows"], f"{len(done.buckets):,}/{len(parts):,} parts")
     done.check(config.max_reject_fraction, output)
-    spec = DatasetSpec(size=config.size, roles=specs, splits=done.splits())
+    spec = DatasetSpec(size=config.size, roles=stored_specs(specs), splits=done.splits())
     leaks = card.leakage(output, spec)
     written = card.write(output, spec, done.statistics, done.rejects, leaks)
     dataset.save(output, spec)

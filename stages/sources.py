@@ -26,6 +26,7 @@ from stages.dataset import DatasetSpec
 from stages.errors import UserError
 from stages.fetch import Object, Reader
 from stages.images import Array, ImageRejected
+from stages.row_groups import read_unit
 
 UNIT_ROWS = 64
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
@@ -86,27 +87,24 @@ def shard_items(folder: str, spec: DatasetSpec, run: Run, *, size: tuple[int, in
     """The sources of a unit, resized to `size` (width, height) if asked. StageError for a damaged shard."""
     roles: list[Role] = [role for role in ("source", "instance") if role in spec.roles]
     columns = ["key", "source_uri", *(name for role in roles for name in (role, f"{role}_crc"))]
-    fs, path = storage.filesystem(storage.join(folder, run.name))
-    with fs.open(path, "rb") as handle:
-        file = pq.ParquetFile(handle)
-        for index in range(run.start, run.stop):
-            table = file.read_row_group(index, columns=columns)
-            for row in range(table.num_rows):
-                key = table["key"][row].as_py()
+    for index in range(run.start, run.stop):
+        table = read_unit(folder, {"file": run.name, "group": index}, columns)
+        for row in range(table.num_rows):
+            key = table["key"][row].as_py()
 
-                def load(table: pa.Table = table, row: int = row, key: str = key) -> Loaded:
-                    found = {role: _stored(folder, spec, run.name, key, role, table, row) for role in roles}
-                    if size is not None:
-                        found = {
-                            role: None if image is None else images.resize(image, size, spec.roles[role].kind)
-                            for role, image in found.items()
-                        }
-                    source = found["source"]
-                    if source is None:
-                        raise ImageRejected("empty", "the pair has no source")
-                    return Loaded(source, found.get("instance"))
+            def load(table: pa.Table = table, row: int = row, key: str = key) -> Loaded:
+                found = {role: _stored(folder, spec, run.name, key, role, table, row) for role in roles}
+                if size is not None:
+                    found = {
+                        role: None if image is None else images.resize(image, size, spec.roles[role].kind)
+                        for role, image in found.items()
+                    }
+                source = found["source"]
+                if source is None:
+                    raise ImageRejected("empty", "the pair has no source")
+                return Loaded(source, found.get("instance"))
 
-                yield Item(key, table["source_uri"][row].as_py() or "", load)
+            yield Item(key, table["source_uri"][row].as_py() or "", load)
 
 
 def _stored(
@@ -312,11 +310,8 @@ def object_items(
     output: str, planned: Planned, unit: int, reader: Reader, *, kind: Kind, max_pixels: int, instances: bool
 ) -> Iterator[Item]:
     """The sources of a unit, to be fetched when loaded."""
-    fs, path = storage.filesystem(
-        storage.join(output, "plan", f"chunk-{unit // UNITS_PER_CHUNK:05d}.parquet")
-    )
-    with fs.open(path, "rb") as handle:
-        rows = pq.ParquetFile(handle).read_row_group(unit % UNITS_PER_CHUNK).to_pylist()
+    place = {"file": f"plan/chunk-{unit // UNITS_PER_CHUNK:05d}.parquet", "group": unit % UNITS_PER_CHUNK}
+    rows = read_unit(output, place, PLAN.names).to_pylist()
     reader.stream_archives(
         Object(row["uri"], row["size"], row["etag"]) for row in rows if row["error"] is None
     )

@@ -1,6 +1,6 @@
 """Pairs written down in a table: CSV, TSV, JSON lines or Parquet.
 
-in:  rows {source, target[, label, instance][, key, split, group]}   URIs of images, by column name
+in:  rows {source, target[, label, instance, features][, key, split, group]}   URIs of images, by column name
 out: objects {key, role, split, group, uri, ...} and rejects, as ingest has them
 
 A URI without a scheme is relative to the table's folder. A table may come from strangers, so it can only name
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import reduce
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -19,10 +20,11 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
+from stages.base import Role
 from stages.patterns import bad_keys, canonical_splits, compose
 from stages.storage import filesystem
 
-ROLES = ("source", "target", "label", "instance")
+ROLES: tuple[Role, ...] = get_args(Role)
 COLUMNS = (*ROLES, "key", "split", "group")
 FORMATS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 

@@ -86,6 +86,6 @@ def make_shards(
     done = shard.Summary()
     for part in found:
         done.add(shard.shard_part(part, output=str(folder), config=settings, specs=specs, io_threads=4))
-    spec = DatasetSpec(size=settings.size, roles=specs, splits=done.splits())
+    spec = DatasetSpec(size=settings.size, roles=shard.stored_specs(specs), splits=done.splits())
     dataset.save(str(folder), spec)
     return spec

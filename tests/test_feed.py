@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages import feed as feed_module
-from stages import images, storage
+from stages import images
 from stages.augment import AugmentConfig, apply, draw
 from stages.dataset import DatasetSpec, read_split
 from stages.errors import StageError, UserError
-from stages.feed import Ahead, Feed, copy_pixels, read_here, read_row_group
+from stages.feed import Ahead, Feed, copy_pixels, read_here
 from stages.models.step import Batch
 from tests.shards import SIZE, make_shards, pair_row, photo, photo_pairs, write_image
 
@@ -220,16 +220,6 @@ def test_what_cannot_work_is_refused_before_anything_is_read(shards):
         Feed(folder, spec, batch=4, world=3)
     with pytest.raises(UserError, match=r"augment\.crop"):
         Feed(folder, spec, augment=AugmentConfig(crop=(25, 8)))
-
-
-def test_a_row_group_from_a_store_takes_one_request(tmp_path):
-    make_shards(tmp_path / "shards", photo_pairs(tmp_path / "in", 9), parts=1, encoding="png")
-    data = (tmp_path / "shards" / "train-00000.parquet").read_bytes()
-    storage.write_bytes("memory://feed/train-00000.parquet", data)
-    columns = ["key", "target", "target_crc"]
-    for group in range(3):
-        local = read_row_group(str(tmp_path / "shards" / "train-00000.parquet"), group, columns)
-        assert read_row_group("memory://feed/train-00000.parquet", group, columns).equals(local)
 
 
 # -- background ---------------------------------------------------------------

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from stages import archives, fetch, storage
+from stages import archives, storage
 from stages.errors import StageError, UserError
-from stages.fetch import Object, Reader, in_order, patiently
+from stages.fetch import Object, Reader, in_order
 from stages.images import ImageRejected
 from stages.listing import etag_of, local_etag
 
@@ -144,14 +144,6 @@ def test_what_is_gone_or_replaced_is_known_at_once(server: FaultyServer):
     assert server.requests == 2
 
 
-def test_our_own_faults_are_not_mistaken_for_the_stores():
-    def wrong() -> None:
-        raise KeyError("a bug")
-
-    with pytest.raises(KeyError):
-        patiently(wrong, "x", 5, 0.001)
-
-
 def test_a_flipped_bit_is_found_by_the_stores_md5():
     wanted = Object("s3://b/a.png", len(BODY), hashlib.md5(BODY).hexdigest())  # noqa: S324
     flipped = bytes([BODY[0] ^ 1]) + BODY[1:]
@@ -246,16 +238,3 @@ def test_results_come_in_order_and_only_so_many_are_begun():
         assert next(results) == 0
         assert len(begun) == 7
         assert list(results) == [-n for n in range(1, 20)]
-
-
-def test_waits_grow_but_stay_bounded(monkeypatch: pytest.MonkeyPatch):
-    waits: list[float] = []
-    monkeypatch.setattr(fetch.time, "sleep", waits.append)
-
-    def away() -> None:
-        raise ConnectionResetError("away")
-
-    with pytest.raises(StageError):
-        patiently(away, "x")
-    assert len(waits) == fetch.ATTEMPTS - 1
-    assert 10 < sum(waits) < 60  # longer than a server's restart, not for ever

@@ -105,41 +105,15 @@ def test_any_other_fsspec_file_system_is_a_location() -> None:
         fs.rm("/images", recursive=True)
 
 
-def test_an_error_that_passes_is_tried_again_and_a_refusal_is_not() -> None:
-    calls = []
-
-    def fails_twice() -> int:
-        calls.append(1)
-        if len(calls) < 3:
-            raise OSError("busy")
-        return 7
-
-    assert listing.retried(fails_twice, wait=0) == 7
-
-    def refuses() -> int:
-        calls.append(1)
-        raise PermissionError
-
-    calls.clear()
-    with pytest.raises(PermissionError):
-        listing.retried(refuses, wait=0)
-    assert len(calls) == 1
-
-
-def test_missing_credentials_are_no_passing_trouble() -> None:
-    from botocore.exceptions import EndpointConnectionError, NoCredentialsError
-
-    assert not listing.passing(NoCredentialsError())
-    assert listing.passing(EndpointConnectionError(endpoint_url="http://x"))
-    assert (listing.describe(NoCredentialsError()) or "").startswith("no credentials")
-
-
 def test_only_errors_of_the_location_are_the_users() -> None:
+    from botocore.exceptions import NoCredentialsError
+
     assert (
         listing.describe(PermissionError("no"))
         == "access denied: check the credentials and the permissions (no)"
     )
     assert listing.describe(KeyError("a bug")) is None
+    assert (listing.describe(NoCredentialsError()) or "").startswith("no credentials")
     assert "\n" not in (listing.describe(OSError("two\nlines")) or "\n")
 
 

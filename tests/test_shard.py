@@ -171,6 +171,31 @@ def test_kinds_of_many_channels_and_lab_are_stored(tmp_path: Path):
     assert sample.images["target"].shape == (16, 24, 2)
 
 
+@pytest.mark.parametrize("kind", ["rgb", "labels"])
+def test_features_become_channels_of_the_source(tmp_path: Path, kind: str):
+    maps = np.random.default_rng(0).uniform(-1, 1, (16, 24, 3)).astype(np.float32)
+    np.save(tmp_path / "f.npy", maps)
+    array = photo(0) if kind == "rgb" else ids(0)
+    uris = {
+        "source": write_image(tmp_path / "s.png", array),
+        "target": write_image(tmp_path / "t.png", photo(1)),
+    }
+    row = pair_row("a", "train", {**uris, "features": str(tmp_path / "f.npy")})
+    options = {"kinds": {"source": kind}, "classes": 5, "features": 3}
+    spec = make_shards(tmp_path / "shards", [row], **options)
+    (sample,) = dataset.read_split(str(tmp_path / "shards"), spec, "train")
+    seen = images.normalise(array, "rgb") if kind == "rgb" else np.eye(5, dtype=np.float32)[array[:, :, 0]]
+    assert np.array_equal(sample.images["source"], np.concatenate([seen, maps], axis=2))
+    assert (spec.roles["source"].kind, spec.roles["source"].channels) == ("channels", seen.shape[2] + 3)
+    assert set(spec.roles) == {"source", "target"}
+    with pytest.raises(UserError, match=r"shard\.features"):
+        shard.role_specs(ShardConfig(), ["source", "target", "features"])
+    np.save(tmp_path / "f.npy", maps[:, :, :2])
+    row = pair_row("a", "train", {**uris, "features": str(tmp_path / "f.npy")})
+    make_shards(tmp_path / "other", [row], parts=1, **options)
+    assert quarantine(tmp_path / "other") == {"a": "wrong_kind"}
+
+
 def test_a_derived_source_is_made_of_the_target(tmp_path: Path):
     target = write_image(tmp_path / "t.png", photo(0))
     row = pair_row("a", "train", {"source": target, "target": target}, source_derive="lab_lightness")

@@ -1,0 +1,107 @@
+"""Row groups of shards, read whole: what the tasks behind a training input do.
+
+in:  read units {file, group, rows} of a shards folder
+out: Arrow tables of their rows, images as they are stored
+
+Without torch, so that a process that only reads starts in a second and stays small.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stages import storage
+from stages.errors import StageError
+
+
+@lru_cache(maxsize=256)
+def _metadata(uri: str) -> Any:
+    fs, path = storage.filesystem(uri)
+    with fs.open(path, "rb") as file:
+        return pq.read_metadata(file)
+
+
+class _Window(io.RawIOBase):
+    """The bytes of a file from `start` on, at their own places: what a reader of one row group asks for."""
+
+    def __init__(self, start: int, data: bytes, size: int) -> None:
+        super().__init__()
+        self.start, self.data, self.total, self.at = start, memoryview(data), size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.at = offset + (0, self.at, self.total)[whence]
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def readinto(self, out: Any) -> int:
+        begin = self.at - self.start
+        if not 0 <= begin <= len(self.data):
+            raise OSError("a page outside its row group")
+        part = self.data[begin : begin + len(out)]
+        out[: len(part)] = part
+        self.at += len(part)
+        return len(part)
+
+
+def num_row_groups(uri: str) -> int:
+    """Row groups of a shard."""
+    if storage.is_local(uri):
+        return int(pq.read_metadata(uri).num_row_groups)
+    return int(storage.patiently(lambda: _metadata(uri), uri).num_row_groups)
+
+
+def read_row_group(uri: str, group: int, columns: list[str]) -> pa.Table:
+    """Columns of one row group; from a store with a single request (its footer is read once a process).
+
+    What a store's client hands over is compared with Parquet's page checksums, since clients do not notice
+    flipped bits in parts of objects. Raises OSError if it differs.
+    """
+    if storage.is_local(uri):
+        with pq.ParquetFile(uri, memory_map=True) as file:
+            return file.read_row_group(group, columns=columns, use_threads=False)
+    metadata = _metadata(uri)
+    chunks = [metadata.row_group(group).column(i) for i in range(metadata.num_columns)]
+    chunks = [c for c in chunks if c.path_in_schema.partition(".")[0] in columns]
+    starts = [c.dictionary_page_offset or c.data_page_offset for c in chunks]
+    start, end = min(starts), max(s + c.total_compressed_size for s, c in zip(starts, chunks, strict=True))
+    fs, path = storage.filesystem(uri)
+    data = cast(bytes, fs.cat_file(path, start=start, end=end))
+    if len(data) != end - start:
+        raise OSError(f"{uri}: {len(data)} bytes of {end - start}")
+    try:
+        window = _Window(start, data, end)
+        with pq.ParquetFile(window, metadata=metadata, page_checksum_verification=True) as file:
+            return file.read_row_group(group, columns=columns, use_threads=False)
+    except (OSError, pa.ArrowException) as error:
+        _metadata.cache_clear()  # it may be the footer that came over damaged
+        raise OSError(f"row group {group}: {' '.join(str(error).split())}") from error
+
+
+def read_unit(folder: str, unit: Mapping[str, Any], columns: list[str]) -> pa.Table:
+    """The rows of a read unit {file, group, rows}, in their order; rows None are all of the group.
+
+    Raises:
+        StageError: the shard is gone or damaged, or the store stayed away. UserError: it refuses access.
+    """
+    uri = storage.join(folder, unit["file"])
+    try:
+        table = storage.patiently(lambda: read_row_group(uri, unit["group"], columns), uri)
+    except (FileNotFoundError, pa.ArrowException) as error:
+        text = " ".join(str(error).split())
+        raise StageError(f"{uri}: not the shard that dataset.json describes ({text})") from error
+    rows = unit.get("rows")
+    return table if rows is None else table.take(pa.array(rows, pa.int64()))
