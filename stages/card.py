@@ -9,6 +9,7 @@ Sums are kept as integers (floats only for kind `channels`), so a card does not 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -163,14 +164,19 @@ class Statistics:
 
 @dataclass(frozen=True, slots=True)
 class Leaks:
-    """Training images that look like a held-out one, by perceptual hash. A hint to look, not a verdict."""
+    """Training images that look like a held-out one, and validation images that look like a test one.
+
+    By perceptual hash: a hint to look, not a verdict.
+    """
 
     role: str = ""
     train: int = 0
     held_out: int = 0
     found: int = 0
+    val: int = 0
+    found_in_val: int = 0
     examples: tuple[tuple[str, str, int], ...] = ()
-    """(training key, held-out key, bits of 64 that differ)"""
+    """(key, held-out key, bits of 64 that differ)"""
 
 
 def near(
@@ -185,32 +191,50 @@ def near(
 
 
 def leakage(folder: str, spec: DatasetSpec) -> Leaks:
-    """Compare every training image with (a sample of) the held-out ones, a shard a task."""
+    """Compare every training image with (a sample of) the held-out ones, those of val with those of test.
+
+    A shard a task.
+    """
     role = next((r for r in ("target", "source") if r in spec.roles and hashable(spec.roles[r].kind)), None)
-    held_files = [f.name for s in ("val", "test") for f in spec.splits.get(s, ())]
-    train_files = [f.name for f in spec.splits.get("train", ())]
-    if role is None or not held_files or not train_files:
+    names: dict[str, list[str]] = {
+        split: [f.name for f in spec.splits.get(split, ())] for split in get_args(Split)
+    }
+    if role is None or sum(map(bool, names.values())) < 2:
         return Leaks()
     keys: list[str] = []
-    hashes: list[npt.NDArray[np.uint64]] = []
-    for name in held_files:
-        if len(keys) >= LEAK_SAMPLE:
-            break
-        found, values = read_hashes(folder, name, role)
-        keys += found
-        hashes.append(values)
+    hashes: list[npt.NDArray[np.uint64]] = [np.empty(0, np.uint64)]
+    ends: dict[str, int] = {}  # those of test come first: val is compared with these alone
+    for split in ("test", "val"):
+        for name in names[split]:
+            if len(keys) >= LEAK_SAMPLE:
+                break
+            found, values = read_hashes(folder, name, role)
+            keys += found
+            hashes.append(values)
+        ends[split] = min(len(keys), LEAK_SAMPLE)
     held = np.concatenate(hashes)[:LEAK_SAMPLE]
+    items = [
+        {"name": name, "split": split, "end": end}
+        for split, end in (("train", ends["val"]), ("val", ends["test"]))
+        for name in names[split]
+        if end
+    ]
     compare = partial(_compare, folder=folder, role=role, held=ray.put((keys, held)))
-    compared = ray.data.from_items(
-        [{"name": name} for name in train_files], override_num_blocks=min(len(train_files), 1024)
-    ).map(compare, num_cpus=1)
-    rows = sorted(compared.iter_rows(), key=lambda row: str(row["name"]))
+    rows: list[dict[str, Any]] = []
+    if items:
+        compared = ray.data.from_items(items, override_num_blocks=min(len(items), 1024)).map(compare)
+        rows = sorted(compared.iter_rows(), key=lambda row: str(row["name"]))
     examples = [tuple(example) for row in rows for example in json.loads(row["examples"])]
+    total: Counter[str] = Counter()
+    for row in rows:
+        total.update({f"rows_{row['split']}": row["rows"], f"found_{row['split']}": row["found"]})
     return Leaks(
         role=role,
-        train=sum(row["rows"] for row in rows),
+        train=total["rows_train"],
         held_out=len(held),
-        found=sum(row["found"] for row in rows),
+        found=total["found_train"],
+        val=total["rows_val"],
+        found_in_val=total["found_val"],
         examples=tuple(examples[:LEAK_EXAMPLES]),
     )
 
@@ -231,6 +255,7 @@ def read_hashes(folder: str, name: str, role: Role) -> tuple[list[str], npt.NDAr
 
 def _compare(row: dict[str, Any], *, folder: str, role: Role, held: Any) -> dict[str, Any]:
     held_keys, held_hashes = ray.get(held)
+    held_hashes = held_hashes[: row["end"]]
     keys, hashes = read_hashes(folder, row["name"], role)
     nearest = near(hashes, held_hashes)
     alike = np.flatnonzero(nearest >= 0)
@@ -238,7 +263,13 @@ def _compare(row: dict[str, Any], *, folder: str, role: Role, held: Any) -> dict
         (keys[i], held_keys[nearest[i]], int(np.bitwise_count(hashes[i] ^ held_hashes[nearest[i]])))
         for i in alike[:LEAK_EXAMPLES]
     ]
-    return {"name": row["name"], "rows": len(keys), "found": len(alike), "examples": json.dumps(examples)}
+    return {
+        "name": row["name"],
+        "split": row["split"],
+        "rows": len(keys),
+        "found": len(alike),
+        "examples": json.dumps(examples),
+    }
 
 
 # -- the card -----------------------------------------------------------------
@@ -339,8 +370,10 @@ def _leak_lines(leaks: Mapping[str, Any]) -> list[str]:
         f"{leaks['found']:,} of {leaks['train']:,} training images ({leaks['role']}) look like one of "
         f"{leaks['held_out']:,} held-out images, by perceptual hash. Worth a look, not a verdict.",
     ]
+    if leaks["val"]:
+        lines.append(f"So do {leaks['found_in_val']:,} of {leaks['val']:,} validation images of test ones.")
     if leaks["examples"]:
-        lines += ["", "| training key | held-out key | bits of 64 that differ |", "|---|---|---|"]
+        lines += ["", "| key | held-out key | bits of 64 that differ |", "|---|---|---|"]
         lines += [f"| {_cell(a)} | {_cell(b)} | {bits} |" for a, b, bits in leaks["examples"]]
     return lines
 

@@ -288,13 +288,14 @@ def test_keys_of_interest_are_picked(tmp_path: Path):
 def test_the_stage_writes_shards_card_and_counts(tmp_path: Path, ray_local: None):
     rows = photo_pairs(tmp_path / "in", 10, roles=("source", "target", "label"))
     rows += photo_pairs(tmp_path / "held", 4, "test", first=8, roles=("source", "target", "label"))
+    rows += photo_pairs(tmp_path / "val", 2, "val", first=11, roles=("source", "target", "label"))
     rows.append(pair_row("gone", "val", {r: str(tmp_path / "no.png") for r in ("source", "target", "label")}))
     pairs = write_parts(tmp_path / "pairs", rows, 3)
     output = str(tmp_path / "shards")
     config = ShardConfig(size=SIZE, classes=5, max_reject_fraction=0.1, row_group_rows=4)
     outcome = shard.run(config, Resources(), output=output, track=NullRun(), pairs=pairs)
     counts = dict(outcome.counts)
-    assert (counts["pairs"], counts["train"], counts["test"], counts["rejected_missing"]) == (15, 10, 4, 1)
+    assert (counts["pairs"], counts["train"], counts["test"], counts["rejected_missing"]) == (17, 10, 4, 1)
     spec = dataset.load(output)
     assert (spec.rows("train"), spec.rows("test")) == (10, 4)
     found = json.loads((tmp_path / "shards" / "card.json").read_text())
@@ -302,7 +303,8 @@ def test_the_stage_writes_shards_card_and_counts(tmp_path: Path, ray_local: None
     stacked = np.stack([photo(2 * n) for n in range(10)]).reshape(-1, 3)
     assert np.allclose(found["splits"]["train"]["roles"]["source"]["mean"], stacked.mean(0))
     assert np.allclose(found["splits"]["train"]["roles"]["source"]["std"], stacked.std(0))
-    assert counts["leaks"] == 2  # pairs 8 and 9 are in both splits
+    assert counts["leaks"] == 2  # pairs 8 and 9 are in train and test
+    assert (found["leakage"]["val"], found["leakage"]["found_in_val"]) == (2, 1)  # 11 is in val and test
     assert "Near-duplicates" in (tmp_path / "shards" / "card.md").read_text()
     sheet = images.decode((tmp_path / "shards" / "samples.png").read_bytes(), "rgb")
     assert sheet.shape == (4 * 20 + 4, 3 * 28 + 4, 3)
