@@ -135,7 +135,8 @@ def card(spec: DatasetSpec, found: Mapping[str, Any] | None) -> list[tuple[str, 
                 lines.append((f"{split} {role}, as found", sizes))
     leaks = (found or {}).get("leakage") or {}
     if leaks.get("role"):
-        lines.append(("near-duplicates between splits", f"{leaks.get('found', 0):,} of those compared"))
+        alike = leaks.get("found", 0) + leaks.get("found_in_val", 0)
+        lines.append(("near-duplicates between splits", f"{alike:,} of those compared"))
     return lines
 
 

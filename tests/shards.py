@@ -1,8 +1,11 @@
-"""Small image files, pair parts and shards folders for tests."""
+"""Small image files, pair parts and shards folders for tests; the stages' tasks without Ray."""
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages import dataset, images, shard
+from stages import dataset, images, ingest, pair, shard
 from stages.base import Role
 from stages.dataset import DatasetSpec
+from stages.errors import UserError
+from stages.ingest import IngestConfig
 from stages.listing import local_etag
 
 SIZE = (24, 16)
@@ -89,3 +94,33 @@ def make_shards(
     spec = DatasetSpec(size=settings.size, roles=shard.stored_specs(specs), splits=done.splits())
     dataset.save(str(folder), spec)
     return spec
+
+
+def list_and_pair(listed: IngestConfig, work: str, **pairing: Any) -> list[str]:
+    """The parts of pairs of what the locations hold, made as the tasks of ingest and pair make them."""
+    objects, pairs, roles = f"{work}/objects", f"{work}/pairs", Counter[str]()
+    config = pair.PairConfig(**pairing)
+    files: dict[str, int] = {}
+    for number, (index, unit) in enumerate(ingest.units(listed)):
+        item = {"unit": number, "location": index, "spec": json.dumps(asdict(unit))}
+        row = ingest.list_unit(item, config=listed, output=objects, requests=4)
+        if row["error"]:
+            raise UserError(row["error"])
+        files.update(json.loads(row["files"]))
+        counts = json.loads(row["counts"])
+        roles.update({name.removeprefix("role_"): n for name, n in counts.items() if "role_" in name})
+    shuffle = {"exchange": f"{pairs}/_exchange-1-x", "parts": 3}
+    names = sorted(name for name in files if name.startswith("objects-"))
+    item = {"number": 0, "files": json.dumps(names)}
+    dealt = pair.scatter(item, objects=objects, parts_per_task=3, seed=0, **shuffle)
+    assert json.loads(dealt["tasks"]) == [0]
+    joined = pair.gather(
+        {"task": 0, "scatters": "[0]"},
+        output=pairs,
+        roles=pair.check_roles(config, roles),
+        config=config,
+        cuts=(0, 0),
+        threads=4,
+        **shuffle,
+    )
+    return [f"{pairs}/{name}" for name in sorted(json.loads(joined["files"])) if name.startswith("part-")]

@@ -7,7 +7,6 @@ and how many of them were spoiled.
 
 from __future__ import annotations
 
-import json
 import socket
 import tempfile
 import threading
@@ -20,14 +19,14 @@ import fsspec.config
 import pytest
 import torch
 
-from stages import dataset, ingest, pair, shard, storage
+from stages import dataset, shard, storage
 from stages.base import Role
 from stages.dataset import DatasetSpec
 from stages.errors import StageError, UserError
 from stages.feed import Feed, read_here
 from stages.ingest import IngestConfig
-from stages.pair import PairConfig
 from stages.shard import ShardConfig
+from tests import shards
 from tests.shards import SIZE, photo
 from tests.stores.ceph import CephS3, missing
 from tests.stores.faults import Fault, FaultProxy
@@ -103,25 +102,8 @@ def listing(bucket: str) -> IngestConfig:
 
 
 def list_and_pair(bucket: str, work: str) -> list[str]:
-    """The parts of pairs of a bucket, made as the two stages' tasks do it."""
-    listed = listing(bucket)
-    files: dict[str, int] = {}
-    for number, (index, unit) in enumerate(ingest.units(listed)):
-        item = {"unit": number, "location": index, "spec": json.dumps(ingest.asdict(unit))}
-        row = ingest.list_unit(item, config=listed, output=f"{work}/objects", requests=4)
-        if row["error"]:
-            raise UserError(row["error"])
-        files.update(json.loads(row["files"]))
-    shuffle = {"exchange": f"{work}/pairs/_exchange-1-x", "parts": 3}
-    item = {"number": 0, "files": json.dumps(sorted(files))}
-    dealt = pair.scatter(item, objects=f"{work}/objects", parts_per_task=3, seed=0, **shuffle)
-    assert json.loads(dealt["tasks"]) == [0]
-    joined = pair.gather(
-        {"task": 0, "scatters": "[0]"},
-        output=f"{work}/pairs", roles=ROLES, config=PairConfig(), cuts=(0, 0), threads=4, **shuffle,
-    )  # fmt: skip
-    names = [name for name in json.loads(joined["files"]) if name.startswith("part-")]
-    return [f"{work}/pairs/{name}" for name in sorted(names)]
+    """The parts of pairs of a bucket."""
+    return shards.list_and_pair(listing(bucket), work)
 
 
 def make(parts: Sequence[str], output: str) -> DatasetSpec:
@@ -219,9 +201,9 @@ def test_a_store_that_is_killed_and_comes_back_after_seconds_is_waited_for(
     store: Store, bucket: str, wanted: tuple[dict[str, bytes], Batches]
 ) -> None:
     """SIGKILL while shards are made, and again while they are read."""
+    storage.configure({"s3": {**store.options(), **HASTY}})
     parts = list_and_pair(bucket, f"s3://{bucket}/killed")
     output = f"s3://{bucket}/killed/shards"
-    storage.configure({"s3": {**store.options(), **HASTY}})
 
     def away(seconds: float) -> threading.Thread:
         def kill_and_start() -> None:
@@ -249,6 +231,7 @@ def test_a_store_that_stays_away_is_one_error_and_nothing_is_taken_for_whole(
     store: Store, bucket: str, wanted: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "LONGEST_WAIT", 0.05)
+    storage.configure({"s3": store.options()})
     parts = list_and_pair(bucket, f"s3://{bucket}/stays-away")
     output = f"s3://{bucket}/stays-away/shards"
     once = {"config_kwargs": {"read_timeout": 0.5, "connect_timeout": 0.5, "retries": {"max_attempts": 0}}}

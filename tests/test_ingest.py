@@ -262,7 +262,7 @@ def test_a_bucket_is_listed_and_paired_in_the_bucket_through_faults(
         item = {"number": 0, "files": json.dumps(sorted(files))}
         pair.scatter(item, objects=work, parts_per_task=1, seed=0, **shuffle)
         joined = pair.gather(
-            {"task": 0},
+            {"task": 0, "scatters": "[0]"},
             output=work,
             roles=("source", "target"),
             config=pair.PairConfig(),

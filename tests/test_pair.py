@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from stages.pair import PairConfig, SplitConfig
 from stages.tracking import NullRun
 
 BOTH = ("source", "target")
+NOW = int(time.time())
 
 
 def objects(*rows: dict[str, Any]) -> pa.Table:
@@ -363,6 +366,36 @@ def test_whole_groups_meet_whatever_file_they_came_in(ray_local: None, tmp_path:
 
     first = {path.name: path.read_bytes() for path in (tmp_path / "pairs").iterdir()}
     (tmp_path / "pairs" / "part-99999.parquet").write_bytes(b"left by a killed run of another layout")
+    (tmp_path / "pairs" / f"{pair.EXCHANGE}1000-killed").mkdir()  # long ago
     run(tmp_path / "pairs")
     assert {path.name: path.read_bytes() for path in (tmp_path / "pairs").iterdir()} == first
     assert pc.all(pc.is_in(pairs["split"], pa.array(["train", "val"]))).as_py()
+
+    with ThreadPoolExecutor(2) as threads:  # two drivers at once
+        outcomes = list(threads.map(run, [tmp_path / "pairs"] * 2))
+    assert [outcome.counts for outcome in outcomes] == [outcome.counts] * 2
+    assert {path.name: path.read_bytes() for path in (tmp_path / "pairs").iterdir()} == first
+
+
+def test_another_drivers_exchange_is_left_alone(tmp_path: Path) -> None:
+    mine, other, old = (
+        str(tmp_path / f"{pair.EXCHANGE}{name}") for name in (f"{NOW}-a", f"{NOW}-b", "1000-c")
+    )
+    for folder in (mine, other, old):
+        Path(folder).mkdir()
+    pair.tidy(str(tmp_path), mine, set())
+    assert [str(path) for path in tmp_path.iterdir()] == [other]
+
+
+def test_an_exchange_that_was_removed_is_an_error_and_no_loss(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="removed while it was in use"):
+        pair.gather(
+            {"task": 0, "scatters": "[0, 1]"},
+            exchange=str(tmp_path / "gone"),
+            output=str(tmp_path),
+            roles=BOTH,
+            config=PairConfig(),
+            cuts=(0, 0),
+            parts=1,
+            threads=2,
+        )

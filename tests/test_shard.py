@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,26 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path):
     for name in ("one", "two"):
         make_shards(tmp_path / name, rows)
     names = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*") if p.is_file())
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+def test_two_drivers_on_one_folder_write_the_same_files(tmp_path: Path):
+    rows = photo_pairs(tmp_path / "in", 10)
+    spec = make_shards(tmp_path / "one", rows)
+    (tmp_path / "one" / "dataset.json").unlink()
+    config = ShardConfig(size=SIZE, row_group_rows=4)
+
+    def drive(_: int) -> None:
+        for part in sorted((tmp_path / "one-pairs").iterdir()):
+            output = str(tmp_path / "two")
+            shard.shard_part(str(part), output=output, config=config, specs=spec.roles, io_threads=2)
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(drive, range(2)))
+    names = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*") if p.is_file())
+    found = sorted(p.relative_to(tmp_path / "two") for p in (tmp_path / "two").rglob("*") if p.is_file())
+    assert found == names
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
 
