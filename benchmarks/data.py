@@ -189,7 +189,7 @@ def start_ray() -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(
-        num_cpus=6,
+        num_cpus=2,  # as a user on this machine has it
         include_dashboard=False,
         object_store_memory=1 << 30,
         log_to_driver=False,
