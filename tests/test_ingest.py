@@ -290,7 +290,7 @@ def test_a_place_that_cannot_be_written_is_an_error_not_a_loss(
     listed = config({"uri": str(tmp_path), "role": "target"})
     item = {"unit": 0, "location": 0, "spec": json.dumps(ingest.asdict(Unit("tree")))}
     row = ingest.list_unit(item, config=listed, output=f"s3://{s3_bucket}/work", requests=1)
-    assert row["error"].startswith(f"s3://{s3_bucket}/work: access denied")
+    assert row["error"].startswith(f"s3://{s3_bucket}/work/objects-00000-0000.parquet: access denied")
 
 
 # -- wiring -------------------------------------------------------------------

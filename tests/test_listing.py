@@ -253,7 +253,9 @@ def test_what_the_user_has_to_mend_is_said_in_a_line(
     short_pages: None,
     changes: dict[str, Any],
     complaint: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(storage, "LONGEST_WAIT", 0.05)
     given = dict(changes)
     uri = f"s3://{given.pop('bucket', s3_data)}/{given.pop('prefix', 'data')}"
     storage.configure({"s3": {**s3_store.options(), **given}})

@@ -371,10 +371,20 @@ def test_whole_groups_meet_whatever_file_they_came_in(ray_local: None, tmp_path:
     assert {path.name: path.read_bytes() for path in (tmp_path / "pairs").iterdir()} == first
     assert pc.all(pc.is_in(pairs["split"], pa.array(["train", "val"]))).as_py()
 
-    with ThreadPoolExecutor(2) as threads:  # two drivers at once
-        outcomes = list(threads.map(run, [tmp_path / "pairs"] * 2))
-    assert [outcome.counts for outcome in outcomes] == [outcome.counts] * 2
-    assert {path.name: path.read_bytes() for path in (tmp_path / "pairs").iterdir()} == first
+
+@pytest.mark.ray
+# Ray Data keeps its log files by execution, and loses one where two begin at the same time in one process.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_two_drivers_at_once_come_to_the_same_pairs(ray_local: None, tmp_path: Path) -> None:
+    folder = write_listing(tmp_path / "objects", objects(*(row for n in range(200) for row in both(f"{n}"))))
+    config = PairConfig(pairs_per_shard=50, split={"val": 0.2, "test": 0.0})
+    run = lambda output: pair.run(config, Resources(), output=str(output), objects=folder, track=NullRun())  # noqa: E731
+    alone = run(tmp_path / "alone")
+    with ThreadPoolExecutor(2) as threads:
+        outcomes = list(threads.map(run, [tmp_path / "shared"] * 2))
+    assert [outcome.counts for outcome in outcomes] == [alone.counts] * 2
+    wanted = {path.name: path.read_bytes() for path in (tmp_path / "alone").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "shared").iterdir()} == wanted
 
 
 def test_another_drivers_exchange_is_left_alone(tmp_path: Path) -> None:
