@@ -39,7 +39,7 @@ from pydantic import Field, field_validator
 
 from stages import storage
 from stages.base import Config
-from stages.errors import UserError
+from stages.errors import PixloomError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -671,7 +671,7 @@ class Sender:
             lines = "\n".join(operation.to_json() for operation in fresh)
             try:
                 storage.write_bytes(storage.join(self.spool, name), lines.encode())
-            except OSError as error:
+            except (OSError, PixloomError) as error:
                 logger.warning("%s cannot be written: %s", self.spool, error)
                 return
             self._spooled.append(storage.join(self.spool, name))
