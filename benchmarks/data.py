@@ -313,6 +313,9 @@ def measure_shard(
                 pairs=str(scratch / "pairs"),
             )
             found["shard stage"].append(count / (time.perf_counter() - start))
+            print(
+                f"turn {turn}: " + ", ".join(f"{n} {r[-1]:.1f} pairs/s" for n, r in found.items()), flush=True
+            )
             for side in (f"bench/plain{turn}", f"bench/out{turn}"):
                 fs.rm(side, recursive=True)
         show(found, "one process, s3fs and Pillow")

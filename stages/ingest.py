@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from stages.tracking import Run
 
 VERSION = 1
-ROWS_PER_BATCH = 32_000
+ROWS_PER_BATCH = 16_000
 ROWS_PER_FILE = 256_000
 UNITS_PER_LOCATION = 64
 LISTING_THREADS = 8  # units listed at once by the planner, and by each task
