@@ -1,13 +1,13 @@
 """Batch inference as a whole against the bare model, and against the published way, in one run.
 
-    python -m benchmarks.inference [--images 600] [--size 256] [--width 32] [--store s3|local] [--rerun 10000]
+    python -m benchmarks.inference [--images 600] [--memory 5000] [--rerun 10000] [--store s3|local]
 
     whole        the infer stage: PNGs read from the store, generated, PNGs and table written to the store;
-                 from the first image on, since starting Ray and torch is paid once however many images follow
+                 once it runs, since starting Ray and torch is paid once however many images follow
     bare         the same network and batch size on tensors in memory, all cores, nothing else
     published    one image at a time: Pillow in, eager float32, Pillow out, as the published test scripts do
-    memory       the largest resident size of a generating process, over few images and over many
-    no-op        the same command again over --rerun finished outputs
+    memory       the largest resident size of a generating process, over 100 small images and over many
+    no-op        the command again over --rerun finished outputs, a process of its own
 
 Ratios are of measurements in one run on one machine; other load on it moves both sides.
 """
@@ -17,22 +17,30 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
+import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import ray
+import ray.data
 import torch
 from PIL import Image
 
-from stages import infer, outputs, storage
-from stages.actors import on_actors, own_cores, pool_size
+from stages import infer, outputs, sources, storage
+from stages.actors import own_cores
 from stages.base import Resources
 from stages.infer import InferConfig, batch_size
+from stages.inference import Painter
 from stages.models.architecture import InputSpec, Pix2Pix, build_generator
 from stages.models.saved import Picture, Preprocessing, load_model, save_model
 from stages.storage import join, write_bytes
@@ -51,11 +59,11 @@ def picture(seed: int, size: int) -> bytes:
 
 def fill(folder: str, count: int, size: int) -> None:
     drawn = [picture(seed, size) for seed in range(min(count, 64))]
-    for index in range(count):
-        write_bytes(join(folder, f"{index:06d}.png"), drawn[index % len(drawn)])
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda i: write_bytes(join(folder, f"{i:06d}.png"), drawn[i % 64]), range(count)))
 
 
-def make_model(folder: Path, width: int, size: int) -> None:
+def make_model(folder: Path, width: int, size: int) -> Path:
     arch = Pix2Pix(levels=min(8, size.bit_length() - 1), width=width, dropout="none")
     inputs = InputSpec(channels=3)
     roles = {"source": Picture(kind="rgb"), "target": Picture(kind="rgb")}
@@ -63,18 +71,20 @@ def make_model(folder: Path, width: int, size: int) -> None:
     save_model(
         folder, generator, architecture=arch, inputs=inputs, preprocessing=Preprocessing(pictures=roles)
     )
+    return folder
 
 
 def bare(model: Path, size: int, images: int) -> float:
-    """Images a second of the network alone."""
+    """Images a second of the network alone, as the stage runs it: batches of one size, all cores."""
     torch.set_num_threads(own_cores())
-    network = load_model(model).generator
+    painter = Painter(load_model(model))
     batch = torch.zeros(batch_size(size, size, "cpu"), 3, size, size)
+    batch = batch.contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
-        network(batch)
+        painter.model.generator(batch)
         started, done = time.perf_counter(), 0
         while done < images:
-            network(batch)
+            painter.model.generator(batch)
             done += len(batch)
     return done / (time.perf_counter() - started)
 
@@ -114,48 +124,58 @@ class Watch(threading.Thread):
 
 
 def whole(model: Path, source: str, output: str, count: int) -> dict[str, float]:
-    """The stage. Steady: from the first finished unit to the last, by the table parts' times."""
+    """The stage: seconds in all, images a second once it runs, the most memory a process took.
+
+    Once it runs: from the moment a tenth of the images was written to the moment nine tenths were.
+    """
     watch = Watch()
     watch.start()
-    started = time.perf_counter()
     config, resources = InferConfig(input=source, model=str(model)), Resources(gpu=False)
-    arrivals: list[tuple[float, int]] = []
-    work = infer.prepare(config, output=output, tracking_uri=None)
-    job = infer.make_job(config, resources, work, output)
-    most = pool_size(resources, gpu=False)
-    for row in on_actors(infer.Generator, job, work.left, stage="infer", most=most, gpu=False):
-        arrivals.append((time.perf_counter(), int(row["images"])))
-    watch.stop.set()
-    first, last = arrivals[0][0], arrivals[-1][0]
-    steady = sum(images for _, images in arrivals[1:]) / max(1e-9, last - first)
-    assert sum(images for _, images in arrivals) == count
-    return {
-        "seconds": last - started,
-        "steady": steady,
-        "with_start": count / (last - started),
-        "mib": watch.most,
-    }
-
-
-def finished(source: str, output: str, model: Path) -> float:
-    """Seconds of a run with nothing to do."""
-    config = InferConfig(input=source, model=str(model))
-    work = infer.prepare(config, output=output, tracking_uri=None)
-    table = outputs.ROWS.empty_table()
-    for unit in work.left:  # as if it had been done: what a rerun reads is the table
-        storage.write_parquet(outputs.part_uri(output, unit), table)
     started = time.perf_counter()
-    infer.run(config, Resources(gpu=False), output=output, track=NullRun())
-    return time.perf_counter() - started
+    outcome = infer.run(config, resources, output=output, track=NullRun())
+    seconds = time.perf_counter() - started
+    watch.stop.set()
+    assert outcome.counts["images"] == count
+    written = np.sort(times(output))
+    low, high = count // 10, count * 9 // 10
+    steady = (high - low) / max(1e-9, float(written[high] - written[low]))
+    return {"seconds": seconds, "steady": steady, "with_start": count / seconds, "mib": watch.most}
+
+
+def times(output: str) -> list[float]:
+    """When each image was written, in seconds."""
+    fs, path = storage.filesystem(join(output, outputs.IMAGES))
+    fs.invalidate_cache()
+    entries = fs.find(path, detail=True).values()
+    return [e["LastModified"].timestamp() if "LastModified" in e else e["mtime"] for e in entries]
+
+
+def finished(source: str, output: str, model: Path, environment: dict[str, str]) -> float:
+    """Seconds of the command with nothing left to do."""
+    work = infer.prepare(InferConfig(input=source, model=str(model)), output=output, tracking_uri=None)
+    assert work.planned is not None
+    for unit in work.left:  # as if it had been done: what a rerun reads is the table
+        rows = min(sources.UNIT_ROWS, work.rows - unit * sources.UNIT_ROWS)
+        row = dict.fromkeys(outputs.ROWS.names) | {"key": "k", "output": "images/k.png", "size": 1, "crc": 1}
+        table = pa.Table.from_pylist([row] * rows, schema=outputs.ROWS)
+        storage.write_parquet(outputs.part_uri(output, unit), table)
+    words = ["--model", str(model), "--input", source, "--output", output]
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "pipeline.infer", *words]
+    told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    seconds = time.perf_counter() - started
+    assert f"images {work.rows:,}" in told, told
+    return seconds
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--images", type=int, default=600)
+    p.add_argument("--images", type=int, default=600, help="0: leave the ratios out")
     p.add_argument("--size", type=int, default=256)
-    p.add_argument("--width", type=int, default=32)
+    p.add_argument("--width", type=int, default=64, help="of the U-Net; the paper's is 64")
     p.add_argument("--store", choices=("s3", "local"), default="s3")
-    p.add_argument("--rerun", type=int, default=10_000)
+    p.add_argument("--memory", type=int, default=5000, help="0: leave the comparison of memory out")
+    p.add_argument("--rerun", type=int, default=10_000, help="0: leave the rerun out")
     options = p.parse_args()
     found: dict[str, Any] = {"cores": own_cores(), **vars(options)}
     with tempfile.TemporaryDirectory(prefix="pixloom-benchmark-") as temp:
@@ -168,34 +188,60 @@ def main() -> None:
             fs, _ = storage.filesystem("s3://benchmark")
             fs.call_s3("create_bucket", Bucket="benchmark")
             place = "s3://benchmark"
+        environment = storage.worker_environment(settings)
+        os.environ["RAY_AUTH_MODE"] = "disabled"
         ray.init(
             num_cpus=max(4, own_cores() + 1),
             include_dashboard=False,
             log_to_driver=False,
-            runtime_env={"env_vars": storage.worker_environment(settings)},
+            runtime_env={"env_vars": environment},
         )
+        ray.data.DataContext.get_current().enable_progress_bars = False
         try:
-            model = Path(temp) / "model"
-            make_model(model, options.width, options.size)
-            few = max(65, options.images // 10)
-            fill(join(place, "few"), few, options.size)
-            fill(join(place, "many"), options.images, options.size)
-            start = whole(model, join(place, "few"), join(place, "out-few"), few)
-            run = whole(model, join(place, "many"), join(place, "out-many"), options.images)
-            found["bare"] = bare(model, options.size, min(options.images, 300))
-            found["published"] = published(model, options.size, min(options.images, 60))
-            found["whole"] = run
-            found["whole_over_bare"] = run["steady"] / found["bare"]
-            found["whole_over_published"] = run["steady"] / found["published"]
-            found["memory_mib"] = {str(few): start["mib"], str(options.images): run["mib"]}
+            if options.images:
+                found |= ratios(options, Path(temp) / "model", place)
+            if options.memory:
+                model = make_model(Path(temp) / "small", 16, 64)
+                found["memory_mib"] = {}
+                for count in (100, options.memory):
+                    source, output = join(place, f"memory-{count}"), join(place, f"out-{count}")
+                    fill(source, count, 64)
+                    found["memory_mib"][str(count)] = whole(model, source, output, count)["mib"]
             if options.rerun:
-                fill(join(temp, "rerun"), options.rerun, 16)
-                found["noop_seconds"] = finished(join(temp, "rerun"), join(temp, "out-rerun"), model)
+                model = make_model(Path(temp) / "small", 16, 64)
+                fill(join(place, "rerun"), options.rerun, 16)
+                found["noop_seconds"] = finished(
+                    join(place, "rerun"), join(place, "out-rerun"), model, {**os.environ, **environment}
+                )
         finally:
             ray.shutdown()
             if server is not None:
                 server.kill()
     print(json.dumps(found, indent=2))
+
+
+def ratios(options: argparse.Namespace, folder: Path, place: str) -> dict[str, Any]:
+    """The stage beside the network alone and the published way: these before and after it."""
+    model = make_model(folder, options.width, options.size)
+    fill(join(place, "in"), options.images, options.size)
+    sides: dict[str, list[float]] = {"bare": [], "published": []}
+
+    def beside() -> None:
+        for _ in range(2):
+            sides["bare"].append(bare(model, options.size, max(16, options.images // 6)))
+            sides["published"].append(published(model, options.size, max(4, options.images // 15)))
+
+    beside()
+    run = whole(model, join(place, "in"), join(place, "out"), options.images)
+    beside()
+    medians = {name: statistics.median(values) for name, values in sides.items()}
+    return {
+        **medians,
+        "whole": run,
+        "whole_over_bare": run["steady"] / medians["bare"],
+        "whole_over_published": run["steady"] / medians["published"],
+        "all": sides,
+    }
 
 
 if __name__ == "__main__":

@@ -57,7 +57,9 @@ def steps(config: PipelineConfig) -> tuple[Step, ...]:
             config=config.infer,
             needs=({} if config.infer.model else {"model": phases[-1]})
             | ({} if config.infer.input else {"shards": "shard"}),
-            digest=(lambda: infer.digest(config.infer)) if config.infer.input or config.infer.model else None,
+            digest=(lambda: infer.digest(config.infer, config.tracking.place(config.workspace)))
+            if config.infer.input or config.infer.model
+            else None,
         ),
         Step(
             name="evaluate",

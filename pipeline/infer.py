@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -35,7 +34,7 @@ examples:
   python -m pipeline.infer --model m --input day --output night --set stochastic=true --set samples=4
 
 settings (--set) are those of the config's `infer` section, and `resources.*`, `storage.*`, `tracking.uri`
-(where models:/ and runs:/ are looked up).
+(where models:/ and runs:/ are looked up; else MLFLOW_TRACKING_URI, else ./workspace).
 
 output: images/<key>.png, table/part-*.parquet with a row an input: checksum, size, seconds, seed, error.
 
@@ -87,10 +86,7 @@ def run(options: argparse.Namespace) -> None:
     given = settings(options)
     storage.configure(given.storage)
     output = storage.absolute(options.output)
-    tracking_uri = None
-    if options.model.startswith(("models:", "runs:")):
-        tracking_uri = given.tracking.place(tempfile.gettempdir()) if given.tracking.uri else None
-    work = infer.prepare(given.infer, output=output, tracking_uri=tracking_uri)
+    work = infer.prepare(given.infer, output=output, tracking_uri=given.tracking.place("workspace"))
     if work.left:
         with cluster(given.resources, given.storage, {}):
             outcome = infer.finish(given.infer, given.resources, work, output)

@@ -13,10 +13,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
+import ray
 import yaml
 
 from pipeline import config as configuration
@@ -24,7 +26,7 @@ from pipeline.cluster import check_folders, cluster, kept_in
 from pipeline.config import PipelineConfig
 from pipeline.dag import Step, steps
 from pipeline.runner import Planned, execute, plan, select
-from stages import storage
+from stages import dataset, phases, storage
 from stages.errors import PixloomError, UserError
 from stages.progress import duration
 from stages.tracking import Run, open_parent
@@ -151,7 +153,7 @@ def run(options: argparse.Namespace, *, command: str) -> None:
         logger.info("nothing to do: every step is done")
         finished.update({p.step.name: dict(p.marker) for p in chosen if p.marker is not None})
     else:
-        _run(config, planned, chosen, finished, command)
+        _run(config, planned, chosen, finished, command, options.config)
     sys.stdout.write(summary(config, chosen, finished))
 
 
@@ -161,16 +163,21 @@ def _run(
     chosen: Sequence[Planned],
     finished: dict[str, dict[str, Any]],
     command: str,
+    path: str,
 ) -> None:
     tags = {"pixloom.command": command, "pixloom.workspace": config.workspace}
-    tags |= config.about.tags() | commit()
+    tags |= config.about.tags() | commit() | {"pixloom.config": path}
     with open_parent(config.tracking, time.strftime("%Y-%m-%d %H:%M"), tags, config.workspace) as parent:
         parent.artifact("config.yaml", as_yaml(config).encode())
+        size = phases.full_size(config.shard.size, config.augment)
+        parent.params(phases.compared(config.train, config.train.phases, size))
         with cluster(config.resources, config.storage, kept_in(config)):
+            parent.tags({"pixloom.hosts": hosts()})
             stop_on_sigterm()
             extra = extra_arguments(config, planned, finished, command)
             execute(chosen, config.resources, parent=parent, extra=extra, finished=finished)
-        _log_results(parent, finished)
+        _log_results(config, planned, finished, parent)
+        publish_model(config, planned, finished, parent)
 
 
 def as_yaml(config: PipelineConfig) -> str:
@@ -201,10 +208,53 @@ def extra_arguments(
     return extra
 
 
-def _log_results(parent: Run, finished: Mapping[str, Mapping[str, Any]]) -> None:
-    """The few numbers by which runs are compared, on the parent run."""
+def _log_results(
+    config: PipelineConfig,
+    planned: Sequence[Planned],
+    finished: Mapping[str, Mapping[str, Any]],
+    parent: Run,
+) -> None:
+    """The data set and the few numbers by which runs are compared, on the parent run."""
+    if "shard" in finished:
+        folder = next(p.folder for p in planned if p.step.name == "shard")
+        spec, (source, *_) = dataset.load(folder), config.ingest.locations
+        parent.dataset(
+            config.about.title or config.tracking.experiment,
+            uri=source.uri,
+            digest=spec.digest(),
+            context="training",
+            counts=spec.counts(),
+        )
     if "evaluate" in finished:
         parent.metrics(finished["evaluate"]["metrics"], step=0)
+
+
+def publish_model(
+    config: PipelineConfig,
+    planned: Sequence[Planned],
+    finished: Mapping[str, Mapping[str, Any]],
+    parent: Run,
+) -> None:
+    """Log and register the model of the last phase, and what evaluation measured of it, if it did."""
+    trained = [p for p in planned if p.step.group == "train"][-1]
+    if trained.step.name not in finished:
+        return
+    evaluated = {p.step.name: p for p in planned}["evaluate"]
+    ours = not (config.infer.model or config.infer.input or config.evaluate.images)
+    measured = finished.get("evaluate", {}).get("metrics", {}) if ours else {}
+    metric = config.tracking.metric
+    if measured and metric not in measured:
+        logger.warning("tracking.metric: %s was not measured; there are %s", metric, ", ".join(measured))
+    shards = evaluated.inputs["shards"]
+    parent.model(
+        storage.join(trained.folder, "model"),
+        dataset.example(shards, dataset.load(shards)),
+        name=config.tracking.model or config.tracking.experiment,
+        alias=config.tracking.alias,
+        metric=metric,
+        value=measured.get(metric),
+        data=f"{shards.rpartition('/')[2]} {config.evaluate.split}",
+    )
 
 
 def stop_on_sigterm() -> None:
@@ -229,6 +279,16 @@ def commit() -> dict[str, str]:
     except (OSError, subprocess.SubprocessError):
         return {}
     return {"mlflow.source.git.commit": told.stdout.strip()}
+
+
+def hosts() -> str:
+    """The machines of the cluster and what of them Ray may use, as a tag: `2 x 8 CPU, 1 GPU`."""
+    kinds = Counter(
+        ", ".join(f"{node['Resources'].get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+        for node in ray.nodes()
+        if node["Alive"]
+    )
+    return "; ".join(f"{count} x {told}" for told, count in kinds.most_common())
 
 
 def table(planned: Sequence[Planned]) -> str:

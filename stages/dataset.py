@@ -8,11 +8,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 from pydantic import ValidationError
 
@@ -23,6 +26,7 @@ from stages.images import Array, Encoding, ImageRejected
 from stages.row_groups import num_row_groups, read_unit
 
 NAME = "dataset.json"
+EXAMPLE_SIDE = 128
 
 
 class RoleSpec(Config):
@@ -60,6 +64,14 @@ class DatasetSpec(Config):
     def rows(self, split: Split) -> int:
         """Number of pairs of a split."""
         return sum(file.rows for file in self.splits.get(split, ()))
+
+    def counts(self) -> dict[str, int]:
+        """Number of pairs of every split, as MLflow shows it."""
+        return {f"num_{split}": self.rows(split) for split in self.splits}
+
+    def digest(self) -> str:
+        """What tells two shards folders apart: files, rows and how they are stored."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +147,7 @@ def read_file(
         table = read_unit(folder, unit, columns(spec))
         for row in range(table.num_rows):
             if keys is None or table["key"][row].as_py() in keys:
-                yield _sample(folder, spec, split, name, table, row)
+                yield sample_of(folder, spec, split, name, table, row)
 
 
 def read_split(
@@ -160,7 +172,30 @@ def read_split(
                 return
 
 
-def _sample(folder: str, spec: DatasetSpec, split: Split, name: str, table: pa.Table, row: int) -> Sample:
+def example(folder: str, spec: DatasetSpec) -> dict[str, bytes]:
+    """What a served model takes, from the first pair there is: the source and its instance map, encoded.
+
+    A corner of them: MLflow keeps it with the model and tries the model on it.
+    """
+    splits: tuple[Split, ...] = ("test", "val", "train")
+    sample = next(s for split in splits for s in read_split(folder, spec, split, limit=1))
+    found = {"image": _encoded(sample.images["source"], spec.roles["source"].kind)}
+    if "instance" in sample.images:
+        found["instance"] = _encoded(sample.images["instance"], "instances")
+    return found
+
+
+def _encoded(array: Array, kind: Kind) -> bytes:
+    array = array[:EXAMPLE_SIDE, :EXAMPLE_SIDE]
+    if kind != "channels":
+        return images.to_png(array)
+    sink = io.BytesIO()
+    np.save(sink, array)
+    return sink.getvalue()
+
+
+def sample_of(folder: str, spec: DatasetSpec, split: Split, name: str, table: pa.Table, row: int) -> Sample:
+    """The pair in a row of a shard's table with `columns(spec)`. Raises StageError for a damaged image."""
     key: str = table["key"][row].as_py()
     arrays: dict[Role, Array] = {}
     uris: dict[Role, str] = {}

@@ -40,7 +40,7 @@ from stages.base import Config, Fraction, Outcome, Resources, Role, Split
 from stages.dataset import DatasetSpec, Sample
 from stages.errors import StageError, UserError
 from stages.fetch import Object, Reader
-from stages.images import Array, ImageRejected
+from stages.images import Array, ImageRejected, to_png
 from stages.inference import Painter
 from stages.judges import (
     Inception,
@@ -56,6 +56,7 @@ from stages.judges import (
     palette,
 )
 from stages.metrics import MeanImage, Moments, Sums
+from stages.model_source import fingerprint
 from stages.models.architecture import build_encoder, build_generator
 from stages.models.saved import LoadedModel, Manifest
 from stages.progress import Progress
@@ -232,7 +233,7 @@ def stored(shards: str, spec: DatasetSpec, split: Split, run: RowGroups) -> Iter
     for group in range(run.start, min(run.stop, num_row_groups(storage.join(shards, run.name)))):
         table = read_unit(shards, {"file": run.name, "group": group}, dataset.columns(spec))
         for row in range(table.num_rows):
-            yield group, row, dataset._sample(shards, spec, split, run.name, table, row)
+            yield group, row, dataset.sample_of(shards, spec, split, run.name, table, row)
 
 
 def training(config: BaselineConfig, shards: str, spec: DatasetSpec) -> Training | None:
@@ -407,7 +408,7 @@ class Judge:
 
     def _stored_target(self, name: str, group: int, row: int) -> Array:
         table = read_unit(self.job.shards, {"file": name, "group": group}, dataset.columns(self.spec))
-        found = dataset._sample(self.job.shards, self.spec, "train", name, table, row)
+        found = dataset.sample_of(self.job.shards, self.spec, "train", name, table, row)
         return found.picture(self.spec, "target")
 
     def _from_untrained(self, sample: Sample, target: Array, generated: Array) -> Array:
@@ -564,6 +565,10 @@ def run(
     storage.write_json(storage.join(output, "summary.json"), summary)
     told = headline(summary)
     track.artifact("summary.json", json.dumps(summary, indent=2).encode())
+    for name in summary.get("segmentation", {}):
+        matrix = np.array(storage.read_json(storage.join(output, "confusion.json"))[name])
+        track.artifact(f"confusion/{name}.json", json.dumps(matrix.tolist()).encode())
+        track.artifact(f"confusion/{name}.png", to_png(metrics.confusion_picture(matrix)))
     return Outcome(counts={"images": summary["num_images"], "missing": summary["num_missing"]}, metrics=told)
 
 
@@ -662,7 +667,7 @@ def gather(config: EvaluateConfig, job: Job, output: str, units: int) -> dict[st
     summary["images"] = job.images
     summary |= gather_sums(config, output, units)
     if job.manifest:
-        summary["model"] = hashlib.sha256(job.manifest.encode()).hexdigest()[:16]
+        summary["model"] = fingerprint(json.loads(job.manifest))
     return summary
 
 

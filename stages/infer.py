@@ -36,7 +36,7 @@ from stages.errors import StageError, UserError
 from stages.fetch import Object, Reader
 from stages.images import Array, ImageRejected
 from stages.inference import Painter, noise_seed
-from stages.model_source import description, local_model
+from stages.model_source import description, fingerprint, local_model
 from stages.models.saved import load_model
 from stages.outputs import Format
 from stages.patterns import compile_pattern
@@ -399,7 +399,7 @@ class Generator:
 # -- wiring --------------------------------------------------------------------------------------------------
 
 
-def digest(config: InferConfig) -> str:
+def digest(config: InferConfig, tracking_uri: str | None = None) -> str:
     """What a run reads from outside the pipeline: the listing of `input` and the model's checksums."""
     parts = []
     if config.input:
@@ -409,7 +409,7 @@ def digest(config: InferConfig) -> str:
         else:
             parts.append(sources.plan(where, None).digest)
     if config.model:
-        parts.append(json.dumps(description(config.model), sort_keys=True))
+        parts.append(json.dumps(description(config.model, tracking_uri), sort_keys=True))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -565,7 +565,7 @@ def identity(told: Mapping[str, Any], config: InferConfig, source: str) -> dict[
     unseen = {"overwrite", "model", "input", "max_reject_fraction"}
     settings = config.model_dump(mode="json", exclude=unseen)
     return {
-        "model": hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16],
+        "model": fingerprint(told),
         "config": settings,
         "input": source,
     }

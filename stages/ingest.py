@@ -410,7 +410,8 @@ def run(config: IngestConfig, resources: Resources, *, output: str, track: Run) 
     finish(config, output, counts, files)
     for location, total, count in zip(config.locations, sums, counts, strict=True):
         version = spell(total, count["objects"] + count["rejected"])
-        track.dataset(location.role, uri=location.uri, digest=version, context="ingest")
+        told = {"num_objects": count["objects"], "num_rejected": count["rejected"]}
+        track.dataset(location.role, uri=location.uri, digest=version, context="ingest", counts=told)
     return Outcome(counts={"locations": len(counts), **sum(counts, Counter[str]())})
 
 

@@ -43,9 +43,14 @@ class InceptionConfig(Config):
 
     weights: Annotated[
         str,
-        Field(description="TorchScript or ONNX: uint8 (N, 3, H, W) -> (N, D); path or URI"),
+        Field(
+            description="TorchScript (NVIDIA's inception-2015-12-05.pt) or ONNX: uint8 (N, 3, H, W) -> "
+            "(N, D); path or URI"
+        ),
     ]
-    size: Annotated[int | None, Field(ge=32, description="resize to this square first; null: it does")] = 299
+    size: Annotated[
+        int | None, Field(ge=32, description="resize to this square first; null: the network does it")
+    ] = None
     published: Annotated[
         str | None,
         Field(
@@ -119,6 +124,8 @@ def feature_names(config: InceptionConfig) -> tuple[str, str]:
     """What the Frechet and the kernel distance of these features are called. Raises UserError as above."""
     digest = checksum(config.weights, "evaluate.inception.weights")
     suffix = "" if digest == config.published else f"_{digest[:8]}"
+    if config.size is not None:  # other pixels than the published network makes itself: other numbers
+        suffix += f"_{config.size}px"
     return f"fid{suffix}", f"kid{suffix}"
 
 
@@ -137,6 +144,15 @@ def load_lpips(config: LpipsConfig, folder: Path, device: str) -> Lpips:
     except (ValueError, KeyError, RuntimeError) as error:
         told = str(error).splitlines()[0][:200]
         raise UserError(f"evaluate.lpips: these are no {config.kind} weights: {told}") from error
+
+
+def _instead(path: Path) -> str:
+    """What a file holds that is no network, where that can be told."""
+    try:
+        tensors = read_tensors(path)
+    except (ValueError, OSError):
+        return ""
+    return f"{len(tensors)} weights without the network they belong to: "
 
 
 class Network:
@@ -160,7 +176,10 @@ class Network:
             raise UserError(f"{key}: {uri}: pip install onnxruntime to read it") from error
         except Exception as error:  # either library has its own, of no common base
             told = str(error).splitlines()[0][:200]
-            raise UserError(f"{key}: {uri}: neither TorchScript nor ONNX ({told})") from error
+            raise UserError(f"{key}: {uri}: {_instead(path)}neither TorchScript nor ONNX ({told})") from error
+        # NVIDIA's Inception gives class scores unless it is asked for features
+        asked = self._module is not None and "return_features" in str(self._module.forward.schema)
+        self._options = {"return_features": True} if asked else {}
 
     def __call__(self, batch: Tensor) -> np.ndarray:
         """The network's first output."""
@@ -168,7 +187,7 @@ class Network:
             name = self._session.get_inputs()[0].name
             return cast(np.ndarray, self._session.run(None, {name: batch.cpu().numpy()})[0])
         with torch.inference_mode():
-            out = self._module(batch.to(self.device))
+            out = self._module(batch.to(self.device), **self._options)
         return cast(np.ndarray, (out[0] if isinstance(out, tuple | list) else out).float().cpu().numpy())
 
 

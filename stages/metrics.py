@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import torch
@@ -190,6 +191,19 @@ def confusion(
         # any class but the right one: the pixel stays in its row's sum and is never a hit
         predicted = np.where(outside, (actual + 1) % classes, predicted)
     return np.bincount(actual * classes + predicted, minlength=classes * classes).reshape(classes, classes)
+
+
+def confusion_picture(matrix: np.ndarray) -> np.ndarray:
+    """A confusion matrix as a picture (H, W, 3) uint8: a square a pair of classes, dark where rows lie.
+
+    Each row is a share of its class's pixels; class 0 is at the top and at the left.
+    """
+    share = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
+    side = max(8, 512 // len(matrix))
+    cells = np.kron(share, np.ones((side, side)))[:, :, None]
+    picture = 255 - cells * (255 - np.array([8, 48, 107]))  # white to dark blue
+    picture[::side], picture[:, ::side] = 220, 220
+    return cast(np.ndarray, picture.round().astype(np.uint8))
 
 
 def segmentation_scores(matrix: np.ndarray) -> dict[str, float]:

@@ -9,8 +9,13 @@ Only what inference reads is copied: a discriminator is larger than some generat
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -18,6 +23,8 @@ from urllib.parse import urlsplit
 from stages import storage
 from stages.errors import UserError
 from stages.models.saved import DISCRIMINATOR, EMA, MANIFEST, WEIGHTS
+
+_SERVER = threading.RLock()
 
 MLFLOW_SCHEMES = ("models", "runs", "mlflow-artifacts")
 
@@ -52,6 +59,11 @@ def description(uri: str, tracking_uri: str | None = None) -> dict[str, Any]:
     return value
 
 
+def fingerprint(told: Mapping[str, Any]) -> str:
+    """Sixteen hex digits of a model's `model.json`: they differ whenever its weights or settings do."""
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def local_model(
     uri: str, temp: Path, *, weights: Literal["ema", "raw"] = "ema", tracking_uri: str | None = None
 ) -> Path:
@@ -79,13 +91,37 @@ def mlflow_model(uri: str, tracking_uri: str | None = None) -> Path:
     import mlflow.artifacts  # noqa: PLC0415
     from mlflow.exceptions import MlflowException  # noqa: PLC0415
 
+    database = Path((tracking_uri or "").removeprefix("sqlite:///"))
+    if tracking_uri and tracking_uri.startswith("sqlite:///") and not database.exists():
+        raise UserError(f"infer.model: {uri}: there is no MLflow database {database}; set tracking.uri")
     if uri.startswith("runs:/") and uri.count("/") == 1:
         uri += "/model"
     try:
-        local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, tracking_uri=tracking_uri))
+        with tracking_server(tracking_uri):  # its argument reaches the run store, but not the model registry
+            local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
     except (MlflowException, OSError) as error:
         raise UserError(f"infer.model: {uri}: {str(error).splitlines()[0][:300]}") from error
     found = sorted(local.rglob(MANIFEST), key=lambda path: len(path.parts))
     if not found:
         raise UserError(f"infer.model: {uri}: what MLflow keeps there holds no {MANIFEST}")
     return found[0].parent
+
+
+@contextmanager
+def tracking_server(uri: str | None) -> Iterator[None]:
+    """MLflow's module functions talk to `uri` (None: as the environment says), one thread at a time.
+
+    What this process had set before is set again.
+    """
+    import mlflow  # noqa: PLC0415 - see above
+
+    if uri is None:
+        yield
+        return
+    with _SERVER:
+        before = os.environ.get("MLFLOW_TRACKING_URI")
+        mlflow.set_tracking_uri(uri)
+        try:
+            yield
+        finally:
+            mlflow.set_tracking_uri(before)

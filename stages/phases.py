@@ -12,7 +12,7 @@ phase does not train the first one again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol, Self
 
 from pydantic import Field, model_validator
@@ -170,6 +170,41 @@ def jobs(config: TrainConfig, augment: AugmentConfig) -> tuple[PhaseJob, ...]:
     """The phases as steps of the pipeline."""
     shared = {name: getattr(config, name) for name in Recipe.model_fields}
     return tuple(PhaseJob(**shared, augment=augment, phase=phase) for phase in config.phases)
+
+
+def compared(recipe: Recipe, phases: Sequence[PhaseConfig], size: Size) -> dict[str, Any]:
+    """The settings by which runs are told apart in MLflow's tables and charts: few, flat, of every run.
+
+    `config.yaml` beside them holds them all. `size`: of the images trained on.
+    """
+    model, losses = recipe.model, recipe.losses
+    own: dict[str, Any] = (
+        {"generator": model.generator, "norm": model.norm, "dropout": model.dropout, "width": model.width}
+        if isinstance(model, Pix2Pix)
+        else {
+            "enhancers": model.enhancers,
+            "blocks": model.blocks,
+            "feature_encoder": model.feature_encoder,
+            "discriminators": model.discriminators,
+            "width": model.global_width,
+        }
+    )
+    weights = {"gan": losses.gan_weight, "l1": losses.l1, "feature_matching": losses.feature_matching}
+    return {
+        "model": model.kind,
+        **own,
+        "discriminator_layers": model.discriminator_layers,
+        "conditional": model.conditional,
+        "gan_loss": losses.gan,
+        **{f"lambda_{name}": value for name, value in weights.items()},
+        "lambda_perceptual": losses.perceptual,
+        "size": f"{size[0]}x{size[1]}",
+        "epochs": sum(phase.epochs for phase in phases),
+        "batch": phases[-1].batch,
+        "learning_rate": phases[-1].learning_rate,
+        "precision": recipe.precision,
+        "seed": recipe.seed,
+    }
 
 
 def default_phases(model: Pix2Pix | Pix2PixHD) -> tuple[PhaseConfig, ...]:

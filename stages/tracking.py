@@ -48,7 +48,7 @@ PROCESS_TAG = "pixloom.process"
 WORKSPACE_TAG = "pixloom.workspace"
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-Action = Literal["create", "params", "metrics", "tags", "image", "artifact", "dataset", "end"]
+Action = Literal["create", "params", "metrics", "tags", "image", "artifact", "dataset", "model", "end"]
 
 LONGEST_VALUE = 6000  # characters; MLflow refuses longer parameter values
 LINGER_S = 0.3  # how long the sender collects before it sends: one request instead of many
@@ -66,6 +66,13 @@ class TrackingConfig(Config):
               "MLFLOW_TRACKING_URI, else a SQLite file in the workspace"),
     ] = None  # fmt: skip
     experiment: Annotated[str, Field(min_length=1)] = "pixloom"
+    model: Annotated[
+        str | None, Field(min_length=1, description="register the model by this name; null: the experiment's")
+    ] = None
+    alias: Annotated[
+        str, Field(pattern=r"^[A-Za-z][\w-]*$", description="of the best version that was registered")
+    ] = "champion"
+    metric: Annotated[str, Field(description="one of evaluate's, by which a version is the best")] = "l1"
 
     @field_validator("uri")
     @classmethod
@@ -231,9 +238,14 @@ class Run:
         content = data.read_bytes() if isinstance(data, Path) else bytes(data)
         self._queue("artifact", name=name, data=content)
 
-    def dataset(self, name: str, *, uri: str, digest: str, context: str) -> None:
+    def dataset(self, name: str, *, uri: str, digest: str, context: str, counts: Mapping[str, int]) -> None:
         """A data set this run read, for `context` "training", "validation", "inference" ..."""
-        self._queue("dataset", name=name, uri=uri, digest=digest[:36], context=context)
+        self._queue("dataset", name=name, uri=uri, digest=digest[:36], context=context, counts=dict(counts))
+
+    def model(self, folder: str, example: Mapping[str, bytes], **registration: Any) -> None:
+        """The model of this run, as `stages.registry.publish` takes it; only its location is queued."""
+        values = {"folder": folder, "registration": registration}
+        self._queue("model", **values, **{f"example_{name}": data for name, data in example.items()})
 
     def child(self, name: str, tags: Mapping[str, str] | None = None, *, key: str | None = None) -> Run:
         """A new run below this one. With a `key`, a run that has it already is taken up again."""
@@ -482,11 +494,20 @@ class Sender:
         return self._ids.get(key, "")
 
     def flush(self, wait: float) -> bool:
-        """Wait until nothing is pending; what still is after `wait` seconds goes to the spool."""
+        """Wait until nothing is pending; what still is after `wait` seconds goes to the spool.
+
+        A model, which may be gigabytes, is waited for as long as the server takes it.
+        """
         done = self._wait(lambda: not self._pending, wait)
+        while not done and self._sends_model():
+            done = self._wait(lambda: not self._pending, wait)
         if not done:
             self._spool_pending()
         return done
+
+    def _sends_model(self) -> bool:
+        with self._changed:
+            return bool(self._pending) and self._pending[0].action == "model" and self._lost_since is None
 
     def close(self) -> None:
         """At the end of the process: a last attempt, then the spool."""
@@ -586,6 +607,8 @@ class Sender:
                 self._artifact(run_id, values["name"], values["data"])
             case "dataset":
                 self._dataset(run_id, values)
+            case "model":
+                self._model(run_id, values)
             case "end":
                 client.set_terminated(run_id, status=values["status"], end_time=values["time_ms"])
 
@@ -639,9 +662,20 @@ class Sender:
             digest=values["digest"],
             source_type="uri",
             source=json.dumps({"uri": values["uri"]}),
+            profile=json.dumps(values["counts"]),
         )
         tags = [InputTag("mlflow.data.context", values["context"])]
         self._mlflow.log_inputs(run_id, [DatasetInput(data, tags)])
+
+    def _model(self, run_id: str, values: Mapping[str, Any]) -> None:
+        from stages.registry import publish  # noqa: PLC0415 - imports all of MLflow, see _client
+
+        prefix = "example_"
+        example = {name[len(prefix) :]: data for name, data in values.items() if name.startswith(prefix)}
+        told = publish(
+            values["folder"], tracking_uri=self.uri, run_id=run_id, example=example, **values["registration"]
+        )
+        logger.info("model         %s", told)
 
     def _lost(self, error: Exception) -> None:
         if self._lost_since is None:

@@ -151,9 +151,11 @@ def run(
     setup = Setup(
         task=task, shards=shards, spec=spec, board=notices, gpu=gpu, threads=resources.threads_per_worker
     )
-    track.params(config.model_dump(mode="json"))
-    track.dataset("shards", uri=shards, digest=hashlib.sha256(spec.model_dump_json().encode()).hexdigest(),
-                  context="training")  # fmt: skip
+    seen = phases.phase_size(config.model, config.phase, phases.full_size(spec.size, config.augment))
+    track.params(phases.compared(config, [config.phase], seen))
+    track.tags({"pixloom.phase": config.phase.name})
+    track.artifact("phase.json", config.model_dump_json(indent=1).encode())
+    track.dataset("shards", uri=shards, digest=spec.digest(), context="training", counts=spec.counts())
     reader = Reader(label, rows * config.phase.epochs, track)
     with _reading(reader, notices):
         ending = _fit(setup, resources, label)

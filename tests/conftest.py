@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.browser import browser
 from tests.stores.fixtures import s3_bucket, s3_store
 
-__all__ = ["s3_bucket", "s3_store"]  # fixtures, found by their names here
+__all__ = ["browser", "s3_bucket", "s3_store"]  # fixtures, found by their names here
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

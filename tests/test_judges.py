@@ -71,6 +71,8 @@ def test_other_weights_than_the_published_give_a_number_of_another_name(tmp_path
     assert judges.feature_names(features) == (f"fid_{digest[:8]}", f"kid_{digest[:8]}")
     named = InceptionConfig(weights=str(weights), published=digest)
     assert judges.feature_names(named) == ("fid", "kid")
+    resized = InceptionConfig(weights=str(weights), published=digest, size=299)
+    assert judges.feature_names(resized) == ("fid_299px", "kid_299px")
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
@@ -80,10 +82,27 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_bytes(b"not a network")
     with pytest.raises(UserError, match=r"evaluate\.inception\.weights: .*neither TorchScript nor ONNX"):
         Inception(InceptionConfig(weights=str(tmp_path / "x.pt")), tmp_path, "cpu")
+    torch.save({"Mixed_7c.branch_pool.conv.weight": torch.zeros(2)}, tmp_path / "pt_inception.pth")
+    with pytest.raises(UserError, match="1 weights without the network they belong to: neither TorchScript"):
+        Inception(InceptionConfig(weights=str(tmp_path / "pt_inception.pth")), tmp_path, "cpu")
     with pytest.raises(
         UserError, match=r"evaluate\.inception\.weights: gone\.pt: the weights cannot be read"
     ):
         judges.feature_names(InceptionConfig(weights="gone.pt"))
+
+
+class Asked(nn.Module):
+    """As NVIDIA's Inception: class scores, or features if asked for."""
+
+    def forward(self, x: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        means = x.float().mean((2, 3))
+        return means if return_features else means.softmax(1)
+
+
+def test_an_inception_that_gives_scores_unless_asked_is_asked_for_features(tmp_path: Path) -> None:
+    config = InceptionConfig(weights=str(script(Asked(), tmp_path / "asked.pt")))
+    image = np.full((8, 8, 3), 50, np.uint8)
+    assert Inception(config, tmp_path, "cpu")(image).tolist() == [50, 50, 50]
 
 
 def test_features_and_classes_come_from_the_users_networks(tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,26 +14,7 @@ from PIL import Image
 from stages.report_page import Curve, Picture, ReportData, StepTime, data_uri, page
 
 HOSTILE = '"><img src=x onerror="window.pwned=1"><script>window.pwned=1</script><svg onload=window.pwned=1>'
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
-
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("NOT RUN: no Chromium here (apt-get install chromium, or name it in CHROMIUM)")
-    sync_api = pytest.importorskip("playwright.sync_api", reason="NOT RUN: playwright is not installed")
-    with sync_api.sync_playwright() as playwright:
-        context = playwright.chromium.launch_persistent_context(
-            str(tmp_path_factory.mktemp("profile")), executable_path=path, headless=True, args=FLAGS
-        )
-        yield context
-        context.close()
 
 
 def picture(index: int, key: str = "") -> Picture:

@@ -97,7 +97,9 @@ def test_a_stage_leaves_its_params_metrics_pictures_and_files_in_mlflow(parent: 
         child.metrics_batch([MetricRow("g", 1.0 / (step + 1), step, 1000 + step) for step in range(1500)])
         child.image(np.zeros((4, 6, 3), np.uint8), "samples", 1)
         child.artifact("tables/config.json", b"{}")
-        child.dataset("shards", uri="s3://bucket/shards", digest="d" * 50, context="training")
+        child.dataset(
+            "shards", uri="s3://bucket/shards", digest="d" * 50, context="training", counts={"num_train": 3}
+        )
     run = stored(child)
     client = tracking._client(child.uri)
     assert run.info.status == "FINISHED"
@@ -108,6 +110,7 @@ def test_a_stage_leaves_its_params_metrics_pictures_and_files_in_mlflow(parent: 
     assert run.data.tags["phase"] == "global"
     assert {f.path for f in client.list_artifacts(run.info.run_id)} == {"images", "tables"}
     assert run.inputs.dataset_inputs[0].dataset.name == "shards"
+    assert run.inputs.dataset_inputs[0].dataset.profile == '{"num_train": 3}'
 
 
 @pytest.mark.parametrize(("error", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")])
