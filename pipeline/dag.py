@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -74,6 +74,20 @@ def steps(config: PipelineConfig) -> tuple[Step, ...]:
             needs={"shards": "shard", "images": "infer", "metrics": "evaluate"},
         ),
     )
+
+
+def needed(steps: Sequence[Step], wanted: str) -> tuple[Step, ...]:
+    """The steps of a stage and those that they come from; all, where there is no such stage.
+
+    What a stage does not come from is not asked for: a model made elsewhere generates without training data.
+    """
+    names = {step.name for step in steps if wanted in (step.name, step.group)}
+    if not names:
+        return tuple(steps)
+    for step in reversed(steps):  # every step stands after those it needs
+        if step.name in names:
+            names |= set(step.needs.values())
+    return tuple(step for step in steps if step.name in names)
 
 
 def fingerprint(step: Step, inputs: Mapping[str, str], digest: str | None) -> str:

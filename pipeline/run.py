@@ -24,7 +24,7 @@ import yaml
 from pipeline import config as configuration
 from pipeline.cluster import check_folders, cluster, kept_in
 from pipeline.config import PipelineConfig
-from pipeline.dag import Step, steps
+from pipeline.dag import Step, needed, steps
 from pipeline.runner import Planned, execute, plan, select
 from stages import dataset, phases, storage
 from stages.errors import PixloomError, UserError
@@ -143,7 +143,8 @@ def run(options: argparse.Namespace, *, command: str) -> None:
     config = configuration.load(options.config, options.set, options.profile)
     check_folders(kept_in(config), options.config)
     storage.configure(config.storage)
-    planned = plan(steps(config), config.workspace)
+    asked = needed(steps(config), options.only) if options.only else steps(config)
+    planned = plan(asked, config.workspace)
     if options.plan:
         sys.stdout.write(table(planned))
         return
@@ -236,18 +237,17 @@ def publish_model(
     parent: Run,
 ) -> None:
     """Log and register the model of the last phase, and what evaluation measured of it, if it did."""
-    trained = [p for p in planned if p.step.group == "train"][-1]
-    if trained.step.name not in finished:
+    trained = [p for p in planned if p.step.group == "train" and p.step.name in finished][-1:]
+    if not trained or trained[0].step.name != f"train-{config.train.phases[-1].name}":
         return
-    evaluated = {p.step.name: p for p in planned}["evaluate"]
     ours = not (config.infer.model or config.infer.input or config.evaluate.images)
     measured = finished.get("evaluate", {}).get("metrics", {}) if ours else {}
     metric = config.tracking.metric
     if measured and metric not in measured:
         logger.warning("tracking.metric: %s was not measured; there are %s", metric, ", ".join(measured))
-    shards = evaluated.inputs["shards"]
+    shards = trained[0].inputs["shards"]
     parent.model(
-        storage.join(trained.folder, "model"),
+        storage.join(trained[0].folder, "model"),
         dataset.example(shards, dataset.load(shards)),
         name=config.tracking.model or config.tracking.experiment,
         alias=config.tracking.alias,

@@ -226,7 +226,6 @@ class Generator:
             tile=config.tile,
         )
         self.fingerprint = self.painter.model.fingerprint
-        self.reader = Reader()
         self.spec = dataset.load(job.shards) if job.shards else None
         self.units = sources.shard_units(self.spec, job.config.split) if self.spec else []
         self.reference = self._reference()
@@ -273,7 +272,6 @@ class Generator:
             self.job.output,
             self.job.planned,
             unit,
-            self.reader,
             kind=self.painter.source_kind,
             max_pixels=images.MAX_PIXELS if tiled else self.config.max_pixels,
             instances=self.painter.needs_instances,
@@ -390,7 +388,7 @@ class Generator:
             strict=True,
         ):
             try:
-                found.append(images.decode(self.reader.read(Object(storage.absolute(uri or ""))), kind))
+                found.append(images.decode(Reader().read(Object(storage.absolute(uri or ""))), kind))
             except ImageRejected as why:
                 raise UserError(f"infer.style.{name}: {uri}: {why}") from why
         return found[0], found[1], found[2]
@@ -598,13 +596,11 @@ def begin_objects(where: Location, output: str, told: Mapping[str, Any], config:
 
 
 def forget(output: str) -> None:
-    """Undo what says that something is finished; images are written over."""
+    """Take away what an earlier run left in a folder; the table first: without it nothing counts as done."""
     fs, path = storage.filesystem(output)
-    for name in (
-        outputs.MANIFEST,
-        outputs.TABLE,
-        "plan",
-    ):  # the manifest first: without it nothing is trusted
+    if not any(storage.exists(storage.join(output, name)) for name in (outputs.MANIFEST, outputs.TABLE)):
+        return  # no folder of ours
+    for name in (outputs.TABLE, outputs.IMAGES, outputs.SAMPLES, outputs.MANIFEST, "plan"):
         if storage.exists(storage.join(output, name)):
             fs.rm(f"{path}/{name}", recursive=True)
 

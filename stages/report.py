@@ -302,7 +302,6 @@ def run(
         metric=config.order_by,
         seed=config.seed,
     )
-    budget = (config.max_megabytes * 1e6 - PAGE_BYTES) / BASE64
     shown = pictures(
         picked,
         shards=shards,
@@ -310,7 +309,7 @@ def run(
         folder=summary.get("images") or images,
         names=names,
         max_side=config.max_side,
-        max_bytes=max(1500, int(budget / (3 * max(1, len(picked))))),
+        max_bytes=budget(config, len(picked)),
         threads=resources.io_threads,
     )
     model = _json(storage.join(images, "model", "model.json"))
@@ -347,6 +346,12 @@ def run(
             track.artifact(f"{why}.png", grid)
     logger.info("report        %s", storage.join(output, "report.html"))
     return Outcome(counts={"images": len(shown), "bytes": len(html)})
+
+
+def budget(config: ReportConfig, rows: int) -> int:
+    """Bytes a picture may have, so that the page with three of them a row is as large as configured."""
+    whole = (config.max_megabytes * 1e6 - PAGE_BYTES) / BASE64
+    return max(1500, int(whole / (3 * max(1, rows))))
 
 
 def sheet(

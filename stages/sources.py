@@ -12,9 +12,13 @@ The listing is kept (`plan/`), so that a rerun continues with the very units tha
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +32,10 @@ from stages.fetch import Object, Reader
 from stages.images import Array, ImageRejected
 from stages.row_groups import read_unit
 
+Value = TypeVar("Value")
+
 UNIT_ROWS = 64
+LISTERS = 8  # parts of a location that are listed at once
 Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 UNITS_PER_CHUNK = 256  # of the plan: one small Parquet file with a row group a unit
 
@@ -232,9 +239,53 @@ def _tables(where: Location) -> Iterator[tuple[int, pa.Table]]:
         yield from _rows_of_table(where.uri)
         return
     pattern = patterns.compile_pattern(where.pattern)
-    for unit in listing.split_location(where.uri, want=1):
+    units = listing.split_location(where.uri, want=LISTERS)
+
+    def tables(unit: listing.Unit) -> Iterator[tuple[int, pa.Table]]:
         for page in listing.pages(where.uri, unit):
             yield len(page), _fitting(page, pattern, where)
+
+    yield from _at_once([partial(tables, unit) for unit in units])
+
+
+def _at_once(sources: Sequence[Callable[[], Iterator[Value]]]) -> Iterator[Value]:
+    """What several iterators give, each in a thread of its own, as it comes; a few values wait at most."""
+    ready: queue.Queue[Value | BaseException | None] = queue.Queue(2 * LISTERS)
+    stopped = threading.Event()
+
+    def put(value: Value | BaseException | None) -> None:
+        while not stopped.is_set():
+            try:
+                ready.put(value, timeout=0.5)
+            except queue.Full:
+                continue
+            return
+
+    def drain(source: Callable[[], Iterator[Value]]) -> None:
+        try:
+            for value in source():
+                put(value)
+                if stopped.is_set():
+                    return
+            put(None)
+        except BaseException as error:  # raised again where it is read
+            put(error)
+
+    with ThreadPoolExecutor(LISTERS, thread_name_prefix="list") as pool:
+        for source in sources:
+            pool.submit(drain, source)
+        left = len(sources)
+        try:
+            while left:
+                value = ready.get()
+                if isinstance(value, BaseException):
+                    raise value
+                if value is None:
+                    left -= 1
+                else:
+                    yield value
+        finally:
+            stopped.set()
 
 
 def _fitting(page: listing.Page, pattern: patterns.Pattern, where: Location) -> pa.Table:
@@ -307,9 +358,10 @@ def _fold(table: pa.Table) -> np.ndarray[Any, np.dtype[np.uint64]]:
 
 
 def object_items(
-    output: str, planned: Planned, unit: int, reader: Reader, *, kind: Kind, max_pixels: int, instances: bool
+    output: str, planned: Planned, unit: int, *, kind: Kind, max_pixels: int, instances: bool
 ) -> Iterator[Item]:
     """The sources of a unit, to be fetched when loaded."""
+    reader = Reader()  # of this unit alone: it holds the members of compressed archives that it met
     place = {"file": f"plan/chunk-{unit // UNITS_PER_CHUNK:05d}.parquet", "group": unit % UNITS_PER_CHUNK}
     rows = read_unit(output, place, PLAN.names).to_pylist()
     reader.stream_archives(

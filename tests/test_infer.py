@@ -133,6 +133,7 @@ def test_a_split_is_generated_once_and_a_killed_run_goes_on(
     make_model(tmp_path / "other", norm="batch")
     with pytest.raises(UserError, match="another model"):
         run(out, model=str(tmp_path / "other"), shards=shards)
+    (out / "images" / "of_an_earlier_input.png").write_bytes(b"x")
     assert run(out, model=str(tmp_path / "other"), shards=shards, overwrite=True).counts["images"] == 79
     assert whole(out)
 

@@ -10,6 +10,7 @@ import re
 import numpy as np
 import pytest
 
+from stages.report import ReportConfig, budget
 from stages.report_page import (
     Curve,
     Picture,
@@ -158,3 +159,14 @@ def test_numbers_have_a_sensible_length(value: float | None, told: str) -> None:
 def test_text_shows_what_cannot_be_seen() -> None:
     assert text("a\u202eb\x07<") == "a\\u202eb\\u0007&lt;"
     assert text("gr\u00fc\u00df \u6f22 \U0001f3e0") == "gr\u00fc\u00df \u6f22 \U0001f3e0"
+
+
+def test_five_hundred_pictures_of_any_content_fit_the_pages_budget() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)  # nothing is larger
+    most = budget(ReportConfig(), 500)
+    uri = data_uri(noise, max_side=1024, max_bytes=most)
+    assert most * 0.5 < len(uri) * 3 / 4 <= most + 100
+    shown = [picture(i, images=dict.fromkeys(("source", "generated", "target"), uri)) for i in range(500)]
+    made = page(ReportData(title="x", num_images=500, pictures=shown)).encode()
+    assert 8e6 < len(made) < 20e6
+    assert made.count(b'loading="lazy"') == 1500

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from pipeline.dag import Step
+from pipeline.dag import Step, needed
 from pipeline.runner import MARKER, Planned, execute, plan, select
 from stages import storage
 from stages.base import Config, Outcome, Resources
@@ -154,3 +154,10 @@ def test_until_and_only_choose_steps(line: Line) -> None:
         select(planned, only="double", until=None)
     with pytest.raises(UserError, match="no such stage; there are make, double"):
         select(planned, only="treble", until=None)
+
+
+def test_a_stage_alone_asks_only_for_what_it_comes_from(line: Line) -> None:
+    made = tuple(planned.step for planned in line.plan())
+    assert needed(made, "double") == made
+    assert [step.name for step in needed(made, "make")] == ["make"]
+    assert needed(made, "nothing") == made
