@@ -42,6 +42,7 @@ from stages.base import Resources
 from stages.infer import InferConfig, batch_size
 from stages.inference import Painter
 from stages.models.architecture import InputSpec, Pix2Pix, build_generator
+from stages.models.process import keep_freed_memory, return_freed_memory
 from stages.models.saved import Picture, Preprocessing, load_model, save_model
 from stages.storage import join, write_bytes
 from stages.tracking import NullRun
@@ -77,6 +78,7 @@ def make_model(folder: Path, width: int, size: int) -> Path:
 def bare(model: Path, size: int, images: int) -> float:
     """Images a second of the network alone, as the stage runs it: batches of one size, all cores."""
     torch.set_num_threads(own_cores())
+    keep_freed_memory()
     painter = Painter(load_model(model))
     batch = torch.zeros(batch_size(size, size, "cpu"), 3, size, size)
     batch = batch.contiguous(memory_format=torch.channels_last)
@@ -92,6 +94,7 @@ def bare(model: Path, size: int, images: int) -> float:
 def published(model: Path, size: int, images: int) -> float:
     """Images a second, one at a time, a graph built as the published scripts do."""
     torch.set_num_threads(own_cores())
+    return_freed_memory()
     network = load_model(model).generator
     with tempfile.TemporaryDirectory() as temp:
         source = Path(temp) / "in.png"

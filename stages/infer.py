@@ -37,6 +37,7 @@ from stages.fetch import Object, Reader
 from stages.images import Array, ImageRejected
 from stages.inference import Painter, noise_seed
 from stages.model_source import description, fingerprint, local_model
+from stages.models.process import tune_process
 from stages.models.saved import load_model
 from stages.outputs import Format
 from stages.patterns import compile_pattern
@@ -212,7 +213,7 @@ class Generator:
 
     def __init__(self, job: Job) -> None:
         torch.set_num_threads(job.threads)
-        torch.backends.cudnn.benchmark = True
+        tune_process(job.device)
         self.job, self.config = job, job.config
         config = job.config
         with tempfile.TemporaryDirectory(prefix="pixloom-model-") as temp:  # gone before Ray can end us

@@ -71,7 +71,8 @@ def check(client: s3fs.S3FileSystem, bucket: str) -> None:
     listed = rows(client, bucket)
     assert sorted(row["key"] for row in listed) == [f"{index:03d}" for index in range(COUNT)]
     assert not [row for row in listed if row["error"] is not None]
-    held = client.cat(f"{bucket}/out/{outputs.IMAGES}", recursive=True)
+    client.invalidate_cache()
+    held = {name: client.cat_file(name) for name in client.find(f"{bucket}/out/{outputs.IMAGES}")}
     assert {name.rpartition("/")[2] for name in held} == {f"{index:03d}.png" for index in range(COUNT)}
     for row in listed:
         data = held[f"{bucket}/out/{row['output']}"]
