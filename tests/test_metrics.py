@@ -198,3 +198,13 @@ def test_lpips_is_the_weighted_distance_of_unit_features(kind: str) -> None:
         float((x - y).square().sum(1).mean()) for x, y in zip(model.tapped(a), model.tapped(b), strict=True)
     )
     assert float(model(a, b)[0]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_confusion_matrix_is_drawn_row_by_row() -> None:
+    drawn = metrics.confusion_picture(np.array([[8, 0], [5, 5]]))
+    assert drawn.shape == (512, 512, 3)
+    cells = [drawn[y, x, 0] for y in (128, 384) for x in (128, 384)]
+    assert cells[0] == 8  # all of class 0
+    assert cells[1] == 255
+    assert cells[2] == cells[3] == 132  # half of class 1 each
+    assert metrics.confusion_picture(np.zeros((3, 3), np.int64)).min() == 220
