@@ -73,7 +73,10 @@ def read_row_group(uri: str, group: int, columns: list[str]) -> pa.Table:
     if storage.is_local(uri):
         with pq.ParquetFile(uri, memory_map=True) as file:
             return file.read_row_group(group, columns=columns, use_threads=False)
-    metadata = _metadata(uri)
+    try:
+        metadata = _metadata(uri)
+    except pa.ArrowInvalid as error:  # a footer that came over damaged, or is
+        raise OSError(str(error)) from error
     chunks = [metadata.row_group(group).column(i) for i in range(metadata.num_columns)]
     chunks = [c for c in chunks if c.path_in_schema.partition(".")[0] in columns]
     starts = [c.dictionary_page_offset or c.data_page_offset for c in chunks]

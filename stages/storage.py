@@ -144,8 +144,11 @@ def read_parquet(uri: str, columns: list[str] | None = None) -> pa.Table:
     fs, path = filesystem(uri)
 
     def read() -> pa.Table:
-        with fs.open(path, "rb") as file:
-            return pq.read_table(file, columns=columns, page_checksum_verification=True)
+        try:
+            with fs.open(path, "rb") as file:
+                return pq.read_table(file, columns=columns, page_checksum_verification=True)
+        except pa.ArrowInvalid as error:  # a footer that came over damaged, or is
+            raise OSError(str(error)) from error
 
     return _stored(read, uri)
 
