@@ -1,44 +1,50 @@
 """Training on Ray against the bare loop of the same step, and two workers against one: in turns.
 
     python -m benchmarks.distributed                 # three turns
-    python -m benchmarks.distributed --turns 5 --epochs 6 --size 256x128
+    python -m benchmarks.distributed --turns 5 --epochs 3 --size 256x128
 
-bare     the step alone, on a batch that is already there, in this process, one thread
+bare     the step alone, on a batch that is already there, in a process of one thread
+pair     two such processes at once, half a batch each, that know nothing of one another: what two cores of
+         this machine give at best
 one      a whole `train.run` with one worker of one thread: Ray Train, Ray Data, curves, checkpoints
 two      the same with two workers of one thread each, the same global batch
 
-images/s are taken from the second epoch on, from the time stamps of the curves, so starting up is not in
-them (it is shown apart). The checkpoint pause is what training itself waits, not what the writing takes.
+images/s are taken from the first point of the curves to the last, by their time stamps, so starting up is
+not in them (it is shown apart). The checkpoint pause is what training itself waits, not what writing takes.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import torch
+import torch.distributed as dist
 
-from stages import curves, dataset, images, train
+from stages import averaging, checkpoints, curves, dataset, images, train
 from stages.augment import AugmentConfig
 from stages.base import Resources, Role
+from stages.checkpoints import Checkpoint, Position
 from stages.dataset import DatasetSpec, RoleSpec, ShardFile
 from stages.loop import Worker
 from stages.models.process import tune_process
-from stages.models.step import Batch, build_translator, step
+from stages.models.step import Batch, build_translator, state_of, step
 from stages.phases import PhaseJob, TrainConfig, input_spec, jobs
 from stages.tracking import NullRun
 
-CLASSES, BATCH, ROWS = 8, 4, 64
+CLASSES, BATCH, ROWS = 8, 8, 96
 
 
 def make_shards(folder: Path, size: tuple[int, int]) -> DatasetSpec:
@@ -88,25 +94,106 @@ def job(epochs: int) -> PhaseJob:
         "discriminators": 2,
     }
     phase = {"name": "joint", "kind": "global", "epochs": epochs, "batch": BATCH}
-    config = TrainConfig.model_validate({"model": model, "phases": [phase]})
+    config = TrainConfig.model_validate({"model": model, "phases": [phase], "log_every": 4})
     return jobs(config, AugmentConfig())[0]
 
 
-def bare(given: PhaseJob, spec: DatasetSpec, seconds: float) -> float:
+def at_once(given: PhaseJob, spec: DatasetSpec, *, processes: int, seconds: float) -> float:
+    """images/s of so many processes together, each with its part of the batch."""
+    context = multiprocessing.get_context("spawn")
+    ready, rates = context.Barrier(processes), context.Queue()
+    arguments = (given, spec, BATCH // processes, seconds, ready, rates)
+    started = [context.Process(target=_alone, args=arguments) for _ in range(processes)]
+    for process in started:
+        process.start()
+    total = sum(rates.get(timeout=300) for _ in started)
+    for process in started:
+        process.join()
+    return total
+
+
+def _alone(given: PhaseJob, spec: DatasetSpec, rows: int, seconds: float, ready: Any, rates: Any) -> None:
+    torch.set_num_threads(1)
+    tune_process("cpu")
+    rates.put(bare(given, spec, rows, seconds, ready.wait))
+
+
+def bare(given: PhaseJob, spec: DatasetSpec, rows: int, seconds: float, ready: Callable[[], object]) -> float:
     """images/s of the step alone."""
     worker = Worker()
     gan = build_translator(given.model, input_spec(spec), weights=given.losses, device=worker.device)
     width, height = spec.size
     batch = Batch(
-        source=torch.randint(0, CLASSES, (BATCH, 1, height, width), dtype=torch.uint8),
-        target=torch.randint(0, 256, (BATCH, 3, height, width), dtype=torch.uint8),
+        source=torch.randint(0, CLASSES, (rows, 1, height, width), dtype=torch.uint8),
+        target=torch.randint(0, 256, (rows, 3, height, width), dtype=torch.uint8),
     )
-    step(gan, batch, weights=given.losses)
+    for _ in range(2):
+        step(gan, batch, weights=given.losses)
+    ready()
     started, count = time.monotonic(), 0
     while time.monotonic() - started < seconds:
         step(gan, batch, weights=given.losses)
         count += 1
-    return count * BATCH / (time.monotonic() - started)
+    return count * rows / (time.monotonic() - started)
+
+
+def exchange(given: PhaseJob, spec: DatasetSpec) -> tuple[int, float]:
+    """Bytes of one step's gradients, and seconds that two workers take to average them."""
+    context = multiprocessing.get_context("spawn")
+    found = context.Queue()
+    with tempfile.TemporaryDirectory() as store:
+        started = [
+            context.Process(target=_exchange, args=(rank, store, given, spec, found)) for rank in range(2)
+        ]
+        for process in started:
+            process.start()
+        sizes, seconds = zip(*(found.get(timeout=300) for _ in started), strict=True)
+        for process in started:
+            process.join()
+    return sizes[0], max(seconds)
+
+
+def _exchange(rank: int, store: str, given: PhaseJob, spec: DatasetSpec, found: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}/meet", rank=rank, world_size=2)
+    gan = build_translator(given.model, input_spec(spec), weights=given.losses)
+    assert gan.discriminator is not None
+    networks = [
+        [torch.zeros_like(p) for p in network.parameters() if p.requires_grad]
+        for network in (gan.discriminator, gan.generator)
+    ]
+    for round_ in range(21):
+        if round_ == 1:
+            dist.barrier()
+            started = time.monotonic()
+        for gradients in networks:
+            averaging.average(gradients)
+    seconds = (time.monotonic() - started) / 20
+    found.put((sum(4 * g.numel() for gradients in networks for g in gradients), seconds))
+    dist.destroy_process_group()
+
+
+def checkpoint(given: PhaseJob, spec: DatasetSpec, folder: Path) -> tuple[int, float, float]:
+    """Bytes of a checkpoint; seconds that training waits for its copy; seconds of writing it to disk."""
+    gan = build_translator(given.model, input_spec(spec), weights=given.losses)
+    width, height = spec.size
+    batch = Batch(
+        source=torch.zeros((1, 1, height, width), dtype=torch.uint8),
+        target=torch.zeros((1, 3, height, width), dtype=torch.uint8),
+    )
+    step(gan, batch, weights=given.losses)
+    copying, writing = [], []
+    for number in range(5):
+        started = time.monotonic()
+        state = checkpoints.copied(state_of(gan))
+        copying.append(time.monotonic() - started)
+        held = Checkpoint("benchmark", Position(steps=number), state, curves.to_table([]))
+        started = time.monotonic()
+        checkpoints.save(str(folder), held, keep=2)
+        writing.append(time.monotonic() - started)
+    place = folder / checkpoints.names(str(folder))[-1]
+    size = sum(file.stat().st_size for file in place.iterdir())
+    return size, statistics.median(copying), statistics.median(writing)
 
 
 def trained(given: PhaseJob, shards: str, output: Path, workers: int) -> dict[str, float]:
@@ -117,15 +204,17 @@ def trained(given: PhaseJob, shards: str, output: Path, workers: int) -> dict[st
     seconds = time.monotonic() - started
     rows = curves.from_table(pq.read_table(output / "metrics.parquet"))
     times = {row.images: row.time_ms / 1000 for row in rows}
-    ends = [count for count in sorted(times) if count >= ROWS]
+    ends = sorted(times)
     rate = (ends[-1] - ends[0]) / (times[ends[-1]] - times[ends[0]])
-    pauses = [row.value for row in rows if row.name == "throughput/checkpoint_fraction" and row.images > ROWS]
-    waits = [row.value for row in rows if row.name == "throughput/data_wait_fraction" and row.images > ROWS]
+
+    def mean(name: str) -> float:
+        return statistics.fmean(row.value for row in rows if row.name == name and row.images > ends[0])
+
     return {
         "rate": rate,
         "start": seconds - ROWS * given.phase.epochs / rate,
-        "pause": statistics.fmean(pauses),
-        "wait": statistics.fmean(waits),
+        "pause": mean("throughput/checkpoint_fraction"),
+        "wait": mean("throughput/data_wait_fraction"),
     }
 
 
@@ -133,21 +222,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--size", default="128x64", help="width x height")
     options = parser.parse_args(arguments)
     width, height = (int(side) for side in options.size.split("x"))
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     logging.basicConfig(level=logging.WARNING)
-    torch.set_num_threads(1)
-    tune_process("cpu")
     given = job(options.epochs)
     with tempfile.TemporaryDirectory(prefix="pixloom-") as scratch:
         spec = make_shards(Path(scratch) / "shards", (width, height))
         ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         found: dict[str, list[float]] = {
             "bare": [],
+            "pair": [],
             "one": [],
             "two": [],
             "start": [],
@@ -155,7 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "wait": [],
         }
         for turn in range(options.turns):
-            found["bare"].append(bare(given, spec, seconds=8))
+            for name, processes in (("bare", 1), ("pair", 2)):
+                found[name].append(at_once(given, spec, processes=processes, seconds=8))
             for name, workers in (("one", 1), ("two", 2)):
                 output = Path(scratch) / f"{name}-{turn}"
                 one = trained(given, str(Path(scratch) / "shards"), output, workers)
@@ -163,9 +252,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for key in ("start", "pause", "wait"):
                     found[key].append(one[key])
         ray.shutdown()
+        sent, exchanging = exchange(given, spec)
+        size_, copying, writing = checkpoint(given, spec, Path(scratch) / "checkpoints")
     middle = {name: statistics.median(values) for name, values in found.items()}
-    for name in ("bare", "one", "two"):
+    for name in ("bare", "pair", "one", "two"):
         print(f"{name:<6} {middle[name]:7.2f} images/s   ({', '.join(f'{v:.2f}' for v in found[name])})")
+    print(f"two processes against one   {middle['pair'] / middle['bare']:.2f}x   (what the machine gives)")
     print(f"two workers against one     {middle['two'] / middle['one']:.2f}x   (goal 1.8x)")
     print(
         f"Ray against the bare loop   {100 * (1 - middle['one'] / middle['bare']):.1f} % slower   (goal 5 %)"
@@ -173,6 +265,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"checkpoint pause            {100 * middle['pause']:.2f} % of the time   (goal 2 %)")
     print(f"waiting for data            {100 * middle['wait']:.2f} % of the time")
     print(f"a run beside its training   {middle['start']:.1f} s")
+    print(f"a step of {BATCH} images           {1000 * BATCH / middle['bare']:.0f} ms bare, one process")
+    print(f"gradients of a step         {sent / 1e6:.1f} MB, averaged by two in {1000 * exchanging:.1f} ms")
+    print(
+        f"a checkpoint                {size_ / 1e6:.1f} MB, copied in {1000 * copying:.0f} ms, "
+        f"written to a local disk in {1000 * writing:.0f} ms"
+    )
     return 0
 
 

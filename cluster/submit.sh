@@ -36,12 +36,15 @@ fi
 export RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}"
 export RAY_USAGE_STATS_ENABLED=0
 
-bring=()
-if [ "$here" = no ]; then
-  bring=(--working-dir .)
-fi
+# The uploaded folder comes without .git: what was submitted, for the run's tag in MLflow.
+commit="$(git rev-parse HEAD 2>/dev/null || true)"
+runtime="\"env_vars\": {\"PIXLOOM_COMMIT\": \"$commit\"}"
 if [ "$pip" = yes ]; then
-  bring+=(--runtime-env-json '{"pip": "requirements.lock"}')
+  runtime+=', "pip": "requirements.lock"'
+fi
+bring=(--runtime-env-json "{$runtime}")
+if [ "$here" = no ]; then
+  bring+=(--working-dir .)
 fi
 
 # A job cut off by a lost connection goes on; `ray job logs --follow ID` takes up its log again.

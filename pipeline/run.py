@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shlex
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import ray
 import yaml
@@ -27,8 +28,13 @@ from pipeline.config import PipelineConfig
 from pipeline.dag import Step, needed, steps
 from pipeline.runner import Planned, execute, plan, select
 from stages import dataset, phases, storage
+from stages.base import Role
+from stages.dataset import DatasetSpec
 from stages.errors import PixloomError, UserError
+from stages.memory import estimate_memory
+from stages.phases import PhaseJob
 from stages.progress import duration
+from stages.shard import role_specs
 from stages.tracking import Run, open_parent
 
 logger = logging.getLogger(__name__)
@@ -146,7 +152,7 @@ def run(options: argparse.Namespace, *, command: str) -> None:
     asked = needed(steps(config), options.only) if options.only else steps(config)
     planned = plan(asked, config.workspace)
     if options.plan:
-        sys.stdout.write(table(planned))
+        sys.stdout.write(table(planned, memory(config, planned)))
         return
     chosen = select(planned, only=options.only, until=options.until)
     finished: dict[str, dict[str, Any]] = {}
@@ -267,7 +273,9 @@ def stop_on_sigterm() -> None:
 
 
 def commit() -> dict[str, str]:
-    """The code's git commit, as a tag, where there is one."""
+    """The code's git commit, as a tag, where one is known: a job's folder has none, `submit.sh` tells it."""
+    if told_commit := os.environ.get("PIXLOOM_COMMIT"):
+        return {"mlflow.source.git.commit": told_commit}
     try:
         told = subprocess.run(
             ["git", "rev-parse", "HEAD"],
@@ -291,11 +299,36 @@ def hosts() -> str:
     return "; ".join(f"{count} x {told}" for told, count in kinds.most_common())
 
 
-def table(planned: Sequence[Planned]) -> str:
-    """The plan as a table: step, done or to do, why, folder."""
+def memory(config: PipelineConfig, planned: Sequence[Planned]) -> dict[str, int]:
+    """Bytes that a training worker needs, by step, from the shards' description or what they will be."""
+    done = next((p for p in planned if p.step.name == "shard" and p.done), None)
+    if done is not None:
+        spec = dataset.load(done.folder)
+    else:
+        roles: set[Role] = {"source", "target", *config.shard.kinds}
+        listed = {location.role for location in config.ingest.locations}
+        roles |= {role for role in get_args(Role) if role in listed}
+        spec = DatasetSpec(size=config.shard.size, roles=role_specs(config.shard, roles), splits={})
+    return {
+        p.step.name: estimate_memory(
+            p.step.config,
+            spec,
+            workers=config.resources.train_workers,
+            at_once=config.resources.pairs_at_once,
+        )
+        for p in planned
+        if p.step.group == "train" and isinstance(p.step.config, PhaseJob) and not p.done
+    }
+
+
+def table(planned: Sequence[Planned], bytes_: Mapping[str, int]) -> str:
+    """The plan as a table: step, done or to do, why; `bytes_` of memory by step."""
     lines = [f"{'step':<15} {'fingerprint':<13} {'':<6} why"]
     for p in planned:
-        lines.append(f"{p.step.name:<15} {p.fingerprint:<13} {'done' if p.done else 'to do':<6} {p.why}")
+        told = f"{p.step.name:<15} {p.fingerprint:<13} {'done' if p.done else 'to do':<6} {p.why}"
+        if p.step.name in bytes_:
+            told += f"; a training worker needs about {bytes_[p.step.name] / 1e9:.1f} GB"
+        lines.append(told)
     return "\n".join(lines) + "\n"
 
 

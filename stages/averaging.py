@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 BUCKET_BYTES = 32 << 20
+CPU_BUCKET_BYTES = 4 << 20  # over gloo: what was packed is still in the cache when it is sent
 
 
 def buckets(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
@@ -35,8 +36,9 @@ def buckets(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
 def average(tensors: Sequence[Tensor]) -> None:
     """Replace tensors, in place, by their mean over all workers. Every worker passes equal shapes."""
     world = dist.get_world_size()
+    size = CPU_BUCKET_BYTES if tensors and tensors[0].device.type == "cpu" else BUCKET_BYTES
     travelling = []
-    for group in buckets(tensors, BUCKET_BYTES):
+    for group in buckets([_pixels_last(tensor) for tensor in tensors], size):
         flat = torch.cat([tensor.reshape(-1) for tensor in group])
         travelling.append((group, flat, dist.all_reduce(flat, async_op=True)))
     for group, flat, work in travelling:
@@ -47,11 +49,35 @@ def average(tensors: Sequence[Tensor]) -> None:
             tensor.copy_(mean.view_as(tensor))
 
 
+def _pixels_last(tensor: Tensor) -> Tensor:
+    """A view in the order in which channels-last weights lie in memory: packing is a plain copy then.
+
+    Always that order, whatever a worker's layout, so that all workers send the same.
+    """
+    return tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor
+
+
 def broadcast_object(value: Any) -> Any:
     """Rank 0's value, on every worker. For small plain values: positions, names."""
     held = [value]
     dist.broadcast_object_list(held, src=0)
     return held[0]
+
+
+def total_with_gradient(tensor: Tensor) -> Tensor:
+    """The sum over all workers; its gradient is the sum of theirs. Every worker runs it and its backward."""
+    summed: Tensor = _Total.apply(tensor)  # type: ignore[no-untyped-call]
+    return summed
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:  # noqa: ARG004
+        return total(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ARG004
+        return total(gradient.contiguous())
 
 
 def total(tensor: Tensor) -> Tensor:

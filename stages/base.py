@@ -66,8 +66,15 @@ class Resources(Config):
         Field(ge=1, description="also checkpoint after every so many images; null: after every epoch only"),
     ] = None
     keep_checkpoints: Annotated[int, Field(ge=1, description="newest checkpoints kept of a phase")] = 2
+    pairs_at_once: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="pairs a training worker has in memory; more in a step are done in turns; null: all",
+        ),
+    ] = None
     collective_timeout_s: Annotated[
-        int, Field(ge=10, description="a worker that others wait for so long counts as lost")
+        int, Field(ge=10, description="a training worker that does nothing for so long is started again")
     ] = 300
     checkpointing: Annotated[
         bool, Field(description="coarse-to-fine training in less memory and a longer step")

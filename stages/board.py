@@ -11,11 +11,19 @@ take it seconds to load.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import ray
 from ray.train import UserCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller.state import ResizingState
+
+SAVE = "save"
+"""The order to make a checkpoint and go on; any other is a reason to stop after one."""
+
+SAVE_S = 60.0  # how long a change of the number of workers waits for a checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +48,7 @@ class Notices:
         self.events: list[Event] = []
         self.order = ""
         self.failure = ""
+        self.saves = 0
 
     def post(self, events: Sequence[Event]) -> str:
         """Put up events; returns the driver's order, "" for none."""
@@ -54,6 +63,20 @@ class Notices:
     def stop(self, reason: str) -> None:
         """Order the workers to end the phase at the next checkpoint, which they make at once."""
         self.order = reason
+
+    def save(self) -> None:
+        """Order the workers to make a checkpoint at once and go on: they will be started again."""
+        self.order = self.order or SAVE
+
+    def saved(self) -> None:
+        """Say that the ordered checkpoint is written."""
+        self.saves += 1
+        if self.order == SAVE:
+            self.order = ""
+
+    def count_saves(self) -> int:
+        """How many ordered checkpoints are written."""
+        return self.saves
 
     def give_up(self, reason: str) -> None:
         """Say that starting again would fail again, so that the next attempt ends at once."""
@@ -74,10 +97,11 @@ def open_board() -> Any:
 
 
 class Poster:
-    """A worker's way to the board."""
+    """A worker's way to the board; also knows when the worker last did something."""
 
     def __init__(self, board: Any) -> None:
         self.board = board
+        self.seen_alive = time.monotonic()
         self._answer: Any = None
         self._order = ""
 
@@ -89,15 +113,28 @@ class Poster:
         self._look()
         self._answer = self.board.post.remote(list(events))
 
+    def alive(self) -> None:
+        """The worker gets on with its work."""
+        self.seen_alive = time.monotonic()
+
+    def saved(self) -> None:
+        """The ordered checkpoint is written."""
+        self._order, self._answer = "", None
+        if isinstance(self.board, Notices):
+            self.board.saved()
+        else:
+            self.board.saved.remote()
+
     def order(self) -> str:
-        """The driver's order as of some post before; "" for none."""
-        self._look()
+        """The driver's order, asked for now; "" for none. An answer that takes long counts the next time."""
+        self.post()
+        self._look(timeout=0.02)
         return self._order
 
-    def _look(self) -> None:
+    def _look(self, timeout: float = 0) -> None:
         if self._answer is None:
             return
-        ready, _ = ray.wait([self._answer], timeout=0)
+        ready, _ = ray.wait([self._answer], timeout=timeout)
         if ready:
             try:
                 self._order = ray.get(self._answer)
@@ -116,6 +153,28 @@ class Teller(UserCallback):  # type: ignore[misc]
         """Tell the driver."""
         told = "; ".join(f"worker {rank}: {cause(error)}" for rank, error in worker_exceptions.items())
         self.notices.post.remote([Event("note", f"lost workers, starts them again ({told})")])
+
+
+class Saver(ControllerCallback):  # type: ignore[misc]
+    """In Ray Train's controller: before it starts a running group again in another size, a checkpoint.
+
+    So that workers that join cost no step, wherever in an epoch they come.
+    """
+
+    def __init__(self, notices: Any) -> None:
+        self.notices = notices
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:  # noqa: ARG002
+        """Have the running workers make a checkpoint; wait for it, but not for ever."""
+        if not isinstance(current_state, ResizingState):
+            return
+        told = f"goes on with {current_state.scaling_decision.num_workers} workers, after a checkpoint"
+        self.notices.post.remote([Event("note", told)])
+        had = ray.get(self.notices.count_saves.remote())
+        self.notices.save.remote()
+        until = time.monotonic() + SAVE_S
+        while ray.get(self.notices.count_saves.remote()) == had and time.monotonic() < until:
+            time.sleep(0.1)
 
 
 def cause(error: BaseException) -> str:

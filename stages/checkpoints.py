@@ -18,7 +18,7 @@ import queue
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -224,14 +224,14 @@ def load(place: str, *, job: str) -> Checkpoint:
     return Checkpoint(manifest.job, manifest.position, state, curves, manifest.run_id)
 
 
-def load_newest(folder: str, *, job: str) -> Checkpoint | None:
-    """The newest checkpoint that is whole, or None. Every damaged one that is passed over is logged."""
+def load_newest(folder: str, *, job: str, tell: Callable[[str], None] = logger.warning) -> Checkpoint | None:
+    """The newest checkpoint that is whole, or None. Every damaged one that is passed over is told of."""
     for name in reversed(names(folder)):
         place = storage.join(folder, name)
         try:
             return load(place, job=job)
         except DamagedError as damage:
-            logger.warning("checkpoint %s cannot be used: %s; trying the one before", place, damage)
+            tell(f"checkpoint {place} cannot be used: {damage}; trying the one before")
     return None
 
 
@@ -307,12 +307,13 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 class Writer:
     """Writes checkpoints from a thread. One waits at most: a newer one replaces it.
 
-    A store that is away does not stop training: an attempt is repeated, then given up with a log line, and
+    A store that is away does not stop training: an attempt is repeated, then given up, which is told, and
     the next checkpoint tries again.
     """
 
     folder: str
     keep: int
+    tell: Callable[[str], None] = logger.warning
     written: int = 0
     seconds: float = 0.0
     failure: str = ""
@@ -361,7 +362,5 @@ class Writer:
                 time.sleep(WAIT_S * 2**attempt if attempt < ATTEMPTS - 1 else 0)
             else:
                 return ""
-        logger.warning(
-            "checkpoint %s not written (%s); training goes on", folder_name(checkpoint.position), reason
-        )
+        self.tell(f"checkpoint {folder_name(checkpoint.position)} not written ({reason}); training goes on")
         return reason

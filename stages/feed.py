@@ -49,7 +49,7 @@ UNITS_PER_EXECUTION = 512  # about 4 GB of row groups: long beside the start, sh
 BLOCK_BYTES = 8 << 20
 STORE_BYTES = 512 << 20  # of Ray's object store, for what one worker has read ahead
 READERS = 2  # tasks of one worker that read at once
-READER_CPUS = 0.25  # reading waits more than it computes, and must find room beside training workers
+READER_CPUS = 0  # reading waits more than it computes, and workers that hold every CPU must not starve it
 MISSING_LABEL = 255  # where an optional label map is lacking
 
 
@@ -174,7 +174,7 @@ class Feed:
 
     `scale` is 1, 2, 4 ...: images come at 1/scale of the resolution. `augment.crop` is in stored pixels.
     `epochs`, where known, keeps the feed from reading ahead beyond the last one.
-    Raises UserError if the split is empty or the workers cannot share a batch evenly.
+    Raises UserError if the split is empty or a batch has fewer pairs than there are workers.
     """
 
     def __init__(
@@ -203,8 +203,8 @@ class Feed:
         self.rows = spec.rows(split)
         if not self.rows:
             raise UserError(f"{folder}: there are no pairs in split '{split}'")
-        if batch % world:
-            raise UserError(f"a batch of {batch} cannot be shared evenly by {world} workers")
+        if world > batch:
+            raise UserError(f"a batch of {batch} is too small for {world} workers")
         self.steps_per_epoch = num_steps(self.rows, batch)
         self.roles = {r: s for r, s in spec.roles.items() if with_labels or r != "label"}
         files = spec.splits[split]

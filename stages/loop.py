@@ -15,8 +15,8 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Protocol
@@ -27,12 +27,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stages import averaging, checkpoints, curves, phases, storage
-from stages.board import Event, Poster
+from stages.board import SAVE, Event, Poster
 from stages.checkpoints import Checkpoint, Position, Writer
 from stages.curves import DivergedError, Point, Window
 from stages.errors import StageError
 from stages.models.architecture import InputSpec, Pix2PixHD, grow_discriminator, grow_generator
 from stages.models.ema import Ema
+from stages.models.layers import synchronise_norms
 from stages.models.pix2pixhd import FeatureEncoder
 from stages.models.process import best_precision
 from stages.models.saved import MANIFEST, Preprocessing, load_discriminator, load_model, save_model
@@ -53,6 +54,8 @@ from stages.phases import PhaseJob
 from stages.tracking import png, system_metrics
 
 PICTURES = 20  # sample grids per phase, at most
+LOOK_S = 2.0  # between two looks for an order, on which all workers have to agree
+WARNED = "warned"  # of a preemption
 ASK_S = 5.0  # between two looks for a preemption warning, which cost a round trip
 
 
@@ -72,6 +75,7 @@ class Task:
     keep_checkpoints: int = 2
     checkpointing: bool = False
     compiled: bool = False
+    pairs_at_once: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,13 +208,19 @@ class Loop:
     ) -> None:
         self.task, self.worker, self.poster, self.preview = task, worker, poster, preview
         self.preempted, self._warned, self._asked = preempted, False, time.monotonic()
+        self._looked, self._looked_at, self._next_look = time.monotonic(), 0, 0
         self.leads = worker.rank == 0
         self.folder = storage.join(task.output, "checkpoints")
         self.gan = build(task, worker.device)
+        self._counts = 1.0  # whether this worker's pictures count in synchronised norms
+        if task.job.synchronised_norms and worker.world > 1:
+            for network in (self.gan.generator, self.gan.discriminator):
+                if network is not None:
+                    synchronise_norms(network, self._over_all)
         self.position, self.points = Position(), list[Point]()
         self.losses: dict[str, float] = {}
         self.stopped = ""
-        self.writer = Writer(self.folder, task.keep_checkpoints)
+        self.writer = Writer(self.folder, task.keep_checkpoints, self._tell)
         self._take_up()
         self.norms = Norms(worker.world)
         several = worker.world > 1
@@ -228,7 +238,7 @@ class Loop:
         several = self.worker.world > 1
         found: Checkpoint | None = None
         if self.leads:
-            found = checkpoints.load_newest(self.folder, job=self.task.name)
+            found = checkpoints.load_newest(self.folder, job=self.task.name, tell=self._tell)
         place = found.position if found else None
         if several:
             place = averaging.broadcast_object(place)
@@ -248,13 +258,18 @@ class Loop:
             self.points = curves.from_table(found.curves)
             self.poster.post(Event("points", [tuple(point) for point in self.points]))
             at = f"epoch {self.position.epoch}, step {self.position.step}, {self.position.images:,} images"
-            self.poster.post(Event("note", f"goes on from its checkpoint ({at})"))
+            self._tell(f"goes on from its checkpoint ({at})")
+
+    def _tell(self, text: str) -> None:
+        """Have a line in the run's log, which is the driver's."""
+        self.poster.post(Event("note", text))
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; how long they were waited for is kept."""
         while True:
             started = time.monotonic()
             batch = next(batches, None)
+            self.poster.alive()
             self._waited += time.monotonic() - started
             if batch is None:
                 return
@@ -275,19 +290,24 @@ class Loop:
         # Alone and unobserved, a gradient can be dropped as soon as its weight is updated.
         seen = self.norms if self.norms.wanted or self.worker.world > 1 else None
         batch = batch.to(self.worker.device, non_blocking=True)
-        losses = step(self.gan, batch, weights=job.losses, average=seen)
+        if job.synchronised_norms and self.worker.world > 1:
+            batch, self._counts = takes_part(batch)
+        losses = step(self.gan, batch, weights=job.losses, average=seen, at_once=task.pairs_at_once)
         before, self.position = self.position, advance(self.position, rows=task.rows, batch=phase.batch)
         self.window.add(self.position.steps, losses, batch.share)
         due = is_due(before, self.position, task.checkpoint_images)
-        warned = False
-        if due or self.position.steps % job.log_every == 0:
+        order = self._heed() if self.position.steps >= self._next_look else ""
+        if due or order or self.position.steps % job.log_every == 0:
             self._close_window(before.epoch, rate)
-            warned = self._heed()
-        if due or warned or self.stopped:
+        if due or order:
             self._verify()
             if self.position.epoch > before.epoch and is_pictured(self.position.epoch, phase.epochs):
                 self._picture(before.epoch)
             self._checkpoint()
+        if order == SAVE:
+            self._say_saved()
+        elif order not in ("", WARNED):
+            self.stopped = order
 
     def _close_window(self, epoch: int, rate: float) -> None:
         """One point of every curve, and a progress line."""
@@ -305,34 +325,52 @@ class Loop:
             **curves.balance(values),
             **self.norms.take(),
             **system_metrics(),
+            **gpu_metrics(self.worker.device),
         }
+        waited = health["throughput/data_wait_fraction"]
         self._since, self._since_images = now, self.position.images
         self._waited = self._paused = 0.0
         fresh = curves.points(self.position, epoch, values | rates | health)
         self.points += fresh
         text = f"epoch {epoch + 1}/{self.task.job.phase.epochs}  {curves.note(values)}"
+        if waited > 0.05:
+            text += f"  waits for data {100 * waited:.0f} % of the time"
         self.poster.post(
             Event("points", [tuple(point) for point in fresh]),
             Event("progress", (self.position.images, text)),
         )
 
-    def _heed(self) -> bool:
-        """Look for the driver's order and for a warning, alike on all workers; True for a fresh warning."""
-        order = self.poster.order() if self.leads else ""
-        ask = self.leads and time.monotonic() - self._asked > ASK_S
-        flags = torch.tensor([float(bool(order)), float(ask)])
+    def _heed(self) -> str:
+        """Look for an order or a fresh warning that asks for a checkpoint, alike on all workers; "" for none.
+
+        Once in about `LOOK_S` seconds, however fast steps are: to agree costs the workers a message.
+        """
+        now, order = time.monotonic(), ""
+        if self.leads:
+            order = self.poster.order()
+        ask = self.leads and now - self._asked > ASK_S
+        stop = order not in ("", SAVE)
+        flags = torch.tensor([float(stop), float(order == SAVE), float(ask), now - self._looked])
         if self.worker.world > 1:
             flags = averaging.total(flags.to(self.worker.device)).cpu()
+        steps = max(1, self.position.steps - self._looked_at)
+        seconds = max(1e-6, float(flags[3]) / self.worker.world / steps)
+        self._looked, self._looked_at = now, self.position.steps
+        self._next_look = self.position.steps + max(1, int(LOOK_S / seconds))
         if flags[0]:
-            self.stopped = order or "ordered to stop"
-        if not flags[1]:
-            return False
-        self._asked = time.monotonic()
-        warned, before = self.preempted(), self._warned
-        self._warned = warned
-        if warned and not before and self.leads:
-            self.poster.post(Event("note", "a machine is about to be taken away: makes a checkpoint first"))
-        return warned and not before
+            return order or "ordered to stop"
+        warned = ""
+        if flags[2]:
+            self._asked = now
+            before, self._warned = self._warned, self.preempted()
+            warned = WARNED if self._warned and not before else ""
+            if warned and self.leads:
+                self._tell("a machine is about to be taken away: makes a checkpoint first")
+        return SAVE if flags[1] else warned
+
+    def _over_all(self, sums: Tensor) -> Tensor:
+        """For synchronised norms: sums over all workers, without one that has no pairs of its own."""
+        return averaging.total_with_gradient(sums * self._counts)
 
     def _verify(self) -> None:
         """Raises DivergedError, alike on all workers, for weights that are not finite: never checkpointed."""
@@ -354,6 +392,12 @@ class Loop:
             self.writer.submit(checkpoint)
         self._paused += time.monotonic() - started
 
+    def _say_saved(self) -> None:
+        """Tell who ordered the checkpoint that it is written."""
+        if self.leads:
+            self.writer.wait()
+            self.poster.saved()
+
     def _picture(self, epoch: int) -> None:
         """Samples and their numbers, at the end of an epoch."""
         if not self.leads:
@@ -371,12 +415,26 @@ class Loop:
         if not self.leads:
             return
         self.writer.finish()
-        publish(self.task, self.gan, styles_in(batches, self.gan, self.worker.device))
+        publish(self.task, self.gan, styles_in(self.timed(batches), self.gan, self.worker.device))
         storage.write_parquet(storage.join(self.task.output, "metrics.parquet"), curves.to_table(self.points))
 
     def ending(self, *, failure: str = "", stopped: str = "") -> Ending:
         """Where it ended."""
         return Ending(self.position, self.losses, failure, stopped, self.writer.seconds)
+
+
+def takes_part(batch: Batch) -> tuple[Batch, float]:
+    """The batch and 1; in place of an empty one, a blank pair and 0: shared norms wait for everyone."""
+    if batch.source.shape[0]:
+        return batch, 1.0
+
+    def blank(images: Tensor | None) -> Tensor | None:
+        return None if images is None else images.new_zeros((1, *images.shape[1:]))
+
+    source, target = blank(batch.source), blank(batch.target)
+    assert source is not None
+    assert target is not None
+    return replace(batch, source=source, target=target, instance=blank(batch.instance), share=0.0), 0.0
 
 
 @dataclass
@@ -400,6 +458,21 @@ class Norms:
         values = {f"gradient_norm/{n}": float(v) for n, v in zip(names, self._norms, strict=True)}
         self._norms.clear()
         return values
+
+
+def gpu_metrics(device: torch.device) -> dict[str, float]:
+    """The load of a worker's GPU, under the names MLflow's page shows as system metrics; {} on a CPU."""
+    if device.type != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    metrics = {
+        "system/gpu_0_memory_usage_megabytes": (total - free) / 1e6,
+        "system/gpu_0_memory_usage_percentage": 100 * (1 - free / total),
+        "system/gpu_0_memory_peak_megabytes": torch.cuda.max_memory_allocated(device) / 1e6,
+    }
+    with suppress(ImportError, RuntimeError):  # without nvidia-ml-py
+        metrics["system/gpu_0_utilization_percentage"] = float(torch.cuda.utilization(device))
+    return metrics
 
 
 def all_finite(network: nn.Module | None) -> bool:

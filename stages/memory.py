@@ -56,11 +56,12 @@ def _counting() -> Iterator[_Kept]:
         yield kept
 
 
-def estimate_memory(job: PhaseJob, spec: DatasetSpec, *, workers: int = 1) -> int:
-    """Bytes one worker needs for a step of this phase, all told."""
+def estimate_memory(job: PhaseJob, spec: DatasetSpec, *, workers: int = 1, at_once: int | None = None) -> int:
+    """Bytes one worker needs for a step of this phase, all told. `at_once`: `resources.pairs_at_once`."""
     inputs = phases.input_spec(spec)
     width, height = phases.phase_size(job.model, job.phase, phases.full_size(spec.size, job.augment))
     rows = -(-job.phase.batch // workers)
+    rows = rows if at_once is None else min(rows, at_once)
     layered = isinstance(job.model, Pix2PixHD)
     with torch.device("meta"):
         generator: nn.Module = build_generator(

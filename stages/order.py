@@ -10,8 +10,8 @@ the sequence: step k takes the k-th row of every slot. So
 - every pair comes exactly once an epoch, in ceil(n / B) steps, of which the last may be short (its rows are
   those of the first n mod B slots);
 - a batch's rows come from B far-apart places, each mixed over a window;
-- rank r of W owns slots r*B/W to (r+1)*B/W: the global batch does not depend on W, and no row group is read
-  by more workers than the ends of stretches make necessary;
+- rank r of W owns slots r*B//W to (r+1)*B//W: the global batch does not depend on W, and no row group is
+  read by more workers than the ends of stretches make necessary;
 - any step of any epoch can be the first: the order is a function of its arguments alone.
 
 Pure, numpy only. A worker plans its own share: 100 million rows over 64 workers take about a second.
@@ -79,10 +79,10 @@ def plan_epoch(
     start_step: int = 0,
     window: int = WINDOW,
 ) -> Plan:
-    """The plan of one worker. `groups`: rows of every row group of the split; `world` divides `batch`."""
-    assert batch % world == 0, "the config checks that workers divide the batch"
+    """The plan of one worker. `groups`: rows of every row group of the split; `world` is at most `batch`."""
+    assert world <= batch, "the config checks that every worker has a pair"
     sizes = np.asarray(groups, np.int64)
-    rows, per_rank = int(sizes.sum()), batch // world
+    rows = int(sizes.sum())
     steps = num_steps(rows, batch)
     assert 0 <= start_step <= steps
     order = _generator(seed, epoch, 0).permutation(len(sizes))
@@ -102,7 +102,7 @@ def plan_epoch(
             seed,
             epoch,
         )
-        for slot in range(rank * per_rank, (rank + 1) * per_rank)
+        for slot in range(rank * batch // world, (rank + 1) * batch // world)
     ]
     group = np.concatenate([part[0] for part in parts])
     row = np.concatenate([part[1] for part in parts])

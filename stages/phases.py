@@ -80,6 +80,10 @@ class Recipe(Config):
         Precision | None,
         Field(description="null: bf16 where the workers have matrix units for it, float32 elsewhere"),
     ] = None
+    synchronised_norms: Annotated[
+        bool,
+        Field(description="batch norm over the pairs of all workers, not of each; instance norm: no use"),
+    ] = False
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     log_every: Annotated[int, Field(ge=1, description="steps between two points of a curve")] = 10
 
@@ -149,7 +153,11 @@ class TrainConfig(Recipe):
             check_size(self.model, phase, full, key=f"train.phases.{index}")
 
     def check_resources(self, resources: Resources) -> None:
-        """Raises ValueError where workers would have nothing to do."""
+        """Raises ValueError where workers would have nothing to do, or could not do it together."""
+        if self.synchronised_norms and resources.pairs_at_once is not None:
+            raise ValueError(
+                "resources.pairs_at_once: turns would be batches of their own to train.synchronised_norms"
+            )
         for index, phase in enumerate(self.phases):
             check_workers(phase, resources, key=f"train.phases.{index}")
 
@@ -363,14 +371,13 @@ def _judges(size: Size, layers: int, padding: int) -> bool:
 
 
 def check_workers(phase: PhaseConfig, resources: Resources, *, key: str) -> None:
-    """Raises ValueError where workers, as few or many as there may be, cannot share a step's pairs evenly."""
+    """Raises ValueError where a worker would have no pair of a step, or the least are more than the most."""
     most = resources.train_workers
     least = most if resources.train_workers_min is None else resources.train_workers_min
     if least > most:
         raise ValueError(f"resources.train_workers_min: {least} is more than train_workers, {most}")
-    for workers in range(least, most + 1):
-        if phase.batch % workers:
-            raise ValueError(
-                f"{key}.batch: a step of '{phase.name}' has {phase.batch} pairs, which {workers} workers "
-                "cannot share evenly; change the batch or resources.train_workers"
-            )
+    if phase.batch < most:
+        raise ValueError(
+            f"{key}.batch: a step of '{phase.name}' has {phase.batch} pairs, too few for {most} workers; "
+            "raise the batch or lower resources.train_workers"
+        )

@@ -12,11 +12,15 @@ driver (the same command again). Workers never wait for MLflow, nor the driver f
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import logging
 import os
+import signal
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +35,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from stages import board, dataset, phases, storage
 from stages.base import Outcome, Resources
-from stages.board import Poster
+from stages.board import Event, Poster
 from stages.checkpoints import Position
 from stages.dataset import DatasetSpec
 from stages.errors import PixloomError, StageError, UserError
@@ -49,6 +53,8 @@ __all__ = ["VERSION", "PhaseConfig", "PhaseJob", "TrainConfig", "jobs", "run"]
 
 VERSION = 1
 POLL_S = 0.25
+RESIZE_S = 30.0  # between two looks for machines that joined, where the number of workers may vary
+STOP_S = 25.0  # for a last checkpoint after SIGTERM; `ray job stop` kills after 30 s (cluster/)
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +69,7 @@ class Setup:
     board: Any
     gpu: bool
     threads: int | None
+    stall_s: float
 
 
 # -- rules --------------------------------------------------------------------
@@ -96,11 +103,10 @@ def threads(resources: Resources, workers_here: int, gpu: bool) -> int:
 def out_of_memory(error: BaseException, job: PhaseJob) -> str:
     """What to lower, if an error says that memory did not suffice; else ""."""
     text = str(error)
-    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in text:
+    known = ("can't allocate memory", "low on memory", "OutOfMemoryError")
+    if not isinstance(error, torch.OutOfMemoryError) and not any(words in text for words in known):
         return ""
-    lower = (
-        [f"the batch of phase {job.phase.name}"] if job.phase.batch > 1 else ["shard.size or augment.crop"]
-    )
+    lower = ["resources.pairs_at_once"] if job.phase.batch > 1 else ["shard.size or augment.crop"]
     lower.append("train.model.width")
     if isinstance(job.model, Pix2PixHD):
         lower.append("set resources.checkpointing")
@@ -146,10 +152,17 @@ def run(
         keep_checkpoints=resources.keep_checkpoints,
         checkpointing=resources.checkpointing,
         compiled=resources.compile,
+        pairs_at_once=resources.pairs_at_once,
     )
     gpu = resources.gpu if resources.gpu is not None else ray.cluster_resources().get("GPU", 0) >= 1
     setup = Setup(
-        task=task, shards=shards, spec=spec, board=notices, gpu=gpu, threads=resources.threads_per_worker
+        task=task,
+        shards=shards,
+        spec=spec,
+        board=notices,
+        gpu=gpu,
+        threads=resources.threads_per_worker,
+        stall_s=resources.collective_timeout_s,
     )
     seen = phases.phase_size(config.model, config.phase, phases.full_size(spec.size, config.augment))
     track.params(phases.compared(config, [config.phase], seen))
@@ -182,9 +195,9 @@ def _fit(setup: Setup, resources: Resources, label: str) -> Ending:
         scaling_config=ScalingConfig(
             num_workers=most if least in (None, most) else (least, most),
             use_gpu=setup.gpu,
-            # Less than a CPU each: Ray Data reads for them on what is left, and without it they hang.
-            resources_per_worker={"CPU": 0.5} | ({"GPU": 1} if setup.gpu else {}),
+            resources_per_worker={"CPU": 1} | ({"GPU": 1} if setup.gpu else {}),
             placement_strategy="PACK" if setup.gpu else "SPREAD",
+            elastic_resize_monitor_interval_s=RESIZE_S,
         ),
         torch_config=TorchConfig(timeout_s=resources.collective_timeout_s),
         run_config=RunConfig(
@@ -193,17 +206,46 @@ def _fit(setup: Setup, resources: Resources, label: str) -> Ending:
             storage_filesystem=None if local else PyFileSystem(FSSpecHandler(fs)),
             failure_config=FailureConfig(max_failures=resources.max_failures),
             logging_config=LoggingConfig("WARNING"),
-            callbacks=[board.Teller(setup.board)],
+            callbacks=[board.Teller(setup.board), board.Saver(setup.board)],
         ),
     )
+    # A worker whose process does not answer at all, not even to say that it hangs.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(resources.collective_timeout_s)
+    fitting = _in_thread(trainer)
     try:
-        result = trainer.fit()
+        result = fitting.result()
+    except KeyboardInterrupt:
+        _stop(setup.board, fitting, label)
+        raise
     except ray.train.TrainingFailedError as error:
-        raise StageError(
-            f"{label}: {board.cause(error)} (after {resources.max_failures} restarts)"
-        ) from error
+        told = f"{label}: {board.cause(error)} (after {resources.max_failures} restarts)"
+        lower = out_of_memory(error, setup.task.job)
+        raise StageError(f"{told}; {lower}" if lower else told) from error
     ending: Ending = result.return_value
     return ending
+
+
+def _in_thread(trainer: TorchTrainer) -> Future[Any]:
+    """`fit` in a thread: this one stays free for SIGTERM and Ctrl-C, which Ray Train answers by aborting."""
+    fitting: Future[Any] = Future()
+
+    def fit() -> None:
+        try:
+            fitting.set_result(trainer.fit())
+        except BaseException as error:
+            fitting.set_exception(error)
+
+    threading.Thread(target=fit, name="train-fit", daemon=True).start()
+    return fitting
+
+
+def _stop(notices: Any, fitting: Future[Any], label: str) -> None:
+    """Have the workers end with a checkpoint, and wait for them, but no longer than a scheduler would."""
+    logger.warning("%-13s told to stop: makes a checkpoint first", label)
+    with suppress(ray.exceptions.RayError, ray.train.TrainingFailedError, TimeoutError):
+        ray.get(notices.stop.remote("told to stop"), timeout=STOP_S)
+        ending = fitting.result(timeout=STOP_S).return_value
+        logger.warning("%-13s stopped at %s images, all of them kept", label, f"{ending.position.images:,}")
 
 
 def _work(config: dict[str, Any]) -> Ending:
@@ -248,9 +290,36 @@ def _train(setup: Setup) -> Ending:
         epochs=job.phase.epochs,
     )
     samples = Samples(setup.shards, setup.spec, job, device)
-    return train_phase(
-        task, worker, feed, Poster(setup.board), samples, lambda: ray.train.get_preemption_info() is not None
-    )
+    poster = Poster(setup.board)
+    with _watched(poster, worker.rank, setup.stall_s):
+        return train_phase(
+            task, worker, feed, poster, samples, lambda: ray.train.get_preemption_info() is not None
+        )
+
+
+@contextmanager
+def _watched(poster: Poster, rank: int, seconds: float) -> Iterator[None]:
+    """End this process if the block makes no progress for so long: started again, it goes on.
+
+    Workers that wait for one another learn it from their collectives; one that waits for its data, or alone,
+    would wait for ever.
+    """
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(min(1.0, seconds / 4)):
+            if time.monotonic() - poster.seen_alive > seconds:
+                poster.post(Event("note", f"worker {rank} has done nothing for {seconds:.0f} s: ends it"))
+                faulthandler.dump_traceback(all_threads=True)  # into the worker's log: what it hung in
+                over.wait(1)  # for the note to leave
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    poster.alive()
+    threading.Thread(target=watch, name="watch", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 @contextmanager

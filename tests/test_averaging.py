@@ -22,7 +22,7 @@ def test_buckets_keep_order_and_dtype_and_are_about_as_large_as_asked() -> None:
 def work(rank: int, world: int, folder: str) -> None:
     """One of the two processes."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    averaging.BUCKET_BYTES = 64
+    averaging.CPU_BUCKET_BYTES = 64
     planar = torch.arange(24.0).view(1, 2, 3, 4) * (rank + 1)
     last = planar.clone(memory_format=torch.channels_last) if rank else planar.clone()
     scalar = torch.tensor(float(rank))

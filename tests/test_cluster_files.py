@@ -24,8 +24,10 @@ import yaml
 from botocore.configprovider import BOTOCORE_DEFAUT_SESSION_VARIABLES
 from botocore.credentials import EnvProvider
 from botocore.validate import ParamValidator
+from ray.core.generated import autoscaler_pb2
 
 from cluster import local
+from stages.loop import ASK_S, LOOK_S
 
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTER = ROOT / "cluster"
@@ -250,6 +252,19 @@ def test_start_parameters_are_flags_of_ray_start_and_text(spec: dict[str, Any]) 
         for name, value in group["rayStartParams"].items():
             assert f'"--{name}"' in flags
             assert isinstance(value, str)
+
+
+def test_a_pod_that_ends_gives_notice_before_it_does(spec: dict[str, Any]) -> None:
+    pod = pods(spec)["gpu"]
+    shell, flag, command = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert (shell, flag) == ("sh", "-c")
+    notice, sleep = command.split("; ")
+    words = shlex.split(notice)
+    assert words[:2] == ["ray", "drain-node"]
+    source = ray_source("scripts", "scripts.py")
+    assert all(f'"{word}"' in source for word in words if word.startswith("--"))
+    assert autoscaler_pb2.DrainNodeReason.Value(words[3])
+    assert 2 * LOOK_S + ASK_S < int(sleep.split()[1]) < int(words[-1]) < pod["terminationGracePeriodSeconds"]
 
 
 def test_ports_are_those_the_readme_forwards(spec: dict[str, Any]) -> None:
@@ -527,8 +542,12 @@ def test_the_folder_is_uploaded_and_the_rest_goes_to_the_run(submit: Any) -> Non
     done, words = submit("-c", "recipes/pix2pix/facades.yaml", "--set", "a.b={x: 'y z'}")
     assert done.returncode == 0, done.stderr
     assert words[:3] == ["job", "submit", "--submission-id"]
-    assert words[4:] == [
-        *("--working-dir", ".", "--", "python", "-m", "pipeline.run"),
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert json.loads(words[5]) == {"env_vars": {"PIXLOOM_COMMIT": commit.stdout.strip()}}
+    assert [*words[4:5], *words[6:]] == [
+        *("--runtime-env-json", "--working-dir", ".", "--", "python", "-m", "pipeline.run"),
         *("-c", "recipes/pix2pix/facades.yaml", "--set", "a.b={x: 'y z'}"),
     ]
     assert set(submit.mode.read_text().split()) == {"token"}
@@ -536,12 +555,10 @@ def test_the_folder_is_uploaded_and_the_rest_goes_to_the_run(submit: Any) -> Non
 
 def test_flags_of_the_script_become_flags_of_ray_job_submit(submit: Any) -> None:
     _, words = submit("--here", "--no-wait", "--id", "mine", "--plan")
-    assert words == [
-        *("job", "submit", "--submission-id", "mine", "--no-wait"),
-        *("--", "python", "-m", "pipeline.run", "--plan"),
-    ]
+    assert words[:5] == ["job", "submit", "--submission-id", "mine", "--no-wait"]
+    assert words[7:] == ["--", "python", "-m", "pipeline.run", "--plan"]
     _, words = submit("--pip", "--", "--plan")
-    assert json.loads(words[words.index("--runtime-env-json") + 1]) == {"pip": "requirements.lock"}
+    assert json.loads(words[words.index("--runtime-env-json") + 1])["pip"] == "requirements.lock"
     assert (ROOT / "requirements.lock").is_file()
     flags = ray_source("dashboard", "modules", "job", "cli.py")
     for flag in ("--submission-id", "--no-wait", "--working-dir", "--runtime-env-json"):

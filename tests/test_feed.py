@@ -216,8 +216,8 @@ def test_what_cannot_work_is_refused_before_anything_is_read(shards):
     folder, spec = shards
     with pytest.raises(UserError, match="no pairs in split 'val'"):
         Feed(folder, spec, split="val")
-    with pytest.raises(UserError, match="shared evenly by 3"):
-        Feed(folder, spec, batch=4, world=3)
+    with pytest.raises(UserError, match="too small for 3"):
+        Feed(folder, spec, batch=2, world=3)
     with pytest.raises(UserError, match=r"augment\.crop"):
         Feed(folder, spec, augment=AugmentConfig(crop=(25, 8)))
 

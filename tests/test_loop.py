@@ -311,6 +311,24 @@ def test_restored_moments_lie_in_memory_as_their_weights_do() -> None:
     assert optimizer.state[weight]["exp_avg"].equal(moments)
 
 
+def test_health_is_in_the_curves(tmp_path: Path) -> None:
+    train(task(tmp_path, phase_jobs()[0]), Rows(16))
+    names = {row.name for row in curves.from_table(pq.read_table(tmp_path / "metrics.parquet"))}
+    assert names >= {
+        *("throughput/images_per_second", "throughput/data_wait_fraction", "throughput/checkpoint_fraction"),
+        *("gradient_norm/generator", "gradient_norm/discriminator", "health/discriminator_over_generator"),
+        *("learning_rate/generator", "learning_rate/discriminator"),
+        *("system/cpu_utilization_percentage", "system/system_memory_usage_percentage"),
+    }
+
+
+@pytest.mark.gpu
+def test_the_load_of_a_gpu_is_measured() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("NOT RUN: needs a GPU")
+    assert loop.gpu_metrics(torch.device("cuda"))["system/gpu_0_memory_usage_megabytes"] > 0
+
+
 def test_a_network_without_numbers_is_found() -> None:
     layer = nn.Linear(2, 2)
     assert loop.all_finite(layer)

@@ -18,9 +18,17 @@ SPEC = DatasetSpec(
 )
 
 
-def needed(*, workers: int = 1, index: int = 0, spec: DatasetSpec = SPEC, **changes: Any) -> int:
+def needed(
+    *,
+    workers: int = 1,
+    at_once: int | None = None,
+    index: int = 0,
+    spec: DatasetSpec = SPEC,
+    **changes: Any,
+) -> int:
     config = TrainConfig.model_validate({"model": {"kind": "pix2pix"}, **changes})
-    return estimate_memory(jobs(config, AugmentConfig())[index], spec, workers=workers)
+    job = jobs(config, AugmentConfig())[index]
+    return estimate_memory(job, spec, workers=workers, at_once=at_once)
 
 
 def phase(batch: int) -> list[dict[str, Any]]:
@@ -35,6 +43,7 @@ def test_weights_gradients_and_moments_are_four_times_the_parameters() -> None:
 def test_more_images_a_worker_need_more() -> None:
     assert needed(phases=phase(8)) > needed(phases=phase(1))
     assert needed(phases=phase(8), workers=8) == needed(phases=phase(1))
+    assert needed(phases=phase(8), at_once=1) == needed(phases=phase(1))
 
 
 def test_an_average_needs_a_copy_of_the_weights() -> None:

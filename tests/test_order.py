@@ -38,7 +38,7 @@ def test_every_pair_comes_exactly_once_and_only_the_last_batch_is_short(groups, 
 @given(
     groups_of,
     st.integers(0, 5),
-    st.sampled_from([(4, 2), (4, 4), (6, 3), (12, 4), (8, 8)]),
+    st.sampled_from([(4, 2), (4, 4), (4, 3), (6, 3), (12, 5), (8, 8), (7, 4)]),
     st.integers(1, 5),
 )
 def test_the_global_batches_do_not_depend_on_the_number_of_workers(groups, seed, sizes, window):

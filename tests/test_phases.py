@@ -125,10 +125,10 @@ def test_a_feature_encoder_needs_instances() -> None:
         config(GLOBAL, enhancers=0, feature_encoder=True).check_data(Shards(64, 64), AugmentConfig())
 
 
-def test_workers_that_cannot_share_a_batch_are_refused() -> None:
+def test_more_workers_than_a_batch_has_pairs_are_refused() -> None:
     given = config({**GLOBAL, "batch": 2}, enhancers=0)
     given.check_resources(Resources(train_workers=2))
-    with pytest.raises(ValueError, match=r"train.phases.0.batch: .* 2 pairs, which 3 workers"):
+    with pytest.raises(ValueError, match=r"train.phases.0.batch: .* 2 pairs, too few for 3 workers"):
         given.check_resources(Resources(train_workers=3))
     given.check_resources(Resources(train_workers=2, train_workers_min=1))
     with pytest.raises(ValueError, match=r"train_workers_min: 3 is more than train_workers, 2"):

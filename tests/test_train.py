@@ -209,11 +209,11 @@ def test_a_split_without_pairs_is_refused(tmp_path: Path) -> None:
         train.run(phase_jobs()[0], ONE, output=str(tmp_path / "o"), track=NullRun(), shards=str(tmp_path))
 
 
-def test_workers_that_cannot_share_a_batch_are_refused(shards: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="3 workers"):
+def test_more_workers_than_a_batch_has_pairs_are_refused(shards: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="too few for 5 workers"):
         train.run(
             phase_jobs()[0],
-            ONE.model_copy(update={"train_workers": 3}),
+            ONE.model_copy(update={"train_workers": 5}),
             output=str(tmp_path / "o"),
             track=NullRun(),
             shards=shards,
@@ -223,7 +223,7 @@ def test_workers_that_cannot_share_a_batch_are_refused(shards: str, tmp_path: Pa
 def test_a_lack_of_memory_says_what_to_lower() -> None:
     job = phase_jobs()[0]
     told = train.out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), job)
-    assert "the batch of phase global" in told
+    assert "resources.pairs_at_once" in told
     assert "bf16" in told
     assert "resources.checkpointing" in told
     assert train.out_of_memory(RuntimeError("something else"), job) == ""

@@ -6,7 +6,7 @@ Shapes: N batch, C channels, H height, W width; images are (N, C, H, W) with val
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -191,12 +191,39 @@ class BatchNorm(nn.BatchNorm2d):
     """
 
     sample_statistics: bool = True
+    total: Callable[[Tensor], Tensor] | None = None
+    """In training on several workers: sums a tensor over all of them, and its gradient too; None: each worker
+    normalises by its own pictures."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> the same shape."""
+        if self.training and self.total is not None:
+            return self._by_all_workers(x, self.total)
         if self.training or not self.sample_statistics:
             return super().forward(x)
         return F.instance_norm(x, None, None, self.weight, self.bias, use_input_stats=True, eps=self.eps)
+
+    def _by_all_workers(self, x: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
+        axes, channels = (0, 2, 3), x.shape[1]
+        own = x.new_full((1,), x.numel() / channels, dtype=torch.float64)
+        wide = x.to(torch.float64)
+        sums = total(torch.cat([wide.sum(axes), wide.square().sum(axes), own]))
+        count = sums[-1].detach()
+        mean = sums[:channels] / count
+        variance = (sums[channels:-1] / count - mean.square()).clamp(min=0)
+        with torch.no_grad():
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            assert self.momentum is not None
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            unbiased = variance * (count / (count - 1).clamp(min=1))
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        shift = self.bias - mean * scale
+        shape = (1, channels, 1, 1)
+        return x * scale.to(x.dtype).view(shape) + shift.to(x.dtype).view(shape)
 
 
 def use_running_statistics(network: nn.Module, *, running: bool) -> None:
@@ -204,6 +231,13 @@ def use_running_statistics(network: nn.Module, *, running: bool) -> None:
     for module in network.modules():
         if isinstance(module, BatchNorm):
             module.sample_statistics = not running
+
+
+def synchronise_norms(network: nn.Module, total: Callable[[Tensor], Tensor]) -> None:
+    """Have batch norms in training normalise by the pictures of all workers; see `BatchNorm.total`."""
+    for module in network.modules():
+        if isinstance(module, BatchNorm):
+            module.total = total
 
 
 def make_norm(kind: NormKind, channels: int) -> BatchNorm | InstanceNorm:

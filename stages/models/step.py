@@ -85,6 +85,24 @@ class Batch:
             label=move(self.label),
         )
 
+    def split(self, rows: int) -> list[Batch]:
+        """The same pairs in parts of at most `rows`, each counting for as much as it has."""
+        count = self.source.shape[0]
+        if count <= rows:
+            return [self]
+        return [
+            replace(
+                self,
+                source=self.source[start : start + rows],
+                target=self.target[start : start + rows],
+                instance=None if self.instance is None else self.instance[start : start + rows],
+                label=None if self.label is None else self.label[start : start + rows],
+                keys=self.keys[start : start + rows],
+                share=self.share * min(rows, count - start) / count,
+            )
+            for start in range(0, count, rows)
+        ]
+
 
 @dataclass(slots=True, kw_only=True)
 class Translator:
@@ -269,21 +287,27 @@ def make_condition(
 
 
 def step(
-    gan: Translator, batch: Batch, *, weights: LossWeights, average: Average | None = None
+    gan: Translator,
+    batch: Batch,
+    *,
+    weights: LossWeights,
+    average: Average | None = None,
+    at_once: int | None = None,
 ) -> dict[str, Tensor]:
     """One update of both networks. Returns named, detached losses, each as it enters the sum.
 
     Never waits for the device. The caller looks at `all_finite(losses)` as often as it can afford to. A batch
     without rows (a worker beyond the end of the data) takes part with zero gradients.
+
+    at_once   pairs that are in memory at a time: a larger batch is done in turns whose gradients add up. The
+              same update but for batch norm and dropout, which then see the turns' pairs apart
     """
     if batch.source.shape[0] == 0:
         _empty_step(gan, average)
         return {}
-    dtype = next(gan.generator.parameters()).dtype
-    target = unit_range(batch.target, dtype)
-    condition = make_condition(batch.source, batch.instance, arch=gan.arch, inputs=gan.inputs, dtype=dtype)
-    condition = condition.contiguous(memory_format=torch.channels_last)
-    target = target.contiguous(memory_format=torch.channels_last)
+    if at_once is not None and batch.source.shape[0] > at_once:
+        return _step_in_turns(gan, batch.split(at_once), weights, average)
+    condition, target = _inputs(gan, batch)
     with _autocast(gan.precision, target.device):
         generated = _generate(gan, condition, target, batch.instance)
     fake = generated.detach().requires_grad_()  # the losses end here; the generator's graph starts here
@@ -309,6 +333,78 @@ def step(
     if gan.ema is not None:
         gan.ema.update(gan.generator)
     return {name: value.detach() for name, value in losses.items()}
+
+
+def _inputs(gan: Translator, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Condition and target as the networks see them."""
+    dtype = next(gan.generator.parameters()).dtype
+    target = unit_range(batch.target, dtype)
+    condition = make_condition(batch.source, batch.instance, arch=gan.arch, inputs=gan.inputs, dtype=dtype)
+    condition = condition.contiguous(memory_format=torch.channels_last)
+    return condition, target.contiguous(memory_format=torch.channels_last)
+
+
+def _step_in_turns(
+    gan: Translator, parts: Sequence[Batch], weights: LossWeights, average: Average | None
+) -> dict[str, Tensor]:
+    """The same step over parts of a batch, with the memory of one part.
+
+    pix2pix's discriminator steps before the generator is judged, so its generator runs twice: its graphs of
+    all parts would be what the turns are to save.
+    """
+    seed, layered = torch.initial_seed(), isinstance(gan.arch, Pix2PixHD)
+    total: dict[str, Tensor] = {}
+    whole = sum(part.share for part in parts)
+
+    def generated(index: int, condition: Tensor, target: Tensor) -> Tensor:
+        torch.manual_seed(seed + index)  # the same dropout whenever this part is generated
+        with _autocast(gan.precision, target.device):
+            return _generate(gan, condition, target, parts[index].instance)
+
+    def count(losses: Mapping[str, Tensor], part: Batch) -> None:
+        for name, value in losses.items():
+            held = value.detach() * (part.share / whole)
+            total[name] = total[name] + held if name in total else held
+
+    real_features: list[Features] = []
+    if not layered and gan.discriminator is not None:
+        buffers = [buffer.clone() for buffer in gan.generator.buffers()]
+        for index, part in enumerate(parts):
+            condition, target = _inputs(gan, part)
+            with torch.no_grad():
+                fake = generated(index, condition, target)
+            losses: dict[str, Tensor] = {}
+            with _autocast(gan.precision, target.device):
+                real_features.append(
+                    _judge_apart(gan, _conditions(gan, condition), target, fake, part.share, weights, losses)
+                )
+            count(losses, part)
+        for buffer, before in zip(gan.generator.buffers(), buffers, strict=True):
+            buffer.copy_(before)  # running statistics count each picture once
+        assert gan.discriminator_optimizer is not None
+        _update(gan.discriminator_optimizer, average)
+    for index, part in enumerate(parts):
+        condition, target = _inputs(gan, part)
+        image = generated(index, condition, target)
+        fake = image.detach().requires_grad_()
+        losses = {}
+        with _autocast(gan.precision, target.device):
+            judged: Judged = None
+            if layered:
+                judged = _judge_for_both(gan, condition, target, fake, part.share, weights, losses)
+            elif gan.discriminator is not None:
+                with _frozen(gan.discriminator):
+                    judged = _judge(gan, _conditions(gan, condition), fake), real_features[index]
+            loss = _generator_loss(gan, judged, fake, target, weights, losses)
+        (fake_gradient,) = torch.autograd.grad(loss * part.share, fake)
+        torch.autograd.backward(image, fake_gradient)
+        count(losses, part)
+    if layered and gan.discriminator_optimizer is not None:
+        _update(gan.discriminator_optimizer, average)
+    _update(gan.generator_optimizer, average)
+    if gan.ema is not None:
+        gan.ema.update(gan.generator)
+    return total
 
 
 def all_finite(losses: Mapping[str, Tensor]) -> Tensor:
@@ -391,17 +487,31 @@ def _judge_in_turn(
     if gan.discriminator is None or gan.discriminator_optimizer is None:
         return None
     conditions = _conditions(gan, condition)
-    fake_loss = discriminator_losses(_judge(gan, conditions, fake.detach()), weights.gan, real=False)
+    real_features = _judge_apart(gan, conditions, target, fake.detach(), share, weights, losses)
+    _update(gan.discriminator_optimizer, average)
+    with _frozen(gan.discriminator):
+        fake_features = _judge(gan, conditions, fake)
+    return fake_features, real_features
+
+
+def _judge_apart(
+    gan: Translator,
+    conditions: Sequence[Tensor] | None,
+    target: Tensor,
+    fake: Tensor,
+    share: float,
+    weights: LossWeights,
+    losses: dict[str, Tensor],
+) -> Features:
+    """Gradients of the discriminator, one image kind a pass; the real image's features, detached."""
+    fake_loss = discriminator_losses(_judge(gan, conditions, fake), weights.gan, real=False)
     torch.autograd.backward(torch.stack(fake_loss).sum() * (0.5 * share))
     real_features = _judge(gan, conditions, target)
     real_loss = discriminator_losses(real_features, weights.gan, real=True)
     torch.autograd.backward(torch.stack(real_loss).sum() * (0.5 * share))
-    _update(gan.discriminator_optimizer, average)
     _note(losses, "discriminator/real", real_loss)
     _note(losses, "discriminator/fake", fake_loss)
-    with _frozen(gan.discriminator):
-        fake_features = _judge(gan, conditions, fake)
-    return fake_features, [[feature.detach() for feature in scale] for scale in real_features]
+    return [[feature.detach() for feature in scale] for scale in real_features]
 
 
 def _generator_loss(

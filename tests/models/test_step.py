@@ -354,6 +354,46 @@ def test_the_mean_over_workers_with_short_batches_is_the_mean_over_rows() -> Non
         torch.testing.assert_close(sum(each) / len(cuts), expected, rtol=1e-9, atol=1e-15)
 
 
+@pytest.mark.parametrize("layered", [True, False])
+def test_a_batch_done_in_turns_is_the_same_step(layered: bool) -> None:
+    """Gradients and losses of five pairs at once, and of two, two and one, on one of two workers."""
+    arch = HD if layered else P2P.model_copy(update={"norm": "instance"})
+    inputs = HD_INPUTS if layered else InputSpec()
+    weights = paper_weights(arch)
+    batch = hd_batch(rows=5) if layered else p2p_batch(rows=5)
+    batch.share = 1.25
+
+    def outcome(at_once: int | None) -> tuple[list[list[Tensor]], dict[str, Tensor]]:
+        captured = Captured()
+        gan = in_double(build_translator(arch, inputs, weights=weights))
+        losses = step(gan, batch, weights=weights, average=captured, at_once=at_once)
+        return captured.networks, losses
+
+    (expected, losses), (turns, summed) = outcome(None), outcome(2)
+    assert losses.keys() == summed.keys()
+    for name, value in losses.items():
+        assert summed[name].item() == pytest.approx(value.item(), rel=1e-9), name
+    for ours, theirs in zip(turns, expected, strict=True):
+        for gradient, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(gradient, other, rtol=1e-8, atol=1e-13)
+
+
+def test_turns_draw_the_same_noise_twice_and_count_each_picture_once() -> None:
+    """pix2pix's generator runs twice in turns: running statistics and dropout must not tell."""
+    arch = Pix2Pix(levels=4, width=4, discriminator_width=4)
+    weights = LossWeights(gan="bce", gan_weight=0.0, feature_matching=0.0, l1=100.0)
+    adversarial = paper_weights(arch)
+
+    def statistics(weights: LossWeights) -> list[Tensor]:
+        gan = build_translator(arch, InputSpec(), weights=weights)
+        torch.manual_seed(1)
+        step(gan, p2p_batch(rows=4), weights=weights, at_once=2)
+        return [buffer.clone() for buffer in gan.generator.buffers()]
+
+    for once, twice in zip(statistics(weights), statistics(adversarial), strict=True):
+        torch.testing.assert_close(once, twice)
+
+
 def test_a_worker_without_rows_takes_part_and_reports_nothing() -> None:
     weights = paper_weights(P2P)
     gan = build_translator(P2P, InputSpec(), weights=weights, ema_decay=0.9)

@@ -45,8 +45,8 @@ def free_ports(count: int) -> list[int]:
 class SeaweedS3:
     """The server; `start`, `kill`, `restart`, `pause`, `resume`. Data stay in `folder` meanwhile."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, host: str = "127.0.0.1") -> None:
+        self.folder, self.host = folder, host
         # The data folder remembers its peers by port, so a restarted server keeps them. Ports can be taken
         # between choosing and use; `start` then fails and says so in weed.log.
         self.ports = free_ports(8)
@@ -54,11 +54,11 @@ class SeaweedS3:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.ports[0]}"
+        return f"http://{self.host}:{self.ports[0]}"
 
     @property
     def address(self) -> tuple[str, int]:
-        return "127.0.0.1", self.ports[0]
+        return self.host, self.ports[0]
 
     def start(self, timeout: float = 30.0) -> Self:
         data = self.folder / "data"
@@ -66,7 +66,7 @@ class SeaweedS3:
         s3, master, master_rpc, volume, volume_rpc, filer, filer_rpc, s3_rpc = self.ports
         command = [
             *(executable() or "weed", "-logtostderr=true", "server", f"-dir={data}"),
-            *("-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
+            *(f"-ip={self.host}", f"-ip.bind={self.host}"),
             *(f"-master.port={master}", f"-master.port.grpc={master_rpc}", "-master.telemetry=false"),
             *("-master.electionTimeout=1s", "-master.heartbeatInterval=100ms"),  # else a restart takes 20 s
             *("-master.volumeSizeLimitMB=128", "-master.volumePreallocate=false"),
@@ -122,7 +122,7 @@ class SeaweedS3:
     def _ready(self) -> bool:
         try:
             with urllib.request.urlopen(
-                f"http://127.0.0.1:{self.ports[1]}/cluster/status", timeout=1
+                f"http://{self.host}:{self.ports[1]}/cluster/status", timeout=1
             ) as answer:
                 if not json.load(answer).get("IsLeader"):
                     return False

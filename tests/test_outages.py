@@ -1,0 +1,250 @@
+"""Services a phase leans on go away while it trains, and come back: S3, the local disk, the MLflow server."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+
+from stages import checkpoints, dataset, phases, storage, train
+from stages.board import Notices, Poster
+from stages.feed import Feed, read_here
+from stages.loop import Task, Worker, phase_seed, train_phase
+from stages.models.step import Batch
+from stages.phases import PhaseJob
+from stages.tracking import TrackingConfig, open_parent
+from tests.small import make_shards
+from tests.stores.seaweed import SeaweedS3, free_ports
+from tests.test_train_faults import ONE, phase_job
+from tests.undisturbed import Losses, losses, undisturbed
+
+EPOCHS = 12
+Event = Callable[[], None]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("shards")
+    make_shards(folder, {"train": [14, 8], "val": [2]})
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def job() -> PhaseJob:
+    return phase_job(epochs=EPOCHS)
+
+
+@pytest.fixture(scope="module")
+def expected(job: PhaseJob, shards: str, tmp_path_factory: pytest.TempPathFactory) -> Losses:
+    return undisturbed(job, shards, tmp_path_factory.mktemp("one"))
+
+
+class Eventful(Feed):
+    """A feed that lets something happen before a step."""
+
+    events: dict[int, Event]
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        for step, batch in enumerate(super().epoch(epoch, start_step), start_step):
+            self.events.pop(epoch * self.steps_per_epoch + step, lambda: None)()
+            yield batch
+
+
+def trained(job: PhaseJob, shards: str, output: str, events: dict[int, Event]) -> tuple[Losses, str]:
+    """Losses of a phase, a checkpoint after every step, and what it told."""
+    spec = dataset.load(shards)
+    task = Task(
+        job=job,
+        name="eventful",
+        inputs=phases.input_spec(spec),
+        preprocessing=train.preprocessing(job, spec),
+        rows=spec.rows("train"),
+        output=output,
+        before="",
+        checkpoint_images=1,
+        keep_checkpoints=2,
+    )
+    board = Notices()
+    feed = Eventful(
+        shards,
+        spec,
+        seed=phase_seed(job.seed, job.phase.name),
+        batch=job.phase.batch,
+        epochs=job.phase.epochs,
+        read=read_here,
+    )
+    feed.events = dict(events)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with feed:
+        train_phase(task, Worker(), feed, Poster(board), lambda _: (None, {}))
+    torch.set_num_threads(threads)
+    assert not feed.events, "something was to happen and did not"
+    told = "\n".join(event.value for event in board.take() if event.kind == "note")
+    return losses(output), told
+
+
+@pytest.mark.s3
+def test_s3_is_down_while_checkpoints_are_written(
+    s3_store: SeaweedS3, s3_bucket: str, job: PhaseJob, shards: str, expected: Losses
+) -> None:
+    """Killed at step 10, there again at step 20; what was acknowledged before is still there."""
+    output = f"s3://{s3_bucket}/phase"
+    storage.configure({"s3": s3_store.options()})
+    try:
+        found, _ = trained(job, shards, output, {10: s3_store.kill, 20: lambda: (s3_store.start(), None)[1]})
+        assert found == expected
+        assert storage.exists(f"{output}/model/model.json")
+        for name in checkpoints.names(f"{output}/checkpoints"):
+            checkpoints.load(f"{output}/checkpoints/{name}", job="eventful")
+    finally:
+        storage.configure({"s3": {}})
+
+
+@pytest.fixture
+def small_disk() -> Iterator[Path]:
+    """A file system of 16 MB."""
+    if os.getuid() != 0:
+        pytest.skip("NOT RUN: needs root, to mount a small file system")
+    folder = Path(tempfile.mkdtemp(prefix="px-disk"))
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], check=False)
+    if made.returncode:
+        pytest.skip("NOT RUN: this container may not mount file systems")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+    folder.rmdir()
+
+
+@pytest.mark.parametrize("where", ["the folder itself", "the spill of an upload"])
+@pytest.mark.s3
+def test_the_disk_is_full_while_checkpoints_are_written(
+    where: str,
+    small_disk: Path,
+    s3_store: SeaweedS3,
+    s3_bucket: str,
+    job: PhaseJob,
+    shards: str,
+    expected: Losses,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Training goes on without, says so, and writes again once there is room."""
+    monkeypatch.setattr(checkpoints, "WAIT_S", 0.01)
+    output = str(small_disk / "phase")
+    if where != "the folder itself":
+        output = f"s3://{s3_bucket}/phase"
+        monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    storage.configure({"s3": s3_store.options()})
+    filler = small_disk / "filler"
+
+    def fill() -> None:
+        with filler.open("wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(1 << 12))
+            except OSError:
+                pass
+
+    try:
+        found, told = trained(job, shards, output, {6: fill, 36: filler.unlink})
+    finally:
+        storage.configure({"s3": {}})
+    assert found == expected
+    assert "not written (OSError: [Errno 28] No space left on device" in told
+    assert "training goes on" in told
+
+
+class MlflowServer:
+    """A real tracking server on this machine; `start`, `kill`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_ports(1)[0]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [
+            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)),
+            *("--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--workers", "1"),
+            *("--artifacts-destination", str(self.folder / "artifacts")),
+        ]
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                start_new_session=True,
+            )
+        until = time.monotonic() + 180
+        while True:
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=2) as answer:  # noqa: S310
+                    if answer.status == 200:
+                        return
+            except (OSError, urllib.error.URLError):
+                pass
+            assert self.process.poll() is None, (self.folder / "server.log").read_text()
+            assert time.monotonic() < until, (self.folder / "server.log").read_text()
+            time.sleep(0.2)
+
+    def kill(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        if self.process is not None:
+            self.process.wait()
+
+
+@pytest.mark.long
+@pytest.mark.ray
+def test_the_mlflow_server_is_down_for_a_minute(
+    ray_local: None, shards: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Training goes on meanwhile, and every step's value arrives, once."""
+    import threading
+
+    long = phase_job(epochs=200)
+    server = MlflowServer(tmp_path)
+    server.start()
+    output = tmp_path / "phase"
+    went_on: list[int] = []
+
+    def outage() -> None:
+        while not checkpoints.names(str(output / "checkpoints")):
+            time.sleep(0.05)
+        server.kill()
+        before = checkpoints.names(str(output / "checkpoints"))[-1]
+        time.sleep(60)
+        now = checkpoints.names(str(output / "checkpoints"))[-1]
+        went_on.append(int(now.rpartition("-")[2]) - int(before.rpartition("-")[2]))
+        server.start()
+
+    try:
+        track = open_parent(TrackingConfig(uri=server.url), "test", None, str(tmp_path)).child("train-global")
+        track.run_id()
+        breaking = threading.Thread(target=outage)
+        breaking.start()
+        outcome = train.run(long, ONE, output=str(output), track=track, shards=shards)
+        breaking.join()
+        assert track.flush(wait=120)
+        client = MlflowClient(server.url)
+        for name in ("generator/gan", "discriminator/real", "gradient_norm/generator", "images"):
+            history = client.get_metric_history(track.run_id(), name)
+            assert sorted(point.step for point in history) == list(range(1, outcome.counts["steps"] + 1)), (
+                name
+            )
+    finally:
+        server.kill()
+    assert went_on[0] > 0
+    assert "does not answer" in caplog.text
+    assert "MLflow answers again" in caplog.text

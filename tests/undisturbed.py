@@ -1,0 +1,79 @@
+"""The losses of a phase that nothing disturbs: the loop of `stages.train` in plain processes, no Ray."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from stages import curves, dataset, phases, storage, train
+from stages.board import Notices, Poster
+from stages.feed import Feed, read_here
+from stages.loop import Task, Worker, phase_seed, train_phase
+from stages.phases import PhaseJob
+
+Losses = dict[tuple[int, str], float]
+KEPT = ("generator/", "discriminator/", "learning_rate/", "gradient_norm/")
+
+
+def losses(output: str | Path) -> Losses:
+    """The curves of a finished phase without what depends on the clock, by step and name."""
+    rows = curves.from_table(storage.read_parquet(storage.join(str(output), "metrics.parquet")))
+    return {(row.step, row.name): row.value for row in rows if row.name.startswith(KEPT)}
+
+
+def images(output: str | Path) -> int:
+    """How many images a finished phase has seen."""
+    rows = curves.from_table(storage.read_parquet(storage.join(str(output), "metrics.parquet")))
+    return max(row.images for row in rows)
+
+
+def undisturbed(job: PhaseJob, shards: str, output: Path, *, workers: int = 1) -> Losses:
+    """Train a phase with so many workers of one thread each; its losses."""
+    if workers == 1:
+        _train(job, shards, str(output), Worker())
+    else:
+        with tempfile.TemporaryDirectory() as store:
+            text = job.model_dump_json()
+            torch.multiprocessing.spawn(_work, (workers, store, text, shards, str(output)), nprocs=workers)
+    return losses(output)
+
+
+def _work(rank: int, world: int, store: str, job: str, shards: str, output: str) -> None:
+    """One of several processes."""
+    dist.init_process_group("gloo", init_method=f"file://{store}/meet", rank=rank, world_size=world)
+    _train(PhaseJob.model_validate_json(job), shards, output, Worker(rank=rank, world=world))
+    dist.destroy_process_group()
+
+
+def _train(job: PhaseJob, shards: str, output: str, worker: Worker) -> None:
+    spec = dataset.load(shards)
+    task = Task(
+        job=job,
+        name="undisturbed",
+        inputs=phases.input_spec(spec),
+        preprocessing=train.preprocessing(job, spec),
+        rows=spec.rows("train"),
+        output=output,
+        before="",
+    )
+    feed = Feed(
+        shards,
+        spec,
+        seed=phase_seed(job.seed, job.phase.name),
+        batch=job.phase.batch,
+        rank=worker.rank,
+        world=worker.world,
+        augment=job.augment,
+        scale=phases.downscale(job.model, job.phase),
+        epochs=job.phase.epochs,
+        read=read_here,
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with feed:
+        train_phase(task, worker, feed, Poster(Notices()), lambda _: (None, {}))
+    torch.set_num_threads(threads)
