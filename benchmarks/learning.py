@@ -49,6 +49,7 @@ from stages.inference import Painter
 from stages.loop import Task, Worker, phase_seed, train_phase
 from stages.models import step
 from stages.models.architecture import build_generator
+from stages.models.process import tune_process
 from stages.models.saved import LoadedModel, load_model
 from stages.phases import PhaseJob
 from stages.previews import Samples
@@ -240,6 +241,7 @@ def main() -> int:
     p.add_argument("--models", nargs="+", default=[], metavar="FOLDER", help="compare these models instead")
     p.add_argument("--crops", metavar="FILE", help="with --models: where to draw what they made")
     options = p.parse_args()
+    tune_process(torch.device("cpu"))
     began, cpu = time.time(), time.process_time()
     if options.models:
         sides, made = by_phase(options.models, options.shards, options.split)
