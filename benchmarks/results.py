@@ -81,8 +81,8 @@ RUNS = {
         ),
         splits=("val",),
     ),
-    "colour": Training("recipes/pix2pix/colorization.yaml", (*PHOTOS, *epochs(10, 4))),
-    "inpainting": Training("recipes/pix2pix/inpainting.yaml", (*PHOTOS, *epochs(10, 4))),
+    "colour": Training("recipes/pix2pix/colorization.yaml", (*PHOTOS, *epochs(4, 2), RATE)),
+    "inpainting": Training("recipes/pix2pix/inpainting.yaml", (*PHOTOS, *epochs(4, 2), RATE)),
     "facades-hd": Training("recipes/facades.yaml", ("ingest.locations.0.uri={data}/facades",)),
     # Eight scenes are too few to hold any back: whether it can learn them by heart, and what each phase adds.
     "cityscapes-hd": Training(
