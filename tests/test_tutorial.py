@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -105,6 +106,6 @@ def _end(shell: subprocess.Popen[str], folder: Path, environment: dict[str, str]
     """Whatever a failed page left running: its shell's jobs and its cluster."""
     stop = [sys.executable, "cluster/local.py", "--folder", str(folder / "c"), "stop"]
     subprocess.run(stop, cwd=ROOT, env=environment, capture_output=True, timeout=120, check=False)
-    if shell.poll() is None:
+    with contextlib.suppress(ProcessLookupError):  # its jobs outlive a shell that failed
         os.killpg(shell.pid, signal.SIGKILL)
-        shell.communicate()
+    shell.wait()
