@@ -50,7 +50,7 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-Width = Annotated[int, Field(ge=1, le=1024)]
+Width = Annotated[int, Field(ge=1, le=2**16)]
 """Channels of a network's first layer. Bounded: a model folder may come from anywhere."""
 
 
@@ -106,7 +106,7 @@ class Pix2PixHD(Frozen):
     kind: Literal["pix2pixhd"] = "pix2pixhd"
     enhancers: Annotated[int, Field(ge=0, le=4)] = 1
     width: Annotated[
-        int | None, Field(ge=1, le=1024, description="of the outermost part; null: such that G1 has 64")
+        int | None, Field(ge=1, le=2**16, description="of the outermost part; null: such that G1 has 64")
     ] = None
     downsamplings: Annotated[int, Field(ge=1, le=6)] = 4
     blocks: Annotated[int, Field(ge=0, le=64)] = 9
