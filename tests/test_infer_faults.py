@@ -23,7 +23,7 @@ from tests.small import make_model, scene
 from tests.stores.faults import Fault, FaultProxy
 from tests.stores.seaweed import ACCESS_KEY, SECRET_KEY, SeaweedS3, free_ports
 
-pytestmark = [pytest.mark.slow, pytest.mark.s3]
+pytestmark = [pytest.mark.long, pytest.mark.s3]
 
 COUNT = 200
 FAULTS = (
