@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -81,6 +82,7 @@ def trained(job: PhaseJob, shards: str, output: str, events: dict[int, Event]) -
         spec,
         seed=phase_seed(job.seed, job.phase.name),
         batch=job.phase.batch,
+        augment=job.augment,
         epochs=job.phase.epochs,
         read=read_here,
     )
@@ -99,15 +101,17 @@ def trained(job: PhaseJob, shards: str, output: str, events: dict[int, Event]) -
 def test_s3_is_down_while_checkpoints_are_written(
     s3_store: SeaweedS3, s3_bucket: str, job: PhaseJob, shards: str, expected: Losses
 ) -> None:
-    """Killed at step 10, there again at step 20; what was acknowledged before is still there."""
+    """Killed at step 10, there again at step 20: the losses are the same, and so is what is left."""
     output = f"s3://{s3_bucket}/phase"
     storage.configure({"s3": s3_store.options()})
     try:
         found, _ = trained(job, shards, output, {10: s3_store.kill, 20: lambda: (s3_store.start(), None)[1]})
         assert found == expected
         assert storage.exists(f"{output}/model/model.json")
-        for name in checkpoints.names(f"{output}/checkpoints"):
-            checkpoints.load(f"{output}/checkpoints/{name}", job="eventful")
+        # What the outage left half-written is no checkpoint; the newest is whole, and of the last step.
+        newest = checkpoints.load_newest(f"{output}/checkpoints", job="eventful")
+        assert newest is not None
+        assert newest.position.steps == max(step for step, _ in expected)
     finally:
         storage.configure({"s3": {}})
 
@@ -126,6 +130,7 @@ def small_disk() -> Iterator[Path]:
     folder.rmdir()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("where", ["the folder itself", "the spill of an upload"])
 @pytest.mark.s3
 def test_the_disk_is_full_while_checkpoints_are_written(
@@ -160,7 +165,7 @@ def test_the_disk_is_full_while_checkpoints_are_written(
     finally:
         storage.configure({"s3": {}})
     assert found == expected
-    assert "not written (OSError: [Errno 28] No space left on device" in told
+    assert re.search(r"not written \(.*No space left on device", told)
     assert "training goes on" in told
 
 
