@@ -15,20 +15,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from mlflow.tracking import MlflowClient
 
-from stages import checkpoints, dataset, phases, storage, train
-from stages.board import Notices, Poster
-from stages.feed import Feed, read_here
-from stages.loop import Task, Worker, phase_seed, train_phase
+from stages import checkpoints, storage, train
+from stages.board import Notices
+from stages.feed import Feed
 from stages.models.step import Batch
 from stages.phases import PhaseJob
 from stages.tracking import TrackingConfig, open_parent
 from tests.small import make_shards
 from tests.stores.seaweed import SeaweedS3, free_ports
 from tests.test_train_faults import ONE, phase_job
-from tests.undisturbed import Losses, losses, undisturbed
+from tests.undisturbed import PLAIN_NAME, Losses, losses, train_here, undisturbed
 
 EPOCHS = 12
 Event = Callable[[], None]
@@ -64,35 +62,23 @@ class Eventful(Feed):
 
 def trained(job: PhaseJob, shards: str, output: str, events: dict[int, Event]) -> tuple[Losses, str]:
     """Losses of a phase, a checkpoint after every step, and what it told."""
-    spec = dataset.load(shards)
-    task = Task(
-        job=job,
-        name="eventful",
-        inputs=phases.input_spec(spec),
-        preprocessing=train.preprocessing(job, spec),
-        rows=spec.rows("train"),
-        output=output,
-        before="",
+    board, left = Notices(), dict(events)
+
+    def prepare(feed: Feed) -> None:
+        assert isinstance(feed, Eventful)
+        feed.events = left
+
+    train_here(
+        job,
+        shards,
+        output,
+        feed_type=Eventful,
+        board=board,
+        prepare=prepare,
         checkpoint_images=1,
         keep_checkpoints=2,
     )
-    board = Notices()
-    feed = Eventful(
-        shards,
-        spec,
-        seed=phase_seed(job.seed, job.phase.name),
-        batch=job.phase.batch,
-        augment=job.augment,
-        epochs=job.phase.epochs,
-        read=read_here,
-    )
-    feed.events = dict(events)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with feed:
-        train_phase(task, Worker(), feed, Poster(board), lambda _: (None, {}))
-    torch.set_num_threads(threads)
-    assert not feed.events, "something was to happen and did not"
+    assert not left, "something was to happen and did not"
     told = "\n".join(event.value for event in board.take() if event.kind == "note")
     return losses(output), told
 
@@ -109,7 +95,7 @@ def test_s3_is_down_while_checkpoints_are_written(
         assert found == expected
         assert storage.exists(f"{output}/model/model.json")
         # What the outage left half-written is no checkpoint; the newest is whole, and of the last step.
-        newest = checkpoints.load_newest(f"{output}/checkpoints", job="eventful")
+        newest = checkpoints.load_newest(f"{output}/checkpoints", job=PLAIN_NAME)
         assert newest is not None
         assert newest.position.steps == max(step for step, _ in expected)
     finally:

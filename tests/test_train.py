@@ -12,22 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pyarrow.parquet as pq
 import pytest
-import torch
 
-from stages import checkpoints, curves, dataset, phases, train
+from stages import checkpoints, train
 from stages.augment import AugmentConfig
 from stages.base import Resources
-from stages.board import Notices, Poster
 from stages.errors import StageError, UserError
-from stages.feed import Feed, read_here
-from stages.loop import Task, Worker, phase_seed, train_phase
 from stages.models.saved import load_model
 from stages.phases import PhaseJob, TrainConfig, jobs
 from stages.tracking import NullRun, TrackingConfig, open_parent
 from stages.tracking import _client as mlflow_client
 from tests.small import make_shards
+from tests.undisturbed import losses, undisturbed
 
 MODEL = {
     "kind": "pix2pixhd",
@@ -63,47 +59,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def losses(output: Path) -> dict[tuple[int, str], float]:
-    rows = curves.from_table(pq.read_table(output / "metrics.parquet"))
-    kept = ("generator/", "discriminator/", "learning_rate/", "gradient_norm/")
-    return {(row.step, row.name): row.value for row in rows if row.name.startswith(kept)}
-
-
-def reference(job: PhaseJob, shards: str, output: Path) -> dict[tuple[int, str], float]:
-    """The losses of a phase trained in this process: no Ray, one thread, nothing disturbed."""
-    spec = dataset.load(shards)
-    task = Task(
-        job=job,
-        name="reference",
-        inputs=phases.input_spec(spec),
-        preprocessing=train.preprocessing(job, spec),
-        rows=spec.rows("train"),
-        output=str(output),
-        before="",
-    )
-    feed = Feed(
-        shards,
-        spec,
-        seed=phase_seed(job.seed, job.phase.name),
-        batch=job.phase.batch,
-        augment=job.augment,
-        scale=phases.downscale(job.model, job.phase),
-        epochs=job.phase.epochs,
-        read=read_here,
-    )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with feed:
-        train_phase(task, Worker(), feed, Poster(Notices()), lambda _: (None, {}))
-    torch.set_num_threads(threads)
-    return losses(output)
-
-
 @pytest.mark.ray
 def test_two_workers_train_as_one(ray_local: None, shards: str, tmp_path: Path) -> None:
     """24 steps; the last batch of an epoch is short, so that the workers have different numbers of rows."""
     job = phase_jobs()[0]
-    alone = reference(job, shards, tmp_path / "alone")
+    alone = undisturbed(job, shards, tmp_path / "alone")
     track = open_parent(TrackingConfig(), "test", None, str(tmp_path)).child("train-global")
     two = ONE.model_copy(update={"train_workers": 2})
     outcome = train.run(job, two, output=str(tmp_path / "two"), track=track, shards=shards)
@@ -144,7 +104,7 @@ def test_a_killed_worker_changes_no_loss(
 ) -> None:
     many = [{**PHASES[0], "epochs": 50}]
     job = phase_jobs(phases=many, model={**MODEL, "enhancers": 0})[0]
-    expected = reference(job, shards, tmp_path / "alone")
+    expected = undisturbed(job, shards, tmp_path / "alone")
     output = tmp_path / "killed"
     killer = Killer(output, steps=30)
     killer.start()
@@ -175,7 +135,7 @@ train.run(PhaseJob.model_validate_json(job), one, output=output, track=NullRun()
 @pytest.mark.long
 def test_a_killed_driver_run_again_changes_no_loss(shards: str, tmp_path: Path) -> None:
     job = phase_jobs(phases=[{**PHASES[0], "epochs": 100}], model={**MODEL, "enhancers": 0})[0]
-    expected = reference(job, shards, tmp_path / "alone")
+    expected = undisturbed(job, shards, tmp_path / "alone")
     output = tmp_path / "killed"
     command = [sys.executable, "-c", DRIVER, job.model_dump_json(), shards, str(output)]
     root = Path(__file__).resolve().parents[1]

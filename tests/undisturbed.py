@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ from stages.loop import Task, Worker, phase_seed, train_phase
 from stages.phases import PhaseJob
 
 Losses = dict[tuple[int, str], float]
+PLAIN_NAME = "here"  # whose checkpoints they are
 KEPT = ("generator/", "discriminator/", "learning_rate/", "gradient_norm/")
 
 
@@ -34,7 +37,7 @@ def images(output: str | Path) -> int:
 def undisturbed(job: PhaseJob, shards: str, output: Path, *, workers: int = 1) -> Losses:
     """Train a phase with so many workers of one thread each; its losses."""
     if workers == 1:
-        _train(job, shards, str(output), Worker())
+        train_here(job, shards, str(output))
     else:
         with tempfile.TemporaryDirectory() as store:
             text = job.model_dump_json()
@@ -45,22 +48,35 @@ def undisturbed(job: PhaseJob, shards: str, output: Path, *, workers: int = 1) -
 def _work(rank: int, world: int, store: str, job: str, shards: str, output: str) -> None:
     """One of several processes."""
     dist.init_process_group("gloo", init_method=f"file://{store}/meet", rank=rank, world_size=world)
-    _train(PhaseJob.model_validate_json(job), shards, output, Worker(rank=rank, world=world))
+    train_here(PhaseJob.model_validate_json(job), shards, output, Worker(rank=rank, world=world))
     dist.destroy_process_group()
 
 
-def _train(job: PhaseJob, shards: str, output: str, worker: Worker) -> None:
+def train_here(
+    job: PhaseJob,
+    shards: str,
+    output: str,
+    worker: Worker | None = None,
+    *,
+    feed_type: type[Feed] = Feed,
+    board: Notices | None = None,
+    prepare: Callable[[Feed], None] = lambda _: None,
+    **how: Any,
+) -> None:
+    """A phase in this process, with one thread. `how`: of its task; `prepare` may change the feed."""
+    worker = worker or Worker()
     spec = dataset.load(shards)
     task = Task(
         job=job,
-        name="undisturbed",
+        name=PLAIN_NAME,
         inputs=phases.input_spec(spec),
         preprocessing=train.preprocessing(job, spec),
         rows=spec.rows("train"),
         output=output,
         before="",
+        **how,
     )
-    feed = Feed(
+    feed = feed_type(
         shards,
         spec,
         seed=phase_seed(job.seed, job.phase.name),
@@ -72,8 +88,9 @@ def _train(job: PhaseJob, shards: str, output: str, worker: Worker) -> None:
         epochs=job.phase.epochs,
         read=read_here,
     )
+    prepare(feed)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with feed:
-        train_phase(task, worker, feed, Poster(Notices()), lambda _: (None, {}))
+        train_phase(task, worker, feed, Poster(board or Notices()), lambda _: (None, {}))
     torch.set_num_threads(threads)
