@@ -41,7 +41,10 @@ from stages.dataset import DatasetSpec
 from stages.feed import Feed, read_here, read_with_ray
 from stages.images import Encoding
 from stages.listing import local_etag
-from stages.models.step import Batch
+from stages.models.architecture import InputSpec, Pix2Pix
+from stages.models.losses import paper_weights
+from stages.models.process import tune_process
+from stages.models.step import Batch, build_translator, step
 from stages.tracking import NullRun
 
 LOAD, CROP = 286, 256
@@ -201,6 +204,7 @@ def start_ray() -> None:
 def measure_input(paths: Sequence[Path], scratch: Path, turns: int, seconds: float) -> None:
     """Training input, decoded and augmented float tensors."""
     spec = make_shards(paths, scratch / "raw")
+    tune_process("cpu")  # as every training worker is; the usual way's workers inherit it
     # Batches are small: one thread a pass. The usual way's workers do so too, PyTorch sees to that.
     torch.set_num_threads(1)
     start_ray()
@@ -237,35 +241,35 @@ def measure_encodings(paths: Sequence[Path], scratch: Path, turns: int, seconds:
 
 
 def measure_wait(paths: Sequence[Path], scratch: Path, turns: int, seconds: float) -> None:
-    """Share of the time that a loop waits for its batch, for steps of several lengths."""
+    """Share of the time that training waits for its batch, the data being made on the same cores."""
     spec = make_shards(paths, scratch / "raw")
+    tune_process("cpu")
     start_ray()
     augment = AugmentConfig(crop=(CROP, CROP), mirror=True)
-    weights = torch.randn(2048, 2048)
-    for milliseconds in (5, 20, 100):
-        shares = []
-        with Feed(str(scratch / "raw"), spec, batch=BATCH, augment=augment) as feed:
-            epoch, waited, steps = 0, 0.0, 0
+    for width, batch in ((64, 1), (16, 1), (16, 4)):
+        arch = Pix2Pix(width=width)
+        weights = paper_weights(arch)
+        gan = build_translator(arch, InputSpec(), weights=weights)
+        shares, steps, epoch = [], 0, 0
+        with Feed(str(scratch / "raw"), spec, batch=batch, augment=augment) as feed:
             batches = feed.epoch(0)
-            next(batches)
+            step(gan, next(batches), weights=weights)
             for _ in range(turns):
                 start, waited = time.perf_counter(), 0.0
                 while time.perf_counter() - start < seconds:
                     before = time.perf_counter()
-                    batch = next(batches, None)
-                    if batch is None:
+                    pairs = next(batches, None)
+                    if pairs is None:
                         epoch += 1
                         batches = feed.epoch(epoch)
-                        batch = next(batches)
+                        pairs = next(batches)
                     waited += time.perf_counter() - before
-                    as_floats(batch)
-                    end = time.perf_counter() + milliseconds / 1000
-                    while time.perf_counter() < end:  # a step that computes on one core
-                        weights[:64] @ weights
+                    step(gan, pairs, weights=weights)
                     steps += 1
                 shares.append(waited / (time.perf_counter() - start))
         print(
-            f"step of {milliseconds:3} ms: waits {statistics.median(shares):.2%} of the time, {steps} steps",
+            f"U-Net of width {width:2}, batches of {batch}: {1000 * turns * seconds / steps:4.0f} ms a step, "
+            f"waits {statistics.median(shares):.2%} of the time ({min(shares):.2%} to {max(shares):.2%})",
             flush=True,
         )
     ray.shutdown()
@@ -347,13 +351,14 @@ def loop(uris: Sequence[str], output: str, fs: object) -> None:
 
 
 def measure_reading(paths: Sequence[Path], scratch: Path, turns: int, seconds: float) -> None:
-    """The feed without Ray's transport, to see what that costs."""
+    """The feed without Ray's tasks, to see what they cost."""
     spec = make_shards(paths, scratch / "raw")
+    tune_process("cpu")
     start_ray()
     augment = AugmentConfig(crop=(CROP, CROP), mirror=True)
     feeds = {
         name: Feed(str(scratch / "raw"), spec, batch=BATCH, augment=augment, read=read)
-        for name, read in (("reading in the process", read_here), ("reading through Ray Data", read_with_ray))
+        for name, read in (("reading in the process", read_here), ("reading in Ray's tasks", read_with_ray))
     }
     show(in_turns({n: endless_feed(f) for n, f in feeds.items()}, turns, seconds), "reading in the process")
     for feed in feeds.values():

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import zlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -110,7 +109,7 @@ def save(folder: str, spec: DatasetSpec) -> None:
 
 def decode_role(data: memoryview | bytes, crc: int, role: RoleSpec, size: tuple[int, int]) -> Array:
     """A stored image (H, W, C), its checksum verified. Raises ImageRejected `unreadable` if it differs."""
-    if zlib.crc32(data) != crc:
+    if images.checksum(data) != crc:
         raise ImageRejected("unreadable", "checksum differs from the one taken when the shard was made")
     return images.decode_stored(
         data, kind=role.kind, encoding=role.encoding, channels=role.channels, size=size

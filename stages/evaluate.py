@@ -58,6 +58,7 @@ from stages.judges import (
 from stages.metrics import MeanImage, Moments, Sums
 from stages.model_source import fingerprint
 from stages.models.architecture import build_encoder, build_generator
+from stages.models.process import tune_process
 from stages.models.saved import LoadedModel, Manifest
 from stages.progress import Progress
 from stages.row_groups import num_row_groups, read_unit
@@ -301,6 +302,7 @@ class Judge:
 
     def __init__(self, job: Job) -> None:
         torch.set_num_threads(job.threads)
+        tune_process(job.device)
         self.job, self.config = job, job.config
         self.spec = dataset.load(job.shards)
         self.units = sources.shard_units(self.spec, job.config.split)

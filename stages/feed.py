@@ -3,9 +3,9 @@
 in:  a shards folder (see `stages.dataset`), a split, seed, global batch size, rank and world size
 out: per epoch an iterator of `Batch`es of this rank, in the order that `stages.order` defines
 
-Row groups stream through Ray Data as they are stored; one execution serves several small epochs, since each
-start costs 0.2 to 6 s. In this process threads verify checksums, decode, crop and mirror straight into the
-batch's memory (Pillow, numpy and zlib let go of the GIL). Colours stay uint8 until they are on the device.
+Local row groups are mapped, those of a store are read by Ray's tasks, a few ahead. In this process threads
+verify checksums, decode, crop and mirror straight into the batch's memory (Pillow, numpy and isal let go of
+the GIL). Colours stay uint8 until they are on the device.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import logging
 import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,13 +25,12 @@ from typing import Any, Generic, Self, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import ray.data
+import ray
 import torch
-from ray.data import DataContext, ExecutionResources, TaskPoolStrategy
 from ray.exceptions import RayTaskError
 from torch import Tensor
 
-from stages import dataset, images
+from stages import dataset, images, storage
 from stages.augment import NONE, AugmentConfig, apply, draw
 from stages.base import Role, Split
 from stages.dataset import DatasetSpec, RoleSpec
@@ -43,57 +43,52 @@ from stages.row_groups import read_unit
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
+Unit = dict[str, Any]  # file, group, rows: see `stages.row_groups.read_unit`
 
-UNITS_PER_TASK = 4
-UNITS_PER_EXECUTION = 512  # about 4 GB of row groups: long beside the start, short enough to plan lazily
-BLOCK_BYTES = 8 << 20
-STORE_BYTES = 512 << 20  # of Ray's object store, for what one worker has read ahead
-READERS = 2  # tasks of one worker that read at once
-READER_CPUS = 0  # reading waits more than it computes, and workers that hold every CPU must not starve it
+UNITS_PER_TASK = 4  # row groups of about 8 MiB: a task's start costs little beside them
+READERS = 2  # tasks of one worker that read at once, and so 64 MiB of Ray's store at most
 MISSING_LABEL = 255  # where an optional label map is lacking
 
 
 # -- reading row groups, in Ray's tasks or here --------------------------------------
 
 
-def read_with_ray(folder: str, units: list[dict[str, Any]], columns: list[str]) -> Iterator[pa.Table]:
-    """The rows of all units as Arrow tables, in order, cut anywhere: one execution of Ray Data."""
-    context = DataContext.get_current().copy()
-    context.execution_options.preserve_order = True
-    context.target_max_block_size = BLOCK_BYTES
-    # Ray would read ahead until a large share of its object store is full.
-    context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=STORE_BYTES)
-    context.enable_progress_bars = False
-
-    def read(batch: pa.Table) -> Iterator[pa.Table]:
-        for unit in batch.to_pylist():
-            yield read_unit(folder, unit, columns)
-
-    tasks = max(-(-len(units) // UNITS_PER_TASK), min(len(units), READERS))
-    with DataContext.current(context):
-        read_units = ray.data.from_items(units, override_num_blocks=tasks).map_batches(
-            read,
-            batch_size=None,
-            batch_format="pyarrow",
-            compute=TaskPoolStrategy(size=min(tasks, READERS)),
-            num_cpus=READER_CPUS,
-        )
-        blocks = iter(read_units.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
-    try:
-        yield from blocks
-    except RayTaskError as error:
-        if isinstance(error.cause, PixloomError):  # its one line, without what Ray adds to the text
-            raise type(error.cause)(str(error.cause).partition("\n")[0]) from error
-        raise
-
-
-def read_here(folder: str, units: list[dict[str, Any]], columns: list[str]) -> Iterator[pa.Table]:
-    """As `read_with_ray`, in this thread."""
+def _read_units(folder: str, units: list[Unit], columns: list[str]) -> Iterator[pa.Table]:
     for unit in units:
         yield read_unit(folder, unit, columns)
 
 
-Read = Callable[[str, list[dict[str, Any]], list[str]], Iterator[pa.Table]]
+def read_with_ray(folder: str, units: Iterator[Unit], columns: list[str]) -> Iterator[pa.Table]:
+    """The rows of each unit, in order, read ahead by Ray's tasks; views on what they put in its store.
+
+    Not a pipeline of Ray Data: its scheduler polls without pause while its output is waited for, which took
+    0.7 of a core, and the interpreter, from the process that trains.
+    """
+    # no CPUs of its own: reading waits more than it computes, and those that train hold every one
+    task = ray.remote(num_cpus=0, num_returns="streaming")(_read_units)
+    reading: deque[Any] = deque()
+    while True:
+        while len(reading) < READERS and (some := list(itertools.islice(units, UNITS_PER_TASK))):
+            reading.append(task.remote(folder, some, columns))
+        if not reading:
+            return
+        try:
+            for table in reading[0]:
+                yield ray.get(table)
+        except RayTaskError as error:
+            if isinstance(error.cause, PixloomError):  # its one line, without what Ray adds to the text
+                raise type(error.cause)(str(error.cause).partition("\n")[0]) from error
+            raise
+        reading.popleft()
+
+
+def read_here(folder: str, units: Iterator[Unit], columns: list[str]) -> Iterator[pa.Table]:
+    """As `read_with_ray`, in this thread: local files are mapped, and read when their pixels are cropped."""
+    for unit in units:
+        yield read_unit(folder, unit, columns)
+
+
+Read = Callable[[str, Iterator[Unit], list[str]], Iterator[pa.Table]]
 
 
 # -- background -----------------------------------------------------------------
@@ -194,11 +189,12 @@ class Feed:
         threads: int | None = None,
         epochs: int | None = None,
         with_labels: bool = False,
-        read: Read = read_with_ray,
+        read: Read | None = None,
     ) -> None:
         self.folder, self.spec, self.seed, self.batch = folder, spec, seed, batch
         self.rank, self.world, self.augment, self.scale = rank, world, augment, scale
-        self.device, self.prefetch, self.epochs, self.read = torch.device(device), prefetch, epochs, read
+        self.device, self.prefetch, self.epochs = torch.device(device), prefetch, epochs
+        self.read = read or (read_here if storage.is_local(folder) else read_with_ray)
         self.threads = threads or min(4, os.cpu_count() or 1)
         self.rows = spec.rows(split)
         if not self.rows:
@@ -274,9 +270,9 @@ class Feed:
             epoch, start_step = epoch + 1, 0
 
     def _steps(self, plans: Iterator[tuple[int, int, Plan]]) -> Iterator[Step]:
-        """Rows of every step, read in executions that go on over the ends of epochs."""
+        """Rows of every step; reading goes on over the ends of epochs."""
         plans, ahead = itertools.tee(plans)
-        rows = _Rows(self.roles, _executions(self.folder, self._units(ahead), self._columns(), self.read))
+        rows = _Rows(self.roles, self.read(self.folder, self._units(ahead), self._columns()))
         try:
             for epoch, start, plan in plans:
                 loaded: dict[int, list[Stored | None]] = {}
@@ -306,7 +302,7 @@ class Feed:
     def _columns(self) -> list[str]:
         return ["key", *(name for role in self.roles for name in (role, f"{role}_crc"))]
 
-    def _units(self, plans: Iterator[tuple[int, int, Plan]]) -> Iterator[dict[str, Any]]:
+    def _units(self, plans: Iterator[tuple[int, int, Plan]]) -> Iterator[Unit]:
         """Read units as plain values, over all epochs."""
         for _, _, plan in plans:
             for unit in plan.units:
@@ -412,14 +408,6 @@ def _binaries(column: pa.Array, crcs: pa.Array) -> Iterator[tuple[memoryview, in
     view = memoryview(b"" if data is None else data)
     for index, crc in enumerate(crcs.to_pylist()):
         yield None if crc is None else (view[offsets[index] : offsets[index + 1]], crc)
-
-
-def _executions(
-    folder: str, units: Iterator[dict[str, Any]], columns: list[str], read: Read
-) -> Iterator[pa.Table]:
-    """The rows of all units, read some hundreds of units at a time."""
-    while chunk := list(itertools.islice(units, UNITS_PER_EXECUTION)):
-        yield from read(folder, chunk, columns)
 
 
 def tensor_dtype(known: RoleSpec) -> torch.dtype:

@@ -16,7 +16,6 @@ import logging
 import tempfile
 import threading
 import time
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -360,7 +359,7 @@ class Generator:
 
     def _write(self, row: dict[str, Any], picture: Array) -> None:
         data = encoded(picture, self.config.format, self.config.quality)
-        row["crc"], row["size"] = zlib.crc32(data), len(data)
+        row["crc"], row["size"] = images.checksum(data), len(data)
         storage.write_bytes(storage.join(self.job.output, row["output"]), data)
 
     def _row(self, item: Item, **values: Any) -> dict[str, Any]:

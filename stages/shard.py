@@ -17,13 +17,12 @@ import json
 import logging
 import os
 import re
-import tempfile
 import threading
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -42,6 +41,7 @@ from stages.dataset import DatasetSpec, RoleSpec, ShardFile
 from stages.derive import derive
 from stages.errors import PixloomError, StageError, UserError
 from stages.fetch import Object, Reader, in_order
+from stages.heap import keep_freed_memory
 from stages.images import Array, Encoding, ImageRejected
 from stages.progress import Progress
 
@@ -52,6 +52,7 @@ VERSION = 1
 
 ROW_GROUP_BYTES = 8 << 20  # a row group is what training reads at once: big enough for a fast GET
 ROW_GROUP_ROWS = 64
+UPLOAD_BYTES = 16 << 20  # of a shard that are sent at once; S3 takes 10,000 such parts: 156 GiB
 DECODERS = 4  # images unpacked at once by a task: bounds memory, whatever the number of reading threads
 TASK_BLOCKS = 4096  # Ray Data blocks at most; beyond that a block holds several buckets
 ASPECT_TOLERANCE = 0.02
@@ -350,16 +351,22 @@ def table(pairs: Sequence[Pair], shape: pa.Schema, specs: Mapping[Role, RoleSpec
 
 
 class ShardWriter:
-    """Writes one shard a row group at a time; it appears under its name, whole, on `publish`."""
+    """Writes one shard a row group at a time; it appears under its name, whole, on `publish`.
 
-    def __init__(
-        self, folder: str, name: str, specs: Mapping[Role, RoleSpec], rows: int, scratch: Path
-    ) -> None:
-        self.uri, self.name, self.rows = storage.join(folder, name), name, rows
+    On this machine it grows beside its place and is renamed. To a store it is sent while it grows, in parts
+    that become an object on `publish`: what is made and what is sent overlap, and no disk holds it.
+    """
+
+    def __init__(self, folder: str, name: str, specs: Mapping[Role, RoleSpec], rows: int) -> None:
+        self.name, self.rows = name, rows
         self.specs, self.shape = specs, schema(specs)
-        # In place where that is a folder of this machine, so that publishing is a rename.
-        here = Path(folder) if storage.is_local(folder) else scratch
-        self.partial = here / f".{name}.{uuid.uuid4().hex}.partial"
+        fs, self.path = storage.filesystem(storage.join(folder, name))
+        self.partial: Path | None = None
+        if storage.is_local(folder):
+            self.partial = Path(folder) / f".{name}.{uuid.uuid4().hex}.partial"
+            self.file: Any = self.partial.open("wb")
+        else:
+            self.file = fs.open(self.path, "wb", block_size=UPLOAD_BYTES, autocommit=False)
         self.groups: list[int] = []
         self.waiting: list[Pair] = []
         plain = [name for name in self.shape.names if name not in specs]
@@ -367,7 +374,7 @@ class ShardWriter:
         # of the time it takes to make a batch.
         packed = {r for r, spec in specs.items() if spec.encoding == "raw" and spec.kind in images.IDS}
         self.writer = pq.ParquetWriter(
-            self.partial,
+            self.file,
             self.shape,
             compression={name: "lz4" if name in packed else "none" for name in self.shape.names},
             use_dictionary=False,
@@ -393,25 +400,30 @@ class ShardWriter:
         """Finish the file and put it in place."""
         self._flush()
         self.writer.close()
-        size = self.partial.stat().st_size
-        _put(self.partial, self.uri)
+        size = self.file.tell()
+        if self.partial is None:
+            self.file.close()
+            self.file.commit()
+        else:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
+            self.partial.replace(self.path)
+        self.file = None
         return {"name": self.name, "rows": sum(self.groups), "row_groups": self.groups, "bytes": size}
 
     def discard(self) -> None:
         """Leave nothing half done behind; after `publish` there is nothing."""
-        self.writer.close()
-        self.partial.unlink(missing_ok=True)
-
-
-def _put(partial: Path, uri: str) -> None:
-    """A finished local file under its final name, whole or not at all, without holding it in memory."""
-    fs, path = storage.filesystem(uri)
-    if storage.is_local(uri):
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    else:
-        storage.written(lambda: fs.put_file(str(partial), path), uri)
+        if self.file is None:
+            return
+        with suppress(Exception):  # the trouble that led here is what the user hears of
+            self.writer.close()
+        with suppress(Exception):
+            if self.partial is None:
+                self.file.discard()
+            self.file.close()
+        if self.partial is not None:
+            self.partial.unlink(missing_ok=True)
 
 
 def shard_part(
@@ -428,15 +440,32 @@ def shard_part(
     if done is not None:
         return done
     rows = storage.read_parquet(part).to_pylist()
+    make = partial(_make, rows, bucket, output=output, config=config, specs=specs, io_threads=io_threads)
     if storage.is_local(output):
         Path(output).mkdir(parents=True, exist_ok=True)
+        summary = make()
+    else:  # made again where the store was away for longer than its client is patient
+        summary = storage.written(make, output)
+    storage.write_json(marker, summary)
+    return summary
+
+
+def _make(
+    rows: Sequence[Mapping[str, Any]],
+    bucket: int,
+    *,
+    output: str,
+    config: ShardConfig,
+    specs: Mapping[Role, RoleSpec],
+    io_threads: int,
+) -> dict[str, Any]:
+    """Write a bucket's shards and quarantine; returns its marker."""
     stored = stored_specs(specs)
     reader = Reader()
     reader.stream_archives(_object(row, role) for row in rows for role in specs if row.get(f"{role}_uri"))
     statistics: dict[Split, Statistics] = {}
     rejects: list[Reject] = []
     with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pixloom-shard-")))
         threads = stack.enter_context(ThreadPoolExecutor(io_threads, thread_name_prefix="shard"))
         writers: dict[Split, ShardWriter] = {}
         for made in in_order(threads, Maker(config, specs, reader), rows, ahead=2 * io_threads):
@@ -445,7 +474,7 @@ def shard_part(
                 continue
             if made.split not in writers:
                 name = f"{made.split}-{bucket:05d}.parquet"
-                writer = ShardWriter(output, name, stored, row_group_rows(config, stored), scratch)
+                writer = ShardWriter(output, name, stored, row_group_rows(config, stored))
                 writers[made.split] = writer
                 stack.callback(writer.discard)
                 statistics[made.split] = Statistics()
@@ -454,15 +483,13 @@ def shard_part(
             writers[made.split].add(made)
         files = {split: writer.publish() for split, writer in sorted(writers.items())}
     _write_quarantine(output, bucket, rejects)
-    summary = {
+    return {
         "bucket": bucket,
         "rows": len(rows),
         "files": files,
         "rejects": dict(Counter(reject.reason for reject in rejects)),
         "statistics": {split: found.to_json() for split, found in sorted(statistics.items())},
     }
-    storage.write_json(marker, summary)
-    return summary
 
 
 def bucket_of(part: str) -> int:
@@ -579,7 +606,10 @@ def _summaries(
     """Markers of all buckets as they are done."""
     task = partial(_task, output=output, config=config, specs=dict(specs), io_threads=io_threads)
     blocks = min(len(parts), TASK_BLOCKS)
-    made = ray.data.from_items([{"part": p} for p in parts], override_num_blocks=blocks).map(task, num_cpus=1)
+    made = ray.data.from_items([{"part": p} for p in parts], override_num_blocks=blocks).map(
+        task,
+        num_cpus=0.5,  # a task waits for the store about half its time
+    )
     for row in made.iter_rows():
         if row["error"]:
             raise {"UserError": UserError, "StageError": StageError}[row["kind"]](row["error"])
@@ -588,6 +618,7 @@ def _summaries(
 
 def _task(row: Mapping[str, Any], **settings: Any) -> dict[str, str]:
     """`shard_part` for Ray: errors on purpose travel as data, and arrive as the one line they are."""
+    keep_freed_memory()
     try:
         summary = shard_part(row["part"], **settings)
     except PixloomError as error:

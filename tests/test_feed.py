@@ -13,12 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages import feed as feed_module
 from stages import images
 from stages.augment import AugmentConfig, apply, draw
 from stages.dataset import DatasetSpec, read_split
 from stages.errors import StageError, UserError
-from stages.feed import Ahead, Feed, copy_pixels, read_here
+from stages.feed import Ahead, Feed, copy_pixels, read_here, read_with_ray
 from stages.models.step import Batch
 from tests.shards import SIZE, make_shards, pair_row, photo, photo_pairs, write_image
 
@@ -262,13 +261,12 @@ def test_an_error_ahead_reaches_whoever_takes_and_closing_stops_the_thread():
 
 
 @pytest.mark.ray
-def test_ray_data_gives_what_reading_here_gives(shards, ray_local, monkeypatch):
+def test_rays_tasks_give_what_reading_here_gives(shards, ray_local):
     folder, spec = shards
-    monkeypatch.setattr(feed_module, "UNITS_PER_EXECUTION", 10)  # several executions, cut within an epoch
     options = {"seed": 3, "batch": 4, "rank": 1, "world": 2, "augment": AUGMENT, "epochs": 4}
     with Feed(folder, spec, read=read_here, **options) as feed:
         wanted = [batch for epoch in range(4) for batch in feed.epoch(epoch)]
-    with Feed(folder, spec, **options) as feed:
+    with Feed(folder, spec, read=read_with_ray, **options) as feed:
         found = [batch for epoch in range(4) for batch in feed.epoch(epoch)]
     assert len(found) == len(wanted)
     assert all(same(a, b) for a, b in zip(found, wanted, strict=True))
@@ -279,7 +277,7 @@ def test_a_damaged_shard_seen_by_ray_is_an_error_that_names_it(tmp_path, ray_loc
     spec = make_shards(tmp_path / "shards", photo_pairs(tmp_path / "in", 6), parts=1)
     (tmp_path / "shards" / "train-00000.parquet").write_bytes(b"PAR1 not any more")
     with (
-        Feed(str(tmp_path / "shards"), spec) as feed,
+        Feed(str(tmp_path / "shards"), spec, read=read_with_ray) as feed,
         pytest.raises(StageError, match=r"train-00000\.parquet") as caught,
     ):
         epoch_of(feed)
@@ -290,7 +288,7 @@ def test_a_damaged_shard_seen_by_ray_is_an_error_that_names_it(tmp_path, ray_loc
 def test_tables_may_be_cut_anywhere(shards):
     folder, spec = shards
 
-    def crumbs(folder: str, units: list[dict], columns: list[str]) -> Iterator[pa.Table]:
+    def crumbs(folder: str, units: Iterator[dict], columns: list[str]) -> Iterator[pa.Table]:
         for table in read_here(folder, units, columns):
             for start in range(0, table.num_rows, 3):
                 yield table.slice(start, 3)
