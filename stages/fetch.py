@@ -40,6 +40,7 @@ Item = TypeVar("Item")
 
 TIMEOUT = 300.0  # seconds for one object; the clients' own timeouts come first where they are set
 
+AGREEING_READS = 3  # one more could be damaged in the same place by the same fault
 _MD5 = re.compile(r"[0-9a-f]{32}")
 _TAR_PLACE = re.compile(r"(\d+)\+(\d+)@(.*)", re.DOTALL)
 _ZIP_PLACE = re.compile(r"(\d+)\+(\d+)\.(\d+)\.([0-9a-fA-F]{8})@(.*)", re.DOTALL)
@@ -130,15 +131,14 @@ class Reader:
     def _check_md5(self, wanted: Object, data: bytes, read: Callable[[], bytes]) -> None:
         """Compare with the etag where that is an MD5.
 
-        It has the form of one but is none in buckets encrypted with customers' keys. Two reads that agree
-        tell that case from damage; then the comparison is left off for the rest of the task.
+        It has the form of one but is none in buckets encrypted with customers' keys. Reads that all agree tell
+        that case from damage; then the comparison is left off for the rest of the task.
         """
         if not self._etag_is_md5 or not _MD5.fullmatch(wanted.etag):
             return
         if hashlib.md5(data, usedforsecurity=False).hexdigest() == wanted.etag:
             return
-        again = read()
-        if hashlib.md5(again, usedforsecurity=False).hexdigest() == wanted.etag or again != data:
+        if any(read() != data for _ in range(AGREEING_READS)):
             raise _DamagedError(f"{wanted.uri}: bytes differ from the store's MD5")
         logger.info("%s: its etag is no MD5, reads are not compared with etags", wanted.uri)
         self._etag_is_md5 = False
