@@ -88,12 +88,18 @@ class Notices:
 
 
 def open_board() -> Any:
-    """A board that all workers can reach, on a node that lives as long as the driver."""
+    """A board that all workers can reach, on the driver's node; should that be lost alone, on another.
+
+    Without the second, workers that find no board would be started again for ever: Ray Train does not count
+    attempts that end by a node taken away with notice.
+    """
     here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
         ray.get_runtime_context().get_node_id(), soft=True
     )
     actor = ray.remote(Notices)
-    return actor.options(num_cpus=0, scheduling_strategy=here, max_concurrency=1).remote()
+    return actor.options(
+        num_cpus=0, scheduling_strategy=here, max_concurrency=1, max_restarts=-1, max_task_retries=-1
+    ).remote()
 
 
 class Poster:

@@ -453,7 +453,7 @@ class Judge:
         if config.palette is not None:
             fake, real = same_size(generated, target)
             colors = palette(config.palette)
-            predicted, wanted = (metrics.nearest_class(image, colors) for image in (fake, real))
+            predicted, wanted = (images.nearest_class(image, colors) for image in (fake, real))
             add("palette", predicted, wanted, len(colors), config.palette.ignore)
 
     def _write(

@@ -131,8 +131,8 @@ class Reader:
     def _check_md5(self, wanted: Object, data: bytes, read: Callable[[], bytes]) -> None:
         """Compare with the etag where that is an MD5.
 
-        It has the form of one but is none in buckets encrypted with customers' keys. Reads that all agree tell
-        that case from damage; then the comparison is left off for the rest of the task.
+        It has the form of one but is none in buckets encrypted with customers' keys. Reads that all agree
+        tell that case from damage; then the comparison is left off for the rest of the task.
         """
         if not self._etag_is_md5 or not _MD5.fullmatch(wanted.etag):
             return

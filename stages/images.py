@@ -458,6 +458,15 @@ def encode(array: Array, encoding: Encoding, *, quality: int = 95) -> bytes:
     return file.getvalue()
 
 
+def encode_ids(ids: npt.NDArray[np.uint8], colors: npt.NDArray[np.uint8]) -> bytes:
+    """Class ids (H, W) as a PNG: its pixels are the ids, its palette their colours (classes, 3)."""
+    image = Image.fromarray(ids)
+    image.putpalette(colors.tobytes())
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
 def decode_stored(
     data: bytes | memoryview, *, kind: Kind, encoding: Encoding, channels: int, size: tuple[int, int]
 ) -> Array:
@@ -560,6 +569,18 @@ _CITYSCAPES = (
     (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142),
     (0, 0, 70), (0, 60, 100), (0, 0, 90), (0, 0, 110), (0, 80, 100), (0, 0, 230), (119, 11, 32), (0, 0, 142),
 )  # fmt: skip
+
+
+def nearest_class(image: Array, colors: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Class ids (H, W) of a label picture (H, W, 3): of `colors` (classes, 3) the nearest in RGB."""
+    flat = image.reshape(-1, 3).astype(np.int32)
+    best = np.zeros(len(flat), np.uint8)
+    least = np.full(len(flat), np.iinfo(np.int32).max, np.int32)
+    for index, colour in enumerate(colors.astype(np.int32)):  # by class: memory of one distance, not of all
+        distance = ((flat - colour) ** 2).sum(1)
+        closer = distance < least
+        best[closer], least[closer] = index, distance[closer]
+    return best.reshape(image.shape[:2])
 
 
 def palette(classes: int) -> npt.NDArray[np.uint8]:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -72,6 +73,9 @@ class StyleConfig(Config):
         return self
 
 
+Channel = Annotated[int, Field(ge=0, le=255)]
+
+
 class InferConfig(Config):
     """What to generate, from what, with which model."""
 
@@ -103,6 +107,15 @@ class InferConfig(Config):
     max_pixels: Annotated[int, Field(ge=1, description="larger sources are refused, unless tiled")] = 1 << 24
     format: Format = "png"
     quality: Annotated[int, Field(ge=1, le=100, description="of jpeg and webp")] = 95
+    colors: Annotated[
+        tuple[tuple[Channel, Channel, Channel], ...] | None,
+        Field(
+            min_length=2,
+            max_length=256,
+            description="of a model that paints labels, one per class: write PNGs of class ids, those of the "
+            "nearest colours, with these as their palette; null: what the model paints",
+        ),
+    ] = None
     stochastic: Annotated[bool, Field(description="dropout as noise, as the Pix2Pix paper generates")] = False
     samples: Annotated[int, Field(ge=1, description="pictures a source, each with its own noise")] = 1
     seed: int = 0
@@ -124,6 +137,12 @@ class InferConfig(Config):
         if text is not None and "{key}" not in text:
             raise ValueError("name the {key} in it")
         return text
+
+    @model_validator(mode="after")
+    def _ids_are_exact(self) -> InferConfig:
+        if self.colors is not None and self.format != "png":
+            raise ValueError(f"colors: class ids are written as png, not {self.format}")
+        return self
 
     @model_validator(mode="after")
     def _samples_differ(self) -> InferConfig:
@@ -163,9 +182,12 @@ def written(array: Array, kind: Kind, source: Array, source_kind: Kind) -> Array
     return images.picture(array, kind, lightness=source if source_kind == "lab_l" else None)
 
 
-def encoded(array: Array, form: Format, quality: int) -> bytes:
-    """An image file."""
-    return images.encode(array, form, quality=quality)
+def encoded(array: Array, config: InferConfig) -> bytes:
+    """An image file: the picture, or its class ids where the config knows their colours."""
+    if config.colors is None:
+        return images.encode(array, config.format, quality=config.quality)
+    colors = np.array(config.colors, np.uint8)
+    return images.encode_ids(images.nearest_class(array, colors), colors)
 
 
 def bucketed(
@@ -358,7 +380,7 @@ class Generator:
             yield place, row, array
 
     def _write(self, row: dict[str, Any], picture: Array) -> None:
-        data = encoded(picture, self.config.format, self.config.quality)
+        data = encoded(picture, self.config)
         row["crc"], row["size"] = images.checksum(data), len(data)
         storage.write_bytes(storage.join(self.job.output, row["output"]), data)
 
@@ -530,6 +552,8 @@ def make_job(config: InferConfig, resources: Resources, work: Work, output: str)
     kind = (read.get("pictures") or {}).get("target", {}).get("kind", "rgb")
     if kind == "grey16" and config.format != "png":
         raise UserError(f"infer.format: {config.format} cannot hold this model's 16-bit pictures; use png")
+    if kind != "rgb" and config.colors is not None:
+        raise UserError(f"infer.colors: this model's pictures are {kind}, not colours of labels")
     return Job(
         config=config,
         model=work.model,

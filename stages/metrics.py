@@ -222,18 +222,6 @@ def segmentation_scores(matrix: np.ndarray) -> dict[str, float]:
     }
 
 
-def nearest_class(image: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """(H, W) uint8 class ids of a generated label picture (H, W, 3): the palette colour nearest in RGB."""
-    flat = image.reshape(-1, 3).astype(np.int32)
-    best = np.zeros(len(flat), np.uint8)
-    least = np.full(len(flat), np.iinfo(np.int32).max, np.int32)
-    for index, colour in enumerate(palette.astype(np.int32)):  # by class: memory of one distance, not of all
-        distance = ((flat - colour) ** 2).sum(1)
-        closer = distance < least
-        best[closer], least[closer] = index, distance[closer]
-    return best.reshape(image.shape[:2])
-
-
 # -- distances between sets of features --------------------------------------------------------------------
 
 

@@ -379,3 +379,13 @@ def test_the_perceptual_hash_survives_a_resize_and_differs_between_images():
     assert (ours ^ images.perceptual_hash(images.resize(smooth, (96, 96), "rgb"))).bit_count() <= 3
     assert (ours ^ images.perceptual_hash(other)).bit_count() > 10
     assert images.perceptual_hash(np.full((9, 9, 3), 7, np.uint8)) == 0
+
+
+def test_a_label_picture_becomes_the_ids_of_its_nearest_colours():
+    colors = np.array([[0, 0, 0], [255, 0, 0], [0, 0, 255]], np.uint8)
+    painted = np.array([[[20, 5, 9], [230, 10, 30], [40, 0, 200]]], np.uint8)
+    ids = images.nearest_class(painted, colors)
+    assert ids.tolist() == [[0, 1, 2]]
+    data = images.encode_ids(ids, colors)
+    assert images.decode(data, "labels", min_side=1)[:, :, 0].tolist() == [[0, 1, 2]]
+    assert (images.decode(data, "rgb", min_side=1) == colors[None]).all()

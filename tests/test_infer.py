@@ -82,6 +82,8 @@ def test_batches_hold_one_shape_and_wait_within_bounds() -> None:
         ({"style": {"kind": "reference"}}, "style"),
         ({"samples": 2, "style": {"kind": "cluster"}}, "samples"),
         ({"tile": 8}, "tile"),
+        ({"colors": [[0, 0, 0], [255, 0, 0]], "format": "jpeg"}, "class ids are written as png"),
+        ({"colors": [[0, 0, 256], [255, 0, 0]]}, "colors"),
         ({"colour": 1}, "colour"),
     ],
 )
@@ -238,6 +240,20 @@ def test_a_table_of_uris_is_generated(ray_local: None, tmp_path: Path, model: st
     outcome = run(tmp_path / "out", model=model, input=str(tmp_path / "list.parquet"), max_reject_fraction=1)
     assert outcome.counts == {"images": 1, "errors": 2, "error_bad_key": 1, "error_missing": 1}
     assert whole(tmp_path / "out")
+
+
+@pytest.mark.ray
+def test_class_ids_are_written_where_the_colours_are_known(
+    ray_local: None, tmp_path: Path, model: str, shards: str
+) -> None:
+    run(tmp_path / "seen", model=model, input=shards)
+    colors = ((0, 0, 0), (255, 255, 255), (128, 128, 128))
+    run(tmp_path / "ids", model=model, input=shards, colors=colors)
+    for row in table(tmp_path / "ids"):
+        seen = np.asarray(Image.open(tmp_path / "seen" / row["output"]).convert("RGB"))
+        with Image.open(tmp_path / "ids" / row["output"]) as image:
+            assert image.mode == "P"
+            assert (np.asarray(image) == images.nearest_class(seen, np.array(colors, np.uint8))).all()
 
 
 @pytest.mark.ray

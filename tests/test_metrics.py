@@ -137,12 +137,6 @@ def test_segmentation_scores_of_a_matrix_worked_by_hand() -> None:
     assert metrics.segmentation_scores(np.zeros((3, 3))) == {}
 
 
-def test_a_label_picture_goes_to_the_nearest_palette_colour() -> None:
-    palette = np.array([[0, 0, 0], [255, 0, 0], [0, 0, 255]], np.uint8)
-    noisy = np.array([[[20, 5, 9], [230, 10, 30], [40, 0, 200]]], np.uint8)
-    assert metrics.nearest_class(noisy, palette).tolist() == [[0, 1, 2]]
-
-
 def test_the_frechet_distance_of_merged_parts_agrees_with_scipy() -> None:
     rng = np.random.default_rng(0)
     one, other = rng.normal(size=(60, 8)), rng.normal(0.5, 2, size=(80, 8))
