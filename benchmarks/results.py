@@ -7,7 +7,7 @@
 DATA holds a folder for each data set, laid out as the recipes' `data/` files say: facades, camvid,
 edges2shoes, cityscapes_hd. What is done already is not done again. Of each run the output gets NAME.md, its
 scores beside the baselines', and NAME.jpg, images it generated: none of a data set's own, which are not
-ours to show.
+ours to show. (Those of `colour` and `inpainting` keep so much of the photos that they are not either.)
 """
 
 from __future__ import annotations

@@ -35,7 +35,9 @@ class Site:
     expected: Losses
 
     def train(self, name: str, job: PhaseJob | None = None) -> Any:
-        return self.nodes.train(job or phase_job(), self.shards, f"s3://px/{name}", TWO, {"s3": self.options})
+        return self.nodes.train(
+            job or phase_job(), self.shards, f"s3://machines/{name}", TWO, {"s3": self.options}
+        )
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +51,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with Network(folder) as network, SeaweedS3(folder, network.address) as store, Nodes() as nodes:
         options = store.options()
         storage.configure({"s3": options})
-        store.client().call_s3("create_bucket", Bucket="px")
-        store.client().put(str(local / "shards"), "px/shards", recursive=True)
+        store.client().call_s3("create_bucket", Bucket="machines")
+        store.client().put(str(local / "shards"), "machines/shards", recursive=True)
         nodes.start(network.machines[0], cpus=2)
         nodes.start(network.machines[1], cpus=1)
-        yield Site(network, nodes, store, options, "s3://px/shards", expected)
+        yield Site(network, nodes, store, options, "s3://machines/shards", expected)
     storage.configure({"s3": {}})
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -69,8 +71,8 @@ def test_two_machines_train_as_two_workers_of_one(site: Site) -> None:
     driver = site.train("plain")
     second(site)
     driver.end()
-    assert losses("s3://px/plain") == site.expected
-    assert storage.exists("s3://px/plain/model/model.json")
+    assert losses("s3://machines/plain") == site.expected
+    assert storage.exists("s3://machines/plain/model/model.json")
 
 
 def test_the_network_between_them_is_cut_for_ten_seconds(site: Site) -> None:
@@ -79,7 +81,7 @@ def test_the_network_between_them_is_cut_for_ten_seconds(site: Site) -> None:
     driver.until_step(20)
     site.network.cut(1, seconds=10)
     driver.end()
-    assert losses("s3://px/cut") == site.expected
+    assert losses("s3://machines/cut") == site.expected
 
 
 def test_the_store_goes_away_while_they_train(site: Site) -> None:
@@ -89,22 +91,22 @@ def test_the_store_goes_away_while_they_train(site: Site) -> None:
     site.store.kill()
     site.store.start()
     driver.end()
-    assert losses("s3://px/away") == site.expected
+    assert losses("s3://machines/away") == site.expected
 
 
 def test_a_damaged_newest_checkpoint_in_the_store_is_passed_over(site: Site) -> None:
     driver = site.train("damaged")
     driver.until_step(50)
     driver.kill()
-    newest = checkpoints.names("s3://px/damaged/checkpoints")[-1]
-    place = f"s3://px/damaged/checkpoints/{newest}/tensors.safetensors"
+    newest = checkpoints.names("s3://machines/damaged/checkpoints")[-1]
+    place = f"s3://machines/damaged/checkpoints/{newest}/tensors.safetensors"
     data = bytearray(storage.read_bytes(place))
     data[len(data) // 2] ^= 1
     storage.write_bytes(place, bytes(data))
     told = site.train("damaged").end()
     assert "goes on from its checkpoint" in told
     assert f"{newest} cannot be used: tensors.safetensors is not what was written" in told
-    assert losses("s3://px/damaged") == site.expected
+    assert losses("s3://machines/damaged") == site.expected
 
 
 def test_a_machine_is_lost(site: Site) -> None:
@@ -115,4 +117,4 @@ def test_a_machine_is_lost(site: Site) -> None:
     site.nodes.alive[1].kill()
     told = driver.end()
     assert "lost workers, starts them again" in told
-    assert losses("s3://px/lost") == site.expected
+    assert losses("s3://machines/lost") == site.expected
