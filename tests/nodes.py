@@ -74,7 +74,7 @@ class Machine:
         enter = (
             f"mount --bind {self.folder}/hosts /etc/hosts"
             f" && mount --bind {self.folder}/resolv /etc/resolv.conf"
-            f' && mount -t tmpfs -o size=2g tmpfs /tmp && hostname {self.name} && exec "$@"'
+            f' && mount --bind {self.folder}/{self.name} /tmp && hostname {self.name} && exec "$@"'
         )
         return ["ip", "netns", "exec", self.name, "unshare", "-m", "-u", "sh", "-c", enter, "sh", *words]
 
@@ -95,6 +95,7 @@ class Network:
         _ip("addr", "add", f"{self.address}/24", "dev", self.tag)
         _ip("link", "set", self.tag, "up")
         for number, machine in enumerate(self.machines):
+            (self.folder / machine.name).mkdir()  # its /tmp: a driver finds its node's sockets there
             _ip("netns", "add", machine.name)
             link = self.link(number)
             _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", machine.name)

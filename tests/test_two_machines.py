@@ -14,7 +14,7 @@ import pytest
 
 from stages import checkpoints, storage
 from stages.phases import PhaseJob
-from tests.nodes import Network, Nodes, until
+from tests.nodes import Driver, Network, Nodes, until
 from tests.small import make_shards
 from tests.stores.seaweed import SeaweedS3, executable
 from tests.test_train_faults import TWO, phase_job
@@ -34,7 +34,7 @@ class Site:
     shards: str
     expected: Losses
 
-    def train(self, name: str, job: PhaseJob | None = None) -> Any:
+    def train(self, name: str, job: PhaseJob | None = None) -> Driver:
         return self.nodes.train(
             job or phase_job(), self.shards, f"s3://machines/{name}", TWO, {"s3": self.options}
         )
@@ -60,16 +60,16 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def second(site: Site) -> Any:
+def second(site: Site, driver: Driver) -> Any:
     """The training worker on the second machine, once there is one."""
     node = site.nodes.alive[1]
-    until(lambda: bool(node.workers()), node, what="no worker on the second machine")
+    until(lambda: bool(node.workers()), driver, what="no worker on the second machine")
     return node.workers()[0]
 
 
 def test_two_machines_train_as_two_workers_of_one(site: Site) -> None:
     driver = site.train("plain")
-    second(site)
+    second(site, driver)
     driver.end()
     assert losses("s3://machines/plain") == site.expected
     assert storage.exists("s3://machines/plain/model/model.json")
@@ -87,7 +87,7 @@ def test_the_network_between_them_is_cut_for_ten_seconds(site: Site) -> None:
 def test_the_store_goes_away_while_they_train(site: Site) -> None:
     driver = site.train("away")
     driver.until_step(20)
-    second(site)
+    second(site, driver)
     site.store.kill()
     site.store.start()
     driver.end()
@@ -113,7 +113,7 @@ def test_a_machine_is_lost(site: Site) -> None:
     """Last in this file: the second machine is gone after it."""
     driver = site.train("lost")
     driver.until_step(20)
-    second(site)
+    second(site, driver)
     site.nodes.alive[1].kill()
     told = driver.end()
     assert "lost workers, starts them again" in told
