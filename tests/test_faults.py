@@ -174,7 +174,7 @@ PASSING = {
     "truncated": Fault("truncate", share=0.1, method="GET"),
     "flipped": Fault("flip", share=0.1, method="GET", path=r"\.(png|parquet)"),
     "latency": Fault("delay", seconds=0.05),
-    "black hole": Fault("hang", share=0.05, times=3),
+    "black hole": Fault("hang", share=0.2, times=3),
 }
 
 
