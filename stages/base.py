@@ -29,6 +29,11 @@ Split = Literal["train", "val", "test"]
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
+Level = Annotated[int, Field(ge=0, le=255)]
+
+Colors = Annotated[tuple[tuple[Level, Level, Level], ...], Field(min_length=2, max_length=256)]
+"""A label picture's colours, one per class, in order."""
+
 
 class Config(BaseModel):
     """Base of all configuration: frozen, unknown keys refused."""
@@ -92,4 +97,4 @@ class Outcome:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-__all__ = ["Config", "Fraction", "Kind", "Outcome", "PositiveInt", "Resources", "Role", "Split"]
+__all__ = ["Colors", "Config", "Fraction", "Kind", "Outcome", "PositiveInt", "Resources", "Role", "Split"]

@@ -40,6 +40,7 @@ from stages.base import Config, Fraction, Outcome, Resources, Role, Split
 from stages.dataset import DatasetSpec, Sample
 from stages.errors import StageError, UserError
 from stages.fetch import Object, Reader
+from stages.heap import keep_freed_memory
 from stages.images import Array, ImageRejected, to_png
 from stages.inference import Painter
 from stages.judges import (
@@ -53,12 +54,10 @@ from stages.judges import (
     load_lpips,
     lpips_name,
     pairwise_mean,
-    palette,
 )
 from stages.metrics import MeanImage, Moments, Sums
 from stages.model_source import fingerprint
 from stages.models.architecture import build_encoder, build_generator
-from stages.models.process import tune_process
 from stages.models.saved import LoadedModel, Manifest
 from stages.progress import Progress
 from stages.row_groups import num_row_groups, read_unit
@@ -302,7 +301,7 @@ class Judge:
 
     def __init__(self, job: Job) -> None:
         torch.set_num_threads(job.threads)
-        tune_process(job.device)
+        keep_freed_memory()
         self.job, self.config = job, job.config
         self.spec = dataset.load(job.shards)
         self.units = sources.shard_units(self.spec, job.config.split)
@@ -452,7 +451,7 @@ class Judge:
                     add(name, self.segmenter(sized), actual, config.segmenter.classes, -1)
         if config.palette is not None:
             fake, real = same_size(generated, target)
-            colors = palette(config.palette)
+            colors = config.palette.colors
             predicted, wanted = (images.nearest_class(image, colors) for image in (fake, real))
             add("palette", predicted, wanted, len(colors), config.palette.ignore)
 

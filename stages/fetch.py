@@ -21,6 +21,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Executor, Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -97,12 +98,13 @@ class Reader:
                 if outer.split("?")[0].lower().endswith(_COMPRESSED):
                     inside.setdefault(outer, {})[one.uri] = one
         for outer, members in inside.items():
-            self._members |= patiently(
-                lambda o=outer, m=members: self._pass_through(o, m),  # type: ignore[misc]
-                outer,
-                self.attempts,
-                self.first_wait,
-            )
+            with suppress(FileNotFoundError):  # `read` says so of each member
+                self._members |= patiently(
+                    lambda o=outer, m=members: self._pass_through(o, m),  # type: ignore[misc]
+                    outer,
+                    self.attempts,
+                    self.first_wait,
+                )
 
     # -- one attempt ----------------------------------------------------------
 

@@ -458,10 +458,10 @@ def encode(array: Array, encoding: Encoding, *, quality: int = 95) -> bytes:
     return file.getvalue()
 
 
-def encode_ids(ids: npt.NDArray[np.uint8], colors: npt.NDArray[np.uint8]) -> bytes:
+def encode_ids(ids: npt.NDArray[np.uint8], colors: npt.ArrayLike) -> bytes:
     """Class ids (H, W) as a PNG: its pixels are the ids, its palette their colours (classes, 3)."""
     image = Image.fromarray(ids)
-    image.putpalette(colors.tobytes())
+    image.putpalette(np.asarray(colors, np.uint8).tobytes())
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)
     return file.getvalue()
@@ -571,12 +571,13 @@ _CITYSCAPES = (
 )  # fmt: skip
 
 
-def nearest_class(image: Array, colors: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+def nearest_class(image: Array, colors: npt.ArrayLike) -> npt.NDArray[np.uint8]:
     """Class ids (H, W) of a label picture (H, W, 3): of `colors` (classes, 3) the nearest in RGB."""
     flat = image.reshape(-1, 3).astype(np.int32)
     best = np.zeros(len(flat), np.uint8)
     least = np.full(len(flat), np.iinfo(np.int32).max, np.int32)
-    for index, colour in enumerate(colors.astype(np.int32)):  # by class: memory of one distance, not of all
+    # By class: memory of one distance, not of all.
+    for index, colour in enumerate(np.asarray(colors, np.int32)):
         distance = ((flat - colour) ** 2).sum(1)
         closer = distance < least
         best[closer], least[closer] = index, distance[closer]

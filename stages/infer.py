@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -31,7 +30,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from stages import dataset, images, outputs, sources, storage
 from stages.actors import on_actors, pool_size, threads, uses_gpu
-from stages.base import Config, Fraction, Kind, Outcome, Resources, Split
+from stages.base import Colors, Config, Fraction, Kind, Outcome, Resources, Split
 from stages.errors import StageError, UserError
 from stages.fetch import Object, Reader
 from stages.images import Array, ImageRejected
@@ -73,9 +72,6 @@ class StyleConfig(Config):
         return self
 
 
-Channel = Annotated[int, Field(ge=0, le=255)]
-
-
 class InferConfig(Config):
     """What to generate, from what, with which model."""
 
@@ -108,10 +104,8 @@ class InferConfig(Config):
     format: Format = "png"
     quality: Annotated[int, Field(ge=1, le=100, description="of jpeg and webp")] = 95
     colors: Annotated[
-        tuple[tuple[Channel, Channel, Channel], ...] | None,
+        Colors | None,
         Field(
-            min_length=2,
-            max_length=256,
             description="of a model that paints labels, one per class: write PNGs of class ids, those of the "
             "nearest colours, with these as their palette; null: what the model paints",
         ),
@@ -186,8 +180,7 @@ def encoded(array: Array, config: InferConfig) -> bytes:
     """An image file: the picture, or its class ids where the config knows their colours."""
     if config.colors is None:
         return images.encode(array, config.format, quality=config.quality)
-    colors = np.array(config.colors, np.uint8)
-    return images.encode_ids(images.nearest_class(array, colors), colors)
+    return images.encode_ids(images.nearest_class(array, config.colors), config.colors)
 
 
 def bucketed(

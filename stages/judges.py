@@ -20,7 +20,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from stages import images, storage
-from stages.base import Config
+from stages.base import Colors, Config
 from stages.errors import UserError
 from stages.images import Array
 from stages.metrics import Lpips
@@ -82,9 +82,7 @@ class SegmenterConfig(Config):
 class PaletteConfig(Config):
     """Targets that are label pictures: each pixel is the class whose colour is nearest."""
 
-    colors: Annotated[
-        tuple[tuple[int, int, int], ...], Field(min_length=2, description="one per class, in order")
-    ]
+    colors: Annotated[Colors, Field(description="one per class, in order")]
     ignore: Annotated[int | None, Field(description="class that is not judged")] = None
 
 
@@ -232,11 +230,6 @@ class Segmenter:
                 table[old] = new
             return cast(np.ndarray, table[ids])
         return np.where(ids == self.config.ignore, -1, ids) if self.config.ignore is not None else ids
-
-
-def palette(config: PaletteConfig) -> np.ndarray:
-    """(classes, 3) uint8."""
-    return np.array(config.colors, np.uint8)
 
 
 def pairwise_mean(model: Lpips, samples: Sequence[Array], device: str) -> float:

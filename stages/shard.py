@@ -15,17 +15,14 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import threading
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self, cast, get_args
 
 import numpy as np
@@ -52,7 +49,6 @@ VERSION = 1
 
 ROW_GROUP_BYTES = 8 << 20  # a row group is what training reads at once: big enough for a fast GET
 ROW_GROUP_ROWS = 64
-UPLOAD_BYTES = 16 << 20  # of a shard that are sent at once; S3 takes 10,000 such parts: 156 GiB
 DECODERS = 4  # images unpacked at once by a task: bounds memory, whatever the number of reading threads
 TASK_BLOCKS = 4096  # Ray Data blocks at most; beyond that a block holds several buckets
 ASPECT_TOLERANCE = 0.02
@@ -351,22 +347,11 @@ def table(pairs: Sequence[Pair], shape: pa.Schema, specs: Mapping[Role, RoleSpec
 
 
 class ShardWriter:
-    """Writes one shard a row group at a time; it appears under its name, whole, on `publish`.
+    """Writes one shard to a file, a row group at a time."""
 
-    On this machine it grows beside its place and is renamed. To a store it is sent while it grows, in parts
-    that become an object on `publish`: what is made and what is sent overlap, and no disk holds it.
-    """
-
-    def __init__(self, folder: str, name: str, specs: Mapping[Role, RoleSpec], rows: int) -> None:
-        self.name, self.rows = name, rows
+    def __init__(self, name: str, file: Any, specs: Mapping[Role, RoleSpec], rows: int) -> None:
+        self.name, self.file, self.rows = name, file, rows
         self.specs, self.shape = specs, schema(specs)
-        fs, self.path = storage.filesystem(storage.join(folder, name))
-        self.partial: Path | None = None
-        if storage.is_local(folder):
-            self.partial = Path(folder) / f".{name}.{uuid.uuid4().hex}.partial"
-            self.file: Any = self.partial.open("wb")
-        else:
-            self.file = fs.open(self.path, "wb", block_size=UPLOAD_BYTES, autocommit=False)
         self.groups: list[int] = []
         self.waiting: list[Pair] = []
         plain = [name for name in self.shape.names if name not in specs]
@@ -396,34 +381,17 @@ class ShardWriter:
             self.groups.append(len(self.waiting))
             self.waiting = []
 
-    def publish(self) -> dict[str, Any]:
-        """Finish the file and put it in place."""
+    def finish(self) -> dict[str, Any]:
+        """Write what is left; what the marker says of the shard."""
         self._flush()
         self.writer.close()
-        size = self.file.tell()
-        if self.partial is None:
-            self.file.close()
-            self.file.commit()
-        else:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()
-            self.partial.replace(self.path)
-        self.file = None
-        return {"name": self.name, "rows": sum(self.groups), "row_groups": self.groups, "bytes": size}
+        rows, size = sum(self.groups), self.file.tell()
+        return {"name": self.name, "rows": rows, "row_groups": self.groups, "bytes": size}
 
-    def discard(self) -> None:
-        """Leave nothing half done behind; after `publish` there is nothing."""
-        if self.file is None:
-            return
+    def abandon(self) -> None:
+        """Let go of the file, however it is; after `finish` there is nothing to do."""
         with suppress(Exception):  # the trouble that led here is what the user hears of
             self.writer.close()
-        with suppress(Exception):
-            if self.partial is None:
-                self.file.discard()
-            self.file.close()
-        if self.partial is not None:
-            self.partial.unlink(missing_ok=True)
 
 
 def shard_part(
@@ -441,11 +409,8 @@ def shard_part(
         return done
     rows = storage.read_parquet(part).to_pylist()
     make = partial(_make, rows, bucket, output=output, config=config, specs=specs, io_threads=io_threads)
-    if storage.is_local(output):
-        Path(output).mkdir(parents=True, exist_ok=True)
-        summary = make()
-    else:  # made again where the store was away for longer than its client is patient
-        summary = storage.written(make, output)
+    # Made again if the store is away for longer than its client is patient.
+    summary = storage.written(make, output)
     storage.write_json(marker, summary)
     return summary
 
@@ -474,14 +439,15 @@ def _make(
                 continue
             if made.split not in writers:
                 name = f"{made.split}-{bucket:05d}.parquet"
-                writer = ShardWriter(output, name, stored, row_group_rows(config, stored))
+                file = stack.enter_context(storage.create(storage.join(output, name)))
+                writer = ShardWriter(name, file, stored, row_group_rows(config, stored))
                 writers[made.split] = writer
-                stack.callback(writer.discard)
+                stack.callback(writer.abandon)
                 statistics[made.split] = Statistics()
             for role, image in made.stored.items():
                 statistics[made.split].add(role, image.measures, image.original)
             writers[made.split].add(made)
-        files = {split: writer.publish() for split, writer in sorted(writers.items())}
+        files = {split: writer.finish() for split, writer in sorted(writers.items())}
     _write_quarantine(output, bucket, rejects)
     return {
         "bucket": bucket,

@@ -18,6 +18,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -34,6 +35,7 @@ from stages.errors import PixloomError, StageError, UserError
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
 
+UPLOAD_BYTES = 16 << 20  # of a growing file that are sent at once; S3 takes 10,000 such parts: 156 GiB
 ATTEMPTS = 8
 FIRST_WAIT = 0.25  # seconds; doubled each time, at most LONGEST_WAIT: about 40 s in all
 LONGEST_WAIT = 10.0
@@ -99,25 +101,55 @@ def read_bytes(uri: str) -> bytes:
 def write_bytes(uri: str, data: bytes) -> None:
     """Write a whole file at once: a reader sees the old content, none, or all of the new."""
     fs, path = filesystem(uri)
+    whole = bytes(data)  # S3 clients take no buffers
+
+    def write() -> None:
+        if isinstance(fs, LocalFileSystem):
+            with create(uri) as file:
+                file.write(whole)
+        else:
+            fs.pipe_file(path, whole)  # one PUT, or a multipart upload that appears when it is completed
+
+    written(write, uri)
+
+
+@contextmanager
+def create(uri: str) -> Iterator[Any]:
+    """A binary file to write that appears under its name, whole, if the block ends without an error.
+
+    On this machine it grows beside its place and is renamed. To a store it is sent while it grows, in parts
+    that become an object in the end: no disk holds it, and after an error what was sent is dropped.
+
+    Raises:
+        Exception: the client's own. Nothing is tried again here, the block may be: see `written`.
+    """
+    fs, path = filesystem(uri)
     if isinstance(fs, LocalFileSystem):
-        _stored(lambda: _write_local(Path(path), data), uri)
-    else:
-        whole = bytes(data)  # S3 clients take no buffers
-        # One PUT, or a multipart upload that appears when it is completed.
-        written(lambda: fs.pipe_file(path, whole), uri)
-
-
-def _write_local(target: Path, data: bytes) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.partial")
+        try:
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+        return
+    upload = fs.open(path, "wb", block_size=UPLOAD_BYTES, autocommit=False)
     try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+        yield upload
+        upload.close()
+        try:
+            upload.commit()
+        except FileNotFoundError as error:  # no such upload: an attempt without answer completed it
+            raise OSError(f"{uri}: whether it is written is not known ({line(error)})") from error
+    except BaseException:
+        with suppress(Exception):  # the trouble that led here is what the user hears of
+            upload.discard()
+        upload.closed = True  # to close it would send the rest
+        raise
 
 
 def read_json(uri: str) -> Any:
@@ -225,9 +257,9 @@ def patiently(
 
 
 def written(call: Callable[[], Value], uri: str) -> Value:
-    """As `patiently`, for what writes: where there is nothing to write to, the user has to make it."""
+    """As `_stored`, for what writes: where there is nothing to write to, the user has to make it."""
     try:
-        return patiently(call, uri)
+        return _stored(call, uri)
     except FileNotFoundError as error:
         raise UserError(f"{uri}: there is no such bucket ({line(error)})") from error
 

@@ -86,6 +86,13 @@ def rejected(reader: Reader, wanted: Object) -> str:
     return caught.value.reason
 
 
+def test_an_archive_that_is_gone_is_a_missing_image_each(tmp_path: Path) -> None:
+    wanted = Object(f"tar://a.png::{tmp_path}/gone.tar.gz")
+    reader = quick()
+    reader.stream_archives([wanted])
+    assert rejected(reader, wanted) == "missing"
+
+
 # -- versions -----------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from botocore.exceptions import EndpointConnectionError, NoCredentialsError
 
 from stages import storage
 from stages.errors import StageError, UserError
+from tests.stores.seaweed import SeaweedS3
 
 
 def test_an_error_that_passes_is_tried_again_and_a_refusal_is_not() -> None:
@@ -93,3 +94,39 @@ def test_damage_in_a_table_is_found(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(StageError, match=r"t\.parquet: .*CRC"):
         storage.read_parquet(str(path))
+
+
+def begin(uri: str, data: bytes) -> None:
+    """A file whose writer fails."""
+    with storage.create(uri) as file:
+        file.write(data)
+        raise ZeroDivisionError
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    place = tmp_path / "new" / "file"
+    with storage.create(str(place)) as file:
+        file.write(b"one")
+        assert not place.exists()
+    assert place.read_bytes() == b"one"
+    with pytest.raises(ZeroDivisionError):
+        begin(str(place), b"half")
+    assert place.read_bytes() == b"one"
+    assert [path.name for path in place.parent.iterdir()] == ["file"]
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("size", [3, 2 * storage.UPLOAD_BYTES + 3])
+def test_an_object_appears_whole_and_a_dropped_one_leaves_no_upload(
+    s3_store: SeaweedS3, s3_bucket: str, size: int
+) -> None:
+    storage.configure({"s3": s3_store.options()})
+    client, data = s3_store.client(skip_instance_cache=True), bytes(size)
+    with storage.create(f"s3://{s3_bucket}/whole-{size}") as file:
+        file.write(data)
+    assert client.cat_file(f"{s3_bucket}/whole-{size}") == data
+    with pytest.raises(ZeroDivisionError):
+        begin(f"s3://{s3_bucket}/half-{size}", data)
+    assert not client.exists(f"{s3_bucket}/half-{size}")
+    assert client.list_multipart_uploads(s3_bucket) == []
+    storage.configure({"s3": {}})

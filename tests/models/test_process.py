@@ -7,16 +7,8 @@ import sys
 import pytest
 import torch
 
+from stages import heap
 from stages.models import process
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-def test_freed_memory_can_be_kept_and_given_back() -> None:
-    try:
-        assert process.keep_freed_memory()
-        assert torch.ones(3 << 20).sum() == 3 << 20
-    finally:
-        assert process.return_freed_memory()
 
 
 def test_bf16_is_chosen_where_there_are_matrix_units_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,4 +20,4 @@ def test_bf16_is_chosen_where_there_are_matrix_units_for_it(monkeypatch: pytest.
 def test_other_platforms_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     process.tune_process("cpu")
-    assert not process.keep_freed_memory()
+    assert not heap.keep_freed_memory()
