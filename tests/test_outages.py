@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -60,9 +61,11 @@ class Eventful(Feed):
             yield batch
 
 
-def trained(job: PhaseJob, shards: str, output: str, events: dict[int, Event]) -> tuple[Losses, str]:
+def trained(
+    job: PhaseJob, shards: str, output: str, events: dict[int, Event], board: Notices | None = None
+) -> tuple[Losses, str]:
     """Losses of a phase, a checkpoint after every step, and what it told."""
-    board, left = Notices(), dict(events)
+    board, left = board or Notices(), dict(events)
 
     def prepare(feed: Feed) -> None:
         assert isinstance(feed, Eventful)
@@ -79,8 +82,20 @@ def trained(job: PhaseJob, shards: str, output: str, events: dict[int, Event]) -
         keep_checkpoints=2,
     )
     assert not left, "something was to happen and did not"
-    told = "\n".join(event.value for event in board.take() if event.kind == "note")
-    return losses(output), told
+    return losses(output), notes(board)
+
+
+def notes(board: Notices) -> str:
+    """What a phase has told so far."""
+    return "\n".join(event.value for event in board.events if event.kind == "note")
+
+
+def wait_for(ready: Callable[[], bool], board: Notices) -> None:
+    """Hold training here until something is so."""
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert time.monotonic() < deadline, notes(board)
+        time.sleep(0.01)
 
 
 @pytest.mark.s3
@@ -116,7 +131,6 @@ def small_disk() -> Iterator[Path]:
     folder.rmdir()
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("where", ["the folder itself", "the spill of an upload"])
 @pytest.mark.s3
 def test_the_disk_is_full_while_checkpoints_are_written(
@@ -129,30 +143,49 @@ def test_the_disk_is_full_while_checkpoints_are_written(
     expected: Losses,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Training goes on without, says so, and writes again once there is room."""
-    monkeypatch.setattr(checkpoints, "WAIT_S", 0.01)
+    """Training goes on without, says so, and writes again once there is room.
+
+    The disk is full from a moment in which nothing is being written, and until it is told that a checkpoint
+    was not: what a checkpoint that is finished meanwhile sets free would be room for the next one.
+    """
+    monkeypatch.setattr(checkpoints, "WAIT_S", 0.1)
     output = str(small_disk / "phase")
     if where != "the folder itself":
         output = f"s3://{s3_bucket}/phase"
         monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
     storage.configure({"s3": s3_store.options()})
-    filler = small_disk / "filler"
+    folder, filler, board = f"{output}/checkpoints", small_disk / "filler", Notices()
+
+    def whole() -> list[str]:
+        """The checkpoints that are finished."""
+        found = checkpoints.names(folder)
+        return [name for name in found if storage.exists(f"{folder}/{name}/{checkpoints.MANIFEST}")]
+
+    def at_rest() -> bool:
+        """Whether the checkpoint of the sixth step is written, and older ones are cleared away."""
+        return whole()[-1:] == ["step-00000006"] and len(checkpoints.names(folder)) <= 2
 
     def fill() -> None:
-        with filler.open("wb", buffering=0) as file:
-            try:
-                while True:
-                    file.write(bytes(1 << 12))
-            except OSError:
-                pass
+        wait_for(at_rest, board)
+        with filler.open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(1 << 12))
+
+    def empty() -> None:
+        wait_for(lambda: "not written" in notes(board), board)
+        assert whole()[-1] == "step-00000006"
+        filler.unlink()
 
     try:
-        found, told = trained(job, shards, output, {6: fill, 36: filler.unlink})
+        found, told = trained(job, shards, output, {6: fill, 36: empty}, board)
+        newest = checkpoints.load_newest(folder, job=PLAIN_NAME)
     finally:
         storage.configure({"s3": {}})
     assert found == expected
-    assert re.search(r"not written \(.*No space left on device", told)
+    assert re.search(r"checkpoint step-\d+ not written \(.*No space left on device", told)
     assert "training goes on" in told
+    assert newest is not None
+    assert newest.position.steps == max(step for step, _ in expected)
 
 
 class MlflowServer:
