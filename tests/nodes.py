@@ -124,6 +124,23 @@ class Network:
         finally:
             _ip("link", "set", self.link(number), "master", self.tag)
 
+    def drop(self, number: int, seconds: float) -> None:
+        """Have a machine's firewall drop what it and the other one send each other, not what S3 sends."""
+        other, firewall = self.machines[1 - number].address, self.firewall(number)
+        rules = ("table ip cut {", "chain in {", "type filter hook input priority 0")
+        rules += (f"ip saddr {other} drop", "}", "chain out {", "type filter hook output priority 0")
+        rules += (f"ip daddr {other} drop", "}", "}")
+        firewall("\n".join(rules))
+        try:
+            time.sleep(seconds)
+        finally:
+            firewall("delete table ip cut")
+
+    def firewall(self, number: int) -> Callable[[str], object]:
+        """A machine's nftables, which take rules or raise CalledProcessError, its `stderr` saying why."""
+        command = ["ip", "netns", "exec", self.machines[number].name, "nft", "-f", "-"]
+        return lambda rules: subprocess.run(command, input=rules, check=True, capture_output=True, text=True)
+
 
 def _ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True, text=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,13 +76,24 @@ def test_two_machines_train_as_two_workers_of_one(site: Site) -> None:
     assert storage.exists("s3://machines/plain/model/model.json")
 
 
-def test_the_network_between_them_is_cut_for_ten_seconds(site: Site) -> None:
+@pytest.mark.parametrize("how", ["cable", "firewall"])
+def test_the_network_between_them_is_cut_for_ten_seconds(site: Site, how: str) -> None:
     """TCP sends again what was lost, and nobody is declared dead so soon: nothing is started again."""
-    driver = site.train("cut")
+    cut = site.network.cut
+    if how == "firewall":
+        cut = site.network.drop
+        if shutil.which("nft") is None:
+            pytest.skip("NOT RUN: needs nftables (`nft`)")
+        try:
+            site.network.firewall(1)("list ruleset")
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"NOT RUN: nftables does not work here: {error.stderr}")
+    driver = site.train(f"cut-{how}")
     driver.until_step(20)
-    site.network.cut(1, seconds=10)
-    driver.end()
-    assert losses("s3://machines/cut") == site.expected
+    cut(1, seconds=10)
+    told = driver.end()
+    assert "starts them again" not in told
+    assert losses(f"s3://machines/cut-{how}") == site.expected
 
 
 def test_the_store_goes_away_while_they_train(site: Site) -> None:
