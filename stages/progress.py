@@ -24,13 +24,14 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Counts units done and says so every `interval` seconds, and once at the end."""
+    """Counts units done and says so every `interval` seconds, and at the end what was not said yet."""
 
     def __init__(
         self, label: str, *, total: int | None, unit: str, done: int = 0, interval: float = 5.0
     ) -> None:
         self.label, self.total, self.unit, self.interval = label, total, unit, interval
         self.done = self.start_done = done
+        self.said: int | None = None
         self.started = self.spoken = time.monotonic()
 
     def advance(self, count: int = 1, note: str = "") -> None:
@@ -41,7 +42,7 @@ class Progress:
 
     def say(self, note: str = "") -> None:
         """Write the line now."""
-        self.spoken = time.monotonic()
+        self.spoken, self.said = time.monotonic(), self.done
         logger.info("%s", self.line(self.spoken - self.started, note))
 
     def line(self, elapsed: float, note: str = "") -> str:
@@ -67,4 +68,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.say("" if kind is None else "stopped")
+        if kind is not None:
+            self.say("stopped")
+        elif self.said != self.done:
+            self.say()

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import pytest
 
 from stages.board import Event, Notices, Poster, cause
+from stages.progress import Progress
 from stages.relay import Reader
 from stages.tracking import MetricRow, NullRun
 
@@ -68,6 +69,15 @@ def test_the_last_line_of_progress_is_always_said(caplog: pytest.LogCaptureFixtu
     reader.finish()
     assert "100/100 images" in caplog.text
     assert "epoch 2/2  G 1" in caplog.text
+
+
+def test_no_line_of_progress_is_said_twice(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    for interval in (0.0, 60.0):
+        caplog.clear()
+        with Progress("infer", total=2, unit="images", interval=interval) as progress:
+            progress.advance(2)
+        assert caplog.text.count("2/2 images") == 1
 
 
 def test_a_dead_worker_is_told_in_a_few_words() -> None:
