@@ -38,21 +38,19 @@ import torch
 from PIL import Image
 
 from pipeline import config as configuration
-from stages import dataset, images, metrics, phases, train
+from stages import dataset, images, metrics, train
 from stages.base import Split
-from stages.board import Notices, Poster
 from stages.dataset import DatasetSpec, Sample
 from stages.evaluate import nearest, thumbnail
-from stages.feed import Feed, read_here
 from stages.images import Array
 from stages.inference import Painter
-from stages.loop import Task, Worker, phase_seed, train_phase
 from stages.models import step
 from stages.models.architecture import build_generator
 from stages.models.process import tune_process
 from stages.models.saved import LoadedModel, load_model
 from stages.phases import PhaseJob
 from stages.previews import Samples
+from tests.undisturbed import train_here
 
 Scores = dict[str, float]
 
@@ -63,31 +61,10 @@ def trained(jobs: Sequence[PhaseJob], shards: str, folder: Path) -> tuple[Path, 
     before, made = "", 0
     for job in jobs:
         output = str(folder / job.phase.name)
-        task = Task(
-            job=job,
-            name=train.job_name(job, shards, before),
-            inputs=phases.input_spec(spec),
-            preprocessing=train.preprocessing(job, spec),
-            rows=spec.rows("train"),
-            output=output,
-            before=before,
+        samples = Samples(shards, spec, job, torch.device("cpu"))
+        ending = train_here(
+            job, shards, output, before=before, threads=torch.get_num_threads(), preview=samples
         )
-        feed = Feed(
-            shards,
-            spec,
-            seed=phase_seed(job.seed, job.phase.name),
-            batch=job.phase.batch,
-            augment=job.augment,
-            scale=phases.downscale(job.model, job.phase),
-            prefetch=1,
-            threads=1,
-            epochs=job.phase.epochs,
-            read=read_here,
-        )
-        ending = train_phase(
-            task, Worker(), feed, Poster(Notices()), Samples(shards, spec, job, torch.device("cpu"))
-        )
-        feed.close()
         if ending.failure:
             raise RuntimeError(ending.failure)
         before, made = output, made + ending.position.steps

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from stages.phases import PhaseJob
 from tests.stores.seaweed import free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
-WAIT_S = 240.0  # for anything that takes seconds on an idle machine
+WAIT_S = 300.0  # for anything that takes seconds on an idle machine
 
 DRIVER = """
 import json, sys
@@ -155,6 +155,11 @@ class Node:
     process: subprocess.Popen[bytes]
     log: Path
 
+    @property
+    def told(self) -> str:
+        """What it has said so far."""
+        return self.log.read_text(errors="replace")
+
     def family(self) -> list[psutil.Process]:
         """Its processes."""
         try:
@@ -255,7 +260,7 @@ class Nodes:
             )
         node = Node(f"node-{number}", machine, process, log)
         self.nodes.append(node)
-        until(lambda: "Ray runtime started" in log.read_text(errors="replace"), node, what=f"{log}")
+        until(lambda: "Ray runtime started" in node.told, node, what=f"{log}")
         return node
 
     def train(
@@ -284,20 +289,15 @@ class Nodes:
         return driver
 
 
-@dataclass
-class Driver:
-    """A training driver whose log is read while it runs."""
+class Followed:
+    """A command whose output is read line by line while it runs."""
 
-    command: list[str]
-    environment: dict[str, str]
-    output: str
-    lines: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
+    def __init__(self, command: Sequence[str], environment: dict[str, str]) -> None:
+        self.lines: list[str] = []
         self.process = subprocess.Popen(
-            self.command,
+            command,
             cwd=ROOT,
-            env=self.environment,
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -314,17 +314,8 @@ class Driver:
 
     @property
     def told(self) -> str:
+        """What it has said so far."""
         return "\n".join(self.lines)
-
-    def steps(self) -> int:
-        """Steps of the newest checkpoint, 0 if there is none."""
-        names = checkpoints.names(f"{self.output}/checkpoints")
-        return int(names[-1].rpartition("-")[2]) if names else 0
-
-    def until_step(self, steps: int) -> int:
-        """Wait until so many steps are in a checkpoint; how many are by then."""
-        until(lambda: self.steps() >= steps, self, what=f"no checkpoint of step {steps}")
-        return self.steps()
 
     def until(self, text: str) -> None:
         """Wait for a line that holds `text`."""
@@ -347,13 +338,30 @@ class Driver:
             self.reader.join(timeout=10)
 
 
-def until(ready: Callable[[], bool], running: Node | Driver, *, what: str) -> None:
+class Driver(Followed):
+    """A training driver."""
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str], output: str) -> None:
+        super().__init__(command, environment)
+        self.output = output
+
+    def steps(self) -> int:
+        """Steps of the newest checkpoint, 0 if there is none."""
+        names = checkpoints.names(f"{self.output}/checkpoints")
+        return int(names[-1].rpartition("-")[2]) if names else 0
+
+    def until_step(self, steps: int) -> int:
+        """Wait until so many steps are in a checkpoint; how many are by then."""
+        until(lambda: self.steps() >= steps, self, what=f"no checkpoint of step {steps}")
+        return self.steps()
+
+
+def until(ready: Callable[[], bool], running: Node | Followed, *, what: str) -> None:
     """Wait for a condition as long as a process runs."""
     deadline = time.monotonic() + WAIT_S
     while not ready():
-        told = running.told if isinstance(running, Driver) else running.log.read_text(errors="replace")
-        assert running.process.poll() is None, f"ended; {told}"
-        assert time.monotonic() < deadline, f"{what}; {told}"
+        assert running.process.poll() is None, f"ended; {running.told}"
+        assert time.monotonic() < deadline, f"{what}; {running.told}"
         time.sleep(0.05)
 
 

@@ -21,7 +21,8 @@ import s3fs
 from stages import images, outputs
 from tests.small import make_model, scene
 from tests.stores.faults import Fault, FaultProxy
-from tests.stores.seaweed import ACCESS_KEY, SECRET_KEY, SeaweedS3, free_ports
+from tests.stores.s3 import ACCESS_KEY, SECRET_KEY
+from tests.stores.seaweed import SeaweedS3, free_ports
 
 pytestmark = [pytest.mark.long, pytest.mark.s3]
 

@@ -11,8 +11,6 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,10 +21,10 @@ import yaml
 
 from cluster import local
 from pipeline import sample
+from tests.nodes import ROOT, Followed, until
 
 pytestmark = pytest.mark.long
 
-ROOT = Path(__file__).resolve().parents[1]
 EPOCHS = 30
 MODEL = {
     "kind": "pix2pixhd",
@@ -90,50 +88,9 @@ class Cluster:
         return found
 
     def submit(self, *words: str) -> Followed:
-        followed = Followed(self, ["bash", "cluster/submit.sh", *words])
+        followed = Followed(["bash", "cluster/submit.sh", *words], self.environment)
         self.followed.append(followed)
         return followed
-
-
-class Followed:
-    """A command whose output is read line by line while it runs."""
-
-    def __init__(self, cluster: Cluster, command: list[str]) -> None:
-        self.lines: list[str] = []
-        self.process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=cluster.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        with self.process.stdout as lines:
-            for line in lines:
-                self.lines.append(line.rstrip("\n"))
-
-    def until(self, text: str, seconds: float = 300) -> None:
-        """Wait for a line that holds `text`."""
-        deadline = time.monotonic() + seconds
-        while not any(text in line for line in self.lines):
-            assert self.process.poll() is None, self.told
-            assert time.monotonic() < deadline, f"no {text!r} in:\n{self.told}"
-            time.sleep(0.1)
-
-    def end(self, expect: int, seconds: float = 500) -> str:
-        self.process.wait(timeout=seconds)
-        self.reader.join(timeout=10)
-        assert self.process.returncode == expect, self.told
-        return self.told
-
-    @property
-    def told(self) -> str:
-        return "\n".join(self.lines)
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +110,7 @@ def cluster() -> Iterator[Cluster]:
         with contextlib.suppress(AssertionError):
             there.local("stop")
         for followed in there.followed:
-            followed.process.kill()
-            followed.reader.join(timeout=10)
-            followed.process.wait()
+            followed.kill()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -219,7 +174,7 @@ def test_a_stopped_run_is_taken_up_by_the_next_job(cluster: Cluster, config: Pat
     workspace = config.parent / "workspace"
     first = cluster.submit("--id", "first", "-c", str(config))  # the folder travels with the job
     first.until("train-global  starts")
-    _until(lambda: any(workspace.glob("train-global-*/*")), first)
+    until(lambda: any(workspace.glob("train-global-*/*")), first, what="nothing written")
     subprocess.run(
         ["ray", "job", "stop", "first"], env=cluster.environment, check=True, capture_output=True, timeout=300
     )
@@ -266,14 +221,6 @@ def test_stopping_ends_everything_the_cluster_started(cluster: Cluster) -> None:
     cluster.local("stop")
     assert [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
     assert local.load(cluster.folder) is None
-
-
-def _until(condition: Any, job: Followed, seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert job.process.poll() is None, job.told
-        assert time.monotonic() < deadline, job.told
-        time.sleep(0.1)
 
 
 def runs(workspace: Path) -> list[tuple[str, str]]:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.stores.seaweed import ACCESS_KEY, SECRET_KEY, SeaweedS3, free_ports
+from tests.stores.s3 import ACCESS_KEY, SECRET_KEY
+from tests.stores.seaweed import SeaweedS3, free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "tutorial.md"

@@ -14,7 +14,7 @@ import torch.multiprocessing
 from stages import curves, dataset, phases, storage, train
 from stages.board import Notices, Poster
 from stages.feed import Feed, read_here
-from stages.loop import Task, Worker, phase_seed, train_phase
+from stages.loop import Ending, Preview, Task, Worker, phase_seed, train_phase
 from stages.phases import PhaseJob
 
 Losses = dict[tuple[int, str], float]
@@ -58,12 +58,15 @@ def train_here(
     output: str,
     worker: Worker | None = None,
     *,
+    before: str = "",
+    threads: int = 1,
     feed_type: type[Feed] = Feed,
     board: Notices | None = None,
     prepare: Callable[[Feed], None] = lambda _: None,
+    preview: Preview = lambda _: (None, {}),
     **how: Any,
-) -> None:
-    """A phase in this process, with one thread. `how`: of its task; `prepare` may change the feed."""
+) -> Ending:
+    """A phase in this process. `how`: of its task; `prepare` may change the feed."""
     worker = worker or Worker()
     spec = dataset.load(shards)
     task = Task(
@@ -73,7 +76,7 @@ def train_here(
         preprocessing=train.preprocessing(job, spec),
         rows=spec.rows("train"),
         output=output,
-        before="",
+        before=before,
         **how,
     )
     feed = feed_type(
@@ -89,8 +92,9 @@ def train_here(
         read=read_here,
     )
     prepare(feed)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with feed:
-        train_phase(task, worker, feed, Poster(board or Notices()), lambda _: (None, {}))
+    threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    with feed:
+        ending = train_phase(task, worker, feed, Poster(board or Notices()), preview)
+    torch.set_num_threads(threads_before)
+    return ending

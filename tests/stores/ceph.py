@@ -16,12 +16,10 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-import s3fs
-
-from tests.stores.seaweed import ACCESS_KEY, SECRET_KEY, free_ports
+from tests.stores.s3 import ACCESS_KEY, SECRET_KEY, S3Store
+from tests.stores.seaweed import free_ports
 
 PROGRAMS = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin", "ceph", "ceph-authtool", "monmaptool")
 POOLS = (
@@ -100,17 +98,13 @@ def missing() -> list[str]:
     return [name for name in PROGRAMS if shutil.which(name) is None]
 
 
-class CephS3:
+class CephS3(S3Store):
     """The gateway and what is behind it; `start`, `kill`, `restart`. Data stay in `folder` meanwhile."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.conf = folder, folder / "ceph.conf"
         self.ports = free_ports(3)
         self.processes: list[subprocess.Popen[bytes]] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.ports[0]}"
 
     @property
     def address(self) -> tuple[str, int]:
@@ -184,19 +178,6 @@ class CephS3:
         except OSError:
             return False
 
-    def options(self, *, endpoint: str | None = None) -> dict[str, Any]:
-        """What s3fs is given; `endpoint` to go through a proxy."""
-        return {
-            "endpoint_url": endpoint or self.url,
-            "key": ACCESS_KEY,
-            "secret": SECRET_KEY,
-            "use_listings_cache": False,
-        }
-
-    def client(self, **options: Any) -> s3fs.S3FileSystem:
-        """A client straight to the store."""
-        return s3fs.S3FileSystem(**{**self.options(), **options})
-
     def kill(self) -> None:
         """SIGKILL to all of it."""
         for process in reversed(self.processes):
@@ -214,14 +195,6 @@ class CephS3:
             yield
         finally:
             os.kill(osd.pid, signal.SIGCONT)
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.kill()
 
 
 def _do(*command: str, text: str = "") -> None:

@@ -16,13 +16,9 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-import s3fs
-
-ACCESS_KEY, SECRET_KEY = "testaccesskey0000001", "testsecretkey" * 3
-READER_KEY, READER_SECRET = "readonlykey000000001", "readonlysecret" * 3
+from tests.stores.s3 import ACCESS_KEY, READER_KEY, READER_SECRET, SECRET_KEY, S3Store
 
 
 def executable() -> str | None:
@@ -42,7 +38,7 @@ def free_ports(count: int) -> list[int]:
             one.close()
 
 
-class SeaweedS3:
+class SeaweedS3(S3Store):
     """The server; `start`, `kill`, `restart`, `pause`, `resume`. Data stay in `folder` meanwhile."""
 
     def __init__(self, folder: Path, host: str = "127.0.0.1") -> None:
@@ -51,10 +47,6 @@ class SeaweedS3:
         # between choosing and use; `start` then fails and says so in weed.log.
         self.ports = free_ports(8)
         self.process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"http://{self.host}:{self.ports[0]}"
 
     @property
     def address(self) -> tuple[str, int]:
@@ -133,20 +125,6 @@ class SeaweedS3:
             return isinstance(error, FileExistsError)
         return True
 
-    def options(self, *, endpoint: str | None = None, read_only: bool = False) -> dict[str, Any]:
-        """What s3fs is given; `endpoint` to go through a proxy."""
-        key, secret = (READER_KEY, READER_SECRET) if read_only else (ACCESS_KEY, SECRET_KEY)
-        return {
-            "endpoint_url": endpoint or self.url,
-            "key": key,
-            "secret": secret,
-            "use_listings_cache": False,
-        }
-
-    def client(self, **options: Any) -> s3fs.S3FileSystem:
-        """A client straight to the store."""
-        return s3fs.S3FileSystem(**{**self.options(), **options})
-
     def kill(self) -> None:
         """SIGKILL: what was acknowledged survives it, and an orderly stop takes 15 s."""
         if self.process is not None and self.process.poll() is None:
@@ -166,11 +144,3 @@ class SeaweedS3:
     def resume(self) -> None:
         assert self.process is not None
         os.kill(self.process.pid, signal.SIGCONT)
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.kill()
