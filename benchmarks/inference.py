@@ -36,7 +36,7 @@ import ray.data
 import torch
 from PIL import Image
 
-from stages import infer, outputs, sources, storage
+from stages import heap, infer, outputs, sources, storage
 from stages.actors import own_cores
 from stages.base import Resources
 from stages.infer import InferConfig, batch_size
@@ -191,7 +191,7 @@ def main() -> None:
             fs, _ = storage.filesystem("s3://benchmark")
             fs.call_s3("create_bucket", Bucket="benchmark")
             place = "s3://benchmark"
-        environment = storage.worker_environment(settings)
+        environment = storage.worker_environment(settings) | heap.ENVIRONMENT
         os.environ["RAY_AUTH_MODE"] = "disabled"
         ray.init(
             num_cpus=max(4, own_cores() + 1),

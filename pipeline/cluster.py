@@ -14,7 +14,7 @@ import ray.data
 from ray.exceptions import AuthenticationError
 
 from pipeline.config import PipelineConfig
-from stages import storage
+from stages import heap, storage
 from stages.base import Resources
 from stages.errors import UserError
 
@@ -41,8 +41,8 @@ def cluster(
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    environment = storage.worker_environment(options) | {name: os.environ[name] for name in QUIET}
-    runtime_env = {"env_vars": environment}
+    environment = storage.worker_environment(options) | heap.ENVIRONMENT
+    runtime_env = {"env_vars": environment | {name: os.environ[name] for name in QUIET}}
     joined = "RAY_ADDRESS" in os.environ
     if joined:
         _join(os.environ["RAY_ADDRESS"], runtime_env)

@@ -134,32 +134,49 @@ class InstanceNorm(nn.InstanceNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> the same shape and memory format."""
-        if torch.compiler.is_compiling() or not _is_channels_last(x):
-            return F.instance_norm(x, eps=self.eps)
-        # torch's instance norm copies channels-last pictures on every device; its batch norm does not.
-        samples = [self._of_one(sample) for sample in torch.split(x, 1)]
-        return samples[0] if len(samples) == 1 else torch.cat(samples)
+        return _normalised_each(x, None, None, self.eps)
 
-    def _of_one(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
-            return F.batch_norm(x, None, None, training=True, eps=self.eps)
-        y: Tensor = _ChannelsLastNorm.apply(x, self.eps)  # type: ignore[no-untyped-call]
+
+def _normalised_each(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Instance norm, then times `weight` plus `bias`; keeps the memory format.
+
+    torch's instance norm copies channels-last pictures on every device and returns them contiguous; its batch
+    norm does not.
+    """
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    if torch.compiler.is_compiling() or not channels_last:
+        return F.instance_norm(x, weight=weight, bias=bias, eps=eps)
+    if x.device.type == "cpu":
+        y: Tensor = _ChannelsLastNorm.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
         return y
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    samples = [F.batch_norm(one, None, None, weight, bias, training=True, eps=eps) for one in x.split(1)]
+    return samples[0] if len(samples) == 1 else torch.cat(samples)
 
 
 class _ChannelsLastNorm(torch.autograd.Function):
-    """Batch norm of one picture, with statistics that stay exact on large maps.
+    """Batch norm of every picture by itself, with statistics that stay exact on large maps.
 
     The library's kernel adds up a channel in one float32, and is 1e-2 off at 512x256 where means are far from
     0. Here it does so for each column of the picture (a view), and columns are put together in float64.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        y = torch.empty_like(x)
+        means, scales = [], []
+        for one, out in zip(x.split(1), y.split(1), strict=True):
+            mean, variance = _ChannelsLastNorm._statistics(one)
+            unused = (mean.new_empty(0), mean.new_empty(0))
+            torch.native_batch_norm(one, weight, bias, mean, variance, False, 0.0, eps, out=(out, *unused))
+            means.append(mean)
+            scales.append((variance + eps).rsqrt())
+        ctx.save_for_backward(x, weight, torch.stack(means), torch.stack(scales))
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+        """(1, C, H, W) -> mean and variance (C,)."""
         _, channels, height, width = x.shape
         columns = x.permute(0, 2, 3, 1).view(1, height, 1, width * channels).permute(0, 3, 1, 2)
         means, variances = torch.batch_norm_update_stats(columns, None, None, 0.0)
@@ -167,19 +184,26 @@ class _ChannelsLastNorm(torch.autograd.Function):
         mean = means.mean(0)
         variance = variances.add_((means - mean).square_()).mean(0)
         exact = torch.promote_types(x.dtype, torch.float32)
-        mean, scale = mean.to(exact), (variance + eps).rsqrt().to(exact)
-        ctx.save_for_backward(x, mean, scale)
-        ctx.eps = eps
-        return torch.native_batch_norm(x, None, None, mean, variance.to(exact), False, 0.0, eps)[0]
+        return mean.to(exact), variance.to(exact)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        x, mean, scale = ctx.saved_tensors
-        of_x, _, _ = torch.ops.aten.native_batch_norm_backward(
-            gradient, x, None, None, None, mean, scale, True, ctx.eps, [True, False, False]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, means, scales = ctx.saved_tensors
+        affine = weight is not None
+        parts = [
+            torch.ops.aten.native_batch_norm_backward(
+                of_y, one, weight, None, None, mean, scale, True, ctx.eps, [True, affine, affine]
+            )
+            for of_y, one, mean, scale in zip(gradient.split(1), x.split(1), means, scales, strict=True)
+        ]
+        of_x = [part[0] for part in parts]
+        return (
+            of_x[0] if len(of_x) == 1 else torch.cat(of_x),
+            torch.stack([part[1] for part in parts]).sum(0) if affine else None,
+            torch.stack([part[2] for part in parts]).sum(0) if affine else None,
+            None,
         )
-        return of_x, None
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -201,7 +225,7 @@ class BatchNorm(nn.BatchNorm2d):
             return self._by_all_workers(x, self.total)
         if self.training or not self.sample_statistics:
             return super().forward(x)
-        return F.instance_norm(x, None, None, self.weight, self.bias, use_input_stats=True, eps=self.eps)
+        return _normalised_each(x, self.weight, self.bias, self.eps)
 
     def _by_all_workers(self, x: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
         axes, channels = (0, 2, 3), x.shape[1]
