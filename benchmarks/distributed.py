@@ -159,17 +159,19 @@ def _exchange(rank: int, store: str, given: PhaseJob, spec: DatasetSpec, found: 
     gan = build_translator(given.model, input_spec(spec), weights=given.losses)
     assert gan.discriminator is not None
     networks = [
-        [torch.zeros_like(p) for p in network.parameters() if p.requires_grad]
+        [parameter for parameter in network.parameters() if parameter.requires_grad]
         for network in (gan.discriminator, gan.generator)
     ]
+    for parameter in (parameter for parameters in networks for parameter in parameters):
+        parameter.grad = torch.zeros_like(parameter)
     for round_ in range(21):
         if round_ == 1:
             dist.barrier()
             started = time.monotonic()
-        for gradients in networks:
-            averaging.average(gradients)
+        for arrived in [averaging.send(parameters) for parameters in networks]:
+            arrived()
     seconds = (time.monotonic() - started) / 20
-    found.put((sum(4 * g.numel() for gradients in networks for g in gradients), seconds))
+    found.put((sum(4 * p.numel() for parameters in networks for p in parameters), seconds))
     dist.destroy_process_group()
 
 

@@ -2,25 +2,28 @@
 
 By hand rather than by `DistributedDataParallel`: the discriminator is used three times a step and the two
 networks are stepped one after the other, which its hooks do not allow for without several backward passes'
-worth of communication. Gradients travel in buckets, the next one being packed while the last is on its way.
+worth of communication. Gradients travel in buckets, while the backward pass makes the next ones; those of the
+discriminator travel during the generator's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+Weight = TypeVar("Weight", bound=Tensor)
 
 BUCKET_BYTES = 32 << 20
 CPU_BUCKET_BYTES = 4 << 20  # over gloo: what was packed is still in the cache when it is sent
 
 
-def buckets(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
+def buckets(tensors: Sequence[Weight], size: int) -> Iterator[list[Weight]]:
     """Tensors of one dtype, in order, in groups of about `size` bytes."""
-    group: list[Tensor] = []
+    group: list[Weight] = []
     held = 0
     for tensor in tensors:
         bytes_ = tensor.numel() * tensor.element_size()
@@ -33,20 +36,61 @@ def buckets(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
         yield group
 
 
-def average(tensors: Sequence[Tensor]) -> None:
-    """Replace tensors, in place, by their mean over all workers. Every worker passes equal shapes."""
-    world = dist.get_world_size()
-    size = CPU_BUCKET_BYTES if tensors and tensors[0].device.type == "cpu" else BUCKET_BYTES
-    travelling = []
-    for group in buckets([_pixels_last(tensor) for tensor in tensors], size):
-        flat = torch.cat([tensor.reshape(-1) for tensor in group])
-        travelling.append((group, flat, dist.all_reduce(flat, async_op=True)))
-    for group, flat, work in travelling:
-        assert work is not None
-        work.wait()
-        means = torch.split(flat.div_(world), [tensor.numel() for tensor in group])
-        for tensor, mean in zip(group, means, strict=True):
-            tensor.copy_(mean.view_as(tensor))
+def send(parameters: Sequence[nn.Parameter]) -> Callable[[], None]:
+    """Begin to replace gradients, in place, by their mean over all workers; calling the result waits for it.
+
+    Gradients that are there travel at once, others as soon as a backward pass has made them. Where none was
+    made until the wait, this worker's share is zeros. Every worker passes equal shapes, and waits.
+    """
+    return _Exchange(parameters).wait
+
+
+class _Exchange:
+    """Buckets go in one order, last parameters first (a backward pass makes those first), on every worker."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        size = CPU_BUCKET_BYTES if parameters and parameters[0].device.type == "cpu" else BUCKET_BYTES
+        self.groups = list(buckets(parameters[::-1], size))
+        self.missing = [{id(p) for p in group if p.grad is None} for group in self.groups]
+        self.hooks = [
+            p.register_post_accumulate_grad_hook(self._made)  # type: ignore[no-untyped-call]
+            for p in parameters
+            if p.grad is None
+        ]
+        self.travelling: list[tuple[Tensor, dist.Work]] = []
+        self._send()
+
+    def _made(self, parameter: Tensor) -> None:
+        for missing in self.missing:
+            missing.discard(id(parameter))
+        self._send()
+
+    def _send(self) -> None:
+        """Those buckets that are next and complete."""
+        for group, missing in list(zip(self.groups, self.missing, strict=True))[len(self.travelling) :]:
+            if missing:
+                return
+            flat = torch.cat([gradient.reshape(-1) for gradient in _gradients(group)])
+            work = dist.all_reduce(flat, async_op=True)
+            assert work is not None
+            self.travelling.append((flat, work))
+
+    def wait(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        for parameter in (p for group in self.groups for p in group if p.grad is None):
+            parameter.grad = torch.zeros_like(parameter)
+            self._made(parameter)
+        world = dist.get_world_size()
+        for group, (flat, work) in zip(self.groups, self.travelling, strict=True):
+            work.wait()
+            means = torch.split(flat.div_(world), [parameter.numel() for parameter in group])
+            for gradient, mean in zip(_gradients(group), means, strict=True):
+                gradient.copy_(mean.view_as(gradient))
+
+
+def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [_pixels_last(parameter.grad) for parameter in parameters if parameter.grad is not None]
 
 
 def _pixels_last(tensor: Tensor) -> Tensor:

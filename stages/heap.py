@@ -11,8 +11,8 @@ import sys
 ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
 """For processes that compute in a thread other than the first, as Ray's do, from their start on.
 
-glibc gives such threads heaps of 64 MiB at most, which it maps and unmaps all the time: 25,000 pages for eight
-pictures through a U-Net.
+glibc gives such threads heaps of 64 MiB at most, which it maps and unmaps all the time: 25,000 pages for
+eight pictures through a U-Net.
 """
 
 # mallopt's parameters, from glibc's malloc.h

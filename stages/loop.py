@@ -445,12 +445,18 @@ class Norms:
     wanted: bool = False
     _norms: list[Tensor] = field(default_factory=list)
 
-    def __call__(self, gradients: Sequence[Tensor]) -> None:
-        """Average in place."""
-        if self.world > 1:
-            averaging.average(gradients)
-        if self.wanted:
-            self._norms.append(torch.stack(torch._foreach_norm(list(gradients))).norm())
+    def __call__(self, parameters: Sequence[nn.Parameter]) -> Callable[[], None]:
+        """Begin to average; see `step.Average`."""
+        arrived = averaging.send(parameters) if self.world > 1 else None
+
+        def wait() -> None:
+            if arrived is not None:
+                arrived()
+            if self.wanted:
+                gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+                self._norms.append(torch.stack(torch._foreach_norm(gradients)).norm())
+
+        return wait
 
     def take(self) -> dict[str, float]:
         """The norms of the last step they were wanted for."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from torch import nn
 
 from stages import averaging
 
@@ -26,11 +27,23 @@ def work(rank: int, world: int, folder: str) -> None:
     planar = torch.arange(24.0).view(1, 2, 3, 4) * (rank + 1)
     last = planar.clone(memory_format=torch.channels_last) if rank else planar.clone()
     scalar = torch.tensor(float(rank))
-    averaging.average([planar, last, scalar])
+    weights = [nn.Parameter(torch.zeros_like(one)) for one in (planar, last, scalar)]
+    for weight, gradient in zip(weights, (planar, last, scalar), strict=True):
+        weight.grad = gradient
+    averaging.send(weights)()
     expected = torch.arange(24.0).view(1, 2, 3, 4) * 1.5
     assert planar.equal(expected)
     assert last.equal(expected)
     assert scalar.item() == 0.5
+
+    first, unused, last = (nn.Parameter(torch.full((8,), value)) for value in (2.0, 3.0, 5.0))
+    arrived = averaging.send([first, unused, last])
+    ((first * last).sum() * (rank + 1)).backward()  # made while it waits, the unused weight's never
+    arrived()
+    assert [None if p.grad is None else p.grad[0].item() for p in (first, unused, last)] == [7.5, 0.0, 3.0]
+    (first * 1.0).sum().backward()  # nothing listens any more
+    assert first.grad is not None
+    assert first.grad[0].item() == 8.5
     assert averaging.broadcast_object({"rank": rank}) == {"rank": 0}
     assert averaging.total(torch.tensor([1.0])).item() == world
     dist.destroy_process_group()

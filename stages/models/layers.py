@@ -149,7 +149,9 @@ def _normalised_each(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps:
     if x.device.type == "cpu":
         y: Tensor = _ChannelsLastNorm.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
         return y
-    samples = [F.batch_norm(one, None, None, weight, bias, training=True, eps=eps) for one in x.split(1)]
+    samples = [
+        F.batch_norm(one, None, None, weight, bias, training=True, eps=eps) for one in torch.split(x, 1)
+    ]
     return samples[0] if len(samples) == 1 else torch.cat(samples)
 
 
@@ -164,7 +166,7 @@ class _ChannelsLastNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         y = torch.empty_like(x)
         means, scales = [], []
-        for one, out in zip(x.split(1), y.split(1), strict=True):
+        for one, out in zip(torch.split(x, 1), torch.split(y, 1), strict=True):
             mean, variance = _ChannelsLastNorm._statistics(one)
             unused = (mean.new_empty(0), mean.new_empty(0))
             torch.native_batch_norm(one, weight, bias, mean, variance, False, 0.0, eps, out=(out, *unused))
@@ -195,7 +197,9 @@ class _ChannelsLastNorm(torch.autograd.Function):
             torch.ops.aten.native_batch_norm_backward(
                 of_y, one, weight, None, None, mean, scale, True, ctx.eps, [True, affine, affine]
             )
-            for of_y, one, mean, scale in zip(gradient.split(1), x.split(1), means, scales, strict=True)
+            for of_y, one, mean, scale in zip(
+                torch.split(gradient, 1), torch.split(x, 1), means, scales, strict=True
+            )
         ]
         of_x = [part[0] for part in parts]
         return (

@@ -48,8 +48,9 @@ from stages.models.losses import (
 from stages.models.pix2pixhd import MultiScaleDiscriminator
 
 Precision = Literal["float32", "bf16"]
-Average = Callable[[Sequence[Tensor]], None]
-"""Replaces gradients, in place, by their mean over the workers. Called once for each network and step."""
+Average = Callable[[Sequence[nn.Parameter]], Callable[[], None]]
+"""Begins to replace gradients, those there are and those a backward pass is about to make, by their mean over
+the workers. Calling what it returns waits for that; no gradient is None then. Once a network and step."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -320,16 +321,21 @@ def step(
             judged = _judge_in_turn(gan, condition, target, fake, batch.share, weights, losses, average)
         loss = _generator_loss(gan, judged, fake, target, weights, losses)
     (fake_gradient,) = torch.autograd.grad(loss * batch.share, fake)
-    if isinstance(gan.arch, Pix2PixHD) and gan.discriminator_optimizer is not None:
-        # Not before: the gradient just taken went through the weights from before the step, and a fused
-        # optimizer changes them without autograd noticing.
-        _update(gan.discriminator_optimizer, average)
+    # The discriminator is not updated before: the gradient just taken went through the weights from before
+    # the step, and a fused optimizer changes them without autograd noticing.
+    left = gan.discriminator_optimizer if isinstance(gan.arch, Pix2PixHD) else None
     if average is None and isinstance(gan.generator_optimizer, Adam):
+        if left is not None:
+            _update(left)
         with gan.generator_optimizer.stepping_in_backward():
             torch.autograd.backward(generated, fake_gradient)
     else:
+        arrived = None if left is None else _averaging(left, average)
+        all_arrived = _averaging(gan.generator_optimizer, average)
         torch.autograd.backward(generated, fake_gradient)
-        _update(gan.generator_optimizer, average)
+        if left is not None:
+            _update(left, arrived)
+        _update(gan.generator_optimizer, all_arrived)
     if gan.ema is not None:
         gan.ema.update(gan.generator)
     return {name: value.detach() for name, value in losses.items()}
@@ -382,7 +388,7 @@ def _step_in_turns(
         for buffer, before in zip(gan.generator.buffers(), buffers, strict=True):
             buffer.copy_(before)  # running statistics count each picture once
         assert gan.discriminator_optimizer is not None
-        _update(gan.discriminator_optimizer, average)
+        _update(gan.discriminator_optimizer, _averaging(gan.discriminator_optimizer, average))
     for index, part in enumerate(parts):
         condition, target = _inputs(gan, part)
         image = generated(index, condition, target)
@@ -399,9 +405,10 @@ def _step_in_turns(
         (fake_gradient,) = torch.autograd.grad(loss * part.share, fake)
         torch.autograd.backward(image, fake_gradient)
         count(losses, part)
-    if layered and gan.discriminator_optimizer is not None:
-        _update(gan.discriminator_optimizer, average)
-    _update(gan.generator_optimizer, average)
+    left = gan.discriminator_optimizer if layered else None
+    for optimizer in (left, gan.generator_optimizer):
+        if optimizer is not None:
+            _update(optimizer, _averaging(optimizer, average))
     if gan.ema is not None:
         gan.ema.update(gan.generator)
     return total
@@ -488,7 +495,7 @@ def _judge_in_turn(
         return None
     conditions = _conditions(gan, condition)
     real_features = _judge_apart(gan, conditions, target, fake.detach(), share, weights, losses)
-    _update(gan.discriminator_optimizer, average)
+    _update(gan.discriminator_optimizer, _averaging(gan.discriminator_optimizer, average))
     with _frozen(gan.discriminator):
         fake_features = _judge(gan, conditions, fake)
     return fake_features, real_features
@@ -557,14 +564,17 @@ def _note(losses: dict[str, Tensor], name: str, scales: Sequence[Tensor]) -> Non
             losses[f"{name}/scale{index}"] = value
 
 
-def _update(optimizer: Optimizer, average: Average | None) -> None:
-    """Average the gradients over the workers, step, drop them: till the next step they only take memory."""
-    if average is not None:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        average([parameter.grad for parameter in parameters if parameter.grad is not None])
+def _averaging(optimizer: Optimizer, average: Average | None) -> Callable[[], None] | None:
+    """Begin to average the gradients of what an optimizer updates."""
+    if average is None:
+        return None
+    return average([parameter for group in optimizer.param_groups for parameter in group["params"]])
+
+
+def _update(optimizer: Optimizer, arrived: Callable[[], None] | None = None) -> None:
+    """Wait for the averages, step, drop the gradients: till the next step they only take memory."""
+    if arrived is not None:
+        arrived()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -573,7 +583,7 @@ def _empty_step(gan: Translator, average: Average | None) -> None:
     """A worker without rows: it only takes part in the averages, in the same order as the others."""
     for optimizer in (gan.discriminator_optimizer, gan.generator_optimizer):
         if optimizer is not None and average is not None:
-            _update(optimizer, average)
+            _update(optimizer, _averaging(optimizer, average))
     if gan.ema is not None:
         gan.ema.update(gan.generator)
 
