@@ -45,11 +45,17 @@ def test_channels_last_instance_norm_is_exact_with_its_gradient(size: tuple[int,
     torch.testing.assert_close(results[1][1], results[0][1], rtol=0, atol=2e-5)
 
 
-def test_at_inference_batch_norm_takes_each_samples_own_statistics() -> None:
-    norm, x = BatchNorm(4), torch.randn(3, 4, 5, 6)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_at_inference_batch_norm_takes_each_samples_own_statistics(layout: torch.memory_format) -> None:
+    norm, x = BatchNorm(4), torch.randn(3, 4, 5, 6).to(memory_format=layout).requires_grad_()
     norm.weight.data.uniform_(0.5, 2)
-    alone = torch.cat([norm.train()(sample) for sample in x.split(1)])
-    torch.testing.assert_close(norm.eval()(x), alone)
+    norm.bias.data.uniform_(-1, 1)
+    of_y = torch.randn(3, 4, 5, 6).to(memory_format=layout)
+    results = []
+    for y in (torch.cat([norm.train()(sample) for sample in x.split(1)]), norm.eval()(x)):
+        results.append((y, *torch.autograd.grad((y * of_y).sum(), (x, norm.weight, norm.bias))))
+    assert results[1][0].is_contiguous(memory_format=layout)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
 
 
 def test_running_averages_can_be_chosen_instead() -> None:
