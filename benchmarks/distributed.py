@@ -168,7 +168,7 @@ def _exchange(rank: int, store: str, given: PhaseJob, spec: DatasetSpec, found: 
         if round_ == 1:
             dist.barrier()
             started = time.monotonic()
-        for arrived in [averaging.send(parameters) for parameters in networks]:
+        for arrived in [averaging.send(parameters, coming=False) for parameters in networks]:
             arrived()
     seconds = (time.monotonic() - started) / 20
     found.put((sum(4 * p.numel() for parameters in networks for p in parameters), seconds))

@@ -36,26 +36,26 @@ def buckets(tensors: Sequence[Weight], size: int) -> Iterator[list[Weight]]:
         yield group
 
 
-def send(parameters: Sequence[nn.Parameter]) -> Callable[[], None]:
+def send(parameters: Sequence[nn.Parameter], *, coming: bool) -> Callable[[], None]:
     """Begin to replace gradients, in place, by their mean over all workers; calling the result waits for it.
 
-    Gradients that are there travel at once, others as soon as a backward pass has made them. Where none was
-    made until the wait, this worker's share is zeros. Every worker passes equal shapes, and waits.
+    They travel at once or, where a backward pass is `coming`, each as soon as that has added its part. Where
+    none was made until the wait, this worker's share is zeros. Every worker passes equal shapes, and waits.
     """
-    return _Exchange(parameters).wait
+    return _Exchange(parameters, coming=coming).wait
 
 
 class _Exchange:
     """Buckets go in one order, last parameters first (a backward pass makes those first), on every worker."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], *, coming: bool) -> None:
         size = CPU_BUCKET_BYTES if parameters and parameters[0].device.type == "cpu" else BUCKET_BYTES
         self.groups = list(buckets(parameters[::-1], size))
-        self.missing = [{id(p) for p in group if p.grad is None} for group in self.groups]
+        self.missing = [{id(p) for p in group if coming or p.grad is None} for group in self.groups]
         self.hooks = [
             p.register_post_accumulate_grad_hook(self._made)  # type: ignore[no-untyped-call]
             for p in parameters
-            if p.grad is None
+            if coming
         ]
         self.travelling: list[tuple[Tensor, dist.Work]] = []
         self._send()
@@ -78,8 +78,9 @@ class _Exchange:
     def wait(self) -> None:
         for hook in self.hooks:
             hook.remove()
-        for parameter in (p for group in self.groups for p in group if p.grad is None):
-            parameter.grad = torch.zeros_like(parameter)
+        for parameter in (p for group in self.groups for p in group):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
             self._made(parameter)
         world = dist.get_world_size()
         for group, (flat, work) in zip(self.groups, self.travelling, strict=True):

@@ -445,9 +445,9 @@ class Norms:
     wanted: bool = False
     _norms: list[Tensor] = field(default_factory=list)
 
-    def __call__(self, parameters: Sequence[nn.Parameter]) -> Callable[[], None]:
+    def __call__(self, parameters: Sequence[nn.Parameter], *, coming: bool) -> Callable[[], None]:
         """Begin to average; see `step.Average`."""
-        arrived = averaging.send(parameters) if self.world > 1 else None
+        arrived = averaging.send(parameters, coming=coming) if self.world > 1 else None
 
         def wait() -> None:
             if arrived is not None:

@@ -30,20 +30,21 @@ def work(rank: int, world: int, folder: str) -> None:
     weights = [nn.Parameter(torch.zeros_like(one)) for one in (planar, last, scalar)]
     for weight, gradient in zip(weights, (planar, last, scalar), strict=True):
         weight.grad = gradient
-    averaging.send(weights)()
+    averaging.send(weights, coming=False)()
     expected = torch.arange(24.0).view(1, 2, 3, 4) * 1.5
     assert planar.equal(expected)
     assert last.equal(expected)
     assert scalar.item() == 0.5
 
     first, unused, last = (nn.Parameter(torch.full((8,), value)) for value in (2.0, 3.0, 5.0))
-    arrived = averaging.send([first, unused, last])
+    arrived = averaging.send([first, unused, last], coming=True)
     ((first * last).sum() * (rank + 1)).backward()  # made while it waits, the unused weight's never
     arrived()
     assert [None if p.grad is None else p.grad[0].item() for p in (first, unused, last)] == [7.5, 0.0, 3.0]
-    (first * 1.0).sum().backward()  # nothing listens any more
-    assert first.grad is not None
-    assert first.grad[0].item() == 8.5
+    arrived = averaging.send([first, unused, last], coming=True)
+    (first * (rank + 1)).sum().backward()  # one turn more: the sum travels
+    arrived()
+    assert [None if p.grad is None else p.grad[0].item() for p in (first, unused, last)] == [9.0, 0.0, 3.0]
     assert averaging.broadcast_object({"rank": rank}) == {"rank": 0}
     assert averaging.total(torch.tensor([1.0])).item() == world
     dist.destroy_process_group()

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -48,9 +48,17 @@ from stages.models.losses import (
 from stages.models.pix2pixhd import MultiScaleDiscriminator
 
 Precision = Literal["float32", "bf16"]
-Average = Callable[[Sequence[nn.Parameter]], Callable[[], None]]
-"""Begins to replace gradients, those there are and those a backward pass is about to make, by their mean over
-the workers. Calling what it returns waits for that; no gradient is None then. Once a network and step."""
+
+
+class Average(Protocol):
+    """Replaces gradients by their mean over the workers, while something else is computed."""
+
+    def __call__(self, parameters: Sequence[nn.Parameter], *, coming: bool) -> Callable[[], None]:
+        """Begin; called once a network and step. `coming`: a backward pass is about to make the gradients.
+
+        Calling what is returned waits for the means; no gradient is None then.
+        """
+        ...
 
 
 @dataclass(slots=True, kw_only=True)
@@ -321,23 +329,7 @@ def step(
             judged = _judge_in_turn(gan, condition, target, fake, batch.share, weights, losses, average)
         loss = _generator_loss(gan, judged, fake, target, weights, losses)
     (fake_gradient,) = torch.autograd.grad(loss * batch.share, fake)
-    # The discriminator is not updated before: the gradient just taken went through the weights from before
-    # the step, and a fused optimizer changes them without autograd noticing.
-    left = gan.discriminator_optimizer if isinstance(gan.arch, Pix2PixHD) else None
-    if average is None and isinstance(gan.generator_optimizer, Adam):
-        if left is not None:
-            _update(left)
-        with gan.generator_optimizer.stepping_in_backward():
-            torch.autograd.backward(generated, fake_gradient)
-    else:
-        arrived = None if left is None else _averaging(left, average)
-        all_arrived = _averaging(gan.generator_optimizer, average)
-        torch.autograd.backward(generated, fake_gradient)
-        if left is not None:
-            _update(left, arrived)
-        _update(gan.generator_optimizer, all_arrived)
-    if gan.ema is not None:
-        gan.ema.update(gan.generator)
+    _finish(gan, generated, fake_gradient, average)
     return {name: value.detach() for name, value in losses.items()}
 
 
@@ -403,15 +395,33 @@ def _step_in_turns(
                     judged = _judge(gan, _conditions(gan, condition), fake), real_features[index]
             loss = _generator_loss(gan, judged, fake, target, weights, losses)
         (fake_gradient,) = torch.autograd.grad(loss * part.share, fake)
-        torch.autograd.backward(image, fake_gradient)
+        if index < len(parts) - 1:
+            torch.autograd.backward(image, fake_gradient)
+        else:
+            _finish(gan, image, fake_gradient, average)
         count(losses, part)
-    left = gan.discriminator_optimizer if layered else None
-    for optimizer in (left, gan.generator_optimizer):
-        if optimizer is not None:
-            _update(optimizer, _averaging(optimizer, average))
+    return total
+
+
+def _finish(gan: Translator, generated: Tensor, gradient: Tensor, average: Average | None) -> None:
+    """The last backward pass of a step, and the updates that wait for it."""
+    # pix2pixHD's discriminator is not updated before: the fake's gradient went through its weights from
+    # before the step, and a fused optimizer changes them without autograd noticing.
+    left = gan.discriminator_optimizer if isinstance(gan.arch, Pix2PixHD) else None
+    if average is None and isinstance(gan.generator_optimizer, Adam):
+        if left is not None:
+            _update(left)
+        with gan.generator_optimizer.stepping_in_backward():
+            torch.autograd.backward(generated, gradient)
+    else:
+        left_arrived = None if left is None else _averaging(left, average)
+        arrived = _averaging(gan.generator_optimizer, average, coming=True)
+        torch.autograd.backward(generated, gradient)
+        if left is not None:
+            _update(left, left_arrived)
+        _update(gan.generator_optimizer, arrived)
     if gan.ema is not None:
         gan.ema.update(gan.generator)
-    return total
 
 
 def all_finite(losses: Mapping[str, Tensor]) -> Tensor:
@@ -564,11 +574,14 @@ def _note(losses: dict[str, Tensor], name: str, scales: Sequence[Tensor]) -> Non
             losses[f"{name}/scale{index}"] = value
 
 
-def _averaging(optimizer: Optimizer, average: Average | None) -> Callable[[], None] | None:
+def _averaging(
+    optimizer: Optimizer, average: Average | None, *, coming: bool = False
+) -> Callable[[], None] | None:
     """Begin to average the gradients of what an optimizer updates."""
     if average is None:
         return None
-    return average([parameter for group in optimizer.param_groups for parameter in group["params"]])
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return average(parameters, coming=coming)
 
 
 def _update(optimizer: Optimizer, arrived: Callable[[], None] | None = None) -> None:

@@ -166,7 +166,7 @@ class Captured:
     def __init__(self) -> None:
         self.networks: list[list[Tensor]] = []
 
-    def __call__(self, parameters: Sequence[nn.Parameter]) -> Callable[[], None]:
+    def __call__(self, parameters: Sequence[nn.Parameter], *, coming: bool) -> Callable[[], None]:
         def wait() -> None:
             whole = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
             for parameter, gradient in zip(parameters, whole, strict=True):
