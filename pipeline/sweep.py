@@ -44,7 +44,9 @@ from pipeline.run import commit, exit_code, extra_arguments, log_to_stdout, stop
 from pipeline.runner import Planned, execute, plan
 from stages import storage
 from stages.base import Config, Split
+from stages.board import Event, Poster, open_board
 from stages.errors import StageError, UserError
+from stages.relay import reading
 from stages.tracking import MetricRow, Run, open_parent
 
 logger = logging.getLogger(__name__)
@@ -318,10 +320,13 @@ def run_trial(
     runs: Sequence[Run],
     asked: Asked,
     stop_early: EarlyStop | None,
+    board: Any,
     command: str,
 ) -> None:
     """Drive one trial's steps, in a process of Tune's. What comes of it is in its folders and in MLflow."""
     trial, run = trials[setting["trial"]], runs[setting["trial"]]
+    log_to_stdout()
+    logging.getLogger().handlers = [ToBoard(trial.name, board)]
     storage.configure(trial.config.storage)
     planned = plan(asked.steps(trial.config), trial.config.workspace)
     if stop_early is not None:
@@ -338,6 +343,24 @@ def watched(run: Run, config: PipelineConfig, stop_early: EarlyStop) -> Watched:
     before = [0, *itertools.accumulate(phase.epochs for phase in phases)]
     first = {f"train-{phase.name}": epochs for phase, epochs in zip(phases, before, strict=False)}
     return Watched(run, stop_early.metric, first)
+
+
+class ToBoard(logging.Handler):
+    """A trial's log lines, for the command to write."""
+
+    def __init__(self, name: str, board: Any) -> None:
+        super().__init__()
+        self.trial, self.poster = name, Poster(board)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send one without waiting."""
+        self.poster.post(Event("note", f"{self.trial}: {record.getMessage()}"))
+
+
+def say(events: Sequence[Event]) -> None:
+    """Write trials' lines into the log of the command."""
+    for event in events:
+        logger.info("%s", event.value)
 
 
 class Told(tune.Callback):  # type: ignore[misc]
@@ -373,8 +396,15 @@ def run_with_tune(
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial that is done reports no curve
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     here = f"node:{ray.util.get_node_ip_address()}"
+    board = open_board()
     work = tune.with_parameters(
-        run_trial, trials=trials, runs=runs, asked=asked, stop_early=sweep.stop_early, command=command
+        run_trial,
+        trials=trials,
+        runs=runs,
+        asked=asked,
+        stop_early=sweep.stop_early,
+        board=board,
+        command=command,
     )
     with tempfile.TemporaryDirectory(prefix="pixloom-sweep-") as folder:
         tuner = tune.Tuner(
@@ -386,7 +416,8 @@ def run_with_tune(
             ),
             run_config=tune.RunConfig(storage_path=folder, verbose=0, callbacks=[Told(trials)]),
         )
-        results = tuner.fit()
+        with reading(board, say):
+            results = tuner.fit()
     return {
         result.config["trial"]: _last_line(result.error)
         for result in results

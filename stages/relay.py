@@ -3,16 +3,44 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
+
+import ray
 
 from stages.board import Event
 from stages.curves import Point
 from stages.progress import Progress
 from stages.tracking import MetricRow, Run
 
+POLL_S = 0.25
+
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def reading(notices: Any, handle: Callable[[Sequence[Event]], None]) -> Iterator[None]:
+    """Pass on what a board holds, from a thread, until the block ends; the board ends with it."""
+    over = threading.Event()
+
+    def read() -> None:
+        while not over.wait(POLL_S):
+            with suppress(ray.exceptions.RayError):
+                handle(ray.get(notices.take.remote()))
+
+    thread = threading.Thread(target=read, name="board-reader", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        with suppress(ray.exceptions.RayError):
+            handle(ray.get(notices.take.remote(), timeout=10))
+        ray.kill(notices)
 
 
 @dataclass

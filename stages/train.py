@@ -46,13 +46,12 @@ from stages.models.process import tune_process
 from stages.models.saved import Picture, Preprocessing
 from stages.phases import PhaseConfig, PhaseJob, TrainConfig, jobs
 from stages.previews import Samples
-from stages.relay import Reader
+from stages.relay import Reader, reading
 from stages.tracking import Run
 
 __all__ = ["VERSION", "PhaseConfig", "PhaseJob", "TrainConfig", "jobs", "run"]
 
 VERSION = 1
-POLL_S = 0.25
 RESIZE_S = 30.0  # between two looks for machines that joined, where the number of workers may vary
 STOP_S = 25.0  # for a last checkpoint after SIGTERM; `ray job stop` kills after 30 s (cluster/)
 
@@ -170,8 +169,11 @@ def run(
     track.artifact("phase.json", config.model_dump_json(indent=1).encode())
     track.dataset("shards", uri=shards, digest=spec.digest(), context="training", counts=spec.counts())
     reader = Reader(label, rows * config.phase.epochs, track)
-    with _reading(reader, notices):
-        ending = _fit(setup, resources, label)
+    try:
+        with reading(notices, reader.handle):
+            ending = _fit(setup, resources, label)
+    finally:
+        reader.finish()
     if ending.failure:
         raise StageError(f"{label}: {ending.failure}; its last good checkpoint is in {output}/checkpoints")
     if ending.stopped:
@@ -320,26 +322,3 @@ def _watched(poster: Poster, rank: int, seconds: float) -> Iterator[None]:
         yield
     finally:
         over.set()
-
-
-@contextmanager
-def _reading(reader: Reader, notices: Any) -> Iterator[None]:
-    """Pass on what the board holds, from a thread, until the block ends."""
-    over = threading.Event()
-
-    def read() -> None:
-        while not over.wait(POLL_S):
-            with suppress(ray.exceptions.RayError):
-                reader.handle(ray.get(notices.take.remote()))
-
-    thread = threading.Thread(target=read, name="train-board", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-        with suppress(ray.exceptions.RayError):
-            reader.handle(ray.get(notices.take.remote(), timeout=10))
-        reader.finish()
-        ray.kill(notices)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -227,6 +228,7 @@ def test_a_sweep_runs_its_trials_names_the_best_and_does_nothing_twice(
     assert "best by l1 on val: " in done.stdout
     assert "broken" in done.stdout
     assert "1 of 3 trials failed" in done.stderr
+    assert re.search(r"second: train-whole +done in", done.stdout)
 
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/workspace/mlflow/mlflow.db")
     runs = mlflow.search_runs(search_all_experiments=True, output_format="list")
