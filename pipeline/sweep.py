@@ -34,6 +34,7 @@ import numpy as np
 import ray
 from pydantic import Field, JsonValue, PositiveInt, ValidationError, model_validator
 from ray import tune
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from pipeline import config as configuration
@@ -363,11 +364,17 @@ def say(events: Sequence[Event]) -> None:
         logger.info("%s", event.value)
 
 
-class Told(tune.Callback):  # type: ignore[misc]
-    """A log line when a trial starts, and when it ends."""
+class Told(TrialProgressCallback):  # type: ignore[misc]
+    """A log line when a trial starts, and when it ends, in place of what Tune prints."""
 
     def __init__(self, trials: Sequence[Trial]) -> None:
+        super().__init__()
         self.trials = trials
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any
+    ) -> None:
+        """The trial's own lines tell more."""
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
         """Say so."""

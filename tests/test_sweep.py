@@ -227,6 +227,7 @@ def test_a_sweep_runs_its_trials_names_the_best_and_does_nothing_twice(
     assert done.returncode == 1, done.stdout + done.stderr
     assert "best by l1 on val: " in done.stdout
     assert "broken" in done.stdout
+    assert "Last result" not in done.stdout  # Tune's own line
     assert "1 of 3 trials failed" in done.stderr
     assert re.search(r"second: train-whole +done in", done.stdout)
 
