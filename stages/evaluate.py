@@ -645,25 +645,28 @@ def gather(config: EvaluateConfig, job: Job, output: str, units: int) -> dict[st
     names = [
         n for n in schema.names if n not in ROW_FIELDS and not n.startswith(tuple(f"{b}_" for b in BASELINES))
     ]
-    sink = io.BytesIO()
     missing: list[str] = []
 
-    def rows() -> Iterator[dict[str, Any]]:
-        with pq.ParquetWriter(sink, schema) as writer:
-            for unit in range(units):
-                table = storage.read_parquet(part_uri(output, unit))
-                for name in schema.names:
-                    if name not in table.column_names:
-                        table = table.append_column(name, pa.nulls(table.num_rows, schema.field(name).type))
-                table = table.select(schema.names)
-                writer.write_table(table)
-                for row in table.to_pylist():
-                    if row["error"] is not None and not missing:
-                        missing.append(f"{row['key']}: {row['error']}")
-                    yield row
+    def rows(writer: pq.ParquetWriter) -> Iterator[dict[str, Any]]:
+        for unit in range(units):
+            table = storage.read_parquet(part_uri(output, unit))
+            for name in schema.names:
+                if name not in table.column_names:
+                    table = table.append_column(name, pa.nulls(table.num_rows, schema.field(name).type))
+            table = table.select(schema.names)
+            writer.write_table(table)
+            for row in table.to_pylist():
+                if row["error"] is not None and not missing:
+                    missing.append(f"{row['key']}: {row['error']}")
+                yield row
 
-    summary = summarise(rows(), names)
-    storage.write_bytes(storage.join(output, "metrics.parquet"), sink.getvalue())
+    uri = storage.join(output, "metrics.parquet")
+
+    def added_up() -> dict[str, Any]:
+        with storage.create(uri) as file, pq.ParquetWriter(file, schema) as writer:
+            return summarise(rows(writer), names)
+
+    summary = storage.written(added_up, uri)
     summary["example_missing"] = missing[0] if missing else None
     summary["images"] = job.images
     summary |= gather_sums(config, output, units)
