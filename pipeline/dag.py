@@ -1,7 +1,8 @@
 """The pipeline as steps, and the fingerprint that says whether a step's output is the one wanted.
 
-A step's fingerprint is a hash of its stage's code version, its config and the fingerprints of its inputs
-(for ingest: a digest of the objects listed), so it moves exactly when its result may.
+A step's fingerprint is a hash of its stage's code version, its config, the fingerprints of its inputs and a
+digest of what it reads from elsewhere (ingest: the objects listed; infer: an input or model of its own), so
+it moves exactly when its result may.
 """
 
 from __future__ import annotations

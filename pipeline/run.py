@@ -55,7 +55,7 @@ examples:
   python -m pipeline.run --set train.seed=1 --set train.phases.0.epochs=20
   python -m pipeline.run --until shard                     prepare the data only
   python -m pipeline.run --only infer --set infer.model=s3://models/street --set infer.input=s3://maps
-  ray job submit --working-dir . -- python -m pipeline.run on a cluster
+  ray job submit --working-dir . -- python -m pipeline.run   on a cluster
 
 cluster:
   Inside a Ray job, or with RAY_ADDRESS set, the run joins that cluster; otherwise it starts Ray on this

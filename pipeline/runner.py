@@ -202,7 +202,7 @@ def _why(
     closest = min((_changes(m, step, inputs) for m in others), key=len)
     if closest:
         return "changed: " + ", ".join(closest[:3]) + (" ..." if len(closest) > 3 else "")
-    return "the objects listed have changed" if digest else "changed"
+    return "what it reads has changed" if digest else "changed"
 
 
 def _changes(marker: Mapping[str, Any], step: Step, inputs: Mapping[str, Planned]) -> list[str]:

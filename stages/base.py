@@ -54,16 +54,16 @@ class Resources(Config):
         ),
     ] = None
     gpu: Annotated[
-        bool | None, Field(description="train and infer on GPUs; null: if the cluster has any")
+        bool | None, Field(description="train, infer and evaluate on GPUs; null: if the cluster has any")
     ] = None
     threads_per_worker: Annotated[
         int | None,
-        Field(ge=1, description="torch threads of a training process; null: its share of the cores"),
+        Field(ge=1, description="torch threads of a process; null: its share of the cores"),
     ] = None
     io_threads: Annotated[int, Field(ge=1, description="objects read at once by one task")] = 16
     infer_actors: Annotated[
         int | None,
-        Field(ge=1, description="processes that generate images; null: one per GPU, or two on CPUs"),
+        Field(ge=1, description="processes that generate or judge; null: one a GPU, or for every two cores"),
     ] = None
     max_failures: Annotated[int, Field(ge=0, description="training restarts before a phase fails")] = 3
     checkpoint_images: Annotated[

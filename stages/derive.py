@@ -23,8 +23,6 @@ from PIL import Image, ImageFilter
 from stages.base import Kind
 from stages.images import Array, lab_channels, resize
 
-RECIPES = ("grey", "lab_lightness", "edges", "sketch", "inpaint", "downscale")
-
 
 def derive(target: Array, recipe: str, *, key: str, kind: Kind, factor: int = 4) -> Array:
     """The source of `kind` ("rgb", "grey" or "lab_l") that `recipe` makes of a target (H, W, 3).

@@ -1,14 +1,13 @@
 """What is measured of a generated image, and how parts of a data set are summed to one number.
 
-Images are uint8 arrays (H, W, C). Per-image scores come from torchmetrics where it has them; sums are partial
-and mergeable, so that N workers and one give the same number: each unit of work sums its own rows in order,
-and the units' sums are merged in unit order.
+Images are uint8 arrays (H, W, C). Per-image scores come from torchmetrics where it has them. Sums take their
+parts in the order of the units of work, so that N workers and one give the same number.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -97,7 +96,7 @@ def diversity(samples: Sequence[np.ndarray]) -> float:
 
 @dataclass(slots=True)
 class Sums:
-    """Count, sum and sum of squares per metric; parts of a data set merge into the whole."""
+    """Count, sum and sum of squares per metric."""
 
     count: dict[str, int] = field(default_factory=dict)
     total: dict[str, float] = field(default_factory=dict)
@@ -112,13 +111,6 @@ class Sums:
             self.total[name] = self.total.get(name, 0.0) + value
             self.square[name] = self.square.get(name, 0.0) + value * value
 
-    def merge(self, other: Sums) -> None:
-        """Count another part in."""
-        for name, count in other.count.items():
-            self.count[name] = self.count.get(name, 0) + count
-            self.total[name] = self.total.get(name, 0.0) + other.total[name]
-            self.square[name] = self.square.get(name, 0.0) + other.square[name]
-
     def means(self) -> dict[str, float]:
         """Mean per metric over the images that have it."""
         return {name: self.total[name] / count for name, count in self.count.items() if count}
@@ -130,14 +122,6 @@ class Sums:
             for name, count in self.count.items()
             if count
         }
-
-
-def merged(parts: Iterable[Sums]) -> Sums:
-    """The whole of several parts, in the order given."""
-    whole = Sums()
-    for part in parts:
-        whole.merge(part)
-    return whole
 
 
 @dataclass(slots=True)
@@ -227,7 +211,7 @@ def segmentation_scores(matrix: np.ndarray) -> dict[str, float]:
 
 @dataclass(slots=True)
 class Moments:
-    """Mergeable first and second moments of feature vectors (float64), for the Frechet distance."""
+    """First and second moments of feature vectors (float64), for the Frechet distance."""
 
     count: int
     total: np.ndarray  # (D,)
@@ -244,12 +228,6 @@ class Moments:
         self.count += len(wide)
         self.total += wide.sum(0)
         self.outer += wide.T @ wide
-
-    def merge(self, other: Moments) -> None:
-        """Count another part in."""
-        self.count += other.count
-        self.total += other.total
-        self.outer += other.outer
 
     def mean_and_covariance(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean (D,) and unbiased covariance (D, D); needs two vectors."""

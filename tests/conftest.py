@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: one local Ray, the real data where it is at hand."""
+"""Fixtures shared by all tests: one local Ray, the published tensors where they are at hand."""
 
 from __future__ import annotations
 
@@ -23,26 +23,15 @@ os.environ.setdefault(
     "RAY_worker_niceness", "0"
 )  # at Ray's 15, workers hardly run beside other busy processes
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-
-
-def shared_folder(name: str) -> Path:
-    folder = SHARED / name
-    if not folder.is_dir():
-        pytest.skip(f"NOT RUN: needs the research-only material in {folder}, which is not there")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """Real paired images (research only); skips loudly where they are absent."""
-    return shared_folder("data")
+REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
 
 
 @pytest.fixture(scope="session")
 def reference_dir() -> Path:
     """Tensors of the published implementations; skips loudly where they are absent."""
-    return shared_folder("reference")
+    if not REFERENCE.is_dir():
+        pytest.skip(f"NOT RUN: needs the research-only material in {REFERENCE}, which is not there")
+    return REFERENCE
 
 
 @pytest.fixture(scope="session")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 
 from stages import images
-from stages.derive import RECIPES, derive
+from stages.derive import derive
+from stages.pair import Derivation
 
 RNG = np.random.default_rng(1)
 PHOTO = images.resize(RNG.integers(0, 256, (8, 8, 3), np.uint8), (96, 64), "rgb")
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", get_args(Derivation))
 @pytest.mark.parametrize("kind", ["rgb", "grey", "lab_l"])
 def test_every_recipe_makes_a_source_of_the_kind_asked_for(recipe, kind):
     before = PHOTO.copy()

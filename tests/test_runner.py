@@ -111,7 +111,7 @@ def test_a_change_upstream_moves_everything_after_it(line: Line) -> None:
 def test_changed_objects_are_noticed_and_named_as_the_reason(line: Line) -> None:
     line.run(line.plan())
     line.listed = "objects-2"
-    assert line.plan()[0].why == "the objects listed have changed"
+    assert line.plan()[0].why == "what it reads has changed"
 
 
 def test_going_back_to_an_earlier_setting_finds_its_output(line: Line) -> None:

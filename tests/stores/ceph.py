@@ -13,8 +13,6 @@ import subprocess
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
@@ -99,7 +97,7 @@ def missing() -> list[str]:
 
 
 class CephS3(S3Store):
-    """The gateway and what is behind it; `start`, `kill`, `restart`. Data stay in `folder` meanwhile."""
+    """The gateway and what is behind it; data stay in `folder` from `kill` to `start`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.conf = folder, folder / "ceph.conf"
@@ -185,16 +183,6 @@ class CephS3(S3Store):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         self.processes.clear()
-
-    @contextmanager
-    def stalled(self) -> Iterator[None]:
-        """The disk behind the gateway stops answering: requests wait, connections stay open."""
-        osd = next(p for p in self.processes if "ceph-osd" in str(p.args))
-        os.kill(osd.pid, signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            os.kill(osd.pid, signal.SIGCONT)
 
 
 def _do(*command: str, text: str = "") -> None:

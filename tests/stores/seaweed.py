@@ -39,12 +39,12 @@ def free_ports(count: int) -> list[int]:
 
 
 class SeaweedS3(S3Store):
-    """The server; `start`, `kill`, `restart`, `pause`, `resume`. Data stay in `folder` meanwhile."""
+    """The server; data stay in `folder` from `kill` to `start`."""
 
     def __init__(self, folder: Path, host: str = "127.0.0.1") -> None:
         self.folder, self.host = folder, host
-        # The data folder remembers its peers by port, so a restarted server keeps them. Ports can be taken
-        # between choosing and use; `start` then fails and says so in weed.log.
+        # The data folder remembers its peers by port, so a server started again keeps them. Ports can be
+        # taken between choosing and use; `start` then fails and says so in weed.log.
         self.ports = free_ports(8)
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -131,16 +131,3 @@ class SeaweedS3(S3Store):
             os.killpg(self.process.pid, signal.SIGKILL)
         if self.process is not None:
             self.process.wait()
-
-    def restart(self) -> None:
-        self.kill()
-        self.start()
-
-    def pause(self) -> None:
-        """Stall: connections stay open and nothing answers."""
-        assert self.process is not None
-        os.kill(self.process.pid, signal.SIGSTOP)
-
-    def resume(self) -> None:
-        assert self.process is not None
-        os.kill(self.process.pid, signal.SIGCONT)
