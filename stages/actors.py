@@ -18,7 +18,7 @@ from ray.data import ActorPoolStrategy
 from ray.exceptions import RayError
 
 from stages.base import Resources
-from stages.errors import PixloomError, StageError
+from stages.errors import PixloomError, StageError, full_disk
 
 BLOCKS = 4096  # units Ray Data is told of at once, in blocks of its own
 
@@ -56,11 +56,14 @@ def on_actors(
 
 def failure(stage: str, error: BaseException) -> PixloomError:
     """The error of ours that Ray wrapped, or a StageError naming the innermost cause."""
+    full = full_disk(error)
     inner: BaseException | None = error
     while inner is not None:
         if isinstance(inner, PixloomError):
             return type(inner)(str(inner))
         error, inner = inner, getattr(inner, "cause", None) or inner.__cause__
+    if full:
+        return StageError(f"{stage}: {full}")
     told = str(error).strip().splitlines() or [type(error).__name__]
     return StageError(f"{stage}: the processes that do the work failed: {told[-1][:300]}")
 

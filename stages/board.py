@@ -20,6 +20,8 @@ from ray.train import UserCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import ResizingState
 
+from stages.errors import full_disk
+
 SAVE = "save"
 """The order to make a checkpoint and go on; any other is a reason to stop after one."""
 
@@ -185,6 +187,8 @@ class Saver(ControllerCallback):  # type: ignore[misc]
 
 def cause(error: BaseException) -> str:
     """The innermost reason of a failure in Ray, in one line."""
+    if full := full_disk(error):
+        return full
     failures = getattr(error, "worker_failures", None)
     if failures:
         rank, first = next(iter(failures.items()))

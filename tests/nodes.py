@@ -230,8 +230,10 @@ class Nodes:
         found = GcsClient(address=self.address).get_all_node_info()
         return next(info.node_id.hex() for info in found.values() if info.is_head_node)
 
-    def start(self, machine: Machine | None = None, *, cpus: int = 2) -> Node:
-        """Start a node and wait until the cluster counts it."""
+    def start(
+        self, machine: Machine | None = None, *, cpus: int = 2, words: Sequence[str] = (), **environment: str
+    ) -> Node:
+        """Start a node and wait until the cluster counts it. `words`: more for `ray start`."""
         machine = machine or Machine()
         head = not self.alive
         ports = free_ports(2)
@@ -246,13 +248,14 @@ class Nodes:
             *(f"--temp-dir={place}", f"--dashboard-agent-listen-port={ports[1]}"),
             *(["--head", f"--port={ports[0]}", "--include-dashboard=false"] if head else []),
             *([] if head else [f"--address={self.address}"]),
+            *words,
         ]
         log = self.folder / f"{number}.log"
         with log.open("wb") as file:
             process = subprocess.Popen(
                 machine.command(words),
                 cwd=ROOT,
-                env=self.environment,
+                env=self.environment | environment,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,

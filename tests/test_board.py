@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import pytest
 
+from stages.actors import failure
 from stages.board import Event, Notices, Poster, cause
 from stages.progress import Progress
 from stages.relay import Reader
@@ -88,6 +89,13 @@ def test_a_dead_worker_is_told_in_a_few_words() -> None:
     outer = RuntimeError("outer")
     outer.__cause__ = ValueError("inner\nlast line")
     assert cause(outer) == "ValueError: last line"
+
+
+def test_a_full_disk_of_rays_is_told_with_its_machine() -> None:
+    text = "ray::work() (pid=1, ip=10.0.0.7)\nray.exceptions.OutOfDiskError: Local disk is full"
+    wrapped = RuntimeError(text)
+    assert cause(wrapped).startswith("Ray's object store on 10.0.0.7 is full")
+    assert str(failure("infer", wrapped)).startswith("infer: Ray's object store on 10.0.0.7 is full")
 
 
 def test_the_boards_process_does_without_torch() -> None:

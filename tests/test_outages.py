@@ -19,11 +19,13 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from stages import checkpoints, storage, train
+from stages.augment import AugmentConfig
 from stages.board import Notices
 from stages.feed import Feed
 from stages.models.step import Batch
 from stages.phases import PhaseJob
 from stages.tracking import TrackingConfig, open_parent
+from tests.nodes import Driver, Nodes
 from tests.small import make_shards
 from tests.stores.seaweed import SeaweedS3, free_ports
 from tests.test_train_faults import ONE, phase_job
@@ -118,17 +120,25 @@ def test_s3_is_down_while_checkpoints_are_written(
 
 
 @pytest.fixture
-def small_disk() -> Iterator[Path]:
-    """A file system of 16 MB."""
+def small_disk(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A file system of 16 MB, or as many as the test asks for."""
     if os.getuid() != 0:
         pytest.skip("NOT RUN: needs root, to mount a small file system")
     folder = Path(tempfile.mkdtemp(prefix="px-disk"))
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], check=False)
+    size = f"size={getattr(request, 'param', 16)}m"
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], check=False)
     if made.returncode:
         pytest.skip("NOT RUN: this container may not mount file systems")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
     folder.rmdir()
+
+
+def fill_up(filler: Path) -> None:
+    """Leave no room on a disk."""
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(1 << 16))
 
 
 @pytest.mark.parametrize("where", ["the folder itself", "the spill of an upload"])
@@ -167,9 +177,7 @@ def test_the_disk_is_full_while_checkpoints_are_written(
 
     def fill() -> None:
         wait_for(at_rest, board)
-        with filler.open("wb", buffering=0) as file, suppress(OSError):
-            while True:
-                file.write(bytes(1 << 12))
+        fill_up(filler)
 
     def empty() -> None:
         wait_for(lambda: "not written" in notes(board), board)
@@ -186,6 +194,39 @@ def test_the_disk_is_full_while_checkpoints_are_written(
     assert "training goes on" in told
     assert newest is not None
     assert newest.position.steps == max(step for step, _ in expected)
+
+
+@pytest.mark.long
+@pytest.mark.s3
+@pytest.mark.parametrize("small_disk", [400], indirect=True)
+def test_rays_own_disk_is_full(small_disk: Path, s3_store: SeaweedS3, s3_bucket: str, tmp_path: Path) -> None:
+    """The row groups that are read ahead do not fit Ray's object store, nor the disk it spills to.
+
+    One line says what to mend, nothing is left half-written, and with room the same command does the work.
+    """
+    options = {"s3": s3_store.options()}
+    make_shards(tmp_path / "shards", {"train": [128], "val": [2]}, size=(512, 512))
+    job = phase_job(epochs=2, decay_epochs=1)
+    job = job.model_copy(update={"augment": AugmentConfig(crop=(64, 64))})
+    expected = undisturbed(job, str(tmp_path / "shards"), tmp_path / "one")
+    s3_store.client().put(str(tmp_path / "shards"), f"{s3_bucket}/shards", recursive=True)
+    output = tmp_path / "phase"
+    at_once = ONE.model_copy(update={"max_failures": 0, "collective_timeout_s": 200})
+    fill_up(small_disk / "filler")
+    with Nodes() as nodes:
+        nodes.start(words=[f"--object-spilling-directory={small_disk}"])
+
+        def start() -> Driver:
+            return nodes.train(job, f"s3://{s3_bucket}/shards", str(output), at_once, options)
+
+        last = start().end(expect=1).splitlines()[-1]
+        assert re.search(r"train-global: Ray's object store on \S+ is full, and so is the disk", last)
+        assert "--object-spilling-directory" in last
+        assert not (output / "model").exists()
+        assert not checkpoints.names(f"{output}/checkpoints")
+        (small_disk / "filler").unlink()
+        start().end()
+    assert losses(output) == expected
 
 
 class MlflowServer:
