@@ -231,12 +231,18 @@ class Nodes:
         return next(info.node_id.hex() for info in found.values() if info.is_head_node)
 
     def start(
-        self, machine: Machine | None = None, *, cpus: int = 2, words: Sequence[str] = (), **environment: str
+        self,
+        machine: Machine | None = None,
+        *,
+        cpus: int = 2,
+        port: int | None = None,
+        words: Sequence[str] = (),
     ) -> Node:
-        """Start a node and wait until the cluster counts it. `words`: more for `ray start`."""
+        """Start a node and wait until the cluster counts it. `port`: the head's; `words`: for `ray start`."""
         machine = machine or Machine()
         head = not self.alive
         ports = free_ports(2)
+        ports[0] = port or ports[0]
         if head:
             self.address = f"{machine.address}:{ports[0]}"
         number = len(self.nodes)
@@ -255,7 +261,7 @@ class Nodes:
             process = subprocess.Popen(
                 machine.command(words),
                 cwd=ROOT,
-                env=self.environment | environment,
+                env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -374,4 +380,44 @@ def cluster(*cpus: int) -> Iterator[Nodes]:
     with Nodes() as nodes:
         for count in cpus:
             nodes.start(cpus=count)
+        yield nodes
+
+
+@contextlib.contextmanager
+def autoscaling(*, most: int) -> Iterator[Nodes]:
+    """A head with one CPU, and Ray's autoscaler, which starts as many as `most` nodes like it when asked for.
+
+    `ray.cluster_utils.AutoscalingCluster` would end every Ray of this machine, and lacks a file it reads.
+    """
+    machine = {"resources": {"CPU": 1, "object_store_memory": 100_000_000}, "node_config": {}}
+    lists = ("cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands")
+    lists += ("setup_commands", "head_setup_commands", "worker_setup_commands")
+    lists += ("head_start_ray_commands", "worker_start_ray_commands")
+    with Nodes() as nodes:
+        port = free_ports(1)[0]
+        config = {
+            "cluster_name": "test",
+            "max_workers": most,
+            "upscaling_speed": 1.0,
+            "idle_timeout_minutes": 5,
+            "provider": {
+                "type": "fake_multinode",
+                "use_node_id_as_ip": True,
+                "disable_node_updaters": True,
+                "disable_launch_config_check": True,
+                "gcs_address": f"127.0.0.1:{port}",
+            },
+            "head_node_type": "ray.head.default",
+            "available_node_types": {
+                "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+                "more": {**machine, "min_workers": 0, "max_workers": most},
+            },
+            **{name: {} for name in ("auth", "head_node", "worker_nodes", "file_mounts")},
+            **{name: [] for name in lists},
+            "file_mounts_sync_continuously": False,
+        }
+        path = nodes.folder / "autoscaling.json"
+        path.write_text(json.dumps(config))
+        nodes.environment |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+        nodes.start(cpus=1, port=port, words=[f"--autoscaling-config={path}"])
         yield nodes

@@ -13,12 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import pytest
 
+from stages import checkpoints
 from stages.augment import AugmentConfig
 from stages.base import Resources
 from stages.phases import PhaseJob, TrainConfig, jobs
-from tests.nodes import Nodes, cluster, until
+from stages.train import job_name
+from tests.nodes import Nodes, autoscaling, cluster, until
 from tests.small import make_shards
 from tests.undisturbed import Losses, images, losses, undisturbed
 
@@ -233,3 +236,27 @@ def test_workers_come_and_go(shards: str, tmp_path: Path) -> None:
     assert told.count("goes on from its checkpoint") >= 2
     assert images(tmp_path / "o") == 90 * ROWS
     assert {step for step, _ in losses(tmp_path / "o")} == set(range(1, 90 * 6 + 1))
+
+
+def test_an_autoscaler_brings_the_machine_that_a_worker_lacks(shards: str, tmp_path: Path) -> None:
+    """Ray's own autoscaler, its machines processes here: training asks for two workers, begins with one.
+
+    It is stopped once both have done some steps; every step before and after is in the curves.
+    """
+    job = phase_job(epochs=2000)
+    elastic = TWO.model_copy(update={"train_workers_min": 1})
+    output = f"{tmp_path}/o"
+    with autoscaling(most=1) as nodes:
+        driver = nodes.train(job, shards, output, elastic)
+        driver.until("goes on with 2 workers, after a checkpoint")
+        driver.until("goes on from its checkpoint")
+        driver.until_step(driver.steps() + 24)
+        assert len(nodes.listed()) == 2
+        assert len(nodes.alive) == 1, "the test started the head alone"
+        driver.kill(signal.SIGTERM)
+        told = driver.end(expect=130)
+    assert "all of them kept" in told
+    newest = checkpoints.load_newest(f"{output}/checkpoints", job=job_name(job, shards, ""))
+    assert newest is not None
+    seen = set(newest.curves.filter(pc.equal(newest.curves["name"], "generator/gan"))["step"].to_pylist())
+    assert seen == set(range(1, newest.position.steps + 1))
