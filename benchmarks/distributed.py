@@ -33,7 +33,7 @@ import ray
 import torch
 import torch.distributed as dist
 
-from stages import averaging, checkpoints, curves, dataset, images, train
+from stages import averaging, checkpoints, curves, dataset, heap, images, train
 from stages.augment import AugmentConfig
 from stages.base import Resources, Role
 from stages.checkpoints import Checkpoint, Position
@@ -234,7 +234,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = job(options.epochs)
     with tempfile.TemporaryDirectory(prefix="pixloom-") as scratch:
         spec = make_shards(Path(scratch) / "shards", (width, height))
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": heap.ENVIRONMENT},
+        )
         found: dict[str, list[float]] = {
             "bare": [],
             "pair": [],
