@@ -52,6 +52,9 @@ class _Exchange:
         size = CPU_BUCKET_BYTES if parameters and parameters[0].device.type == "cpu" else BUCKET_BYTES
         self.groups = list(buckets(parameters[::-1], size))
         self.missing = [{id(p) for p in group if coming or p.grad is None} for group in self.groups]
+        self.missing_beside = {
+            id(p): missing for group, missing in zip(self.groups, self.missing, strict=True) for p in group
+        }
         self.hooks = [
             p.register_post_accumulate_grad_hook(self._made)  # type: ignore[no-untyped-call]
             for p in parameters
@@ -61,15 +64,13 @@ class _Exchange:
         self._send()
 
     def _made(self, parameter: Tensor) -> None:
-        for missing in self.missing:
-            missing.discard(id(parameter))
+        self.missing_beside[id(parameter)].discard(id(parameter))
         self._send()
 
     def _send(self) -> None:
         """Those buckets that are next and complete."""
-        for group, missing in list(zip(self.groups, self.missing, strict=True))[len(self.travelling) :]:
-            if missing:
-                return
+        while len(self.travelling) < len(self.groups) and not self.missing[len(self.travelling)]:
+            group = self.groups[len(self.travelling)]
             flat = torch.cat([gradient.reshape(-1) for gradient in _gradients(group)])
             work = dist.all_reduce(flat, async_op=True)
             assert work is not None
