@@ -165,14 +165,14 @@ class _ChannelsLastNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         y = torch.empty_like(x)
-        means, scales = [], []
+        means, variances = [], []
         for one, out in zip(torch.split(x, 1), torch.split(y, 1), strict=True):
             mean, variance = _ChannelsLastNorm._statistics(one)
             unused = (mean.new_empty(0), mean.new_empty(0))
             torch.native_batch_norm(one, weight, bias, mean, variance, False, 0.0, eps, out=(out, *unused))
             means.append(mean)
-            scales.append((variance + eps).rsqrt())
-        ctx.save_for_backward(x, weight, torch.stack(means), torch.stack(scales))
+            variances.append(variance)
+        ctx.save_for_backward(x, weight, torch.stack(means), torch.stack(variances))
         ctx.eps = eps
         return y
 
@@ -191,8 +191,8 @@ class _ChannelsLastNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, means, scales = ctx.saved_tensors
-        affine = weight is not None
+        x, weight, means, variances = ctx.saved_tensors
+        scales, affine = (variances + ctx.eps).rsqrt(), weight is not None
         parts = [
             torch.ops.aten.native_batch_norm_backward(
                 of_y, one, weight, None, None, mean, scale, True, ctx.eps, [True, affine, affine]
