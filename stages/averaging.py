@@ -36,13 +36,14 @@ def buckets(tensors: Sequence[Weight], size: int) -> Iterator[list[Weight]]:
         yield group
 
 
-def send(parameters: Sequence[nn.Parameter], *, coming: bool) -> Callable[[], None]:
-    """Begin to replace gradients, in place, by their mean over all workers; calling the result waits for it.
+def send(parameters: Sequence[nn.Parameter], *, coming: bool) -> Callable[[], Iterator[list[nn.Parameter]]]:
+    """Begin to replace gradients by their mean over all workers.
 
-    They travel at once or, where a backward pass is `coming`, each as soon as that has added its part. Where
-    none was made until the wait, this worker's share is zeros. Every worker passes equal shapes, and waits.
+    They travel at once or, where a backward pass is `coming`, each as soon as that has added its part.
+    Calling the result waits for them, bucket by bucket, and gives the parameters whose means are there. Where
+    no gradient was made until then, this worker's share is zeros. Every worker passes equal shapes and waits.
     """
-    return _Exchange(parameters, coming=coming).wait
+    return _Exchange(parameters, coming=coming).arrive
 
 
 class _Exchange:
@@ -76,7 +77,7 @@ class _Exchange:
             assert work is not None
             self.travelling.append((flat, work))
 
-    def wait(self) -> None:
+    def arrive(self) -> Iterator[list[nn.Parameter]]:
         for hook in self.hooks:
             hook.remove()
         for parameter in (p for group in self.groups for p in group):
@@ -87,8 +88,19 @@ class _Exchange:
         for group, (flat, work) in zip(self.groups, self.travelling, strict=True):
             work.wait()
             means = torch.split(flat.div_(world), [parameter.numel() for parameter in group])
-            for gradient, mean in zip(_gradients(group), means, strict=True):
-                gradient.copy_(mean.view_as(gradient))
+            for parameter, mean in zip(group, means, strict=True):
+                _take(parameter, mean)
+            yield group
+
+
+def _take(parameter: nn.Parameter, mean: Tensor) -> None:
+    """Make a packed mean the gradient: as it lies, where the weight's layout is that of packing."""
+    assert parameter.grad is not None
+    gradient = _pixels_last(parameter.grad)
+    if gradient.is_contiguous():
+        parameter.grad = mean.as_strided(parameter.shape, parameter.grad.stride())
+    else:
+        gradient.copy_(mean.view_as(gradient))
 
 
 def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -38,6 +38,7 @@ from stages.models.pix2pixhd import FeatureEncoder
 from stages.models.process import best_precision
 from stages.models.saved import MANIFEST, Preprocessing, load_discriminator, load_model, save_model
 from stages.models.step import (
+    Arriving,
     Batch,
     Translator,
     build_translator,
@@ -445,18 +446,20 @@ class Norms:
     wanted: bool = False
     _norms: list[Tensor] = field(default_factory=list)
 
-    def __call__(self, parameters: Sequence[nn.Parameter], *, coming: bool) -> Callable[[], None]:
+    def __call__(self, parameters: Sequence[nn.Parameter], *, coming: bool) -> Arriving:
         """Begin to average; see `step.Average`."""
-        arrived = averaging.send(parameters, coming=coming) if self.world > 1 else None
+        arriving: Arriving = lambda: [parameters]  # noqa: E731
+        if self.world > 1:
+            arriving = averaging.send(parameters, coming=coming)
+        return (lambda: self._watched(arriving())) if self.wanted else arriving
 
-        def wait() -> None:
-            if arrived is not None:
-                arrived()
-            if self.wanted:
-                gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-                self._norms.append(torch.stack(torch._foreach_norm(gradients)).norm())
-
-        return wait
+    def _watched(self, arriving: Iterable[Sequence[nn.Parameter]]) -> Iterator[Sequence[nn.Parameter]]:
+        norms: list[Tensor] = []
+        for parameters in arriving:
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            norms += torch._foreach_norm(gradients)
+            yield parameters
+        self._norms.append(torch.stack(norms).norm())
 
     def take(self) -> dict[str, float]:
         """The norms of the last step they were wanted for."""

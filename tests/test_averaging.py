@@ -30,20 +30,21 @@ def work(rank: int, world: int, folder: str) -> None:
     weights = [nn.Parameter(torch.zeros_like(one)) for one in (planar, last, scalar)]
     for weight, gradient in zip(weights, (planar, last, scalar), strict=True):
         weight.grad = gradient
-    averaging.send(weights, coming=False)()
+    assert [w for bucket in averaging.send(weights, coming=False)() for w in bucket] == weights[::-1]
     expected = torch.arange(24.0).view(1, 2, 3, 4) * 1.5
-    assert planar.equal(expected)
-    assert last.equal(expected)
-    assert scalar.item() == 0.5
+    for weight, mean in zip(weights, (expected, expected, torch.tensor(0.5)), strict=True):
+        assert weight.grad is not None
+        assert weight.grad.equal(mean)
+        assert weight.grad.stride() == weight.stride()  # a fused optimizer walks both side by side
 
     first, unused, last = (nn.Parameter(torch.full((8,), value)) for value in (2.0, 3.0, 5.0))
-    arrived = averaging.send([first, unused, last], coming=True)
+    arriving = averaging.send([first, unused, last], coming=True)
     ((first * last).sum() * (rank + 1)).backward()  # made while it waits, the unused weight's never
-    arrived()
+    assert sum(len(bucket) for bucket in arriving()) == 3
     assert [None if p.grad is None else p.grad[0].item() for p in (first, unused, last)] == [7.5, 0.0, 3.0]
-    arrived = averaging.send([first, unused, last], coming=True)
+    arriving = averaging.send([first, unused, last], coming=True)
     (first * (rank + 1)).sum().backward()  # one turn more: the sum travels
-    arrived()
+    assert sum(len(bucket) for bucket in arriving()) == 3
     assert [None if p.grad is None else p.grad[0].item() for p in (first, unused, last)] == [9.0, 0.0, 3.0]
     assert averaging.broadcast_object({"rank": rank}) == {"rank": 0}
     assert averaging.total(torch.tensor([1.0])).item() == world

@@ -1,8 +1,8 @@
-"""Adam (Kingma and Ba 2015) in one pass over the memory, for all weights at once or for each as it comes."""
+"""Adam (Kingma and Ba 2015) in one pass over the memory, for all weights at once or for some as they come."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 
 class Adam(torch.optim.Adam):
-    """torch's fused Adam that can also step inside the backward pass.
+    """torch's fused Adam that can also update weights as their gradients come, or in the backward pass.
 
-    There each weight is updated as soon as its gradient is there, and the gradient freed: never are there
-    gradients of all weights at once (730 MB for G1), and the gradient is read while it is still in the cache.
-    The numbers are those of `step`, bit for bit.
+    A gradient is freed with the update: never are there gradients of all weights at once (730 MB for G1), and
+    each is read while it is still in the cache. The numbers are those of `step`, bit for bit.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], *, lr: float, betas: tuple[float, float]) -> None:
@@ -24,7 +23,9 @@ class Adam(torch.optim.Adam):
     def stepping_in_backward(self) -> Iterator[None]:
         """Around one backward pass that reaches each weight once. Gradients are None afterwards."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        hooks = [p.register_post_accumulate_grad_hook(self._update) for p in parameters]
+        hooks = [
+            p.register_post_accumulate_grad_hook(lambda weight: self.update([weight])) for p in parameters
+        ]
         try:
             yield
         finally:
@@ -32,22 +33,22 @@ class Adam(torch.optim.Adam):
                 hook.remove()
 
     @torch.no_grad()
-    def _update(self, parameter: Tensor) -> None:
-        group, state = self.param_groups[0], self.state[parameter]
-        assert len(self.param_groups) == 1
-        assert parameter.grad is not None
-        if not state:  # as torch's own
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        state["step"] += 1
+    def update(self, parameters: Sequence[Tensor]) -> None:
+        """Update some weights, once a step each, and free their gradients. One without a gradient stays."""
+        (group,) = self.param_groups
+        pairs = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+        if not pairs:
+            return
+        weights, gradients = zip(*pairs, strict=True)
+        states = [self._state_of(weight) for weight in weights]
+        torch._foreach_add_([state["step"] for state in states], 1)
         torch._fused_adam_(
-            [parameter],
-            [parameter.grad],
-            [state["exp_avg"]],
-            [state["exp_avg_sq"]],
+            weights,
+            gradients,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
             [],
-            [state["step"]],
+            [state["step"] for state in states],
             amsgrad=False,
             lr=group["lr"],
             beta1=group["betas"][0],
@@ -56,4 +57,13 @@ class Adam(torch.optim.Adam):
             eps=group["eps"],
             maximize=False,
         )
-        parameter.grad = None
+        for weight in weights:
+            weight.grad = None
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[parameter]
+        if not state:  # as torch's own
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        return state

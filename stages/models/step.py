@@ -12,14 +12,13 @@ What the published step computes for nothing is left out, with the same maths:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from stages.models.adam import Adam
 from stages.models.architecture import (
@@ -50,14 +49,15 @@ from stages.models.pix2pixhd import MultiScaleDiscriminator
 Precision = Literal["float32", "bf16"]
 
 
+Arriving = Callable[[], Iterable[Sequence[nn.Parameter]]]
+"""Called once: waits for means of gradients, and gives parameters, some at a time, whose means are there."""
+
+
 class Average(Protocol):
     """Replaces gradients by their mean over the workers, while something else is computed."""
 
-    def __call__(self, parameters: Sequence[nn.Parameter], *, coming: bool) -> Callable[[], None]:
-        """Begin; called once a network and step. `coming`: a backward pass is about to make the gradients.
-
-        Calling what is returned waits for the means; no gradient is None then.
-        """
+    def __call__(self, parameters: Sequence[nn.Parameter], *, coming: bool) -> Arriving:
+        """Begin; called once a network and step. `coming`: a backward pass is about to make the gradients."""
         ...
 
 
@@ -118,9 +118,9 @@ class Translator:
     """Everything a step changes, and what it reads. Nothing else keeps a reference to its members."""
 
     generator: nn.Module
-    generator_optimizer: Optimizer
+    generator_optimizer: Adam
     discriminator: nn.Module | None  # None: no loss needs one
-    discriminator_optimizer: Optimizer | None
+    discriminator_optimizer: Adam | None
     encoder: nn.Module | None = None  # trained by the generator's optimizer
     ema: Ema | None = None
     arch: Pix2Pix | Pix2PixHD
@@ -165,7 +165,7 @@ def build_translator(
         trained += trainable_parts(_placed(encoder, device), "all") if parts == "all" else []
         encoder.requires_grad_(requires_grad=parts == "all")
     discriminator: nn.Module | None = None
-    discriminator_optimizer: Optimizer | None = None
+    discriminator_optimizer: Adam | None = None
     if weights.uses_discriminator:
         discriminator = _placed(
             build_discriminator(arch, inputs, discriminators=discriminators, seed=seed), device
@@ -203,7 +203,7 @@ def _placed(network: Network, device: torch.device | str) -> Network:
 
 def make_optimizer(
     parameters: Sequence[nn.Parameter], learning_rate: float, betas: tuple[float, float]
-) -> Optimizer:
+) -> Adam:
     """Adam in one pass over the memory."""
     return Adam(parameters, lr=learning_rate, betas=betas)
 
@@ -408,18 +408,18 @@ def _finish(gan: Translator, generated: Tensor, gradient: Tensor, average: Avera
     # pix2pixHD's discriminator is not updated before: the fake's gradient went through its weights from
     # before the step, and a fused optimizer changes them without autograd noticing.
     left = gan.discriminator_optimizer if isinstance(gan.arch, Pix2PixHD) else None
-    if average is None and isinstance(gan.generator_optimizer, Adam):
+    if average is None:
         if left is not None:
             _update(left)
         with gan.generator_optimizer.stepping_in_backward():
             torch.autograd.backward(generated, gradient)
     else:
-        left_arrived = None if left is None else _averaging(left, average)
-        arrived = _averaging(gan.generator_optimizer, average, coming=True)
+        left_arriving = None if left is None else _averaging(left, average)
+        arriving = _averaging(gan.generator_optimizer, average, coming=True)
         torch.autograd.backward(generated, gradient)
         if left is not None:
-            _update(left, left_arrived)
-        _update(gan.generator_optimizer, arrived)
+            _update(left, left_arriving)
+        _update(gan.generator_optimizer, arriving)
     if gan.ema is not None:
         gan.ema.update(gan.generator)
 
@@ -574,9 +574,7 @@ def _note(losses: dict[str, Tensor], name: str, scales: Sequence[Tensor]) -> Non
             losses[f"{name}/scale{index}"] = value
 
 
-def _averaging(
-    optimizer: Optimizer, average: Average | None, *, coming: bool = False
-) -> Callable[[], None] | None:
+def _averaging(optimizer: Adam, average: Average | None, *, coming: bool = False) -> Arriving | None:
     """Begin to average the gradients of what an optimizer updates."""
     if average is None:
         return None
@@ -584,12 +582,14 @@ def _averaging(
     return average(parameters, coming=coming)
 
 
-def _update(optimizer: Optimizer, arrived: Callable[[], None] | None = None) -> None:
-    """Wait for the averages, step, drop the gradients: till the next step they only take memory."""
-    if arrived is not None:
-        arrived()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+def _update(optimizer: Adam, arriving: Arriving | None = None) -> None:
+    """Step, with means as they arrive, and drop the gradients: till the next step they only take memory."""
+    if arriving is None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    else:
+        for parameters in arriving():
+            optimizer.update(parameters)
 
 
 def _empty_step(gan: Translator, average: Average | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from stages.models.losses import LossWeights, paper_weights
 from stages.models.pix2pixhd import CoarseToFineGenerator, MultiScaleDiscriminator
 from stages.models.published import layer_names, to_published
 from stages.models.step import (
+    Arriving,
     Batch,
     Translator,
     all_finite,
@@ -166,14 +167,16 @@ class Captured:
     def __init__(self) -> None:
         self.networks: list[list[Tensor]] = []
 
-    def __call__(self, parameters: Sequence[nn.Parameter], *, coming: bool) -> Callable[[], None]:
-        def wait() -> None:
+    def __call__(self, parameters: Sequence[nn.Parameter], *, coming: bool) -> Arriving:
+        def arriving() -> Iterator[Sequence[nn.Parameter]]:
             whole = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
             for parameter, gradient in zip(parameters, whole, strict=True):
                 parameter.grad = gradient
             self.networks.append([gradient.clone() for gradient in whole])
+            yield parameters[1::2]
+            yield parameters[::2]
 
-        return wait
+        return arriving
 
 
 def assert_gradients(ours: Sequence[Tensor], network: nn.Module, plain: nn.Module) -> None:
