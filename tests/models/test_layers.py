@@ -12,6 +12,7 @@ from stages.models.layers import (
     Dropout,
     InstanceNorm,
     ResizeConv,
+    TransposedConv,
     half_resolution,
     noise_sources,
     up_conv,
@@ -92,6 +93,19 @@ def test_both_upsamplings_double_the_size() -> None:
         for upsampling in ("transpose", "resize"):
             y = up_conv(4, 2, kernel, upsampling=upsampling)(x)  # type: ignore[arg-type]
             assert y.shape == (1, 2, 6, 10)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_without_gradients_a_few_channels_are_made_with_the_same_sums(*, bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = TransposedConv(5, 3, 4, bias=bias).double()
+    x = torch.randn(2, 5, 7, 4, dtype=torch.float64)
+    expected = layer(x).detach()
+    for layout in (torch.channels_last, torch.contiguous_format):
+        with torch.no_grad():
+            made = layer.to(memory_format=layout)(x.contiguous(memory_format=layout))
+        assert made.is_contiguous(memory_format=torch.channels_last)  # not torch's own layer's answer
+        torch.testing.assert_close(made, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_resize_convolution_makes_no_checkerboard_of_a_flat_picture() -> None:
