@@ -60,6 +60,10 @@ Reason = Literal[
 MAX_PIXELS = 89_478_485
 """Largest image accepted whatever the config says: Pillow itself warns of a bomb beyond it."""
 
+PNG = {"compress_level": 1, "compress_type": zlib.Z_RLE}
+"""Runs alone make half to all of the bytes that level 1 makes by itself, in three quarters to all of the time;
+level 6 takes 3 to 4 times as long for 5 % fewer (photos, label and instance maps of 256x256 to 2048x1024)."""
+
 PHOTOS: frozenset[Kind] = frozenset({"rgb", "grey"})
 """Kinds that survive a lossy encoding."""
 
@@ -448,7 +452,7 @@ def encode(array: Array, encoding: Encoding, *, quality: int = 95) -> bytes:
     file = io.BytesIO()
     image = to_pillow(array)
     if encoding == "png":
-        image.save(file, "PNG", compress_level=1)  # level 6 takes 3 times as long for 5 % fewer bytes
+        image.save(file, "PNG", **PNG)
     elif encoding == "jpeg":
         image.save(
             file, "JPEG", quality=quality, subsampling=0
@@ -463,7 +467,7 @@ def encode_ids(ids: npt.NDArray[np.uint8], colors: npt.ArrayLike) -> bytes:
     image = Image.fromarray(ids)
     image.putpalette(np.asarray(colors, np.uint8).tobytes())
     file = io.BytesIO()
-    image.save(file, "PNG", compress_level=1)
+    image.save(file, "PNG", **PNG)
     return file.getvalue()
 
 
