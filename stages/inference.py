@@ -22,6 +22,7 @@ from stages.base import Kind
 from stages.images import Array
 from stages.models.architecture import size_multiple, uses_edges
 from stages.models.inputs import instance_edges, one_hot, padded_size, reflect_to
+from stages.models.layers import noise_sources
 from stages.models.saved import LoadedModel
 from stages.models.styles import find_instances, from_reference, mean_features, paint
 
@@ -163,9 +164,7 @@ class Painter:
             None if features is None else reflect_to(features, *size),
         )
         condition = condition.contiguous(memory_format=torch.channels_last)
-        noise = None
-        if self.stochastic:
-            noise = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
+        noise = noise_sources(seeds) if self.stochastic else None
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             out = self.model.generator(condition, noise)
         return cast(Tensor, out)[:, :, :height, :width]
