@@ -21,6 +21,9 @@ Upsampling = Literal["transpose", "resize"]
 
 NormKind = Literal["batch", "instance"]
 
+MIN_PAINTED = 2**17
+"""Numbers of a sample from which `transposed_conv_to_few` is the faster way: 32 channels of 64x64."""
+
 Noise = Sequence[torch.Generator]
 """One random source per sample of a batch: a sample's noise does not depend on its neighbours."""
 
@@ -101,13 +104,14 @@ class TransposedConv(nn.ConvTranspose2d):
         return F.conv_transpose2d(x, self.weight, bias, 2, 1, self.output_padding)
 
     def _paints(self, x: Tensor) -> bool:
-        """Whether it makes a picture's few channels, on a CPU, and no gradients are asked for."""
+        """Whether it makes a large picture's few channels, on a CPU, and no gradients are asked for."""
         return (
             not torch.compiler.is_compiling()
             and not torch.is_grad_enabled()
             and x.device.type == "cpu"
             and self.kernel_size[0] == 4
             and self.out_channels <= 4
+            and x[0].numel() >= MIN_PAINTED  # whatever is batched with it
         )
 
 

@@ -98,8 +98,8 @@ def test_both_upsamplings_double_the_size() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 def test_without_gradients_a_few_channels_are_made_with_the_same_sums(*, bias: bool) -> None:
     torch.manual_seed(0)
-    layer = TransposedConv(5, 3, 4, bias=bias).double()
-    x = torch.randn(2, 5, 7, 4, dtype=torch.float64)
+    layer = TransposedConv(32, 3, 4, bias=bias).double()
+    x = torch.randn(2, 32, 72, 60, dtype=torch.float64)
     expected = layer(x).detach()
     for layout in (torch.channels_last, torch.contiguous_format):
         with torch.no_grad():
