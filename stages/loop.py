@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -448,18 +448,18 @@ class Norms:
 
     def __call__(self, parameters: Sequence[nn.Parameter], *, coming: bool) -> Arriving:
         """Begin to average; see `step.Average`."""
-        arriving: Arriving = lambda: [parameters]  # noqa: E731
-        if self.world > 1:
-            arriving = averaging.send(parameters, coming=coming)
-        return (lambda: self._watched(arriving())) if self.wanted else arriving
+        sent = averaging.send(parameters, coming=coming) if self.world > 1 else None
 
-    def _watched(self, arriving: Iterable[Sequence[nn.Parameter]]) -> Iterator[Sequence[nn.Parameter]]:
-        norms: list[Tensor] = []
-        for parameters in arriving:
-            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            norms += torch._foreach_norm(gradients)
-            yield parameters
-        self._norms.append(torch.stack(norms).norm())
+        def arriving() -> Iterator[Sequence[nn.Parameter]]:
+            norms: list[Tensor] = []
+            for some in [parameters] if sent is None else sent():
+                if self.wanted:
+                    norms += torch._foreach_norm([p.grad for p in some if p.grad is not None])
+                yield some
+            if self.wanted:
+                self._norms.append(torch.stack(norms).norm())
+
+        return arriving
 
     def take(self) -> dict[str, float]:
         """The norms of the last step they were wanted for."""

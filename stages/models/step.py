@@ -170,14 +170,14 @@ def build_translator(
         discriminator = _placed(
             build_discriminator(arch, inputs, discriminators=discriminators, seed=seed), device
         )
-        discriminator_optimizer = make_optimizer(trainable_parts(discriminator, "all"), learning_rate, betas)
+        discriminator_optimizer = Adam(trainable_parts(discriminator, "all"), lr=learning_rate, betas=betas)
     if compiled:
         generator.compile()
         if discriminator is not None:
             discriminator.compile()
     return Translator(
         generator=generator.train(),
-        generator_optimizer=make_optimizer(trained, learning_rate, betas),
+        generator_optimizer=Adam(trained, lr=learning_rate, betas=betas),
         discriminator=discriminator,
         discriminator_optimizer=discriminator_optimizer,
         encoder=encoder,
@@ -199,13 +199,6 @@ def _placed(network: Network, device: torch.device | str) -> Network:
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return network
-
-
-def make_optimizer(
-    parameters: Sequence[nn.Parameter], learning_rate: float, betas: tuple[float, float]
-) -> Adam:
-    """Adam in one pass over the memory."""
-    return Adam(parameters, lr=learning_rate, betas=betas)
 
 
 def learning_rate_at(epoch: float, *, rate: float, epochs: int, decay_epochs: int) -> float:
