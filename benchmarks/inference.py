@@ -4,7 +4,8 @@
 
     whole        the infer stage: PNGs read from the store, generated, PNGs and table written to the store;
                  once it runs, since starting Ray and torch is paid once however many images follow
-    bare         the same network and batch size on tensors in memory, all cores, nothing else
+    bare         the same network and batches on tensors in memory, one on every core, nothing else
+    together     the same, one batch at a time on all cores
     published    one image at a time: Pillow in, eager float32, Pillow out, as the published test scripts do
     memory       the largest resident size of a generating process, over 100 small images and over many
     no-op        the command again over --rerun finished outputs, a process of its own
@@ -25,6 +26,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,20 +77,24 @@ def make_model(folder: Path, width: int, size: int) -> Path:
     return folder
 
 
-def bare(model: Path, size: int, images: int) -> float:
-    """Images a second of the network alone, as the stage runs it: batches of one size, all cores."""
-    torch.set_num_threads(own_cores())
+def bare(model: Path, size: int, images: int, *, at_once: int) -> float:
+    """Images a second of the network alone: so many batches at once, sharing the cores."""
     keep_freed_memory()
     painter = Painter(load_model(model))
     batch = torch.zeros(batch_size(size, size, "cpu"), 3, size, size)
     batch = batch.contiguous(memory_format=torch.channels_last)
-    with torch.inference_mode():
-        painter.model.generator(batch)
-        started, done = time.perf_counter(), 0
-        while done < images:
-            painter.model.generator(batch)
-            done += len(batch)
-    return done / (time.perf_counter() - started)
+
+    def paint(rounds: int) -> None:
+        with torch.inference_mode():
+            for _ in range(rounds):
+                painter.model.generator(batch)
+
+    rounds = -(-images // (at_once * len(batch)))
+    with ThreadPoolExecutor(at_once, "bare", torch.set_num_threads, (own_cores() // at_once,)) as pool:
+        list(pool.map(paint, [1] * at_once))
+        started = time.perf_counter()
+        list(pool.map(paint, [rounds] * at_once))
+        return at_once * rounds * len(batch) / (time.perf_counter() - started)
 
 
 def published(model: Path, size: int, images: int) -> float:
@@ -119,11 +125,17 @@ class Watch(threading.Thread):
         self.most, self.stop = 0.0, threading.Event()
 
     def run(self) -> None:
-        while not self.stop.wait(0.5):
-            for process in psutil.process_iter(["cmdline", "memory_info"]):
-                line = " ".join(process.info["cmdline"] or [])
-                if "MapWorker(MapBatches(Generator))" in line and process.info["memory_info"]:
-                    self.most = max(self.most, process.info["memory_info"].rss / 2**20)
+        watched: list[psutil.Process] = []
+        while not self.stop.wait(1):
+            if not watched:  # to look through all processes is work itself
+                watched = [p for p in psutil.process_iter(["cmdline"]) if _generates(p)]
+            for process in watched:
+                with suppress(psutil.NoSuchProcess):
+                    self.most = max(self.most, process.memory_info().rss / 2**20)
+
+
+def _generates(process: psutil.Process) -> bool:
+    return "MapWorker(MapBatches(Generator))" in " ".join(process.info["cmdline"] or [])
 
 
 def whole(model: Path, source: str, output: str, count: int) -> dict[str, float]:
@@ -227,11 +239,12 @@ def ratios(options: argparse.Namespace, folder: Path, place: str) -> dict[str, A
     """The stage beside the network alone and the published way: these before and after it."""
     model = make_model(folder, options.width, options.size)
     fill(join(place, "in"), options.images, options.size)
-    sides: dict[str, list[float]] = {"bare": [], "published": []}
+    sides: dict[str, list[float]] = {"bare": [], "together": [], "published": []}
 
     def beside() -> None:
         for _ in range(2):
-            sides["bare"].append(bare(model, options.size, max(16, options.images // 6)))
+            for name, at_once in (("bare", own_cores()), ("together", 1)):
+                sides[name].append(bare(model, options.size, max(16, options.images // 6), at_once=at_once))
             sides["published"].append(published(model, options.size, max(4, options.images // 15)))
 
     beside()
@@ -242,6 +255,7 @@ def ratios(options: argparse.Namespace, folder: Path, place: str) -> dict[str, A
         **medians,
         "whole": run,
         "whole_over_bare": run["steady"] / medians["bare"],
+        "whole_over_together": run["steady"] / medians["together"],
         "whole_over_published": run["steady"] / medians["published"],
         "all": sides,
     }

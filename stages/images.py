@@ -14,14 +14,13 @@ out: arrays (H, W, C); or `ImageRejected` with a reason from a small fixed set
 | lab_ab    | 2 | uint8   | a and b of CIE Lab + 128                         | (x - 128) / 110           |
 | channels  | n | float32 | integers over their whole range, floats as given | in [-1, 1] already        |
 
-Pure: Pillow and numpy only. Pillow lets go of the GIL while it decodes and resizes, so threads help.
+Pure: Pillow, numpy and isal only. Pillow lets go of the GIL while it decodes and resizes, so threads help.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import zlib
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -30,6 +29,7 @@ import numpy.typing as npt
 from isal import isal_zlib
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from stages import png
 from stages.base import Kind
 
 Array = npt.NDArray[Any]
@@ -59,10 +59,6 @@ Reason = Literal[
 
 MAX_PIXELS = 89_478_485
 """Largest image accepted whatever the config says: Pillow itself warns of a bomb beyond it."""
-
-PNG = {"compress_level": 1, "compress_type": zlib.Z_RLE}
-"""Runs alone make half to all of the bytes that level 1 makes by itself, in 0.75 to 1 of the time;
-level 6 takes 3 to 4 times as long for 5 % fewer (photos, label and instance maps of 256x256 to 2048x1024)."""
 
 PHOTOS: frozenset[Kind] = frozenset({"rgb", "grey"})
 """Kinds that survive a lossy encoding."""
@@ -180,7 +176,7 @@ def _verify_png(data: bytes) -> None:
         end = at + 12 + size
         if end > len(data):
             break
-        if zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
+        if isal_zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
             raise ImageRejected("unreadable", "checksum of a PNG chunk does not match")
         if bytes(view[at + 4 : at + 8]) == b"IEND":
             return
@@ -449,11 +445,11 @@ def encode(array: Array, encoding: Encoding, *, quality: int = 95) -> bytes:
     """An array (H, W, C) as bytes. JPEG and WebP are lossy (`quality`), the others exact."""
     if encoding == "raw":
         return np.moveaxis(array, 2, 0).tobytes()
+    if encoding == "png":
+        return png.encode(array)
     file = io.BytesIO()
     image = to_pillow(array)
-    if encoding == "png":
-        image.save(file, "PNG", **PNG)
-    elif encoding == "jpeg":
+    if encoding == "jpeg":
         image.save(
             file, "JPEG", quality=quality, subsampling=0
         )  # full colour: label colours keep their edges
@@ -464,11 +460,7 @@ def encode(array: Array, encoding: Encoding, *, quality: int = 95) -> bytes:
 
 def encode_ids(ids: npt.NDArray[np.uint8], colors: npt.ArrayLike) -> bytes:
     """Class ids (H, W) as a PNG: its pixels are the ids, its palette their colours (classes, 3)."""
-    image = Image.fromarray(ids)
-    image.putpalette(np.asarray(colors, np.uint8).tobytes())
-    file = io.BytesIO()
-    image.save(file, "PNG", **PNG)
-    return file.getvalue()
+    return png.encode(ids[:, :, None], np.asarray(colors, np.uint8).tobytes())
 
 
 def decode_stored(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import tempfile
 import time
 from collections import Counter, deque
@@ -217,18 +218,26 @@ class Job:
     io_threads: int
 
 
+Painted = tuple[int, dict[str, Any], Array]
+"""A picture: its place in the unit, its row, and what is to be written."""
+
+
 class Generator:
     """A model in a process of its own.
 
     Two units are in its hands at a time: one's input is read, the other's output written, while the model
-    works on either. All of torch runs in one thread: each thread that calls it gets threads of its own to
-    compute with, and OpenMP no longer lets any of them spin once they outnumber the cores: a fifth slower.
+    works on either. On a CPU every thread of the model paints a batch of its own: several that share one wait
+    for one another at every layer, longest where other processes interrupt them (benchmarks/README.md). Only
+    pictures larger than a batch are painted one at a time, by all of them, so that memory holds one.
     """
 
     def __init__(self, job: Job) -> None:
         self.job, self.config = job, job.config
-        self.model = ThreadPoolExecutor(1, thread_name_prefix="infer-model")
-        self.painter = self.model.submit(self._painter).result()
+        self.painter = self._painter()
+        together = 1 if job.device == "cpu" else job.threads
+        self.streams = job.threads if job.device == "cpu" else 1
+        self.each = ThreadPoolExecutor(self.streams, "infer-each", torch.set_num_threads, (together,))
+        self.large = ThreadPoolExecutor(1, "infer-large", torch.set_num_threads, (job.threads,))
         self.fingerprint = self.painter.model.fingerprint
         self.spec = dataset.load(job.shards) if job.shards else None
         self.units = sources.shard_units(self.spec, job.config.split) if self.spec else []
@@ -237,7 +246,6 @@ class Generator:
 
     def _painter(self) -> Painter:
         job, config = self.job, self.config
-        torch.set_num_threads(job.threads)
         tune_process(job.device)
         with tempfile.TemporaryDirectory(prefix="pixloom-model-") as temp:  # gone before Ray can end us
             folder = local_model(job.model, Path(temp), weights=config.weights, tracking_uri=job.tracking_uri)
@@ -259,15 +267,24 @@ class Generator:
         """Generate one unit: its images, then its part of the table."""
         started = time.monotonic()
         rows: dict[tuple[int, int], dict[str, Any]] = {}
+        painting: deque[Future[list[Painted]]] = deque()
         writing: deque[Future[None]] = deque()
+
+        def write_oldest() -> None:
+            for place, row, picture in painting.popleft().result():
+                rows[place, row["sample"]] = row
+                writing.append(self.pool.submit(self._write, row, picture))
+            while len(writing) > 2 * MAX_BATCH:
+                writing.popleft().result()
+
         loaded = self._loaded(enumerate(self._items(unit)), rows)
         for batch in bucketed(loaded, self._limit, 4 * MAX_BATCH):
             for sample in range(self.config.samples):
-                for place, row, picture in self._paint(batch, sample):
-                    rows[place, sample] = row
-                    writing.append(self.pool.submit(self._write, row, picture))
-                while len(writing) > 2 * MAX_BATCH:
-                    writing.popleft().result()
+                painting.append(self._threads(batch).submit(self._paint, batch, sample))
+                if len(painting) > self.streams:
+                    write_oldest()
+        while painting:
+            write_oldest()
         for one in writing:
             one.result()
         listed = [rows[place] for place in sorted(rows)]
@@ -350,33 +367,35 @@ class Generator:
     def _limit(self, shape: tuple[int, ...]) -> int:
         return batch_size(*self.painter.padded(shape[0], shape[1]), self.job.device)
 
-    def _paint(
-        self, batch: list[tuple[int, Item, Loaded]], sample: int
-    ) -> Iterator[tuple[int, dict[str, Any], Array]]:
+    def _threads(self, batch: list[tuple[int, Item, Loaded]]) -> ThreadPoolExecutor:
+        """Who paints it: one thread of the model, or all of them together."""
+        height, width = batch[0][2].source.shape[:2]
+        large = math.prod(self.painter.padded(height, width)) > BATCH_PIXELS[self.job.device]
+        return self.large if large else self.each
+
+    def _paint(self, batch: list[tuple[int, Item, Loaded]], sample: int) -> list[Painted]:
         random = self.config.stochastic or self.painter.model.encoder is not None
         seeds = [noise_seed(self.config.seed, item.key, sample) for _, item, _ in batch]
         instances = [loaded.instance for _, _, loaded in batch]
         given = [ids for ids in instances if ids is not None]
-
-        def paint() -> tuple[list[Array], float]:
-            started = time.monotonic()
-            pictures = self.painter.translate(
-                [loaded.source for _, _, loaded in batch],
-                given if len(given) == len(batch) else None,
-                seeds=seeds if random else None,
-                style=self.config.style.kind,
-                cluster=self.config.style.cluster,
-                reference=self.reference,
-            )
-            return pictures, (time.monotonic() - started) / len(batch)
-
-        pictures, seconds = self.model.submit(paint).result()
+        started = time.monotonic()
+        pictures = self.painter.translate(
+            [loaded.source for _, _, loaded in batch],
+            given if len(given) == len(batch) else None,
+            seeds=seeds if random else None,
+            style=self.config.style.kind,
+            cluster=self.config.style.cluster,
+            reference=self.reference,
+        )
+        seconds = (time.monotonic() - started) / len(batch)
+        painted = []
         for (place, item, loaded), seed, picture in zip(batch, seeds, pictures, strict=True):
             array = written(picture, self.painter.target_kind, loaded.source, self.painter.source_kind)
             row = self._row(item, sample=sample, seconds=seconds, seed=seed if random else None)
             row["output"] = outputs.output_name(item.key, outputs.SUFFIX[self.config.format], sample)
             row["height"], row["width"] = array.shape[:2]
-            yield place, row, array
+            painted.append((place, row, array))
+        return painted
 
     def _write(self, row: dict[str, Any], picture: Array) -> None:
         data = encoded(picture, self.config)

@@ -41,7 +41,7 @@ def noise_seed(seed: int, key: str, sample: int = 0) -> int:
 
 
 class Painter:
-    """A model ready to be called with arrays, one thread at a time.
+    """A model ready to be called with arrays, from any threads at once.
 
     stochastic    dropout as noise and batch statistics, as the Pix2Pix paper generates; one picture at a
                   time, so that a picture depends on its seed alone
