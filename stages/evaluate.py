@@ -35,7 +35,7 @@ from pydantic import Field, field_validator
 from ray.exceptions import RayError
 
 from stages import dataset, images, metrics, outputs, sources, storage
-from stages.actors import failure, on_actors, pool_size, threads, uses_gpu
+from stages.actors import AT_ONCE, failure, on_actors, pool_size, threads, uses_gpu
 from stages.base import Config, Fraction, Outcome, Resources, Role, Split
 from stages.dataset import DatasetSpec, Sample
 from stages.errors import StageError, UserError
@@ -300,7 +300,7 @@ class Judge:
     """Scores units of targets."""
 
     def __init__(self, job: Job) -> None:
-        torch.set_num_threads(job.threads)
+        torch.set_num_threads(max(1, job.threads // AT_ONCE))  # units are judged side by side
         keep_freed_memory()
         self.job, self.config = job, job.config
         self.spec = dataset.load(job.shards)

@@ -48,8 +48,11 @@ if TYPE_CHECKING:
 
 VERSION = 1
 
-BATCH_PIXELS = {"cpu": 1 << 19, "cuda": 1 << 22}
-"""Pixels of a batch: eight pictures of 256x256 on a CPU, 64 on a GPU."""
+BATCH_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 22}
+"""Pixels of a batch: four pictures of 256x256 for a CPU's core, 64 for a GPU."""
+
+LARGE_PIXELS = 1 << 19
+"""Pictures with more than these (1024x512) are painted by all cores together, one at a time."""
 
 MAX_BATCH = 64
 
@@ -228,16 +231,17 @@ class Generator:
     Two units are in its hands at a time: one's input is read, the other's output written, while the model
     works on either. On a CPU every thread of the model paints a batch of its own: several that share one wait
     for one another at every layer, longest where other processes interrupt them (benchmarks/README.md). Only
-    pictures larger than a batch are painted one at a time, by all of them, so that memory holds one.
+    large pictures are painted one at a time, by all of them, so that memory holds one.
     """
 
     def __init__(self, job: Job) -> None:
         self.job, self.config = job, job.config
         self.painter = self._painter()
-        together = 1 if job.device == "cpu" else job.threads
-        self.streams = job.threads if job.device == "cpu" else 1
-        self.each = ThreadPoolExecutor(self.streams, "infer-each", torch.set_num_threads, (together,))
-        self.large = ThreadPoolExecutor(1, "infer-large", torch.set_num_threads, (job.threads,))
+        self.at_once = job.threads if job.device == "cpu" else 1
+        self.together = ThreadPoolExecutor(1, "infer-together", torch.set_num_threads, (job.threads,))
+        self.each = self.together
+        if job.device == "cpu":
+            self.each = ThreadPoolExecutor(self.at_once, "infer-each", torch.set_num_threads, (1,))
         self.fingerprint = self.painter.model.fingerprint
         self.spec = dataset.load(job.shards) if job.shards else None
         self.units = sources.shard_units(self.spec, job.config.split) if self.spec else []
@@ -281,7 +285,7 @@ class Generator:
         for batch in bucketed(loaded, self._limit, 4 * MAX_BATCH):
             for sample in range(self.config.samples):
                 painting.append(self._threads(batch).submit(self._paint, batch, sample))
-                if len(painting) > self.streams:
+                if len(painting) > self.at_once:
                     write_oldest()
         while painting:
             write_oldest()
@@ -370,8 +374,7 @@ class Generator:
     def _threads(self, batch: list[tuple[int, Item, Loaded]]) -> ThreadPoolExecutor:
         """Who paints it: one thread of the model, or all of them together."""
         height, width = batch[0][2].source.shape[:2]
-        large = math.prod(self.painter.padded(height, width)) > BATCH_PIXELS[self.job.device]
-        return self.large if large else self.each
+        return self.together if math.prod(self.painter.padded(height, width)) > LARGE_PIXELS else self.each
 
     def _paint(self, batch: list[tuple[int, Item, Loaded]], sample: int) -> list[Painted]:
         random = self.config.stochastic or self.painter.model.encoder is not None

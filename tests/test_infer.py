@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import unicodedata
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from PIL import Image
 from stages import images, infer, outputs
 from stages.base import Outcome, Resources
 from stages.errors import StageError, UserError
-from stages.infer import InferConfig, bucketed, generated_size
+from stages.infer import Generator, InferConfig, bucketed, generated_size
 from stages.sources import Item, Loaded
 from stages.tracking import NullRun
 from tests.small import make_model, make_shards, scene
@@ -229,6 +230,31 @@ def test_noise_gives_several_samples_each_by_its_seed(ray_local: None, tmp_path:
     run(tmp_path / "two", Resources(infer_actors=2, gpu=False), model=model, **settings)
     fewer = {(row["key"], row["sample"]): row["crc"] for row in table(tmp_path / "two")}
     assert fewer == {(row["key"], row["sample"]): row["crc"] for row in rows if row["key"] != "0"}
+
+
+@pytest.mark.parametrize(("large", "off"), [(infer.LARGE_PIXELS, 0), (0, 1)], ids=["each", "together"])
+def test_threads_change_no_picture(
+    tmp_path: Path, shards: str, monkeypatch: pytest.MonkeyPatch, large: int, off: int
+) -> None:
+    """Batches in threads of their own: what one thread makes. Threads that share one add in another order."""
+    monkeypatch.setattr(infer, "LARGE_PIXELS", large)
+    monkeypatch.setattr(infer, "BATCH_PIXELS", {"cpu": 2 * 32 * 32})
+    model = str(make_model(tmp_path / "model", dropout=True))
+    config = InferConfig(stochastic=True, samples=2)
+    made = []
+    for threads in (1, 3):
+        output = str(tmp_path / str(threads))
+        work = infer.prepare(config, output=output, tracking_uri=None, model=model, shards=shards)
+        resources = Resources(infer_actors=1, threads_per_worker=threads, gpu=False)
+        generator = Generator(infer.make_job(config, resources, work, output))
+        with ThreadPoolExecutor(2) as calls:  # as Ray makes them
+            done = list(calls.map(generator.do, work.left))
+        assert sum(unit["images"] for unit in done) == 2 * 79
+        assert whole(Path(output))
+        made.append([np.asarray(Image.open(Path(output, row["output"]))) for row in table(Path(output))])
+    one, three = (np.stack(pictures).astype(int) for pictures in made)
+    assert len(np.unique(one, axis=0)) == 2 * 79
+    assert np.abs(one - three).max() <= off
 
 
 @pytest.mark.ray
