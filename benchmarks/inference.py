@@ -1,6 +1,6 @@
 """Batch inference as a whole against the bare model, and against the published way, in one run.
 
-    python -m benchmarks.inference [--images 600] [--memory 5000] [--rerun 10000] [--store s3|local]
+    python -m benchmarks.inference [--turns 5] [--images 300] [--memory 5000] [--rerun 10000] [--store s3]
 
     whole        the infer stage: PNGs read from the store, generated, PNGs and table written to the store;
                  once it runs, since starting Ray and torch is paid once however many images follow
@@ -10,7 +10,7 @@
     memory       the largest resident size of a generating process, over 100 small images and over many
     no-op        the command again over --rerun finished outputs, a process of its own
 
-Ratios are of measurements in one run on one machine; other load on it moves both sides.
+The first four sides are measured in turns; ratios are of their medians.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ def _generates(process: psutil.Process) -> bool:
 def whole(model: Path, source: str, output: str, count: int) -> dict[str, float]:
     """The stage: seconds in all, images a second once it runs, the most memory a process took.
 
-    Once it runs: from the moment a tenth of the images was written to the moment nine tenths were.
+    Once it runs: of the images between the first and the last tenth, as a line through when each was written,
+    which a store tells in whole seconds.
     """
     watch = Watch()
     watch.start()
@@ -151,9 +152,8 @@ def whole(model: Path, source: str, output: str, count: int) -> dict[str, float]
     seconds = time.perf_counter() - started
     watch.stop.set()
     assert outcome.counts["images"] == count
-    written = np.sort(times(output))
-    low, high = count // 10, count * 9 // 10
-    steady = (high - low) / max(1e-9, float(written[high] - written[low]))
+    ranks = np.arange(count // 10, count * 9 // 10)
+    steady = 1 / float(np.polyfit(ranks, np.sort(times(output))[ranks], 1)[0])
     return {"seconds": seconds, "steady": steady, "with_start": count / seconds, "mib": watch.most}
 
 
@@ -185,7 +185,8 @@ def finished(source: str, output: str, model: Path, environment: dict[str, str])
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--images", type=int, default=600, help="0: leave the ratios out")
+    p.add_argument("--turns", type=int, default=5, help="0: leave the ratios out")
+    p.add_argument("--images", type=int, default=300)
     p.add_argument("--size", type=int, default=256)
     p.add_argument("--width", type=int, default=64, help="of the U-Net; the paper's is 64")
     p.add_argument("--store", choices=("s3", "local"), default="s3")
@@ -213,7 +214,7 @@ def main() -> None:
         )
         ray.data.DataContext.get_current().enable_progress_bars = False
         try:
-            if options.images:
+            if options.turns:
                 found |= ratios(options, Path(temp) / "model", place)
             if options.memory:
                 model = make_model(Path(temp) / "small", 16, 64)
@@ -236,27 +237,25 @@ def main() -> None:
 
 
 def ratios(options: argparse.Namespace, folder: Path, place: str) -> dict[str, Any]:
-    """The stage beside the network alone and the published way: these before and after it."""
+    """The stage beside the network alone and the published way, in turns."""
     model = make_model(folder, options.width, options.size)
     fill(join(place, "in"), options.images, options.size)
-    sides: dict[str, list[float]] = {"bare": [], "together": [], "published": []}
-
-    def beside() -> None:
-        for _ in range(2):
-            for name, at_once in (("bare", own_cores()), ("together", 1)):
-                sides[name].append(bare(model, options.size, max(16, options.images // 6), at_once=at_once))
-            sides["published"].append(published(model, options.size, max(4, options.images // 15)))
-
-    beside()
-    run = whole(model, join(place, "in"), join(place, "out"), options.images)
-    beside()
+    sides: dict[str, list[float]] = {"bare": [], "together": [], "published": [], "whole": []}
+    runs = []
+    few = max(16, options.images // 4)
+    for turn in range(options.turns):
+        sides["bare"].append(bare(model, options.size, few, at_once=own_cores()))
+        sides["together"].append(bare(model, options.size, few, at_once=1))
+        sides["published"].append(published(model, options.size, few // 2))
+        runs.append(whole(model, join(place, "in"), join(place, f"out-{turn}"), options.images))
+        sides["whole"].append(runs[-1]["steady"])
+        print({name: round(values[-1], 2) for name, values in sides.items()}, file=sys.stderr, flush=True)
     medians = {name: statistics.median(values) for name, values in sides.items()}
     return {
         **medians,
-        "whole": run,
-        "whole_over_bare": run["steady"] / medians["bare"],
-        "whole_over_together": run["steady"] / medians["together"],
-        "whole_over_published": run["steady"] / medians["published"],
+        **{f"whole_over_{name}": medians["whole"] / medians[name] for name in sides if name != "whole"},
+        "whole_with_start": statistics.median(run["with_start"] for run in runs),
+        "whole_mib": max(run["mib"] for run in runs),
         "all": sides,
     }
 

@@ -164,8 +164,8 @@ def _from_image(data: bytes, kind: Kind, limit: int, channels: int | None) -> Ar
             raise ImageRejected("animated", f"{frames} frames")
         if kind in IDS and image.format in ("JPEG", "MPO"):
             raise ImageRejected("wrong_kind", "JPEG is lossy, it cannot hold ids")
-        upright = ImageOps.exif_transpose(image)
-        return _READERS[kind](upright, channels)
+        ImageOps.exif_transpose(image, in_place=True)
+        return _READERS[kind](image, channels)
 
 
 def _verify_png(data: bytes) -> None:
@@ -207,7 +207,8 @@ def _read_rgb(image: Image.Image, _: int | None) -> Array:
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode == "F":
         raise ImageRejected("wrong_kind", "floating-point image, not colours")
-    return np.asarray(_flat(image).convert("RGB"))
+    flat = _flat(image)
+    return np.asarray(flat if flat.mode == "RGB" else flat.convert("RGB"))
 
 
 def _read_grey(image: Image.Image, _: int | None) -> Array:
