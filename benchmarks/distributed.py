@@ -14,8 +14,12 @@ Of these `double` at 256x128 is the nearest to real training: 110 bytes of gradi
 operations, as for one pair of 2048x1024 a worker (docs/scale.md); 219 in `two`, 840 in `two` at 128x64.
 
 images/s are taken from the first point of the curves to the last, by their time stamps, so starting up is
-not in them (it is shown apart). The end of an epoch is, with its picture and checkpoint: once in 368 images,
+not in them (it is shown apart). The end of an epoch is, with its picture and checkpoint: once in 352 images,
 an epoch of Facades has 400. The checkpoint pause is what training itself waits, not what writing takes.
+
+Of the cores that were busy in `double` it says how much the two threads that compute had, how much the other
+threads of their processes, how much everything else on the machine: Ray's own processes, mostly. Where there
+are as many workers as cores, all that is taken from them.
 """
 
 from __future__ import annotations
@@ -26,13 +30,16 @@ import multiprocessing
 import os
 import statistics
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
@@ -50,7 +57,7 @@ from stages.models.step import Batch, build_translator, state_of, step
 from stages.phases import PhaseJob, TrainConfig, input_spec, jobs
 from stages.tracking import NullRun
 
-CLASSES, BATCH, ROWS = 8, 8, 200
+CLASSES, BATCH, ROWS = 8, 8, 192  # whole batches of 8 and of 16
 
 
 def make_shards(folder: Path, size: tuple[int, int]) -> DatasetSpec:
@@ -205,8 +212,44 @@ def checkpoint(given: PhaseJob, spec: DatasetSpec, folder: Path) -> tuple[int, f
     return size, statistics.median(copying), statistics.median(writing)
 
 
+class Account(threading.Thread):
+    """Processor time of training processes, and of the whole machine, every second while they train."""
+
+    def __init__(self, workers: int) -> None:
+        super().__init__(daemon=True)
+        self.workers = workers
+        self.samples: list[tuple[float, float, dict[tuple[int, int], float]]] = []
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        found: list[psutil.Process] = []
+        while not self.over.wait(1):
+            if len(found) < self.workers:  # to look through all processes is work itself
+                found = [p for p in psutil.process_iter(["name"]) if "RayTrainWorker" in p.info["name"]]
+            with suppress(psutil.NoSuchProcess):
+                threads = {(p.pid, t.id): t.user_time + t.system_time for p in found for t in p.threads()}
+                times = psutil.cpu_times()
+                busy = sum(times) - times.idle - times.iowait - times.steal
+                self.samples.append((time.time(), busy, threads))
+
+    def shares(self, start: float, end: float) -> tuple[float, float, float]:
+        """Cores, between two times, of the threads that compute, of those beside them, of all else."""
+        self.over.set()
+        inside = [sample for sample in self.samples if start <= sample[0] <= end]
+        (began, busy, before), (ended, busy_then, after) = inside[0], inside[-1]
+        of_process = defaultdict(list)
+        for (pid, thread), seconds in after.items():
+            of_process[pid].append(seconds - before.get((pid, thread), 0))
+        computing = sum(max(threads) for threads in of_process.values())
+        training = sum(map(sum, of_process.values()))
+        parts = (computing, training - computing, busy_then - busy - training)
+        return tuple(part / (ended - began) for part in parts)  # type: ignore[return-value]
+
+
 def trained(given: PhaseJob, shards: str, output: Path, workers: int) -> dict[str, float]:
     """images/s, seconds beside training, and the checkpoint pause of a whole run."""
+    account = Account(workers)
+    account.start()
     started = time.monotonic()
     resources = Resources(train_workers=workers, threads_per_worker=1)
     train.run(given, resources, output=str(output), track=NullRun(), shards=shards)
@@ -215,6 +258,7 @@ def trained(given: PhaseJob, shards: str, output: Path, workers: int) -> dict[st
     times = {row.images: row.time_ms / 1000 for row in rows}
     ends = sorted(times)
     rate = (ends[-1] - ends[0]) / (times[ends[-1]] - times[ends[0]])
+    computing, beside, rest = account.shares(times[ends[0]], times[ends[-1]])
 
     def mean(name: str) -> float:
         return statistics.fmean(row.value for row in rows if row.name == name and row.images > ends[0])
@@ -224,6 +268,9 @@ def trained(given: PhaseJob, shards: str, output: Path, workers: int) -> dict[st
         "start": seconds - ROWS * given.phase.epochs / rate,
         "pause": mean("throughput/checkpoint_fraction"),
         "wait": mean("throughput/data_wait_fraction"),
+        "computing": computing,
+        "beside": beside,
+        "rest": rest,
     }
 
 
@@ -259,6 +306,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 found[name].append(one["rate"])
                 for key in ("start", "pause", "wait"):
                     found[key].append(one[key])
+                if name == "double":
+                    for key in ("computing", "beside", "rest"):
+                        found[key].append(one[key])
         ray.shutdown()
         sent, exchanging = exchange(given, spec)
         size_, copying, writing = checkpoint(given, spec, Path(scratch) / "checkpoints")
@@ -270,6 +320,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         by_turn = ", ".join(f"{a / b:.2f}" for a, b in zip(found[name], found["one"], strict=True))
         ratio = middle[name] / middle["one"]
         print(f"two workers against one     {ratio:.2f}x   ({what}; by turn {by_turn}; goal 1.8x)")
+    cores = ", ".join(f"{name} {middle[name]:.2f}" for name in ("computing", "beside", "rest"))
+    print(f"cores while two train       {cores}")
     print(
         f"Ray against the bare loop   {100 * (1 - middle['one'] / middle['bare']):.1f} % slower   (goal 5 %)"
     )
