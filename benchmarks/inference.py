@@ -122,13 +122,14 @@ class Watch(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.most, self.stop = 0.0, threading.Event()
+        self.most, self.stop, self.began = 0.0, threading.Event(), time.time()
 
     def run(self) -> None:
         watched: list[psutil.Process] = []
         while not self.stop.wait(1):
             if not watched:  # to look through all processes is work itself
-                watched = [p for p in psutil.process_iter(["cmdline"]) if _generates(p)]
+                every = psutil.process_iter(["cmdline", "create_time"])
+                watched = [p for p in every if p.info["create_time"] > self.began and _generates(p)]
             for process in watched:
                 with suppress(psutil.NoSuchProcess):
                     self.most = max(self.most, process.memory_info().rss / 2**20)
