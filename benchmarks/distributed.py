@@ -289,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="pixloom-") as scratch:
         spec = make_shards(Path(scratch) / "shards", (width, height))
         ray.init(
-            num_cpus=4,
+            num_cpus=2,  # as a user on this machine has it
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
