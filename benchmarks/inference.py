@@ -208,7 +208,7 @@ def main() -> None:
         environment = storage.worker_environment(settings) | heap.ENVIRONMENT
         os.environ["RAY_AUTH_MODE"] = "disabled"
         ray.init(
-            num_cpus=max(4, own_cores() + 1),
+            num_cpus=own_cores(),  # as a user on this machine has it
             include_dashboard=False,
             log_to_driver=False,
             runtime_env={"env_vars": environment},

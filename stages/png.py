@@ -1,7 +1,7 @@
 """PNG files, written fast: every row as its differences from the row above, deflated by ISA-L.
 
-Pillow tries five filters a row and deflates with zlib: 6.7 ms for a photo of 256x256, here 0.9, for a tenth
-more bytes (benchmarks/README.md). Any reader of PNGs reads both.
+Pillow tries five filters a row and deflates with zlib, which takes seven times as long and saves an eighth of
+the bytes (`python -m benchmarks.data png`). Any reader of PNGs reads both.
 """
 
 from __future__ import annotations
