@@ -122,21 +122,23 @@ class Watch(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.most, self.stop, self.began = 0.0, threading.Event(), time.time()
+        self.most, self.stop = 0.0, threading.Event()
+        self.others = {process.pid for process in generating()}  # of a run that has just ended
 
     def run(self) -> None:
         watched: list[psutil.Process] = []
         while not self.stop.wait(1):
             if not watched:  # to look through all processes is work itself
-                every = psutil.process_iter(["cmdline", "create_time"])
-                watched = [p for p in every if p.info["create_time"] > self.began and _generates(p)]
+                watched = [process for process in generating() if process.pid not in self.others]
             for process in watched:
                 with suppress(psutil.NoSuchProcess):
                     self.most = max(self.most, process.memory_info().rss / 2**20)
 
 
-def _generates(process: psutil.Process) -> bool:
-    return "MapWorker(MapBatches(Generator))" in " ".join(process.info["cmdline"] or [])
+def generating() -> list[psutil.Process]:
+    """Processes that hold a model."""
+    name = "MapWorker(MapBatches(Generator))"
+    return [p for p in psutil.process_iter(["cmdline"]) if name in " ".join(p.info["cmdline"] or [])]
 
 
 def whole(model: Path, source: str, output: str, count: int) -> dict[str, float]:

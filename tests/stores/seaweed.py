@@ -18,6 +18,8 @@ import urllib.request
 from pathlib import Path
 from typing import Self
 
+from botocore.exceptions import BotoCoreError
+
 from tests.stores.s3 import ACCESS_KEY, READER_KEY, READER_SECRET, SECRET_KEY, S3Store
 
 
@@ -121,7 +123,7 @@ class SeaweedS3(S3Store):
             # A signed write is what tests begin with, and the last thing to work.
             client = self.client(skip_instance_cache=True)
             client.call_s3("create_bucket", Bucket="ready")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, BotoCoreError) as error:
             return isinstance(error, FileExistsError)
         return True
 
