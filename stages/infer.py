@@ -221,8 +221,8 @@ class Job:
     io_threads: int
 
 
-Painted = tuple[int, dict[str, Any], Array]
-"""A picture: its place in the unit, its row, and what is to be written."""
+Painted = tuple[int, dict[str, Any], Array, Array]
+"""A picture: its place in the unit, its row, the source, and what the model made of it."""
 
 
 class Generator:
@@ -275,9 +275,11 @@ class Generator:
         writing: deque[Future[None]] = deque()
 
         def write_oldest() -> None:
-            for place, row, picture in painting.popleft().result():
+            for place, row, source, picture in painting.popleft().result():
+                array = written(picture, self.painter.target_kind, source, self.painter.source_kind)
+                row["height"], row["width"] = array.shape[:2]
                 rows[place, row["sample"]] = row
-                writing.append(self.pool.submit(self._write, row, picture))
+                writing.append(self.pool.submit(self._write, row, array))
             while len(writing) > 2 * MAX_BATCH:
                 writing.popleft().result()
 
@@ -393,11 +395,9 @@ class Generator:
         seconds = (time.monotonic() - started) / len(batch)
         painted = []
         for (place, item, loaded), seed, picture in zip(batch, seeds, pictures, strict=True):
-            array = written(picture, self.painter.target_kind, loaded.source, self.painter.source_kind)
             row = self._row(item, sample=sample, seconds=seconds, seed=seed if random else None)
             row["output"] = outputs.output_name(item.key, outputs.SUFFIX[self.config.format], sample)
-            row["height"], row["width"] = array.shape[:2]
-            painted.append((place, row, array))
+            painted.append((place, row, loaded.source, picture))
         return painted
 
     def _write(self, row: dict[str, Any], picture: Array) -> None:
