@@ -232,7 +232,7 @@ class Account(threading.Thread):
                 busy = sum(times) - times.idle - times.iowait - times.steal
                 self.samples.append((time.time(), busy, threads))
 
-    def shares(self, start: float, end: float) -> tuple[float, float, float]:
+    def shares(self, start: float, end: float) -> dict[str, float]:
         """Cores, between two times, of the threads that compute, of those beside them, of all else."""
         self.over.set()
         inside = [sample for sample in self.samples if start <= sample[0] <= end]
@@ -242,8 +242,9 @@ class Account(threading.Thread):
             of_process[pid].append(seconds - before.get((pid, thread), 0))
         computing = sum(max(threads) for threads in of_process.values())
         training = sum(map(sum, of_process.values()))
-        parts = (computing, training - computing, busy_then - busy - training)
-        return tuple(part / (ended - began) for part in parts)  # type: ignore[return-value]
+        rest = busy_then - busy - training
+        parts = {"computing": computing, "beside": training - computing, "rest": rest}
+        return {name: seconds / (ended - began) for name, seconds in parts.items()}
 
 
 def trained(given: PhaseJob, shards: str, output: Path, workers: int) -> dict[str, float]:
@@ -258,7 +259,6 @@ def trained(given: PhaseJob, shards: str, output: Path, workers: int) -> dict[st
     times = {row.images: row.time_ms / 1000 for row in rows}
     ends = sorted(times)
     rate = (ends[-1] - ends[0]) / (times[ends[-1]] - times[ends[0]])
-    computing, beside, rest = account.shares(times[ends[0]], times[ends[-1]])
 
     def mean(name: str) -> float:
         return statistics.fmean(row.value for row in rows if row.name == name and row.images > ends[0])
@@ -268,9 +268,7 @@ def trained(given: PhaseJob, shards: str, output: Path, workers: int) -> dict[st
         "start": seconds - ROWS * given.phase.epochs / rate,
         "pause": mean("throughput/checkpoint_fraction"),
         "wait": mean("throughput/data_wait_fraction"),
-        "computing": computing,
-        "beside": beside,
-        "rest": rest,
+        **account.shares(times[ends[0]], times[ends[-1]]),
     }
 
 
@@ -304,11 +302,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 wanted = job(options.epochs, batch)
                 one = trained(wanted, str(Path(scratch) / "shards"), output, workers)
                 found[name].append(one["rate"])
-                for key in ("start", "pause", "wait"):
+                of_cores = ("computing", "beside", "rest") if name == "double" else ()
+                for key in ("start", "pause", "wait", *of_cores):
                     found[key].append(one[key])
-                if name == "double":
-                    for key in ("computing", "beside", "rest"):
-                        found[key].append(one[key])
         ray.shutdown()
         sent, exchanging = exchange(given, spec)
         size_, copying, writing = checkpoint(given, spec, Path(scratch) / "checkpoints")

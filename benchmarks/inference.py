@@ -78,8 +78,13 @@ def make_model(folder: Path, width: int, size: int) -> Path:
 
 
 def bare(model: Path, size: int, images: int, *, at_once: int) -> float:
-    """Images a second of the network alone: so many batches at once, sharing the cores."""
+    """Images a second of the network alone: so many batches at once, sharing the cores.
+
+    One at a time is painted by the calling thread, which has threads of OpenMP's already: with a second set
+    of them none would spin any more.
+    """
     keep_freed_memory()
+    torch.set_num_threads(own_cores() // at_once)
     painter = Painter(load_model(model))
     batch = torch.zeros(batch_size(size, size, "cpu"), 3, size, size)
     batch = batch.contiguous(memory_format=torch.channels_last)
@@ -91,9 +96,10 @@ def bare(model: Path, size: int, images: int, *, at_once: int) -> float:
 
     rounds = -(-images // (at_once * len(batch)))
     with ThreadPoolExecutor(at_once, "bare", torch.set_num_threads, (own_cores() // at_once,)) as pool:
-        list(pool.map(paint, [1] * at_once))
+        paint_each = map if at_once == 1 else pool.map
+        list(paint_each(paint, [1] * at_once))
         started = time.perf_counter()
-        list(pool.map(paint, [rounds] * at_once))
+        list(paint_each(paint, [rounds] * at_once))
         return at_once * rounds * len(batch) / (time.perf_counter() - started)
 
 
