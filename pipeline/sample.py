@@ -13,7 +13,6 @@ texture and a little light, so that a model can learn it and be judged on scenes
 from __future__ import annotations
 
 import argparse
-import io
 import logging
 import sys
 from collections.abc import Sequence
@@ -22,9 +21,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from stages import storage
+from stages import png, storage
 from stages.errors import UserError
 from stages.progress import Progress
 
@@ -209,19 +207,15 @@ def write(folder: str, *, pairs: int, width: int, height: int, seed: int) -> Non
     def one(number: int) -> None:
         scene, name = draw(seed, number, width, height), f"scene_{number:05d}.png"
         for layer in ("photo", "label", "instance"):  # the instance map last: it says the scene is whole
-            storage.write_bytes(storage.join(folder, layer, name), _png(getattr(scene, layer)))
+            storage.write_bytes(
+                storage.join(folder, layer, name), png.encode(np.atleast_3d(getattr(scene, layer)))
+            )
 
     todo = [number for number in range(pairs) if f"scene_{number:05d}.png" not in there]
     progress = Progress("sample", total=pairs, unit="scenes", done=pairs - len(todo))
     with progress, ThreadPoolExecutor(4) as pool:
         for _ in pool.map(one, todo):
             progress.advance()
-
-
-def _png(array: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _size(text: str) -> tuple[int, int]:

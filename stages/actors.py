@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 from stages.base import Resources
 from stages.errors import PixloomError, StageError, full_disk
 
-AT_ONCE = 2
+UNITS_AT_ONCE = 2
 """Units in a process's hands: one is read or written while the other is computed."""
 
 BLOCKS = 4096  # units Ray Data is told of at once, in blocks of its own
@@ -47,7 +47,7 @@ def on_actors(
                 max_size=most,
                 initial_size=most if len(chunk) >= 2 * most else 1,
                 max_tasks_in_flight_per_actor=3,
-                max_concurrent_calls_per_actor=AT_ONCE,
+                max_concurrent_calls_per_actor=UNITS_AT_ONCE,
                 enable_true_multi_threading=True,
             ),
         )

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import ray.data
 
-from stages import images, storage
+from stages import images, png, storage
 from stages.base import Kind, Role, Split
 from stages.dataset import DatasetSpec, read_split
 from stages.images import Array
@@ -304,7 +304,7 @@ def write(
     files = {
         "card.json": json.dumps(found, indent=2, ensure_ascii=False).encode() + b"\n",
         "card.md": markdown(found).encode(),
-        "samples.png": images.to_png(samples(folder, spec)),
+        "samples.png": png.encode(samples(folder, spec)),
     }
     for name, data in files.items():
         storage.write_bytes(storage.join(folder, name), data)

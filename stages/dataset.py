@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import ValidationError
 
-from stages import images, storage
+from stages import images, png, storage
 from stages.base import Config, Kind, Role, Split
 from stages.errors import StageError, UserError
 from stages.images import Array, Encoding, ImageRejected
@@ -187,7 +187,7 @@ def example(folder: str, spec: DatasetSpec) -> dict[str, bytes]:
 def _encoded(array: Array, kind: Kind) -> bytes:
     array = array[:EXAMPLE_SIDE, :EXAMPLE_SIDE]
     if kind != "channels":
-        return images.to_png(array)
+        return png.encode(array)
     sink = io.BytesIO()
     np.save(sink, array)
     return sink.getvalue()

@@ -34,14 +34,14 @@ import torch
 from pydantic import Field, field_validator
 from ray.exceptions import RayError
 
-from stages import dataset, images, metrics, outputs, sources, storage
-from stages.actors import AT_ONCE, failure, on_actors, pool_size, threads, uses_gpu
+from stages import dataset, images, metrics, outputs, png, sources, storage
+from stages.actors import UNITS_AT_ONCE, failure, on_actors, pool_size, threads, uses_gpu
 from stages.base import Config, Fraction, Outcome, Resources, Role, Split
 from stages.dataset import DatasetSpec, Sample
 from stages.errors import StageError, UserError
 from stages.fetch import Object, Reader
 from stages.heap import keep_freed_memory
-from stages.images import Array, ImageRejected, to_png
+from stages.images import Array, ImageRejected
 from stages.inference import Painter
 from stages.judges import (
     Inception,
@@ -300,7 +300,7 @@ class Judge:
     """Scores units of targets."""
 
     def __init__(self, job: Job) -> None:
-        torch.set_num_threads(max(1, job.threads // AT_ONCE))  # units are judged side by side
+        torch.set_num_threads(max(1, job.threads // UNITS_AT_ONCE))  # units are judged side by side
         keep_freed_memory()
         self.job, self.config = job, job.config
         self.spec = dataset.load(job.shards)
@@ -569,7 +569,7 @@ def run(
     for name in summary.get("segmentation", {}):
         matrix = np.array(storage.read_json(storage.join(output, "confusion.json"))[name])
         track.artifact(f"confusion/{name}.json", json.dumps(matrix.tolist()).encode())
-        track.artifact(f"confusion/{name}.png", to_png(metrics.confusion_picture(matrix)))
+        track.artifact(f"confusion/{name}.png", png.encode(metrics.confusion_picture(matrix)))
     return Outcome(counts={"images": summary["num_images"], "missing": summary["num_missing"]}, metrics=told)
 
 
@@ -625,7 +625,7 @@ def first_units(spec: DatasetSpec, split: Split, units: list[RowGroups], rows: i
 def with_training(job: Job, known: Training, output: str) -> Job:
     """The job with the training split's view in Ray's store, its mean also as a picture."""
     if known.mean is not None:
-        storage.write_bytes(storage.join(output, "mean_target.png"), images.to_png(known.mean))
+        storage.write_bytes(storage.join(output, "mean_target.png"), png.encode(known.mean))
     values = {name: getattr(job, name) for name in Job.__dataclass_fields__}
     return Job(**{**values, "training": ray.put(known)})
 

@@ -647,11 +647,6 @@ def to_pillow(array: Array) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def to_png(array: Array) -> bytes:
-    """A picture (H, W, C) as PNG bytes."""
-    return encode(array, "png")
-
-
 def sheet(rows: Sequence[Sequence[Array]], *, gap: int = 4) -> Array:
     """Pictures (H, W, 3), all of one size, as one sheet with white gaps: a row a sample."""
     height, width = rows[0][0].shape[:2]

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from stages import averaging, checkpoints, curves, phases, storage
+from stages import averaging, checkpoints, curves, phases, png, storage
 from stages.board import SAVE, Event, Poster
 from stages.checkpoints import Checkpoint, Position, Writer
 from stages.curves import DivergedError, Point, Window
@@ -52,7 +52,7 @@ from stages.models.step import (
 from stages.models.styles import Styles, collect_styles
 from stages.models.vgg import load_vgg
 from stages.phases import PhaseJob
-from stages.tracking import png, system_metrics
+from stages.tracking import system_metrics
 
 PICTURES = 20  # sample grids per phase, at most
 LOOK_S = 2.0  # between two looks for an order, on which all workers have to agree
@@ -590,7 +590,7 @@ def publish(task: Task, gan: Translator, styles: Styles | None) -> None:
 
 def save_picture(output: str, epoch: int, grid: np.ndarray) -> None:
     """Keep a sample grid in the phase's folder."""
-    storage.write_bytes(storage.join(output, "samples", f"epoch-{epoch:04d}.png"), png(grid))
+    storage.write_bytes(storage.join(output, "samples", f"epoch-{epoch:04d}.png"), png.encode(grid))
 
 
 @contextmanager

@@ -34,26 +34,20 @@ def encode(array: npt.NDArray[Any], palette: bytes = b"") -> bytes:
     packed = isal_zlib.compress(_filtered(rows, _UP), _LEVEL)
     if channels == 1:  # ids: areas of one value repeat as they are
         packed = min(packed, isal_zlib.compress(_filtered(rows, _NONE), _LEVEL), key=len)
-    chunks = [(b"IHDR", header), (b"PLTE", palette), (b"IDAT", packed), (b"IEND", b"")]
-    return SIGNATURE + b"".join(_chunk(name, data) for name, data in chunks if data or name == b"IEND")
+    colors = _chunk(b"PLTE", palette) if palette else b""
+    return SIGNATURE + _chunk(b"IHDR", header) + colors + _chunk(b"IDAT", packed) + _chunk(b"IEND", b"")
 
 
 def _filtered(rows: npt.NDArray[np.uint8], kind: int) -> npt.NDArray[np.uint8]:
     """(H, bytes of a row) -> (H, 1 + bytes): each row after the name of its filter."""
     out = np.empty((rows.shape[0], 1 + rows.shape[1]), np.uint8)
     out[:, 0] = kind
-    out[0, 1:] = rows[0]  # above the first row are zeros
+    out[:, 1:] = rows
     if kind == _UP:
-        np.subtract(rows[1:], rows[:-1], out=out[1:, 1:])  # modulo 256
-    else:
-        out[1:, 1:] = rows[1:]
+        out[1:, 1:] -= rows[:-1]  # modulo 256; above the first row are zeros
     return out
 
 
 def _chunk(name: bytes, data: bytes) -> bytes:
-    return (
-        struct.pack(">I", len(data))
-        + name
-        + data
-        + struct.pack(">I", isal_zlib.crc32(data, isal_zlib.crc32(name)))
-    )
+    checksum = isal_zlib.crc32(data, isal_zlib.crc32(name))
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)

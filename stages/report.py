@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from stages import dataset, images, outputs, storage
+from stages import dataset, images, outputs, png, storage
 from stages.base import Config, Outcome, Resources, Split
 from stages.dataset import DatasetSpec, Sample
 from stages.errors import UserError
@@ -371,7 +371,7 @@ def sheet(
             if generated is not None:
                 fake = images.resize(generated, spec.size, "rgb")
                 rows.append([sample.picture(spec, "source"), fake, sample.picture(spec, "target")])
-    return images.to_png(images.sheet(rows)) if rows else None
+    return png.encode(images.sheet(rows)) if rows else None
 
 
 def score_names(summary: Mapping[str, Any]) -> list[str]:

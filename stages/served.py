@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
-from stages import images
+from stages import images, png
 from stages.inference import Painter, noise_seed
 from stages.models.saved import load_model
 
@@ -50,7 +50,7 @@ class Served(PythonModel):  # type: ignore[misc]
             if painter.target_kind not in ("rgb", "grey", "grey16"):
                 light = source if painter.source_kind == "lab_l" else None
                 out = images.picture(out, painter.target_kind, lightness=light)
-            made.append(images.to_png(out))
+            made.append(png.encode(out))
         return pd.DataFrame({"image": made})
 
 

@@ -37,7 +37,7 @@ import psutil
 from PIL import Image
 from pydantic import Field, field_validator
 
-from stages import storage
+from stages import png, storage
 from stages.base import Config
 from stages.errors import PixloomError, UserError
 
@@ -179,13 +179,6 @@ def not_yet_there(rows: Iterable[Sequence[Any]], last_steps: Mapping[str, int]) 
     return [row for row in rows if row[2] > last_steps.get(row[0], -1)]
 
 
-def png(array: np.ndarray) -> bytes:
-    """A PNG file of an (H, W, 1 or 3) uint8 picture."""
-    buffer = io.BytesIO()
-    Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(buffer, format="png")
-    return buffer.getvalue()
-
-
 # -- handles ------------------------------------------------------------------
 
 
@@ -231,7 +224,7 @@ class Run:
 
     def image(self, array: np.ndarray, key: str, step: int) -> None:
         """A picture, (H, W, 1 or 3) uint8, of a series that MLflow's page shows by step."""
-        self._queue("image", png=png(array), name=allowed_name(key), step=step)
+        self._queue("image", png=png.encode(array), name=allowed_name(key), step=step)
 
     def artifact(self, name: str, data: bytes | Path) -> None:
         """A file, under `name` ("folder/file.json"), from memory or from a local path."""

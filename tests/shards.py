@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages import dataset, images, ingest, pair, shard
+from stages import dataset, images, ingest, pair, png, shard
 from stages.base import Role
 from stages.dataset import DatasetSpec
 from stages.errors import UserError
@@ -37,7 +37,7 @@ def ids(seed: int, width: int = 24, height: int = 16, classes: int = 5) -> np.nd
 
 def write_image(path: Path, array: np.ndarray) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(images.to_png(array))
+    path.write_bytes(png.encode(array))
     return str(path)
 
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from stages import dataset, evaluate, images, infer, metrics
+from stages import dataset, evaluate, images, infer, metrics, png
 from stages.base import Outcome, Resources
 from stages.errors import StageError, UserError
 from stages.evaluate import EvaluateConfig, is_candidate, nearest, same_size, summarise
@@ -149,7 +149,7 @@ def test_images_of_another_system_are_judged_by_their_names(
     for index, sample in enumerate(dataset.read_split(shards, spec, "test")):
         if index > 1:
             picture = images.resize(sample.images["target"], (16, 16), "rgb")
-            (folder / f"{sample.key.rpartition('/')[2]}_fake.png").write_bytes(images.to_png(picture))
+            (folder / f"{sample.key.rpartition('/')[2]}_fake.png").write_bytes(png.encode(picture))
     settings: dict[str, Any] = {
         "images": str(folder),
         "names": "{name}_fake.png",
@@ -175,7 +175,7 @@ def test_label_pictures_are_scored_by_the_palette(ray_local: None, tmp_path: Pat
         exact[:, :4] = colors[0]
         path = folder / f"{sample.key}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(images.to_png(exact))
+        path.write_bytes(png.encode(exact))
     judge(
         tmp_path / "out",
         ONE,

@@ -72,9 +72,9 @@ def client_options() -> Iterator[None]:
 
 
 def png(seed: int) -> bytes:
-    from stages.images import to_png
+    from stages.png import encode
 
-    return to_png(photo(seed))
+    return encode(photo(seed))
 
 
 def fill(store: Store, bucket: str, count: int = PAIRS) -> None:

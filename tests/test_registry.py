@@ -20,7 +20,7 @@ from mlflow.entities import LoggedModelStatus
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from stages import images, tracking
+from stages import images, png, tracking
 from stages.inference import Painter
 from stages.model_source import local_model
 from stages.models.saved import DISCRIMINATOR, load_model
@@ -62,7 +62,7 @@ def new_run(client: MlflowClient) -> str:
     return str(client.create_run(experiment.experiment_id).info.run_id)
 
 
-EXAMPLE = {"image": images.to_png(scene(3, 32, 32)["source"])}
+EXAMPLE = {"image": png.encode(scene(3, 32, 32)["source"])}
 
 
 def test_the_better_one_is_champion_and_none_is_made_twice(uri: str, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stages import dataset, images, metrics, outputs, report, storage
+from stages import dataset, metrics, outputs, png, report, storage
 from stages.base import Resources
 from stages.errors import UserError
 from stages.evaluate import summarise
@@ -105,7 +105,7 @@ def judged(folder: Path, shards: str, count: int) -> tuple[str, str]:
         if index == count - 1:
             row["error"] = "missing"
         else:
-            storage.write_bytes(f"{folder}/images/{name}", images.to_png(fake))
+            storage.write_bytes(f"{folder}/images/{name}", png.encode(fake))
             row |= metrics.pixel_scores(fake, sample.images["target"]) | {"mean_target_l1": 0.3}
         found.append(row)
     storage.write_json(f"{folder}/images/model/model.json", {"architecture": {"kind": "pix2pixhd"}})
