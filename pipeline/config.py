@@ -10,7 +10,7 @@ Everything wrong with it is found here, before any work, and told in one line th
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self, cast
 
@@ -96,11 +96,11 @@ class PipelineConfig(Config):
 def load(path: str, overrides: Iterable[str] = (), profile: str | None = None) -> PipelineConfig:
     """Read a config file, choose a profile (None: the file's own choice), apply `a.b=c` (values are YAML).
 
-    Raises UserError with one line that names the file (or `--set`, `--profile`) and the dotted key.
+    Raises UserError with one line that names the file, the dotted key, and `--set` or `--profile` if by them.
     """
-    values = read(path, profile)
-    override(values, overrides)
-    return validated(values, path)
+    values, given = read(path, profile), list(overrides)
+    override(values, given)
+    return validated(values, path, given)
 
 
 def read(path: str, profile: str | None = None) -> dict[str, Any]:
@@ -114,12 +114,12 @@ def override(values: dict[str, Any], overrides: Iterable[str]) -> None:
         _set(values, one)
 
 
-def validated(values: Mapping[str, Any], path: str) -> PipelineConfig:
-    """The typed config. Raises UserError that names the file and the first key that is wrong."""
+def validated(values: Mapping[str, Any], path: str, overrides: Sequence[str] = ()) -> PipelineConfig:
+    """The typed config. Raises UserError that names the file, a key that is wrong, the override it is by."""
     try:
         return PipelineConfig.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: {_first(error)}") from error
+        raise UserError(f"{path}: {_first(error, overrides)}") from error
 
 
 def schema() -> str:
@@ -268,10 +268,14 @@ def _item(place: Any, part: str, said: str) -> Any:
     return place[int(part)]
 
 
-def _first(error: ValidationError) -> str:
-    """The first thing wrong, as `dotted.key: what is wrong`, and how many more there are."""
+def _first(error: ValidationError, overrides: Sequence[str]) -> str:
+    """A thing that is wrong, as `dotted.key: what is wrong`, and how many more there are.
+
+    An unknown key before all: misspelt, it is why another is missing. Of an override the key alone is told:
+    the value may be a secret.
+    """
     errors = error.errors(include_url=False)
-    first = errors[0]
+    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
     key = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
@@ -281,6 +285,11 @@ def _first(error: ValidationError) -> str:
     elif not isinstance(first["input"], dict | list) and first["type"] != "value_error":
         message = f"{message}, got {first['input']!r}"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    for override in overrides:
+        dotted = override.partition("=")[0]
+        if f"{dotted}.".startswith(f"{key}.") or key.startswith(f"{dotted}."):
+            more = f" (by --set {dotted}){more}"
+            break
     return " ".join(f"{key + ': ' if key else ''}{message}{more}".split())
 
 

@@ -65,6 +65,17 @@ def test_a_wrong_key_or_value_is_named_with_its_file(override: str, names: tuple
         assert name in told
 
 
+def test_a_key_that_is_wrong_by_an_override_says_so_without_the_value() -> None:
+    assert refused("trian.seed=3") == f"{YAML}: trian: there is no such key (by --set trian.seed)"
+    assert refused("storage.s3.secret=abc").count("abc") == 0
+
+
+def test_a_misspelt_section_is_told_before_the_one_that_is_missing(tmp_path: Path) -> None:
+    file = tmp_path / "misspelt.yaml"
+    file.write_text(Path(YAML).read_text().replace("\nshard:", "\nshrad:"))
+    assert refused(path=str(file)) == f"{file}: shrad: there is no such key (and 1 more)"
+
+
 @pytest.mark.parametrize("override", ["train.seed", "=1", "train.phases.9.epochs=1", "train.seed.deep=1"])
 def test_a_set_that_leads_nowhere_is_refused(override: str) -> None:
     assert "--set" in refused(override)
