@@ -1,6 +1,6 @@
 """Generating pictures with G1 at 512x256: settings against eager float32 as published, in turns.
 
-python -m benchmarks.inference_model [--turns 5] [--settings channels-last bf16 ...]
+python -m benchmarks.inference_model [--turns 5] [--settings winograd bf16 ...]
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from benchmarks.plain import PlainGenerator, copy_weights
 from benchmarks.train_step import HD_INPUTS, Case, make_batch
 from stages.models.architecture import Pix2PixHD, build_generator
+from stages.models.layers import fix_weights
 from stages.models.process import keep_freed_memory, return_freed_memory
 from stages.models.step import make_condition
 
 ARCH = Pix2PixHD(enhancers=0)
-SETTINGS = ("as-trained", "channels-last", "bf16", "compiled", "compiled-bf16")
+SETTINGS = ("as-trained", "channels-last", "winograd", "bf16", "compiled", "compiled-bf16")
 
 
 def channels_last(network: nn.Module) -> nn.Module:
@@ -35,6 +36,8 @@ def generator(setting: str, weights: nn.Module) -> tuple[Callable[[Tensor], Tens
     network.load_state_dict(weights.state_dict())
     network.eval().requires_grad_(False)
     run: Callable[[Tensor], Tensor] = network if setting == "as-trained" else channels_last(network)
+    if setting == "winograd":
+        fix_weights(network)
     if setting.startswith("compiled"):
         run = torch.compile(network, options={"freezing": True})
     return run, torch.bfloat16 if setting.endswith("bf16") else None

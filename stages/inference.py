@@ -22,7 +22,7 @@ from stages.base import Kind
 from stages.images import Array
 from stages.models.architecture import size_multiple, uses_edges
 from stages.models.inputs import instance_edges, one_hot, padded_size, reflect_to
-from stages.models.layers import noise_sources
+from stages.models.layers import fix_weights, noise_sources
 from stages.models.saved import LoadedModel
 from stages.models.styles import find_instances, from_reference, mean_features, paint
 
@@ -70,6 +70,7 @@ class Painter:
         model.generator.requires_grad_(requires_grad=False)
         # The layout it was trained in; faster on CPUs and GPUs alike (benchmarks/README.md).
         model.generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        fix_weights(model.generator)
         if stochastic:
             _use_batch_statistics(model.generator)
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from stages.models import winograd
 from stages.models.wide import suits, wide_conv, wide_transposed_conv
 
 Upsampling = Literal["transpose", "resize"]
@@ -23,6 +24,9 @@ NormKind = Literal["batch", "instance"]
 
 MIN_PAINTED = 2**17
 """Numbers of a sample from which `transposed_conv_to_few` is the faster way: 32 channels of 64x64."""
+
+WINOGRAD = {(3, 1): 3, (4, 2): 2}
+"""Taps of the filter that a convolution of a kernel and a stride is to `winograd`."""
 
 Noise = Sequence[torch.Generator]
 """One random source per sample of a batch: a sample's noise does not depend on its neighbours."""
@@ -57,6 +61,8 @@ class Conv(nn.Conv2d):
             bias=bias or inert_bias,
         )
         self.inert_bias = inert_bias
+        self.fixed = False  # see `fix_weights`
+        self.sums: Tensor | None = None
         if inert_bias and self.bias is not None:
             self.bias.requires_grad_(False)
 
@@ -64,13 +70,21 @@ class Conv(nn.Conv2d):
         """(N, C_in, H, W) -> (N, C_out, H', W')."""
         bias = None if self.inert_bias else self.bias
         stride, padding = self.stride[0], int(self.padding[0])
+        reflect = self.padding_mode == "reflect"
         rows = x.shape[0] * (x.shape[2] // stride) * (x.shape[3] // stride)
+        taps = WINOGRAD.get((self.kernel_size[0], stride))
+        if self.fixed and taps and winograd.suits(x, self.out_channels, taps=taps, stride=stride):
+            if self.sums is None:
+                self.sums = winograd.tap_sums(
+                    self.weight if stride == 1 else winograd.over_blocks(self.weight)
+                )
+            y = winograd.conv(x, self.sums, stride=stride, padding=padding, reflect=reflect)
+            y = y.contiguous(memory_format=torch.channels_last)
+            return y if bias is None else y + bias.view(1, -1, 1, 1)
         if suits(x, self.weight, rows):
-            reflect = self.padding_mode == "reflect"
-            wide = wide_conv(x, self.weight, stride=stride, padding=padding, reflect=reflect)
-            return wide if bias is None else wide + bias.view(1, -1, 1, 1)
-        y: Tensor = self._conv_forward(x, self.weight, bias)
-        return y
+            y = wide_conv(x, self.weight, stride=stride, padding=padding, reflect=reflect)
+            return y if bias is None else y + bias.view(1, -1, 1, 1)
+        return cast(Tensor, self._conv_forward(x, self.weight, bias))
 
 
 class TransposedConv(nn.ConvTranspose2d):
@@ -89,6 +103,8 @@ class TransposedConv(nn.ConvTranspose2d):
             bias=bias or inert_bias,
         )
         self.inert_bias = inert_bias
+        self.fixed = False  # see `fix_weights`
+        self.sums: Tensor | None = None
         if inert_bias and self.bias is not None:
             self.bias.requires_grad_(False)
 
@@ -96,6 +112,12 @@ class TransposedConv(nn.ConvTranspose2d):
         """(N, C_in, H, W) -> (N, C_out, 2H, 2W)."""
         assert output_size is None
         bias = None if self.inert_bias else self.bias
+        four = self.kernel_size == (4, 4)
+        if self.fixed and four and winograd.suits(x, 4 * self.out_channels, taps=2, stride=1):
+            if self.sums is None:
+                self.sums = winograd.tap_sums(over_pixels(self.weight))
+            y = interleaved(winograd.conv(x, self.sums, stride=1, padding=1, reflect=False))
+            return y if bias is None else y + bias.view(1, -1, 1, 1)
         if suits(x, self.weight, x.shape[0] * x.shape[2] * x.shape[3]):
             wide = wide_transposed_conv(x, self.weight)
             return wide if bias is None else wide + bias.view(1, -1, 1, 1)
@@ -118,25 +140,37 @@ class TransposedConv(nn.ConvTranspose2d):
 def transposed_conv_to_few(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A transposed convolution of kernel 4, stride 2, padding 1, as a convolution of kernel 2: the same sums.
 
-    Of the four pixels that an input pixel becomes each sees 2 x 2 taps. They are made as channels of one
-    pixel: the library computes 16 channels in the time of 3.
+    The four pixels that a pixel becomes are made as channels of one: the library computes 16 channels in the
+    time of 3.
 
     (N, C_in, H, W), weights (C_in, C_out, 4, 4) -> (N, C_out, 2H, 2W), channels last.
     """
-    samples, _, height, width = x.shape
-    few = weight.shape[1]
+    kernel = over_pixels(weight).contiguous(memory_format=torch.channels_last)
+    return interleaved(F.conv2d(x, kernel, None if bias is None else bias.repeat(4), padding=1))
+
+
+def over_pixels(weight: Tensor) -> Tensor:
+    """Weights of a transposed convolution as a filter: (C_in, C_out, 4, 4) -> (4 * C_out, C_in, 2, 2).
+
+    Of the four pixels that an input pixel becomes each sees 2x2 taps.
+    """
     taps = torch.tensor([[3, 1], [2, 0]])  # of an even and an odd row, in the two rows above and below it
     of_rows = weight[:, :, taps]  # (C_in, C_out, parity, row, 4)
     of_pixels = of_rows[..., taps].permute(2, 4, 1, 0, 3, 5)  # (parity, parity, C_out, C_in, row, column)
-    kernel = of_pixels.flatten(0, 2).contiguous(memory_format=torch.channels_last)
-    made = F.conv2d(x, kernel, None if bias is None else bias.repeat(4), padding=1)
-    made = made.permute(0, 2, 3, 1).view(samples, height + 1, width + 1, 2, 2, few)  # parities of row, column
-    y = made.new_empty(samples, height, 2, width, 2, few)
+    return of_pixels.flatten(0, 2)
+
+
+def interleaved(made: Tensor) -> Tensor:
+    """What the filter of `over_pixels` makes, padded by 1: (N, 4 * C_out, H+1, W+1) -> (N, C_out, 2H, 2W)."""
+    samples, channels, height, width = made.shape
+    height, width, channels = height - 1, width - 1, channels // 4
+    made = made.permute(0, 2, 3, 1).view(samples, height + 1, width + 1, 2, 2, channels)  # parities
+    y = made.new_empty(samples, height, 2, width, 2, channels)
     for odd_row in range(2):
         for odd_column in range(2):
             part = made[:, odd_row : odd_row + height, odd_column : odd_column + width, odd_row, odd_column]
             y[:, :, odd_row, :, odd_column] = part
-    return y.view(samples, 2 * height, 2 * width, few).permute(0, 3, 1, 2)
+    return y.view(samples, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
 
 
 class ResizeConv(Conv):
@@ -167,6 +201,17 @@ def up_conv(
     if upsampling == "resize":
         return ResizeConv(in_channels, out_channels, bias=bias, inert_bias=inert_bias)
     return TransposedConv(in_channels, out_channels, kernel, bias=bias, inert_bias=inert_bias)
+
+
+def fix_weights(network: nn.Module) -> None:
+    """Have a network generate with fewer multiplications on CPUs (`winograd`): its weights change no more.
+
+    A layer of many channels keeps sums of its weights from its first large picture on, which take 16/9 of the
+    weights' memory for kernel 3, 9/4 for kernel 4.
+    """
+    for module in network.modules():
+        if isinstance(module, Conv | TransposedConv):
+            module.fixed = True
 
 
 class InstanceNorm(nn.InstanceNorm2d):
