@@ -1,16 +1,22 @@
-"""Settings of a process that trains: they change speed and no result. A worker applies them at its start."""
+"""Settings of a process that runs a network, applied at its start: they change speed and no result."""
 
 from __future__ import annotations
 
+import sys
 from typing import Literal
 
 import torch
 
 from stages.heap import keep_freed_memory, return_freed_memory
 
+SWITCH_SECONDS = 0.0005
+"""How long a thread that decodes or sends may keep the interpreter while the network's thread, back from an
+operator, waits for it to start the next: Python's own 5 ms are many operators long."""
+
 
 def tune_process(device: torch.device | str, *, save_memory: bool = False) -> None:
-    """Make this process fast for training on `device`; `save_memory`, on a CPU, gives up speed for it."""
+    """Make this process fast for a network on `device`; `save_memory`, on a CPU, gives up speed for it."""
+    sys.setswitchinterval(SWITCH_SECONDS)
     if torch.device(device).type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
         torch.backends.cudnn.allow_tf32 = True

@@ -21,3 +21,13 @@ def test_other_platforms_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sys, "platform", "darwin")
     process.tune_process("cpu")
     assert not heap.keep_freed_memory()
+
+
+@pytest.mark.parametrize("save_memory", [False, True])
+def test_the_networks_thread_does_not_wait_long_for_the_interpreter(save_memory: bool) -> None:
+    before = sys.getswitchinterval()
+    try:
+        process.tune_process("cpu", save_memory=save_memory)
+        assert sys.getswitchinterval() == pytest.approx(process.SWITCH_SECONDS)
+    finally:
+        sys.setswitchinterval(before)
