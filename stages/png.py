@@ -42,9 +42,11 @@ def _filtered(rows: npt.NDArray[np.uint8], kind: int) -> npt.NDArray[np.uint8]:
     """(H, bytes of a row) -> (H, 1 + bytes): each row after the name of its filter."""
     out = np.empty((rows.shape[0], 1 + rows.shape[1]), np.uint8)
     out[:, 0] = kind
-    out[:, 1:] = rows
     if kind == _UP:
-        out[1:, 1:] -= rows[:-1]  # modulo 256; above the first row are zeros
+        out[0, 1:] = rows[0]  # above it are zeros
+        np.subtract(rows[1:], rows[:-1], out=out[1:, 1:])  # modulo 256
+    else:
+        out[:, 1:] = rows
     return out
 
 

@@ -249,29 +249,24 @@ class _ChannelsLastNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        samples, channels, height, width = x.shape
+        rows = x.permute(0, 2, 3, 1)
+        columns = rows.view(samples, 1, height, 1, width * channels).permute(0, 1, 4, 2, 3)
+        found = [torch.batch_norm_update_stats(one, None, None, 0.0) for one in columns]
+        means, variances = (
+            torch.stack(each).view(samples, width, channels).double() for each in zip(*found, strict=True)
+        )
+        mean = means.mean(1)
+        variance = variances.add_((means - mean[:, None]).square_()).mean(1)
+        scale = (variance + eps).rsqrt_() if weight is None else (variance + eps).rsqrt_() * weight
+        shift = -mean * scale if bias is None else bias - mean * scale
+        exact = torch.promote_types(x.dtype, torch.float32)
         y = torch.empty_like(x)
-        means, variances = [], []
-        for one, out in zip(torch.split(x, 1), torch.split(y, 1), strict=True):
-            mean, variance = _ChannelsLastNorm._statistics(one)
-            unused = (mean.new_empty(0), mean.new_empty(0))
-            torch.native_batch_norm(one, weight, bias, mean, variance, False, 0.0, eps, out=(out, *unused))
-            means.append(mean)
-            variances.append(variance)
-        ctx.save_for_backward(x, weight, torch.stack(means), torch.stack(variances))
+        factor, summand = (one.to(exact)[:, None, None] for one in (scale, shift))
+        torch.addcmul(summand, rows, factor, out=y.permute(0, 2, 3, 1))
+        ctx.save_for_backward(x, weight, mean.to(exact), variance.to(exact))
         ctx.eps = eps
         return y
-
-    @staticmethod
-    def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-        """(1, C, H, W) -> mean and variance (C,)."""
-        _, channels, height, width = x.shape
-        columns = x.permute(0, 2, 3, 1).view(1, height, 1, width * channels).permute(0, 3, 1, 2)
-        means, variances = torch.batch_norm_update_stats(columns, None, None, 0.0)
-        means, variances = means.view(width, channels).double(), variances.view(width, channels).double()
-        mean = means.mean(0)
-        variance = variances.add_((means - mean).square_()).mean(0)
-        exact = torch.promote_types(x.dtype, torch.float32)
-        return mean.to(exact), variance.to(exact)
 
     @staticmethod
     @once_differentiable
