@@ -1,6 +1,11 @@
-"""Generating pictures with G1 at 512x256: settings against eager float32 as published, in turns.
+"""Generating with G1 at 512x256 or a U-Net at 256x256: settings against the published way, in turns.
 
-python -m benchmarks.inference_model [--turns 5] [--settings winograd bf16 ...]
+python -m benchmarks.inference_model [--network g1] [--turns 5] [--settings fixed bf16 ...]
+
+    published       eager float32, the layers of the published code
+    as-trained      our network, before its weights are laid out
+    channels-last   the layout that the trainer gives them
+    fixed           and known to change no more, as batch inference does it
 """
 
 from __future__ import annotations
@@ -14,15 +19,18 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from benchmarks.plain import PlainGenerator, copy_weights
+from benchmarks.plain import PlainGenerator, PlainUnet, copy_weights
 from benchmarks.train_step import HD_INPUTS, Case, make_batch
-from stages.models.architecture import Pix2PixHD, build_generator
+from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD, build_generator
 from stages.models.layers import fix_weights
 from stages.models.process import keep_freed_memory, return_freed_memory
 from stages.models.step import make_condition
 
-ARCH = Pix2PixHD(enhancers=0)
-SETTINGS = ("as-trained", "channels-last", "winograd", "bf16", "compiled", "compiled-bf16")
+CASES = {
+    "g1": (Case(Pix2PixHD(enhancers=0), (512, 256)), HD_INPUTS),
+    "unet": (Case(Pix2Pix(dropout="none"), (256, 256)), InputSpec()),
+}
+SETTINGS = ("as-trained", "channels-last", "fixed", "bf16", "compiled", "compiled-bf16")
 
 
 def channels_last(network: nn.Module) -> nn.Module:
@@ -30,13 +38,21 @@ def channels_last(network: nn.Module) -> nn.Module:
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def generator(setting: str, weights: nn.Module) -> tuple[Callable[[Tensor], Tensor], torch.dtype | None]:
+def built(network: str) -> nn.Module:
+    """Our generator of that name."""
+    case, inputs = CASES[network]
+    return build_generator(case.arch, inputs, enhancers=0 if network == "g1" else None)
+
+
+def generator(
+    setting: str, weights: nn.Module, name: str
+) -> tuple[Callable[[Tensor], Tensor], torch.dtype | None]:
     """A way to run the generator, and the dtype of its autocast."""
-    network = build_generator(ARCH, HD_INPUTS, enhancers=0)
+    network = built(name)
     network.load_state_dict(weights.state_dict())
     network.eval().requires_grad_(False)
     run: Callable[[Tensor], Tensor] = network if setting == "as-trained" else channels_last(network)
-    if setting == "winograd":
+    if setting == "fixed":
         fix_weights(network)
     if setting.startswith("compiled"):
         run = torch.compile(network, options={"freezing": True})
@@ -48,6 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--network", choices=CASES, default="g1")
     parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=SETTINGS)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -55,16 +72,19 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     clock = time.process_time if arguments.cpu_time else time.perf_counter
-    batch = make_batch(Case(ARCH, (512, 256)))
-    condition = make_condition(batch.source, batch.instance, arch=ARCH, inputs=HD_INPUTS)
-    ours = build_generator(ARCH, HD_INPUTS, enhancers=0).eval()
-    plain = PlainGenerator(condition.shape[1]).eval()
+    case, inputs = CASES[arguments.network]
+    batch = make_batch(case)
+    condition = make_condition(batch.source, batch.instance, arch=case.arch, inputs=inputs)
+    ours = built(arguments.network).eval()
+    plain: nn.Module = PlainGenerator(condition.shape[1])
+    if arguments.network == "unet":  # batch statistics at test time, as published
+        plain = PlainUnet(condition.shape[1], 3, levels=8, width=64, noisy=set()).train()
     copy_weights(ours, plain)
     print(f"torch {torch.__version__}, {arguments.threads} threads, medians of {arguments.turns} in turns")
-    print("| setting | eager float32 s | this s | ratio | largest difference |")
+    print("| setting | published s | this s | ratio | largest difference |")
     print("|---|---|---|---|---|")
     for setting in arguments.settings:
-        run, dtype = generator(setting, ours)
+        run, dtype = generator(setting, ours, arguments.network)
         x = condition if setting == "as-trained" else condition.contiguous(memory_format=torch.channels_last)
         times: tuple[list[float], list[float]] = ([], [])
         with torch.inference_mode():
