@@ -112,8 +112,7 @@ class TransposedConv(nn.ConvTranspose2d):
         """(N, C_in, H, W) -> (N, C_out, 2H, 2W)."""
         assert output_size is None
         bias = None if self.inert_bias else self.bias
-        four = self.kernel_size == (4, 4)
-        if self.fixed and four and winograd.suits(x, 4 * self.out_channels, taps=2, stride=1):
+        if self.fixed and self._interleaves(x):
             if self.sums is None:
                 self.sums = winograd.tap_sums(over_pixels(self.weight))
             y = interleaved(winograd.conv(x, self.sums, stride=1, padding=1, reflect=False))
@@ -124,6 +123,11 @@ class TransposedConv(nn.ConvTranspose2d):
         if self._paints(x):
             return transposed_conv_to_few(x, self.weight, bias)
         return F.conv_transpose2d(x, self.weight, bias, 2, 1, self.output_padding)
+
+    def _interleaves(self, x: Tensor) -> bool:
+        """Whether it is made with fewer multiplications, as four pixels' channels."""
+        four = 4 * self.out_channels
+        return self.kernel_size[0] == 4 and winograd.suits(x, four, taps=2, stride=1, wider=True)
 
     def _paints(self, x: Tensor) -> bool:
         """Whether it makes a large picture's few channels, on a CPU, and no gradients are asked for."""
@@ -206,7 +210,7 @@ def up_conv(
 def fix_weights(network: nn.Module) -> None:
     """Have a network generate with fewer multiplications on CPUs (`winograd`): its weights change no more.
 
-    A layer of many channels keeps sums of its weights from its first large picture on, which take 16/9 of the
+    A layer of many channels keeps sums of its weights from its first large batch on, which take 16/9 of the
     weights' memory for kernel 3, 9/4 for kernel 4.
     """
     for module in network.modules():

@@ -21,18 +21,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MIN_CHANNELS = {2: 768, 3: 256}
+MIN_CHANNELS = {2: 768, 3: 512}
 """Channels of a cell and of an output together, by taps, from which this is faster (benchmarks/README.md)."""
 
-MIN_PIXELS = 256
-"""Pixels of a sample from which it is: with fewer, reading the weights is all the work."""
+MIN_TILES = 64
+"""Tiles of 2x2 outputs in a batch from which it is: with fewer, reading the weights is all the work."""
 
 BAND = 512
-"""Tiles of 2x2 outputs at a time: with fewer, weights are read too often; more do not stay in the cache."""
+"""Tiles worked on at a time: with fewer, weights are read too often; more do not stay in the cache."""
 
 
-def suits(x: Tensor, out_channels: int, *, taps: int, stride: int) -> bool:
-    """Whether a layer is faster this way and needs no gradients; whatever is batched with a sample."""
+def suits(x: Tensor, out_channels: int, *, taps: int, stride: int, wider: bool = False) -> bool:
+    """Whether a layer is faster this way, and needs no gradients.
+
+    `wider`: there is an output more a side than pixels; small pictures lose by that what the others win.
+    """
     return (
         not torch.compiler.is_compiling()  # first: an exported program knows no sizes to compare
         and not torch.is_grad_enabled()
@@ -40,7 +43,7 @@ def suits(x: Tensor, out_channels: int, *, taps: int, stride: int) -> bool:
         and x.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and x.shape[1] * stride**2 + out_channels >= MIN_CHANNELS[taps]
-        and x.shape[2] * x.shape[3] >= MIN_PIXELS
+        and x.shape[0] * x.shape[2] * x.shape[3] / (2 * stride) ** 2 >= (4 if wider else 1) * MIN_TILES
     )
 
 

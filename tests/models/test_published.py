@@ -34,7 +34,7 @@ from tests.models.reference import TOLERANCE, Reference, relative_error
 def fewer_multiplications(generator: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As the network generates on CPUs, here in layers of any size."""
     monkeypatch.setattr(winograd, "MIN_CHANNELS", {2: 1, 3: 1})
-    monkeypatch.setattr(winograd, "MIN_PIXELS", 1)
+    monkeypatch.setattr(winograd, "MIN_TILES", 0)
     fix_weights(generator)
     with torch.no_grad():
         yield

@@ -20,7 +20,7 @@ SIZES = [(8, 6), (5, 7), (3, 4), (12, 16)]
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers of any size take it, in bands of a few tiles."""
     monkeypatch.setattr(winograd, "MIN_CHANNELS", {2: 1, 3: 1})
-    monkeypatch.setattr(winograd, "MIN_PIXELS", 1)
+    monkeypatch.setattr(winograd, "MIN_TILES", 0)
     monkeypatch.setattr(winograd, "BAND", 12)
 
 
@@ -99,11 +99,11 @@ def test_layers_of_few_channels_or_pixels_are_left_as_they_are() -> None:
     fix_weights(layer)
     fix_weights(few)
     with torch.no_grad():
-        layer(torch.randn(4, fewest, 8, 16))
+        layer(torch.randn(1, fewest, 16, 14))
         few(torch.randn(1, fewest - 1, 16, 16))
         assert layer.sums is None
         assert few.sums is None
-        layer(torch.randn(1, fewest, 16, 16))
+        layer(torch.randn(2, fewest, 16, 8))
     assert layer.sums is not None
 
 
