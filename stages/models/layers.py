@@ -75,16 +75,18 @@ class Conv(nn.Conv2d):
         taps = WINOGRAD.get((self.kernel_size[0], stride))
         if self.fixed and taps and winograd.suits(x, self.out_channels, taps=taps, stride=stride):
             if self.sums is None:
-                self.sums = winograd.tap_sums(
-                    self.weight if stride == 1 else winograd.over_blocks(self.weight)
-                )
+                blocks = self.weight if stride == 1 else winograd.over_blocks(self.weight)
+                self.sums = winograd.tap_sums(blocks)
             y = winograd.conv(x, self.sums, stride=stride, padding=padding, reflect=reflect)
-            y = y.contiguous(memory_format=torch.channels_last)
-            return y if bias is None else y + bias.view(1, -1, 1, 1)
+            return _with_bias(y.contiguous(memory_format=torch.channels_last), bias)
         if suits(x, self.weight, rows):
-            y = wide_conv(x, self.weight, stride=stride, padding=padding, reflect=reflect)
-            return y if bias is None else y + bias.view(1, -1, 1, 1)
+            wide = wide_conv(x, self.weight, stride=stride, padding=padding, reflect=reflect)
+            return _with_bias(wide, bias)
         return cast(Tensor, self._conv_forward(x, self.weight, bias))
+
+
+def _with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y + bias.view(1, -1, 1, 1)
 
 
 class TransposedConv(nn.ConvTranspose2d):
@@ -115,11 +117,10 @@ class TransposedConv(nn.ConvTranspose2d):
         if self.fixed and self._interleaves(x):
             if self.sums is None:
                 self.sums = winograd.tap_sums(over_pixels(self.weight))
-            y = interleaved(winograd.conv(x, self.sums, stride=1, padding=1, reflect=False))
-            return y if bias is None else y + bias.view(1, -1, 1, 1)
+            made = winograd.conv(x, self.sums, stride=1, padding=1, reflect=False)
+            return _with_bias(interleaved(made), bias)
         if suits(x, self.weight, x.shape[0] * x.shape[2] * x.shape[3]):
-            wide = wide_transposed_conv(x, self.weight)
-            return wide if bias is None else wide + bias.view(1, -1, 1, 1)
+            return _with_bias(wide_transposed_conv(x, self.weight), bias)
         if self._paints(x):
             return transposed_conv_to_few(x, self.weight, bias)
         return F.conv_transpose2d(x, self.weight, bias, 2, 1, self.output_padding)
@@ -132,9 +133,7 @@ class TransposedConv(nn.ConvTranspose2d):
     def _paints(self, x: Tensor) -> bool:
         """Whether it makes a large picture's few channels, on a CPU, and no gradients are asked for."""
         return (
-            not torch.compiler.is_compiling()
-            and not torch.is_grad_enabled()
-            and x.device.type == "cpu"
+            winograd.generates(x)
             and self.kernel_size[0] == 4
             and self.out_channels <= 4
             and x[0].numel() >= MIN_PAINTED  # whatever is batched with it

@@ -31,15 +31,22 @@ BAND = 512
 """Tiles worked on at a time: with fewer, weights are read too often; more do not stay in the cache."""
 
 
+def generates(x: Tensor) -> bool:
+    """Whether a layer is computed on a CPU without gradients, and not compiled."""
+    return (
+        not torch.compiler.is_compiling()  # first: an exported program knows no sizes to compare
+        and not torch.is_grad_enabled()
+        and x.device.type == "cpu"
+    )
+
+
 def suits(x: Tensor, out_channels: int, *, taps: int, stride: int, wider: bool = False) -> bool:
     """Whether a layer is faster this way, and needs no gradients.
 
     `wider`: there is an output more a side than pixels; small pictures lose by that what the others win.
     """
     return (
-        not torch.compiler.is_compiling()  # first: an exported program knows no sizes to compare
-        and not torch.is_grad_enabled()
-        and x.device.type == "cpu"
+        generates(x)
         and x.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and x.shape[1] * stride**2 + out_channels >= MIN_CHANNELS[taps]
