@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Literal, cast
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from stages.models import winograd
-from stages.models.wide import suits, wide_conv, wide_transposed_conv
+from stages.models import wide, winograd
+from stages.models.products import FixedMatrix, generates, generates_float32
+from stages.models.wide import as_matrix, wide_conv, wide_transposed_conv
+from stages.models.winograd import Filter
 
 Upsampling = Literal["transpose", "resize"]
 """Transposed convolution, or nearest-neighbour resize and a convolution (no checkerboards)."""
@@ -24,6 +27,10 @@ NormKind = Literal["batch", "instance"]
 
 MIN_PAINTED = 2**17
 """Numbers of a sample from which `transposed_conv_to_few` is the faster way: 32 channels of 64x64."""
+
+MAX_APART = 256
+"""Pixels of a sample up to which a transposed convolution of fixed weights makes the four pixels that a pixel
+becomes apart."""
 
 WINOGRAD = {(3, 1): 3, (4, 2): 2}
 """Taps of the filter that a convolution of a kernel and a stride is to `winograd`."""
@@ -62,7 +69,6 @@ class Conv(nn.Conv2d):
         )
         self.inert_bias = inert_bias
         self.fixed = False  # see `fix_weights`
-        self.sums: Tensor | None = None
         if inert_bias and self.bias is not None:
             self.bias.requires_grad_(False)
 
@@ -72,17 +78,24 @@ class Conv(nn.Conv2d):
         stride, padding = self.stride[0], int(self.padding[0])
         reflect = self.padding_mode == "reflect"
         rows = x.shape[0] * (x.shape[2] // stride) * (x.shape[3] // stride)
+        fixed = self.fixed and generates_float32(x)
         taps = WINOGRAD.get((self.kernel_size[0], stride))
-        if self.fixed and taps and winograd.suits(x, self.out_channels, taps=taps, stride=stride):
-            if self.sums is None:
-                blocks = self.weight if stride == 1 else winograd.over_blocks(self.weight)
-                self.sums = winograd.tap_sums(blocks)
-            y = winograd.conv(x, self.sums, stride=stride, padding=padding, reflect=reflect)
+        if fixed and taps and winograd.suits(x, self.out_channels, taps=taps, stride=stride):
+            y = self._filter(x, padding=padding, reflect=reflect)
             return _with_bias(y.contiguous(memory_format=torch.channels_last), bias)
-        if suits(x, self.weight, rows):
-            wide = wide_conv(x, self.weight, stride=stride, padding=padding, reflect=reflect)
-            return _with_bias(wide, bias)
+        if wide.suits(x, self.weight, rows):
+            matrix = self._matrix if fixed else None
+            y = wide_conv(x, self.weight, stride=stride, padding=padding, reflect=reflect, matrix=matrix)
+            return _with_bias(y, bias)
         return cast(Tensor, self._conv_forward(x, self.weight, bias))
+
+    @cached_property
+    def _filter(self) -> Filter:
+        return Filter(self.weight, stride=self.stride[0])
+
+    @cached_property
+    def _matrix(self) -> FixedMatrix:
+        return FixedMatrix(as_matrix(self.weight).T)
 
 
 def _with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
@@ -106,7 +119,6 @@ class TransposedConv(nn.ConvTranspose2d):
         )
         self.inert_bias = inert_bias
         self.fixed = False  # see `fix_weights`
-        self.sums: Tensor | None = None
         if inert_bias and self.bias is not None:
             self.bias.requires_grad_(False)
 
@@ -114,26 +126,49 @@ class TransposedConv(nn.ConvTranspose2d):
         """(N, C_in, H, W) -> (N, C_out, 2H, 2W)."""
         assert output_size is None
         bias = None if self.inert_bias else self.bias
-        if self.fixed and self._interleaves(x):
-            if self.sums is None:
-                self.sums = winograd.tap_sums(over_pixels(self.weight))
-            made = winograd.conv(x, self.sums, stride=1, padding=1, reflect=False)
-            return _with_bias(interleaved(made), bias)
-        if suits(x, self.weight, x.shape[0] * x.shape[2] * x.shape[3]):
-            return _with_bias(wide_transposed_conv(x, self.weight), bias)
+        fixed = self.fixed and generates_float32(x)
+        if fixed and self.kernel_size[0] == 4 and winograd.suits(x, 4 * self.out_channels, taps=2, stride=1):
+            return _with_bias(self._filtered(x), bias)
+        if wide.suits(x, self.weight, x.shape[0] * x.shape[2] * x.shape[3]):
+            matrix = self._matrix if fixed else None
+            return _with_bias(wide_transposed_conv(x, self.weight, matrix=matrix), bias)
         if self._paints(x):
             return transposed_conv_to_few(x, self.weight, bias)
         return F.conv_transpose2d(x, self.weight, bias, 2, 1, self.output_padding)
 
-    def _interleaves(self, x: Tensor) -> bool:
-        """Whether it is made with fewer multiplications, as four pixels' channels."""
-        four = 4 * self.out_channels
-        return self.kernel_size[0] == 4 and winograd.suits(x, four, taps=2, stride=1, wider=True)
+    def _filtered(self, x: Tensor) -> Tensor:
+        """By four filters of 2x2 taps, one for each of the four pixels that a pixel becomes.
+
+        Of large pictures all four at once: they share the sums of inputs, but compute a row and a column more
+        than there are pixels, which is much of a small picture.
+        """
+        height, width = x.shape[2:]
+        if height * width > MAX_APART:
+            return interleaved(self._filter(x, padding=1))
+        y = x.new_empty(len(x), height, 2, width, 2, self.out_channels)
+        padded = F.pad(x, (1, 1, 1, 1))
+        for pixel, one in enumerate(self._filters):
+            row, column = divmod(pixel, 2)
+            seen = padded[:, :, row : row + height + 1, column : column + width + 1]
+            y[:, :, row, :, column] = one(seen, padding=0).permute(0, 2, 3, 1)
+        return y.view(len(x), 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
+
+    @cached_property
+    def _filter(self) -> Filter:
+        return Filter(over_pixels(self.weight))
+
+    @cached_property
+    def _filters(self) -> list[Filter]:
+        return [Filter(weight) for weight in over_pixels(self.weight).chunk(4)]
+
+    @cached_property
+    def _matrix(self) -> FixedMatrix:
+        return FixedMatrix(as_matrix(self.weight))
 
     def _paints(self, x: Tensor) -> bool:
         """Whether it makes a large picture's few channels, on a CPU, and no gradients are asked for."""
         return (
-            winograd.generates(x)
+            generates(x)
             and self.kernel_size[0] == 4
             and self.out_channels <= 4
             and x[0].numel() >= MIN_PAINTED  # whatever is batched with it
@@ -207,10 +242,11 @@ def up_conv(
 
 
 def fix_weights(network: nn.Module) -> None:
-    """Have a network generate with fewer multiplications on CPUs (`winograd`): its weights change no more.
+    """Have a network generate faster on CPUs: its weights change no more.
 
-    A layer of many channels keeps sums of its weights from its first large batch on, which take 16/9 of the
-    weights' memory for kernel 3, 9/4 for kernel 4.
+    From its first batch on, a layer of many channels keeps sums of its weights (`winograd`), which take 16/9
+    of the weights' memory for kernel 3, 9/4 for kernel 4; one with too few pixels for that keeps a copy of
+    them, laid out for products (`products`).
     """
     for module in network.modules():
         if isinstance(module, Conv | TransposedConv):

@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from stages.models.products import FixedMatrix
+
 MAX_ROWS = 1024
 MIN_WEIGHTS = 2**20
 
@@ -37,15 +39,34 @@ def suits(x: Tensor, weight: Tensor, rows: int) -> bool:
     )
 
 
-def wide_conv(x: Tensor, weight: Tensor, *, stride: int, padding: int, reflect: bool) -> Tensor:
-    """(N, C_in, H, W) -> (N, C_out, H', W'), channels last. No bias."""
+def wide_conv(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    stride: int,
+    padding: int,
+    reflect: bool,
+    matrix: FixedMatrix | None = None,
+) -> Tensor:
+    """(N, C_in, H, W) -> (N, C_out, H', W'), channels last. No bias.
+
+    matrix   `as_matrix` of weights that change no more, transposed; no gradients then
+    """
+    if matrix is not None:
+        patches, height, width = _patches(_pad(x, padding, reflect), weight.shape[2], stride)
+        return matrix.product(patches).view(len(x), height, width, -1).permute(0, 3, 1, 2)
     x, weight = _cast(x, weight)
     y: Tensor = _WideConv.apply(x, weight, stride, padding, reflect)  # type: ignore[no-untyped-call]
     return y
 
 
-def wide_transposed_conv(x: Tensor, weight: Tensor) -> Tensor:
-    """(N, C_in, H, W), weights (C_in, C_out, k, k) -> (N, C_out, 2H, 2W): stride 2, padding 1. No bias."""
+def wide_transposed_conv(x: Tensor, weight: Tensor, *, matrix: FixedMatrix | None = None) -> Tensor:
+    """(N, C_in, H, W), weights (C_in, C_out, k, k) -> (N, C_out, 2H, 2W): stride 2, padding 1. No bias.
+
+    matrix   `as_matrix` of weights that change no more; no gradients then
+    """
+    if matrix is not None:
+        return _doubled(matrix.product(_rows(x)), x.shape, weight.shape[2])
     x, weight = _cast(x, weight)
     y: Tensor = _WideTransposedConv.apply(x, weight)  # type: ignore[no-untyped-call]
     return y
@@ -73,7 +94,7 @@ class _WideConv(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: int, reflect: bool) -> Tensor:
         kernel = weight.shape[2]
         patches, height, width = _patches(_pad(x, padding, reflect), kernel, stride)
-        y = _product(patches, _matrix(weight).T, x.shape[0], height, width)
+        y = _product(patches, as_matrix(weight).T, x.shape[0], height, width)
         ctx.save_for_backward(x, weight)  # not the patches: nine times the size, and quickly made again
         ctx.stride, ctx.padding, ctx.reflect = stride, padding, reflect
         return y
@@ -91,7 +112,7 @@ class _WideConv(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             height, width = (side + 2 * ctx.padding for side in x.shape[2:])
             padded = _summed_patches(
-                rows @ _matrix(weight), gradient.shape, kernel, ctx.stride, (height, width)
+                rows @ as_matrix(weight), gradient.shape, kernel, ctx.stride, (height, width)
             )
             of_x = _unpad(padded, ctx.padding, ctx.reflect)
         return of_x, of_weight, None, None, None
@@ -101,15 +122,8 @@ class _WideTransposedConv(torch.autograd.Function):
     @staticmethod
     @_as_given
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        kernel = weight.shape[2]
-        height, width = (2 * side for side in x.shape[2:])
-        rows = _rows(x)
-        last = kernel - 3  # how far the outermost patches reach beyond the picture
-        padded = _summed_patches(
-            rows @ _matrix(weight), x.shape, kernel, 2, (height + 1 + last, width + 1 + last)
-        )
         ctx.save_for_backward(x, weight)
-        return padded[:, :, 1 : height + 1, 1 : width + 1].contiguous(memory_format=torch.channels_last)
+        return _doubled(_rows(x) @ as_matrix(weight), x.shape, weight.shape[2])
 
     @staticmethod
     @once_differentiable
@@ -123,7 +137,7 @@ class _WideTransposedConv(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             of_weight = _weights(_rows(x).T @ patches, weight)
         if ctx.needs_input_grad[0]:
-            of_x = _product(patches, _matrix(weight).T, x.shape[0], height, width)
+            of_x = _product(patches, as_matrix(weight).T, x.shape[0], height, width)
         return of_x, of_weight
 
 
@@ -140,7 +154,15 @@ def _product(rows: Tensor, matrix: Tensor, samples: int, height: int, width: int
     return y
 
 
-def _matrix(weight: Tensor) -> Tensor:
+def _doubled(patches: Tensor, shape: torch.Size, kernel: int) -> Tensor:
+    """Patches around the pixels of `shape` (N, C_in, H, W) -> (N, C_out, 2H, 2W), channels last."""
+    height, width = (2 * side for side in shape[2:])
+    last = kernel - 3  # how far the outermost patches reach beyond the picture
+    padded = _summed_patches(patches, shape, kernel, 2, (height + 1 + last, width + 1 + last))
+    return padded[:, :, 1 : height + 1, 1 : width + 1].contiguous(memory_format=torch.channels_last)
+
+
+def as_matrix(weight: Tensor) -> Tensor:
     """(A, B, k, k) -> (A, k*k*B): no copy if the weights are channels last."""
     return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
 

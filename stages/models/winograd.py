@@ -6,7 +6,7 @@ Two neighbouring outputs of a filter see nearly the same inputs d and can share 
     y1 = d1 g0 + d2 g1 = d1 (g0 + g1) + (d2 - d1) g1
 
 take 3 products instead of 4; with three taps 4 instead of 6. In two dimensions that is 9 instead of 16, and
-16 instead of 36. The sums of weights are made once, when the weights change no more (`tap_sums`); those of
+16 instead of 36. The sums of weights are made once, when the weights change no more (`Filter`); those of
 inputs and of products cost little where channels are many.
 
 A filter lies over cells of `channels` numbers. A convolution of kernel 3 has a pixel a cell; one of kernel 4
@@ -21,74 +21,68 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MIN_CHANNELS = {2: 768, 3: 512}
+from stages.models.products import FixedMatrix
+
+MIN_CHANNELS = {2: 512, 3: 512}
 """Channels of a cell and of an output together, by taps, from which this is faster (benchmarks/README.md)."""
 
-MIN_TILES = 64
+MIN_TILES = 32
 """Tiles of 2x2 outputs in a batch from which it is: with fewer, reading the weights is all the work."""
 
 BAND = 512
 """Tiles worked on at a time: with fewer, weights are read too often; more do not stay in the cache."""
 
 
-def generates(x: Tensor) -> bool:
-    """Whether a layer is computed on a CPU without gradients, and not compiled."""
-    return (
-        not torch.compiler.is_compiling()  # first: an exported program knows no sizes to compare
-        and not torch.is_grad_enabled()
-        and x.device.type == "cpu"
-    )
+def suits(x: Tensor, out_channels: int, *, taps: int, stride: int) -> bool:
+    """Whether a layer of fixed weights is faster this way."""
+    tiles = x.shape[0] * x.shape[2] * x.shape[3] / (2 * stride) ** 2
+    return x.shape[1] * stride**2 + out_channels >= MIN_CHANNELS[taps] and tiles >= MIN_TILES
 
 
-def suits(x: Tensor, out_channels: int, *, taps: int, stride: int, wider: bool = False) -> bool:
-    """Whether a layer is faster this way, and needs no gradients.
+class Filter:
+    """A convolution by weights that change no more.
 
-    `wider`: there is an output more a side than pixels; small pictures lose by that what the others win.
+    weight   (C_out, C_in, kernel, kernel): kernel 3 or 2 of stride 1, 4 of stride 2
     """
-    return (
-        generates(x)
-        and x.dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
-        and x.shape[1] * stride**2 + out_channels >= MIN_CHANNELS[taps]
-        and x.shape[0] * x.shape[2] * x.shape[3] / (2 * stride) ** 2 >= (4 if wider else 1) * MIN_TILES
-    )
+
+    def __init__(self, weight: Tensor, *, stride: int = 1) -> None:
+        self.stride, self.out_channels = stride, len(weight)
+        taps = _over_blocks(weight) if stride == 2 else weight
+        by_rows = _tap_sums(taps.permute(2, 3, 1, 0))
+        self.sums = [[FixedMatrix(sums) for sums in _tap_sums(row)] for row in by_rows]
+
+    def __call__(self, x: Tensor, *, padding: int, reflect: bool = False) -> Tensor:
+        """(N, C_in, H, W) -> (N, C_out, H', W'), pixels last. No bias.
+
+        Outputs are made two by two: where H' or W' is odd, the result is a view of a larger picture.
+        """
+        taps, stride = len(self.sums) - 1, self.stride
+        if reflect:
+            x, padding = F.pad(x, (padding,) * 4, mode="reflect"), 0
+        outputs = [(side + 2 * padding) // stride - taps + 1 for side in x.shape[2:]]
+        used = [stride * (length + length % 2 + taps - 1) for length in outputs]
+        below, right = (reach - side - padding for reach, side in zip(used, x.shape[2:], strict=True))
+        pixels = F.pad(x, (padding, right, padding, below)).permute(0, 2, 3, 1).contiguous()
+        samples, tall, wide, channels = pixels.shape
+        cells = pixels.view(samples, tall // stride, stride, wide // stride, stride * channels)
+        y = _filtered(cells, self.sums, self.out_channels)
+        return y[:, : outputs[0], : outputs[1]].permute(0, 3, 1, 2)
 
 
-def over_blocks(weight: Tensor) -> Tensor:
+def _over_blocks(weight: Tensor) -> Tensor:
     """Weights of a stride of 2, as a filter over blocks: (C_out, C_in, 4, 4) -> (C_out, 4 * C_in, 2, 2)."""
     out, channels, _, _ = weight.shape
     blocks = weight.view(out, channels, 2, 2, 2, 2)  # row of blocks, row in a block, the same of columns
     return blocks.permute(0, 3, 5, 1, 2, 4).reshape(out, 4 * channels, 2, 2)
 
 
-def tap_sums(kernel: Tensor) -> Tensor:
-    """What is multiplied with: (C_out, channels, taps, taps) -> (taps + 1, taps + 1, channels, C_out)."""
-    by_rows = _tap_sums(kernel.permute(2, 3, 1, 0))
-    return _tap_sums(by_rows.transpose(0, 1)).transpose(0, 1).contiguous()
+Sums = Sequence[Sequence[FixedMatrix]]
+"""What is multiplied with, by row and column of a tile: matrices (channels, C_out)."""
 
 
-def conv(x: Tensor, sums: Tensor, *, stride: int, padding: int, reflect: bool) -> Tensor:
-    """(N, C_in, H, W) -> (N, C_out, H', W'), channels last. No bias.
-
-    sums    `tap_sums` of the weights, for a stride of 2 of `over_blocks` of them
-
-    Outputs are made two by two: where H' or W' is odd, the result is a view of a larger picture.
-    """
-    taps = sums.shape[0] - 1
-    if reflect:
-        x, padding = F.pad(x, (padding,) * 4, mode="reflect"), 0
-    outputs = [(side + 2 * padding) // stride - taps + 1 for side in x.shape[2:]]
-    used = [stride * (length + length % 2 + taps - 1) for length in outputs]
-    below, right = (reach - side - padding for reach, side in zip(used, x.shape[2:], strict=True))
-    pixels = F.pad(x, (padding, right, padding, below)).permute(0, 2, 3, 1).contiguous()
-    samples, tall, wide, channels = pixels.shape
-    cells = pixels.view(samples, tall // stride, stride, wide // stride, stride * channels)
-    return _filtered(cells, sums)[:, : outputs[0], : outputs[1]].permute(0, 3, 1, 2)
-
-
-def _filtered(cells: Tensor, sums: Tensor) -> Tensor:
+def _filtered(cells: Tensor, sums: Sums, out: int) -> Tensor:
     """Cells (N, H, rows in one, W, rest of it) -> (N, H - taps + 1, W - taps + 1, C_out), both even."""
-    taps, out = sums.shape[0] - 1, sums.shape[3]
+    taps = len(sums) - 1
     samples, high, wide = len(cells), (cells.shape[1] - taps + 1) // 2, (cells.shape[3] - taps + 1) // 2
     y = cells.new_empty(samples, high, 2, wide, 2, out)
     rows = -(-high // -(-high * wide // BAND))
@@ -100,24 +94,26 @@ def _filtered(cells: Tensor, sums: Tensor) -> Tensor:
     return y.view(samples, 2 * high, 2 * wide, out)
 
 
-def _filter_band(cells: Tensor, sums: Tensor, out: Tensor) -> None:
+def _filter_band(cells: Tensor, sums: Sums, out: Tensor) -> None:
     """A few rows of tiles: out is (N, rows of tiles, 2, columns of tiles, 2, C_out)."""
-    each, _, channels, out_channels = sums.shape  # products of a tile's row, of its column
+    each = len(sums)  # products of a tile's row, of its column
     samples, high, _, wide, _, _ = out.shape
     inputs = cells.new_empty(each, each, samples, high, wide, cells.shape[2], cells.shape[4])
     by_rows = _input_sums([cells[:, row : row + 2 * high - 1 : 2] for row in range(each)])
     for of_row, made in zip(by_rows, inputs, strict=True):
         columns = [of_row[:, :, :, column : column + 2 * wide - 1 : 2] for column in range(each)]
         _input_sums([column.transpose(2, 3) for column in columns], made)
-    inputs = inputs.view(each, each, -1, channels)
-    middle = [torch.bmm(inputs[row], sums[row]) for row in range(1, each - 1)]
-    # The first and the last product are in one output each: they are added where they are multiplied.
-    upper = middle[0].clone() if each == 3 else middle[0] + middle[1]
-    lower = middle[0] if each == 3 else middle[0].sub_(middle[1])
-    upper.baddbmm_(inputs[0], sums[0])
-    lower.baddbmm_(inputs[-1], sums[-1])
+    inputs = inputs.view(each, each, samples * high * wide, -1)
+    upper, lower = [], []
+    for column in range(each):
+        first, *between, last = (row[column] for row in sums)
+        of_first, *of_between, of_last = inputs[:, column]
+        middle = [matrix.product(rows) for matrix, rows in zip(between, of_between, strict=True)]
+        # The first and the last product are in one output each: they are added where they are multiplied.
+        upper.append(first.product(of_first, plus=sum(middle[1:], middle[0])))
+        lower.append(last.product(of_last, plus=middle[0] if each == 3 else middle[0].sub_(middle[1])))
     for products, line in zip((upper, lower), out.unbind(2), strict=True):
-        m = products.view(each, samples, high, wide, out_channels)
+        m = [product.view(samples, high, wide, -1) for product in products]
         left, right = line.unbind(3)
         torch.add(m[0], m[1], out=left)
         if each == 3:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stages.models import winograd
+from stages.models import layers, winograd
 from stages.models.architecture import Architecture, InputSpec, Pix2Pix, Pix2PixHD, build_generator
 from stages.models.layers import Conv, TransposedConv, fix_weights, interleaved, over_pixels
-from stages.models.winograd import conv, over_blocks, tap_sums
+from stages.models.winograd import Filter
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 SIZES = [(8, 6), (5, 7), (3, 4), (12, 16)]
@@ -22,6 +22,11 @@ def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(winograd, "MIN_CHANNELS", {2: 1, 3: 1})
     monkeypatch.setattr(winograd, "MIN_TILES", 0)
     monkeypatch.setattr(winograd, "BAND", 12)
+
+
+def took_it(module: nn.Module) -> bool:
+    """Whether a layer has sums of its weights."""
+    return bool({"_filter", "_filters"} & vars(module).keys())
 
 
 def double(*shape: int) -> Tensor:
@@ -36,18 +41,18 @@ def test_it_computes_convolutions(
 ) -> None:
     monkeypatch.setattr(winograd, "BAND", band)
     x, weight = double(samples, 3, *size), double(5, 3, 3, 3)
-    ours = conv(x, tap_sums(weight), stride=1, padding=1, reflect=False)
+    ours = Filter(weight)(x, padding=1)
     torch.testing.assert_close(ours, F.conv2d(x, weight, padding=1), **EXACT)
-    ours = conv(x, tap_sums(weight), stride=1, padding=1, reflect=True)
+    ours = Filter(weight)(x, padding=1, reflect=True)
     expected = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), weight)
     torch.testing.assert_close(ours, expected, **EXACT)
 
     x, weight = double(samples, 3, 2 * size[0], 2 * size[1]), double(5, 3, 4, 4)
-    ours = conv(x, tap_sums(over_blocks(weight)), stride=2, padding=1, reflect=False)
+    ours = Filter(weight, stride=2)(x, padding=1)
     torch.testing.assert_close(ours, F.conv2d(x, weight, stride=2, padding=1), **EXACT)
 
     x, weight = double(samples, 3, *size), double(3, 5, 4, 4)
-    ours = interleaved(conv(x, tap_sums(over_pixels(weight)), stride=1, padding=1, reflect=False))
+    ours = interleaved(Filter(over_pixels(weight))(x, padding=1))
     torch.testing.assert_close(ours, F.conv_transpose2d(x, weight, None, 2, 1), **EXACT)
 
 
@@ -79,7 +84,22 @@ def test_layers_of_fixed_weights_give_what_they_gave(
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
     assert y.is_contiguous(memory_format=torch.channels_last)
     strides = (layer.kernel_size[0], layer.stride[0], isinstance(layer, TransposedConv))
-    assert (layer.sums is not None) == (strides in {(3, 1, False), (4, 2, False), (4, 2, True)})
+    assert took_it(layer) == (strides in {(3, 1, False), (4, 2, False), (4, 2, True)})
+
+
+@pytest.mark.usefixtures("anywhere")
+@pytest.mark.parametrize("apart", [0, 10**6])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_transposed_convolution_makes_four_pixels_together_or_apart(
+    size: tuple[int, int], apart: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "MAX_APART", apart)
+    layer, x = TransposedConv(4, 6, 4), torch.randn(3, 4, *size)
+    with torch.no_grad():
+        expected = layer(x)
+        fix_weights(layer)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+    assert ("_filters" in vars(layer)) == bool(apart)
 
 
 @pytest.mark.usefixtures("anywhere")
@@ -90,7 +110,7 @@ def test_gradients_and_autocast_are_the_usual_ones() -> None:
     assert layer.weight.grad is not None
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
-    assert layer.sums is None
+    assert not took_it(layer)
 
 
 def test_layers_of_few_channels_or_pixels_are_left_as_they_are() -> None:
@@ -99,12 +119,12 @@ def test_layers_of_few_channels_or_pixels_are_left_as_they_are() -> None:
     fix_weights(layer)
     fix_weights(few)
     with torch.no_grad():
-        layer(torch.randn(1, fewest, 16, 14))
+        layer(torch.randn(1, fewest, 8, 14))
         few(torch.randn(1, fewest - 1, 16, 16))
-        assert layer.sums is None
-        assert few.sums is None
-        layer(torch.randn(2, fewest, 16, 8))
-    assert layer.sums is not None
+        assert not took_it(layer)
+        assert not took_it(few)
+        layer(torch.randn(2, fewest, 8, 8))
+    assert took_it(layer)
 
 
 @pytest.mark.usefixtures("anywhere")
@@ -124,4 +144,4 @@ def test_a_picture_is_the_same_with_weights_fixed(arch: Architecture) -> None:
         expected = network(x)
         fix_weights(network)
         torch.testing.assert_close(network(x), expected, rtol=1e-3, atol=1e-4)
-    assert any(getattr(module, "sums", None) is not None for module in network.modules())
+    assert any(map(took_it, network.modules()))
