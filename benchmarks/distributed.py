@@ -57,7 +57,7 @@ from stages.models.step import Batch, build_translator, state_of, step
 from stages.phases import PhaseJob, TrainConfig, input_spec, jobs
 from stages.tracking import NullRun
 
-CLASSES, BATCH, ROWS = 8, 8, 192  # whole batches of 8 and of 16
+CLASSES, BATCH, ROWS = 8, 8, 400  # whole batches of 8 and of 16
 
 
 def make_shards(folder: Path, size: tuple[int, int]) -> DatasetSpec:
@@ -85,7 +85,7 @@ def make_shards(folder: Path, size: tuple[int, int]) -> DatasetSpec:
             row |= {f"{role}_width": width, f"{role}_height": height}
         rows.append(row)
     pq.write_table(pa.Table.from_pylist(rows), folder / "train-00000.parquet", row_group_size=16)
-    groups = (*(16,) * (ROWS // 16), ROWS % 16)
+    groups = (16,) * (ROWS // 16)
     spec = DatasetSpec(
         size=size,
         roles=roles,

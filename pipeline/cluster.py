@@ -30,6 +30,19 @@ QUIET = {
     "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",
 }
 
+UNWATCHED = {
+    "RAY_enable_metrics_collection": "0",
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away with notice
+    "REPORTER_UPDATE_INTERVAL_MS": "3600000",
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",  # looks for new log files twice a second, not ten times
+    "RAY_num_workers_soft_limit": "0",  # processes that wait for work, which wake 100 times a second, ...
+    "RAY_idle_worker_killing_time_threshold_ms": "10000",  # ... end after 10 s of it, however many cores
+}
+"""For a cluster of our own, whose processes share the cores with the work, and which has no dashboard to show
+what they would measure: on two cores it takes what trains 3 % of the time (benchmarks/README.md)."""
+
 
 @contextmanager
 def cluster(
@@ -50,6 +63,8 @@ def cluster(
         for key, folder in folders.items() if len(machines) > 1 else ():
             logger.warning("%s: all %d machines of the cluster must see %s", key, len(machines), folder)
     else:
+        for name, value in UNWATCHED.items():
+            os.environ.setdefault(name, value)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         ray.init(
             # Logical CPUs: on a small machine too, training and the reading that feeds it run together.

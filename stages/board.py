@@ -119,7 +119,8 @@ class Poster:
             self._order = self.board.post(events)
             return
         self._look()
-        self._answer = self.board.post.remote(list(events))
+        answer = self.board.post.remote(list(events))
+        self._answer = self._answer or answer  # one that is waited for is not given up for a later one
 
     def alive(self) -> None:
         """The worker gets on with its work."""
@@ -134,15 +135,14 @@ class Poster:
             self.board.saved.remote()
 
     def order(self) -> str:
-        """The driver's order, asked for now; "" for none. An answer that takes long counts the next time."""
+        """The driver's order as far as it is known, "" for none; asks for the next time, and never waits."""
         self.post()
-        self._look(timeout=0.02)
         return self._order
 
-    def _look(self, timeout: float = 0) -> None:
+    def _look(self) -> None:
         if self._answer is None:
             return
-        ready, _ = ray.wait([self._answer], timeout=timeout)
+        ready, _ = ray.wait([self._answer], timeout=0)
         if ready:
             try:
                 self._order = ray.get(self._answer)

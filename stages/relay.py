@@ -16,7 +16,7 @@ from stages.curves import Point
 from stages.progress import Progress
 from stages.tracking import MetricRow, Run
 
-POLL_S = 0.25
+POLL_S = 1.0
 
 logger = logging.getLogger(__name__)
 

@@ -32,6 +32,8 @@ import torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from stages import board, dataset, phases, storage
 from stages.base import Outcome, Resources
@@ -191,7 +193,7 @@ def _fit(setup: Setup, resources: Resources, label: str) -> Ending:
     most, least = resources.train_workers, resources.train_workers_min
     fs, path = storage.filesystem(storage.join(setup.task.output, "checkpoints", "ray"))
     local = storage.is_local(setup.task.output)
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         _work,
         train_loop_config={"setup": setup},
         scaling_config=ScalingConfig(
@@ -225,6 +227,18 @@ def _fit(setup: Setup, resources: Resources, label: str) -> Ending:
         raise StageError(f"{told}; {lower}" if lower else told) from error
     ending: Ending = result.return_value
     return ending
+
+
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """Without two of Ray Train's actors, each of which wakes 100 times a second beside what trains.
+
+    One hands out Ray Data's datasets, the other frees workers whose controller died while the driver goes on:
+    here the driver ends with it.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        needless = DatasetsCallback, PlacementGroupCleanerCallback
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, needless)]
 
 
 def _in_thread(trainer: TorchTrainer) -> Future[Any]:
