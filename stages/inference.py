@@ -70,7 +70,7 @@ class Painter:
         model.generator.requires_grad_(requires_grad=False)
         # The layout it was trained in; faster on CPUs and GPUs alike (benchmarks/README.md).
         model.generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        fix_weights(model.generator)
+        fix_weights(model.generator, torch.bfloat16 if precision == "bf16" else torch.float32)
         if stochastic:
             _use_batch_statistics(model.generator)
 

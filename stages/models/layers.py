@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from stages.models import wide, winograd
-from stages.models.products import FixedMatrix, generates, generates_float32
+from stages.models.products import FixedMatrix, generates, working_dtype
 from stages.models.wide import as_matrix, wide_conv, wide_transposed_conv
 from stages.models.winograd import Filter
 
@@ -27,10 +27,6 @@ NormKind = Literal["batch", "instance"]
 
 MIN_PAINTED = 2**17
 """Numbers of a sample from which `transposed_conv_to_few` is the faster way: 32 channels of 64x64."""
-
-MAX_APART = 256
-"""Pixels of a sample up to which a transposed convolution of fixed weights makes the four pixels that a pixel
-becomes apart."""
 
 WINOGRAD = {(3, 1): 3, (4, 2): 2}
 """Taps of the filter that a convolution of a kernel and a stride is to `winograd`."""
@@ -78,9 +74,8 @@ class Conv(nn.Conv2d):
         stride, padding = self.stride[0], int(self.padding[0])
         reflect = self.padding_mode == "reflect"
         rows = x.shape[0] * (x.shape[2] // stride) * (x.shape[3] // stride)
-        fixed = self.fixed and generates_float32(x)
-        taps = WINOGRAD.get((self.kernel_size[0], stride))
-        if fixed and taps and winograd.suits(x, self.out_channels, taps=taps, stride=stride):
+        fixed, taps = _is_fixed(self, x), WINOGRAD.get((self.kernel_size[0], stride))
+        if fixed and taps and winograd.suits(x, self.weight, self.out_channels, taps=taps, stride=stride):
             y = self._filter(x, padding=padding, reflect=reflect)
             return _with_bias(y.contiguous(memory_format=torch.channels_last), bias)
         if wide.suits(x, self.weight, rows):
@@ -96,6 +91,11 @@ class Conv(nn.Conv2d):
     @cached_property
     def _matrix(self) -> FixedMatrix:
         return FixedMatrix(as_matrix(self.weight).T)
+
+
+def _is_fixed(layer: Conv | TransposedConv, x: Tensor) -> bool:
+    """Whether a layer works with what was made of its weights; see `fix_weights`."""
+    return layer.fixed and generates(x) and working_dtype(x) == layer.weight.dtype
 
 
 def _with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
@@ -126,9 +126,9 @@ class TransposedConv(nn.ConvTranspose2d):
         """(N, C_in, H, W) -> (N, C_out, 2H, 2W)."""
         assert output_size is None
         bias = None if self.inert_bias else self.bias
-        fixed = self.fixed and generates_float32(x)
-        if fixed and self.kernel_size[0] == 4 and winograd.suits(x, 4 * self.out_channels, taps=2, stride=1):
-            return _with_bias(self._filtered(x), bias)
+        fixed, apart = _is_fixed(self, x), 4 * self.out_channels
+        if fixed and self.kernel_size[0] == 4 and winograd.suits(x, self.weight, apart, taps=2, stride=1):
+            return _with_bias(interleaved(self._filter(x, padding=1)), bias)
         if wide.suits(x, self.weight, x.shape[0] * x.shape[2] * x.shape[3]):
             matrix = self._matrix if fixed else None
             return _with_bias(wide_transposed_conv(x, self.weight, matrix=matrix), bias)
@@ -136,30 +136,9 @@ class TransposedConv(nn.ConvTranspose2d):
             return transposed_conv_to_few(x, self.weight, bias)
         return F.conv_transpose2d(x, self.weight, bias, 2, 1, self.output_padding)
 
-    def _filtered(self, x: Tensor) -> Tensor:
-        """By four filters of 2x2 taps, one for each of the four pixels that a pixel becomes.
-
-        Of large pictures all four at once: they share the sums of inputs, but compute a row and a column more
-        than there are pixels, which is much of a small picture.
-        """
-        height, width = x.shape[2:]
-        if height * width > MAX_APART:
-            return interleaved(self._filter(x, padding=1))
-        y = x.new_empty(len(x), height, 2, width, 2, self.out_channels)
-        padded = F.pad(x, (1, 1, 1, 1))
-        for pixel, one in enumerate(self._filters):
-            row, column = divmod(pixel, 2)
-            seen = padded[:, :, row : row + height + 1, column : column + width + 1]
-            y[:, :, row, :, column] = one(seen, padding=0).permute(0, 2, 3, 1)
-        return y.view(len(x), 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
-
     @cached_property
     def _filter(self) -> Filter:
         return Filter(over_pixels(self.weight))
-
-    @cached_property
-    def _filters(self) -> list[Filter]:
-        return [Filter(weight) for weight in over_pixels(self.weight).chunk(4)]
 
     @cached_property
     def _matrix(self) -> FixedMatrix:
@@ -241,16 +220,17 @@ def up_conv(
     return TransposedConv(in_channels, out_channels, kernel, bias=bias, inert_bias=inert_bias)
 
 
-def fix_weights(network: nn.Module) -> None:
-    """Have a network generate faster on CPUs: its weights change no more.
+def fix_weights(network: nn.Module, dtype: torch.dtype = torch.float32) -> None:
+    """Have a network generate faster on CPUs: its weights change no more. `dtype` is what it will work in.
 
-    From its first batch on, a layer of many channels keeps sums of its weights (`winograd`), which take 16/9
-    of the weights' memory for kernel 3, 9/4 for kernel 4; one with too few pixels for that keeps a copy of
-    them, laid out for products (`products`).
+    From its first batch on, a float32 layer of many channels keeps sums of its weights (`winograd`), which
+    take 16/9 of the weights' memory for kernel 3, four times for kernel 4; one with too few pixels for that,
+    or in bf16, keeps a copy of them, laid out for products (`products`).
     """
     for module in network.modules():
         if isinstance(module, Conv | TransposedConv):
             module.fixed = True
+            module.weight.data = module.weight.data.to(dtype)
 
 
 class InstanceNorm(nn.InstanceNorm2d):

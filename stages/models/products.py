@@ -24,22 +24,22 @@ def generates(x: Tensor) -> bool:
     )
 
 
-def generates_float32(x: Tensor) -> bool:
-    """Whether it is, in float32."""
-    return generates(x) and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+def working_dtype(x: Tensor) -> torch.dtype:
+    """What a layer on a CPU computes in."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
 class FixedMatrix:
     """A matrix (K, C) that rows are multiplied with. Takes its memory beside the weights it was made of."""
 
     def __init__(self, matrix: Tensor) -> None:
-        self.packed = matrix.dtype == torch.float32 and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        self.packed = matrix.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         self.matrix = matrix
         if self.packed:
             self.matrix = torch.ops.mkldnn._reorder_linear_weight(matrix.T.contiguous(), ROWS)
 
     def product(self, rows: Tensor, plus: Tensor | None = None) -> Tensor:
-        """(M, K) times the matrix, plus (M, C): a new tensor (M, C)."""
+        """(M, K) times the matrix, plus (M, C): a new tensor (M, C). All of the matrix's dtype."""
         if not self.packed:
             return rows @ self.matrix if plus is None else torch.addmm(plus, rows, self.matrix)
         linear = torch.ops.mkldnn._linear_pointwise

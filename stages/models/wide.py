@@ -53,6 +53,7 @@ def wide_conv(
     matrix   `as_matrix` of weights that change no more, transposed; no gradients then
     """
     if matrix is not None:
+        x = x.to(weight.dtype)
         patches, height, width = _patches(_pad(x, padding, reflect), weight.shape[2], stride)
         return matrix.product(patches).view(len(x), height, width, -1).permute(0, 3, 1, 2)
     x, weight = _cast(x, weight)
@@ -66,7 +67,7 @@ def wide_transposed_conv(x: Tensor, weight: Tensor, *, matrix: FixedMatrix | Non
     matrix   `as_matrix` of weights that change no more; no gradients then
     """
     if matrix is not None:
-        return _doubled(matrix.product(_rows(x)), x.shape, weight.shape[2])
+        return _doubled(matrix.product(_rows(x.to(weight.dtype))), x.shape, weight.shape[2])
     x, weight = _cast(x, weight)
     y: Tensor = _WideTransposedConv.apply(x, weight)  # type: ignore[no-untyped-call]
     return y

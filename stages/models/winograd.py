@@ -1,13 +1,16 @@
 """Convolutions with fewer multiplications, for generating on CPUs: Lavin and Gray 2015 (arXiv:1509.09308).
 
-Two neighbouring outputs of a filter see nearly the same inputs d and can share products. With two taps g
+Neighbouring outputs of a filter see nearly the same inputs and can share products. Of four inputs d and a
+filter of two taps g come three outputs, of one of three taps two, with four products m instead of six:
 
-    y0 = d0 g0 + d1 g1 = (d0 - d1) g0 + d1 (g0 + g1)
-    y1 = d1 g0 + d2 g1 = d1 (g0 + g1) + (d2 - d1) g1
+    sums of inputs   d0 - d2     d1 + d2              d2 - d1              d3 - d1
+    of two taps      g0          (g0 + g1) / 2        (g0 - g1) / 2        g1
+    of three         g0          (g0 + g1 + g2) / 2   (g0 - g1 + g2) / 2   g2
+    outputs          m0 + m1 + m2,   m1 - m2,   m1 + m2 + m3      of two taps
+                     m0 + m1 + m2,   m1 - m2 + m3                 of three
 
-take 3 products instead of 4; with three taps 4 instead of 6. In two dimensions that is 9 instead of 16, and
-16 instead of 36. The sums of weights are made once, when the weights change no more (`Filter`); those of
-inputs and of products cost little where channels are many.
+In two dimensions that is 16 products instead of 36. The sums of weights are made once, when the weights
+change no more (`Filter`); those of inputs and of products cost little where channels are many.
 
 A filter lies over cells of `channels` numbers. A convolution of kernel 3 has a pixel a cell; one of kernel 4
 and stride 2 is a filter of 2x2 taps over cells of 2x2 pixels.
@@ -23,20 +26,27 @@ from torch.nn import functional as F
 
 from stages.models.products import FixedMatrix
 
-MIN_CHANNELS = {2: 512, 3: 512}
+EACH = 4
+"""Inputs, and products, of a tile in each dimension."""
+
+MIN_CHANNELS = {2: 384, 3: 512}
 """Channels of a cell and of an output together, by taps, from which this is faster (benchmarks/README.md)."""
 
-MIN_TILES = 32
-"""Tiles of 2x2 outputs in a batch from which it is: with fewer, reading the weights is all the work."""
+MIN_OUTPUTS = 128
+"""Outputs of a batch from which it is: with fewer, reading the weights is all the work."""
 
 BAND = 512
 """Tiles worked on at a time: with fewer, weights are read too often; more do not stay in the cache."""
 
 
-def suits(x: Tensor, out_channels: int, *, taps: int, stride: int) -> bool:
-    """Whether a layer of fixed weights is faster this way."""
-    tiles = x.shape[0] * x.shape[2] * x.shape[3] / (2 * stride) ** 2
-    return x.shape[1] * stride**2 + out_channels >= MIN_CHANNELS[taps] and tiles >= MIN_TILES
+def suits(x: Tensor, weight: Tensor, out_channels: int, *, taps: int, stride: int) -> bool:
+    """Whether a layer of fixed weights is faster this way, and exact enough: sums of bf16 are not."""
+    outputs = x.shape[0] * x.shape[2] * x.shape[3] / stride**2
+    return (
+        weight.dtype == torch.float32
+        and x.shape[1] * stride**2 + out_channels >= MIN_CHANNELS[taps]
+        and outputs >= MIN_OUTPUTS
+    )
 
 
 class Filter:
@@ -46,26 +56,27 @@ class Filter:
     """
 
     def __init__(self, weight: Tensor, *, stride: int = 1) -> None:
-        self.stride, self.out_channels = stride, len(weight)
-        taps = _over_blocks(weight) if stride == 2 else weight
-        by_rows = _tap_sums(taps.permute(2, 3, 1, 0))
+        kernel = _over_blocks(weight) if stride == 2 else weight
+        self.stride, self.taps, self.out_channels = stride, kernel.shape[2], len(weight)
+        by_rows = _tap_sums(kernel.permute(2, 3, 1, 0))
         self.sums = [[FixedMatrix(sums) for sums in _tap_sums(row)] for row in by_rows]
 
     def __call__(self, x: Tensor, *, padding: int, reflect: bool = False) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H', W'), pixels last. No bias.
 
-        Outputs are made two by two: where H' or W' is odd, the result is a view of a larger picture.
+        Where tiles of outputs reach beyond H' or W', the result is a view of a larger picture.
         """
-        taps, stride = len(self.sums) - 1, self.stride
+        stride, taps = self.stride, self.taps
+        side = EACH + 1 - taps
         if reflect:
             x, padding = F.pad(x, (padding,) * 4, mode="reflect"), 0
-        outputs = [(side + 2 * padding) // stride - taps + 1 for side in x.shape[2:]]
-        used = [stride * (length + length % 2 + taps - 1) for length in outputs]
-        below, right = (reach - side - padding for reach, side in zip(used, x.shape[2:], strict=True))
+        outputs = [(length + 2 * padding) // stride - taps + 1 for length in x.shape[2:]]
+        used = [stride * (-(-length // side) * side + taps - 1) for length in outputs]
+        below, right = (reach - length - padding for reach, length in zip(used, x.shape[2:], strict=True))
         pixels = F.pad(x, (padding, right, padding, below)).permute(0, 2, 3, 1).contiguous()
         samples, tall, wide, channels = pixels.shape
         cells = pixels.view(samples, tall // stride, stride, wide // stride, stride * channels)
-        y = _filtered(cells, self.sums, self.out_channels)
+        y = _filtered(cells, self.sums, side, self.out_channels)
         return y[:, : outputs[0], : outputs[1]].permute(0, 3, 1, 2)
 
 
@@ -80,63 +91,61 @@ Sums = Sequence[Sequence[FixedMatrix]]
 """What is multiplied with, by row and column of a tile: matrices (channels, C_out)."""
 
 
-def _filtered(cells: Tensor, sums: Sums, out: int) -> Tensor:
-    """Cells (N, H, rows in one, W, rest of it) -> (N, H - taps + 1, W - taps + 1, C_out), both even."""
-    taps = len(sums) - 1
-    samples, high, wide = len(cells), (cells.shape[1] - taps + 1) // 2, (cells.shape[3] - taps + 1) // 2
-    y = cells.new_empty(samples, high, 2, wide, 2, out)
+def _filtered(cells: Tensor, sums: Sums, side: int, out: int) -> Tensor:
+    """Cells (N, H, rows in one, W, rest of it) -> (N, H', W', C_out), in tiles of `side` by `side`."""
+    over = EACH - side  # cells that a tile shares with the next
+    samples, high, wide = len(cells), (cells.shape[1] - over) // side, (cells.shape[3] - over) // side
+    y = cells.new_empty(samples, high, side, wide, side, out)
     rows = -(-high // -(-high * wide // BAND))
     together = -(-samples // -(-samples * high * wide // BAND)) if rows == high else 1
     for sample in range(0, samples, together):
         for top in range(0, high, rows):
-            band = cells[sample : sample + together, 2 * top : 2 * (top + rows) + taps - 1]
+            band = cells[sample : sample + together, side * top : side * (top + rows) + over]
             _filter_band(band, sums, y[sample : sample + together, top : top + rows])
-    return y.view(samples, 2 * high, 2 * wide, out)
+    return y.view(samples, side * high, side * wide, out)
 
 
 def _filter_band(cells: Tensor, sums: Sums, out: Tensor) -> None:
-    """A few rows of tiles: out is (N, rows of tiles, 2, columns of tiles, 2, C_out)."""
-    each = len(sums)  # products of a tile's row, of its column
-    samples, high, _, wide, _, _ = out.shape
-    inputs = cells.new_empty(each, each, samples, high, wide, cells.shape[2], cells.shape[4])
-    by_rows = _input_sums([cells[:, row : row + 2 * high - 1 : 2] for row in range(each)])
+    """A few rows of tiles: out is (N, rows of tiles, side, columns of tiles, side, C_out)."""
+    samples, high, side, wide, _, _ = out.shape
+    inputs = cells.new_empty(EACH, EACH, samples, high, wide, cells.shape[2], cells.shape[4])
+    by_rows = _input_sums([cells[:, row : row + side * (high - 1) + 1 : side] for row in range(EACH)])
     for of_row, made in zip(by_rows, inputs, strict=True):
-        columns = [of_row[:, :, :, column : column + 2 * wide - 1 : 2] for column in range(each)]
+        columns = [of_row[:, :, :, column : column + side * (wide - 1) + 1 : side] for column in range(EACH)]
         _input_sums([column.transpose(2, 3) for column in columns], made)
-    inputs = inputs.view(each, each, samples * high * wide, -1)
-    upper, lower = [], []
-    for column in range(each):
-        first, *between, last = (row[column] for row in sums)
-        of_first, *of_between, of_last = inputs[:, column]
-        middle = [matrix.product(rows) for matrix, rows in zip(between, of_between, strict=True)]
+    inputs = inputs.view(EACH, EACH, samples * high * wide, -1)
+    lines: list[list[Tensor]] = []  # outputs of a tile's column, by column
+    for column in range(EACH):
+        m = [row[column] for row in sums]
+        d = inputs[:, column]
         # The first and the last product are in one output each: they are added where they are multiplied.
-        upper.append(first.product(of_first, plus=sum(middle[1:], middle[0])))
-        lower.append(last.product(of_last, plus=middle[0] if each == 3 else middle[0].sub_(middle[1])))
-    for products, line in zip((upper, lower), out.unbind(2), strict=True):
-        m = [product.view(samples, high, wide, -1) for product in products]
-        left, right = line.unbind(3)
-        torch.add(m[0], m[1], out=left)
-        if each == 3:
-            torch.add(m[1], m[2], out=right)
+        second, third = m[1].product(d[1]), m[2].product(d[2])
+        both, apart = second + third, second.sub_(third)
+        first = m[0].product(d[0], plus=both)
+        if side == 2:
+            lines.append([first, m[3].product(d[3], plus=apart)])
         else:
-            left.add_(m[2])
-            torch.sub(m[1], m[2], out=right).add_(m[3])
+            lines.append([first, apart, m[3].product(d[3], plus=both)])
+    for row, of_columns in enumerate(zip(*lines, strict=True)):
+        m0, m1, m2, m3 = (products.view(samples, high, wide, -1) for products in of_columns)
+        y = out[:, :, row].unbind(3)
+        torch.add(m0, m1, out=y[0]).add_(m2)
+        if side == 2:
+            torch.sub(m1, m2, out=y[1]).add_(m3)
+        else:
+            torch.sub(m1, m2, out=y[1])
+            torch.add(m1, m2, out=y[2]).add_(m3)
 
 
 def _tap_sums(g: Tensor) -> Tensor:
-    """Of 2 or 3 taps, along the first dimension, the 3 or 4 numbers that inputs are multiplied by."""
-    if len(g) == 2:
-        return torch.stack([g[0], g[0] + g[1], g[1]])
-    ends = g[0] + g[2]
-    return torch.stack([g[0], (ends + g[1]) / 2, (ends - g[1]) / 2, g[2]])
+    """Of 2 or 3 taps, along the first dimension, the 4 numbers that inputs are multiplied by."""
+    ends, middle = (g[0], g[1]) if len(g) == 2 else (g[0] + g[2], g[1])
+    return torch.stack([g[0], (ends + middle) / 2, (ends - middle) / 2, g[-1]])
 
 
 def _input_sums(d: Sequence[Tensor], out: Tensor | None = None) -> list[Tensor]:
-    """What is multiplied, of the 3 or 4 inputs of a tile."""
-    outs = [None] * len(d) if out is None else out.unbind(0)
-    if len(d) == 3:
-        same = d[1] if outs[1] is None else outs[1].copy_(d[1])
-        return [torch.sub(d[0], d[1], out=outs[0]), same, torch.sub(d[2], d[1], out=outs[2])]
+    """What is multiplied, of the 4 inputs of a tile."""
+    outs = [None] * EACH if out is None else out.unbind(0)
     return [
         torch.sub(d[0], d[2], out=outs[0]),
         torch.add(d[1], d[2], out=outs[1]),

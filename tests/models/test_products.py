@@ -23,6 +23,16 @@ def test_rows_times_a_fixed_matrix(rows: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(given.double(), plus, **within)  # only read
 
 
+def test_bf16_rows_times_a_fixed_matrix() -> None:
+    x, matrix, plus = (torch.randn(shape).bfloat16() for shape in [(70, 33), (33, 20), (70, 20)])
+    fixed, exact = FixedMatrix(matrix), x.float() @ matrix.float()
+    assert fixed.packed
+    assert fixed.product(x).dtype == torch.bfloat16
+    within = {"rtol": 2e-2, "atol": 5e-2}
+    torch.testing.assert_close(fixed.product(x).float(), exact, **within)
+    torch.testing.assert_close(fixed.product(x, plus=plus).float(), exact + plus.float(), **within)
+
+
 def test_it_takes_a_matrix_that_is_a_view() -> None:
     matrix = torch.randn(20, 33).T
     x = torch.randn(5, 33)

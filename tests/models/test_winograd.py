@@ -7,26 +7,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stages.models import layers, winograd
+from stages.models import wide, winograd
 from stages.models.architecture import Architecture, InputSpec, Pix2Pix, Pix2PixHD, build_generator
 from stages.models.layers import Conv, TransposedConv, fix_weights, interleaved, over_pixels
 from stages.models.winograd import Filter
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
-SIZES = [(8, 6), (5, 7), (3, 4), (12, 16)]
+SIZES = [(8, 6), (5, 7), (3, 4), (12, 16), (9, 10)]
 
 
 @pytest.fixture
 def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers of any size take it, in bands of a few tiles."""
     monkeypatch.setattr(winograd, "MIN_CHANNELS", {2: 1, 3: 1})
-    monkeypatch.setattr(winograd, "MIN_TILES", 0)
+    monkeypatch.setattr(winograd, "MIN_OUTPUTS", 0)
     monkeypatch.setattr(winograd, "BAND", 12)
 
 
 def took_it(module: nn.Module) -> bool:
     """Whether a layer has sums of its weights."""
-    return bool({"_filter", "_filters"} & vars(module).keys())
+    return "_filter" in vars(module)
 
 
 def double(*shape: int) -> Tensor:
@@ -88,21 +88,6 @@ def test_layers_of_fixed_weights_give_what_they_gave(
 
 
 @pytest.mark.usefixtures("anywhere")
-@pytest.mark.parametrize("apart", [0, 10**6])
-@pytest.mark.parametrize("size", SIZES)
-def test_a_transposed_convolution_makes_four_pixels_together_or_apart(
-    size: tuple[int, int], apart: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(layers, "MAX_APART", apart)
-    layer, x = TransposedConv(4, 6, 4), torch.randn(3, 4, *size)
-    with torch.no_grad():
-        expected = layer(x)
-        fix_weights(layer)
-        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
-    assert ("_filters" in vars(layer)) == bool(apart)
-
-
-@pytest.mark.usefixtures("anywhere")
 def test_gradients_and_autocast_are_the_usual_ones() -> None:
     layer, x = Conv(4, 6, 3, padding=1), torch.randn(1, 4, 8, 8)
     fix_weights(layer)
@@ -119,11 +104,11 @@ def test_layers_of_few_channels_or_pixels_are_left_as_they_are() -> None:
     fix_weights(layer)
     fix_weights(few)
     with torch.no_grad():
-        layer(torch.randn(1, fewest, 8, 14))
+        layer(torch.randn(1, fewest, 8, 15))
         few(torch.randn(1, fewest - 1, 16, 16))
         assert not took_it(layer)
         assert not took_it(few)
-        layer(torch.randn(2, fewest, 8, 8))
+        layer(torch.randn(1, fewest, 8, 16))
     assert took_it(layer)
 
 
@@ -145,3 +130,20 @@ def test_a_picture_is_the_same_with_weights_fixed(arch: Architecture) -> None:
         fix_weights(network)
         torch.testing.assert_close(network(x), expected, rtol=1e-3, atol=1e-4)
     assert any(map(took_it, network.modules()))
+
+
+def test_bf16_weights_are_cast_once_and_multiplied_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of them would be too coarse: bf16 layers take no shortcut but the layout."""
+    monkeypatch.setattr(wide, "MIN_WEIGHTS", 0)
+    monkeypatch.setattr(winograd, "MIN_CHANNELS", {2: 1, 3: 1})
+    network = build_generator(Pix2Pix(levels=4, width=4), InputSpec(channels=3)).eval()
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.rand(3, 3, 32, 48).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        expected = network(x)
+        fix_weights(network, torch.bfloat16)
+        torch.testing.assert_close(network(x), expected, rtol=0, atol=0.03)
+    convolutions = [m for m in network.modules() if isinstance(m, Conv | TransposedConv)]
+    assert all(module.weight.dtype == torch.bfloat16 for module in convolutions)
+    assert any("_matrix" in vars(module) for module in convolutions)
+    assert not any(map(took_it, convolutions))
