@@ -1,11 +1,11 @@
 """Training on Ray against the bare loop of the same step, and two workers against one: in turns.
 
-    python -m benchmarks.distributed                 # three turns, 20 minutes
+    python -m benchmarks.distributed                 # three turns, 35 minutes
     python -m benchmarks.distributed --turns 5 --epochs 3 --size 128x64
 
 bare     the step alone, on 8 pairs that are already there, in a process of one thread
-pair     two such processes at once, 4 pairs each, that know nothing of one another: what two cores of this
-         machine give at best
+pair     two such processes at once that know nothing of one another: what two cores of this machine give at
+         best
 one      a whole `train.run`, one worker of one thread, 8 pairs a step: Ray Train, feed, curves, checkpoints
 two      the same with two workers of one thread each: 4 pairs a worker, the same global batch
 double   two workers, 8 pairs each
@@ -14,8 +14,9 @@ Of these `double` at 256x128 is the nearest to real training: 110 bytes of gradi
 operations, as for one pair of 2048x1024 a worker (docs/scale.md); 219 in `two`, 840 in `two` at 128x64.
 
 images/s are taken from the first point of the curves to the last, by their time stamps, so starting up is
-not in them (it is shown apart). The end of an epoch is, with its picture and checkpoint: once in 352 images,
-an epoch of Facades has 400. The checkpoint pause is what training itself waits, not what writing takes.
+not in them (it is shown apart). The end of an epoch is, with its picture and checkpoint: once in two epochs
+of 400 pairs, as many as Facades has. The checkpoint pause is what training itself waits, not what writing
+takes. Ray runs as a user has it who starts no cluster.
 
 Of the cores that were busy in `double` it says how much the two threads that compute had, how much the other
 threads of their processes, how much everything else on the machine: Ray's own processes, mostly. Where there
@@ -42,11 +43,11 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 import torch
 import torch.distributed as dist
 
-from stages import averaging, checkpoints, curves, dataset, heap, images, train
+from pipeline.cluster import cluster
+from stages import averaging, checkpoints, curves, dataset, images, train
 from stages.augment import AugmentConfig
 from stages.base import Resources, Role
 from stages.checkpoints import Checkpoint, Position
@@ -57,7 +58,8 @@ from stages.models.step import Batch, build_translator, state_of, step
 from stages.phases import PhaseJob, TrainConfig, input_spec, jobs
 from stages.tracking import NullRun
 
-CLASSES, BATCH, ROWS = 8, 8, 400  # whole batches of 8 and of 16
+CLASSES, BATCH = 8, 8
+ROWS = 400  # as many as Facades has; whole batches of 8 and of 16
 
 
 def make_shards(folder: Path, size: tuple[int, int]) -> DatasetSpec:
@@ -112,10 +114,10 @@ def job(epochs: int, batch: int = BATCH) -> PhaseJob:
 
 
 def at_once(given: PhaseJob, spec: DatasetSpec, *, processes: int, seconds: float) -> float:
-    """images/s of so many processes together, each with its part of the batch."""
+    """images/s of so many processes together, each with a batch."""
     context = multiprocessing.get_context("spawn")
     ready, rates = context.Barrier(processes), context.Queue()
-    arguments = (given, spec, BATCH // processes, seconds, ready, rates)
+    arguments = (given, spec, seconds, ready, rates)
     started = [context.Process(target=_alone, args=arguments) for _ in range(processes)]
     for process in started:
         process.start()
@@ -125,20 +127,20 @@ def at_once(given: PhaseJob, spec: DatasetSpec, *, processes: int, seconds: floa
     return total
 
 
-def _alone(given: PhaseJob, spec: DatasetSpec, rows: int, seconds: float, ready: Any, rates: Any) -> None:
+def _alone(given: PhaseJob, spec: DatasetSpec, seconds: float, ready: Any, rates: Any) -> None:
     torch.set_num_threads(1)
     tune_process("cpu")
-    rates.put(bare(given, spec, rows, seconds, ready.wait))
+    rates.put(bare(given, spec, seconds, ready.wait))
 
 
-def bare(given: PhaseJob, spec: DatasetSpec, rows: int, seconds: float, ready: Callable[[], object]) -> float:
+def bare(given: PhaseJob, spec: DatasetSpec, seconds: float, ready: Callable[[], object]) -> float:
     """images/s of the step alone."""
     worker = Worker()
     gan = build_translator(given.model, input_spec(spec), weights=given.losses, device=worker.device)
     width, height = spec.size
     batch = Batch(
-        source=torch.randint(0, CLASSES, (rows, 1, height, width), dtype=torch.uint8),
-        target=torch.randint(0, 256, (rows, 3, height, width), dtype=torch.uint8),
+        source=torch.randint(0, CLASSES, (BATCH, 1, height, width), dtype=torch.uint8),
+        target=torch.randint(0, 256, (BATCH, 3, height, width), dtype=torch.uint8),
     )
     for _ in range(2):
         step(gan, batch, weights=given.losses)
@@ -147,7 +149,7 @@ def bare(given: PhaseJob, spec: DatasetSpec, rows: int, seconds: float, ready: C
     while time.monotonic() - started < seconds:
         step(gan, batch, weights=given.losses)
         count += 1
-    return count * rows / (time.monotonic() - started)
+    return count * BATCH / (time.monotonic() - started)
 
 
 def exchange(given: PhaseJob, spec: DatasetSpec) -> tuple[int, float]:
@@ -281,31 +283,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     width, height = (int(side) for side in options.size.split("x"))
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     logging.basicConfig(level=logging.WARNING)
     given = job(options.epochs)
     with tempfile.TemporaryDirectory(prefix="pixloom-") as scratch:
         spec = make_shards(Path(scratch) / "shards", (width, height))
-        ray.init(
-            num_cpus=2,  # as a user on this machine has it
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": heap.ENVIRONMENT},
-        )
         found: dict[str, list[float]] = defaultdict(list)
-        for turn in range(options.turns):
-            for name, processes in (("bare", 1), ("pair", 2)):
-                found[name].append(at_once(given, spec, processes=processes, seconds=15))
-            for name, workers, batch in (("one", 1, BATCH), ("two", 2, BATCH), ("double", 2, 2 * BATCH)):
-                output = Path(scratch) / f"{name}-{turn}"
-                wanted = job(options.epochs, batch)
-                one = trained(wanted, str(Path(scratch) / "shards"), output, workers)
-                found[name].append(one["rate"])
-                of_cores = ("computing", "beside", "rest") if name == "double" else ()
-                for key in ("start", "pause", "wait", *of_cores):
-                    found[key].append(one[key])
-        ray.shutdown()
+        with cluster(Resources(train_workers=2), {}, {}):
+            for turn in range(options.turns):
+                for name, processes in (("bare", 1), ("pair", 2)):
+                    found[name].append(at_once(given, spec, processes=processes, seconds=15))
+                for name, workers, batch in (("one", 1, BATCH), ("two", 2, BATCH), ("double", 2, 2 * BATCH)):
+                    output = Path(scratch) / f"{name}-{turn}"
+                    wanted = job(options.epochs, batch)
+                    one = trained(wanted, str(Path(scratch) / "shards"), output, workers)
+                    found[name].append(one["rate"])
+                    of_cores = ("computing", "beside", "rest") if name == "double" else ()
+                    for key in ("start", "pause", "wait", *of_cores):
+                        found[key].append(one[key])
         sent, exchanging = exchange(given, spec)
         size_, copying, writing = checkpoint(given, spec, Path(scratch) / "checkpoints")
     middle = {name: statistics.median(values) for name, values in found.items()}

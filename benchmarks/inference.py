@@ -6,11 +6,13 @@
                  once it runs, since starting Ray and torch is paid once however many images follow
     bare         the same network and batches on tensors in memory, one on every core, nothing else
     together     the same, one batch at a time on all cores
-    published    one image at a time: Pillow in, eager float32, Pillow out, as the published test scripts do
+    published    one image at a time: Pillow in, eager float32, Pillow out, as the published test scripts do,
+                 with the layers of the published code
+    singly       the same with our layers, as they train
     memory       the largest resident size of a generating process, over 100 small images and over many
     no-op        the command again over --rerun finished outputs, a process of its own
 
-The first four sides are measured in turns; ratios are of their medians.
+The first five sides are measured in turns; ratios are of their medians.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -33,12 +36,13 @@ from typing import Any
 import numpy as np
 import psutil
 import pyarrow as pa
-import ray
-import ray.data
 import torch
 from PIL import Image
+from torch import nn
 
-from stages import heap, infer, outputs, sources, storage
+from benchmarks.plain import PlainUnet, copy_weights
+from pipeline.cluster import cluster
+from stages import infer, outputs, sources, storage
 from stages.actors import own_cores
 from stages.base import Resources
 from stages.infer import InferConfig, batch_size
@@ -103,11 +107,20 @@ def bare(model: Path, size: int, images: int, *, at_once: int) -> float:
         return at_once * rounds * len(batch) / (time.perf_counter() - started)
 
 
-def published(model: Path, size: int, images: int) -> float:
+def published(model: Path) -> nn.Module:
+    """The network in the layers of the published code, with batch statistics at test time as there."""
+    ours = load_model(model)
+    arch = ours.architecture
+    assert isinstance(arch, Pix2Pix)
+    plain = PlainUnet(3, 3, levels=arch.levels, width=arch.width, noisy=set()).train()
+    copy_weights(ours.generator, plain)
+    return plain
+
+
+def singly(network: nn.Module, size: int, images: int) -> float:
     """Images a second, one at a time, a graph built as the published scripts do."""
     torch.set_num_threads(own_cores())
     return_freed_memory()
-    network = load_model(model).generator
     with tempfile.TemporaryDirectory() as temp:
         source = Path(temp) / "in.png"
         source.write_bytes(picture(0, size))
@@ -174,7 +187,7 @@ def times(output: str) -> list[float]:
     return [e["LastModified"].timestamp() if "LastModified" in e else e["mtime"] for e in entries]
 
 
-def finished(source: str, output: str, model: Path, environment: dict[str, str]) -> float:
+def finished(source: str, output: str, model: Path, settings: Mapping[str, Any]) -> float:
     """Seconds of the command with nothing left to do."""
     work = infer.prepare(InferConfig(input=source, model=str(model)), output=output, tracking_uri=None)
     assert work.planned is not None
@@ -184,6 +197,7 @@ def finished(source: str, output: str, model: Path, environment: dict[str, str])
         table = pa.Table.from_pylist([row] * rows, schema=outputs.ROWS)
         storage.write_parquet(outputs.part_uri(output, unit), table)
     words = ["--model", str(model), "--input", source, "--output", output]
+    environment = {**os.environ, **storage.worker_environment(settings)}
     started = time.perf_counter()
     command = [sys.executable, "-m", "pipeline.infer", *words]
     told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
@@ -213,49 +227,47 @@ def main() -> None:
             fs, _ = storage.filesystem("s3://benchmark")
             fs.call_s3("create_bucket", Bucket="benchmark")
             place = "s3://benchmark"
-        environment = storage.worker_environment(settings) | heap.ENVIRONMENT
         os.environ["RAY_AUTH_MODE"] = "disabled"
-        ray.init(
-            num_cpus=own_cores(),  # as a user on this machine has it
-            include_dashboard=False,
-            log_to_driver=False,
-            runtime_env={"env_vars": environment},
-        )
-        ray.data.DataContext.get_current().enable_progress_bars = False
         try:
-            if options.turns:
-                found |= ratios(options, Path(temp) / "model", place)
-            if options.memory:
-                model = make_model(Path(temp) / "small", 16, 64)
-                found["memory_mib"] = {}
-                for count in (100, options.memory):
-                    source, output = join(place, f"memory-{count}"), join(place, f"out-{count}")
-                    fill(source, count, 64)
-                    found["memory_mib"][str(count)] = whole(model, source, output, count)["mib"]
+            with cluster(Resources(), settings, {}):
+                if options.turns:
+                    found |= ratios(options, Path(temp) / "model", place)
+                small = make_model(Path(temp) / "small", 16, 64)
+                if options.memory:
+                    found["memory_mib"] = memory(small, place, (100, options.memory))
             if options.rerun:
-                model = make_model(Path(temp) / "small", 16, 64)
                 fill(join(place, "rerun"), options.rerun, 16)
-                found["noop_seconds"] = finished(
-                    join(place, "rerun"), join(place, "out-rerun"), model, {**os.environ, **environment}
-                )
+                found["noop_seconds"] = finished(join(place, "rerun"), join(place, "done"), small, settings)
         finally:
-            ray.shutdown()
             if server is not None:
                 server.kill()
     print(json.dumps(found, indent=2))
+
+
+def memory(model: Path, place: str, counts: Sequence[int]) -> dict[str, float]:
+    """The most that a generating process took, in MiB, by the number of images."""
+    found = {}
+    for count in counts:
+        source, output = join(place, f"memory-{count}"), join(place, f"out-{count}")
+        fill(source, count, 64)
+        found[str(count)] = whole(model, source, output, count)["mib"]
+    return found
 
 
 def ratios(options: argparse.Namespace, folder: Path, place: str) -> dict[str, Any]:
     """The stage beside the network alone and the published way, in turns."""
     model = make_model(folder, options.width, options.size)
     fill(join(place, "in"), options.images, options.size)
-    sides: dict[str, list[float]] = {"bare": [], "together": [], "published": [], "whole": []}
+    sides: dict[str, list[float]] = {
+        name: [] for name in ("bare", "together", "published", "singly", "whole")
+    }
     runs = []
     few = max(16, options.images // 4)
     for turn in range(options.turns):
         sides["bare"].append(bare(model, options.size, few, at_once=own_cores()))
         sides["together"].append(bare(model, options.size, few, at_once=1))
-        sides["published"].append(published(model, options.size, few // 2))
+        sides["published"].append(singly(published(model), options.size, few // 2))
+        sides["singly"].append(singly(load_model(model).generator, options.size, few // 2))
         runs.append(whole(model, join(place, "in"), join(place, f"out-{turn}"), options.images))
         sides["whole"].append(runs[-1]["steady"])
         print({name: round(values[-1], 2) for name, values in sides.items()}, file=sys.stderr, flush=True)
