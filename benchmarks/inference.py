@@ -50,6 +50,7 @@ from stages.inference import Painter
 from stages.models.architecture import InputSpec, Pix2Pix, build_generator
 from stages.models.process import keep_freed_memory, return_freed_memory
 from stages.models.saved import Picture, Preprocessing, load_model, save_model
+from stages.models.step import Precision
 from stages.storage import join, write_bytes
 from stages.tracking import NullRun
 from tests.stores.seaweed import SeaweedS3
@@ -81,7 +82,7 @@ def make_model(folder: Path, width: int, size: int) -> Path:
     return folder
 
 
-def bare(model: Path, size: int, images: int, *, at_once: int) -> float:
+def bare(model: Path, size: int, images: int, *, precision: Precision, at_once: int) -> float:
     """Images a second of the network alone: so many batches at once, sharing the cores.
 
     One at a time is painted by the calling thread, which has threads of OpenMP's already: with a second set
@@ -89,12 +90,13 @@ def bare(model: Path, size: int, images: int, *, at_once: int) -> float:
     """
     keep_freed_memory()
     torch.set_num_threads(own_cores() // at_once)
-    painter = Painter(load_model(model))
+    painter = Painter(load_model(model), precision=precision)
     batch = torch.zeros(batch_size(size, size, "cpu"), 3, size, size)
     batch = batch.contiguous(memory_format=torch.channels_last)
 
     def paint(rounds: int) -> None:
-        with torch.inference_mode():
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+        with torch.inference_mode(), autocast:
             for _ in range(rounds):
                 painter.model.generator(batch)
 
@@ -160,7 +162,9 @@ def generating() -> list[psutil.Process]:
     return [p for p in psutil.process_iter(["cmdline"]) if name in " ".join(p.info["cmdline"] or [])]
 
 
-def whole(model: Path, source: str, output: str, count: int) -> dict[str, float]:
+def whole(
+    model: Path, source: str, output: str, count: int, *, precision: Precision = "float32"
+) -> dict[str, float]:
     """The stage: seconds in all, images a second once it runs, the most memory a process took.
 
     Once it runs: of the images between the first and the last tenth, as a line through when each was written,
@@ -168,9 +172,9 @@ def whole(model: Path, source: str, output: str, count: int) -> dict[str, float]
     """
     watch = Watch()
     watch.start()
-    config, resources = InferConfig(input=source, model=str(model)), Resources(gpu=False)
+    config = InferConfig(input=source, model=str(model), precision=precision)
     started = time.perf_counter()
-    outcome = infer.run(config, resources, output=output, track=NullRun())
+    outcome = infer.run(config, Resources(gpu=False), output=output, track=NullRun())
     seconds = time.perf_counter() - started
     watch.stop.set()
     assert outcome.counts["images"] == count
@@ -212,6 +216,9 @@ def main() -> None:
     p.add_argument("--images", type=int, default=300)
     p.add_argument("--size", type=int, default=256)
     p.add_argument("--width", type=int, default=64, help="of the U-Net; the paper's is 64")
+    p.add_argument(
+        "--precision", choices=("float32", "bf16"), default="float32", help="of all sides but the published"
+    )
     p.add_argument("--store", choices=("s3", "local"), default="s3")
     p.add_argument("--memory", type=int, default=5000, help="0: leave the comparison of memory out")
     p.add_argument("--rerun", type=int, default=10_000, help="0: leave the rerun out")
@@ -264,11 +271,12 @@ def ratios(options: argparse.Namespace, folder: Path, place: str) -> dict[str, A
     runs = []
     few = max(16, options.images // 4)
     for turn in range(options.turns):
-        sides["bare"].append(bare(model, options.size, few, at_once=own_cores()))
-        sides["together"].append(bare(model, options.size, few, at_once=1))
+        sides["bare"].append(bare(model, options.size, few, precision=options.precision, at_once=own_cores()))
+        sides["together"].append(bare(model, options.size, few, precision=options.precision, at_once=1))
         sides["published"].append(singly(published(model), options.size, few // 2))
         sides["singly"].append(singly(load_model(model).generator, options.size, few // 2))
-        runs.append(whole(model, join(place, "in"), join(place, f"out-{turn}"), options.images))
+        output = join(place, f"out-{turn}")
+        runs.append(whole(model, join(place, "in"), output, options.images, precision=options.precision))
         sides["whole"].append(runs[-1]["steady"])
         print({name: round(values[-1], 2) for name, values in sides.items()}, file=sys.stderr, flush=True)
     medians = {name: statistics.median(values) for name, values in sides.items()}
