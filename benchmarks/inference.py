@@ -4,7 +4,7 @@
 
     whole        the infer stage: PNGs read from the store, generated, PNGs and table written to the store;
                  once it runs, since starting Ray and torch is paid once however many images follow
-    bare         the same network and batches on tensors in memory, one on every core, nothing else
+    bare         the same network, batches and settings on tensors in memory, one on every core, nothing else
     together     the same, one batch at a time on all cores
     published    one image at a time: Pillow in, eager float32, Pillow out, as the published test scripts do,
                  with the layers of the published code
@@ -42,7 +42,7 @@ from torch import nn
 
 from benchmarks.plain import PlainUnet, copy_weights
 from pipeline.cluster import cluster
-from stages import infer, outputs, sources, storage
+from stages import heap, infer, outputs, sources, storage
 from stages.actors import own_cores
 from stages.base import Resources
 from stages.infer import InferConfig, batch_size
@@ -290,4 +290,7 @@ def ratios(options: argparse.Namespace, folder: Path, place: str) -> dict[str, A
 
 
 if __name__ == "__main__":
+    if not heap.ENVIRONMENT.items() <= os.environ.items():  # of a process that generates, from its start on
+        words = [sys.executable, "-m", "benchmarks.inference", *sys.argv[1:]]
+        sys.exit(subprocess.run(words, env=os.environ | heap.ENVIRONMENT, check=False).returncode)
     main()
