@@ -52,8 +52,8 @@ def generator(
     network.load_state_dict(weights.state_dict())
     network.eval().requires_grad_(False)
     run: Callable[[Tensor], Tensor] = network if setting == "as-trained" else channels_last(network)
-    if setting == "fixed":
-        fix_weights(network)
+    if setting in ("fixed", "bf16"):
+        fix_weights(network, torch.bfloat16 if setting == "bf16" else torch.float32)
     if setting.startswith("compiled"):
         run = torch.compile(network, options={"freezing": True})
     return run, torch.bfloat16 if setting.endswith("bf16") else None

@@ -33,7 +33,7 @@ class FixedMatrix:
     """A matrix (K, C) that rows are multiplied with. Takes its memory beside the weights it was made of."""
 
     def __init__(self, matrix: Tensor) -> None:
-        self.packed = matrix.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        self.packed = _has_library(matrix.dtype)
         self.matrix = matrix
         if self.packed:
             self.matrix = torch.ops.mkldnn._reorder_linear_weight(matrix.T.contiguous(), ROWS)
@@ -46,3 +46,11 @@ class FixedMatrix:
         if plus is None:
             return cast(Tensor, linear(rows, self.matrix, None, "none", [], ""))
         return cast(Tensor, linear.binary(rows, plus, self.matrix, None, "add"))
+
+
+def _has_library(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if dtype == torch.bfloat16:  # not on every processor
+        return cast(bool, torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32

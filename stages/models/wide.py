@@ -53,9 +53,7 @@ def wide_conv(
     matrix   `as_matrix` of weights that change no more, transposed; no gradients then
     """
     if matrix is not None:
-        x = x.to(weight.dtype)
-        patches, height, width = _patches(_pad(x, padding, reflect), weight.shape[2], stride)
-        return matrix.product(patches).view(len(x), height, width, -1).permute(0, 3, 1, 2)
+        return _fixed_conv(x.to(weight.dtype), matrix, weight.shape[2], stride, padding, reflect)
     x, weight = _cast(x, weight)
     y: Tensor = _WideConv.apply(x, weight, stride, padding, reflect)  # type: ignore[no-untyped-call]
     return y
@@ -87,6 +85,14 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def _as_given(function: Function) -> Function:
     """Autocast has nothing to do inside: it would take reflection padding back to float32."""
     return cast(Function, torch.autocast("cpu", enabled=False)(function))
+
+
+@_as_given
+def _fixed_conv(
+    x: Tensor, matrix: FixedMatrix, kernel: int, stride: int, padding: int, reflect: bool
+) -> Tensor:
+    patches, height, width = _patches(_pad(x, padding, reflect), kernel, stride)
+    return matrix.product(patches).view(len(x), height, width, -1).permute(0, 3, 1, 2)
 
 
 class _WideConv(torch.autograd.Function):

@@ -132,11 +132,17 @@ def test_a_picture_is_the_same_with_weights_fixed(arch: Architecture) -> None:
     assert any(map(took_it, network.modules()))
 
 
-def test_bf16_weights_are_cast_once_and_multiplied_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "arch",
+    [Pix2Pix(levels=4, width=4), Pix2PixHD(enhancers=1, width=4, downsamplings=2, blocks=2)],
+)
+def test_bf16_weights_are_cast_once_and_multiplied_as_they_are(
+    arch: Architecture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sums of them would be too coarse: bf16 layers take no shortcut but the layout."""
     monkeypatch.setattr(wide, "MIN_WEIGHTS", 0)
     monkeypatch.setattr(winograd, "MIN_CHANNELS", {2: 1, 3: 1})
-    network = build_generator(Pix2Pix(levels=4, width=4), InputSpec(channels=3)).eval()
+    network = build_generator(arch, InputSpec(channels=3)).eval()
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.rand(3, 3, 32, 48).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
