@@ -1,6 +1,6 @@
 """Training on Ray against the bare loop of the same step, and two workers against one: in turns.
 
-    python -m benchmarks.distributed                 # three turns, 35 minutes
+    python -m benchmarks.distributed                 # three turns, 50 minutes
     python -m benchmarks.distributed --turns 5 --epochs 3 --size 128x64
 
 bare     the step alone, on 8 pairs that are already there, in a process of one thread
