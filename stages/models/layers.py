@@ -126,8 +126,8 @@ class TransposedConv(nn.ConvTranspose2d):
         """(N, C_in, H, W) -> (N, C_out, 2H, 2W)."""
         assert output_size is None
         bias = None if self.inert_bias else self.bias
-        fixed, apart = _is_fixed(self, x), 4 * self.out_channels
-        if fixed and self.kernel_size[0] == 4 and winograd.suits(x, self.weight, apart, taps=2, stride=1):
+        fixed, channels = _is_fixed(self, x), 4 * self.out_channels  # of the four pixels that one becomes
+        if fixed and self.kernel_size[0] == 4 and winograd.suits(x, self.weight, channels, taps=2, stride=1):
             return _with_bias(interleaved(self._filter(x, padding=1)), bias)
         if wide.suits(x, self.weight, x.shape[0] * x.shape[2] * x.shape[3]):
             matrix = self._matrix if fixed else None
