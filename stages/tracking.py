@@ -491,12 +491,16 @@ class Sender:
 
         A model, which may be gigabytes, is waited for as long as the server takes it.
         """
-        done = self._wait(lambda: not self._pending, wait)
+        done = self._wait(self._is_settled, wait)
         while not done and self._sends_model():
-            done = self._wait(lambda: not self._pending, wait)
+            done = self._wait(self._is_settled, wait)
         if not done:
             self._spool_pending()
         return done
+
+    def _is_settled(self) -> bool:
+        """Whether the server has everything, and the spool nothing that would be sent again."""
+        return not self._pending and not self._spooled
 
     def _sends_model(self) -> bool:
         with self._changed:
@@ -683,10 +687,16 @@ class Sender:
         if self._lost_since is not None:
             logger.warning("MLflow answers again after %.0f s", time.monotonic() - self._lost_since)
             self._lost_since = None
-        if self._spooled and self._spooled_count == 0:
-            for uri in self._spooled:
+        with self._changed:
+            sent = [] if self._spooled_count else list(self._spooled)
+        for uri in sent:
+            try:
                 _remove(uri)
-            self._spooled = []
+            except (OSError, PixloomError) as error:
+                logger.warning("%s cannot be removed, its records will be sent again: %s", uri, error)
+        with self._changed:
+            self._spooled = [uri for uri in self._spooled if uri not in sent]
+            self._changed.notify_all()
 
     def _spool_pending(self) -> None:
         """Put what is pending and not yet on disk into one more file of the spool."""
