@@ -30,7 +30,7 @@ import fsspec.asyn
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from stages import archives
+from stages import archives, s3
 from stages.images import ImageRejected
 from stages.listing import etag_of, local_etag
 from stages.storage import ATTEMPTS, FIRST_WAIT, filesystem, patiently
@@ -116,7 +116,8 @@ class Reader:
             return _read_local(path, wanted)
         protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
         if "s3" in protocols:
-            data, etag = _run(fs, _get_s3(fs, path))
+            quick = s3.get(fs, path) if self._has_md5(wanted) and wanted.size <= s3.MOST_BYTES else None
+            data, etag = quick or _run(fs, _get_s3(fs, path))
             _same_version(wanted, len(data), etag)
             self._check_md5(wanted, data, lambda: _run(fs, _get_s3(fs, path))[0])
             return data
@@ -130,13 +131,16 @@ class Reader:
         _same_version(wanted, len(data), etag_of(fs.info(path)) if wanted.etag else "")
         return data
 
+    def _has_md5(self, wanted: Object) -> bool:
+        return self._etag_is_md5 and _MD5.fullmatch(wanted.etag) is not None
+
     def _check_md5(self, wanted: Object, data: bytes, read: Callable[[], bytes]) -> None:
         """Compare with the etag where that is an MD5.
 
         It has the form of one but is none in buckets encrypted with customers' keys. Reads that all agree
         tell that case from damage; then the comparison is left off for the rest of the task.
         """
-        if not self._etag_is_md5 or not _MD5.fullmatch(wanted.etag):
+        if not self._has_md5(wanted):
             return
         if hashlib.md5(data, usedforsecurity=False).hexdigest() == wanted.etag:
             return

@@ -30,6 +30,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
+from stages import s3
 from stages.errors import PixloomError, StageError, UserError
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ def write_bytes(uri: str, data: bytes) -> None:
         if isinstance(fs, LocalFileSystem):
             with create(uri) as file:
                 file.write(whole)
-        else:
+        elif not s3.put(fs, path, whole):
             fs.pipe_file(path, whole)  # one PUT, or a multipart upload that appears when it is completed
 
     written(write, uri)
