@@ -39,9 +39,10 @@ def buckets(tensors: Sequence[Weight], size: int) -> Iterator[list[Weight]]:
 def send(parameters: Sequence[nn.Parameter], *, coming: bool) -> Callable[[], Iterator[list[nn.Parameter]]]:
     """Begin to replace gradients by their mean over all workers.
 
-    They travel at once or, where a backward pass is `coming`, each as soon as that has added its part.
-    Calling the result waits for them, bucket by bucket, and gives the parameters whose means are there. Where
-    no gradient was made until then, this worker's share is zeros. Every worker passes equal shapes and waits.
+    They travel at once or, where a backward pass is `coming`, each as soon as that has added its part. The
+    result is called when all gradients are made: where there is none then, this worker's share is zeros. What
+    that returns waits, bucket by bucket, and gives the parameters whose means are there. Every worker passes
+    equal shapes and waits.
     """
     return _Exchange(parameters, coming=coming).arrive
 
@@ -78,12 +79,16 @@ class _Exchange:
             self.travelling.append((flat, work))
 
     def arrive(self) -> Iterator[list[nn.Parameter]]:
+        """Send what is not yet sent, now; the result waits."""
         for hook in self.hooks:
             hook.remove()
         for parameter in (p for group in self.groups for p in group):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             self._made(parameter)
+        return self._arriving()
+
+    def _arriving(self) -> Iterator[list[nn.Parameter]]:
         world = dist.get_world_size()
         for group, (flat, work) in zip(self.groups, self.travelling, strict=True):
             work.wait()

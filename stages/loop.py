@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -46,6 +46,7 @@ from stages.models.step import (
     learning_rates,
     load_state,
     set_learning_rate,
+    settle,
     state_of,
     step,
 )
@@ -293,12 +294,15 @@ class Loop:
         batch = batch.to(self.worker.device, non_blocking=True)
         if job.synchronised_norms and self.worker.world > 1:
             batch, self._counts = takes_part(batch)
-        losses = step(self.gan, batch, weights=job.losses, average=seen, at_once=task.pairs_at_once)
+        losses = step(
+            self.gan, batch, weights=job.losses, average=seen, at_once=task.pairs_at_once, leave=True
+        )
         before, self.position = self.position, advance(self.position, rows=task.rows, batch=phase.batch)
         self.window.add(self.position.steps, losses, batch.share)
         due = is_due(before, self.position, task.checkpoint_images)
         order = self._heed() if self.position.steps >= self._next_look else ""
         if due or order or self.position.steps % job.log_every == 0:
+            settle(self.gan)
             self._close_window(before.epoch, rate)
         if due or order:
             self._verify()
@@ -450,16 +454,18 @@ class Norms:
         """Begin to average; see `step.Average`."""
         sent = averaging.send(parameters, coming=coming) if self.world > 1 else None
 
-        def arriving() -> Iterator[Sequence[nn.Parameter]]:
-            norms: list[Tensor] = []
-            for some in [parameters] if sent is None else sent():
-                if self.wanted:
-                    norms += torch._foreach_norm([p.grad for p in some if p.grad is not None])
-                yield some
-            if self.wanted:
-                self._norms.append(torch.stack(norms).norm())
+        def arriving() -> Iterable[Sequence[nn.Parameter]]:
+            means: Iterable[Sequence[nn.Parameter]] = [parameters] if sent is None else sent()
+            return self._measured(means) if self.wanted else means
 
         return arriving
+
+    def _measured(self, means: Iterable[Sequence[nn.Parameter]]) -> Iterator[Sequence[nn.Parameter]]:
+        norms: list[Tensor] = []
+        for some in means:
+            norms += torch._foreach_norm([p.grad for p in some if p.grad is not None])
+            yield some
+        self._norms.append(torch.stack(norms).norm())
 
     def take(self) -> dict[str, float]:
         """The norms of the last step they were wanted for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,14 @@ def work(rank: int, world: int, folder: str) -> None:
     (first * (rank + 1)).sum().backward()  # one turn more: the sum travels
     assert sum(len(bucket) for bucket in arriving()) == 3
     assert [None if p.grad is None else p.grad[0].item() for p in (first, unused, last)] == [9.0, 0.0, 3.0]
+    arriving = averaging.send([first, unused], coming=True)
+    first.sum().backward()
+    means = arriving()  # from here on the others need nothing of this worker
+    done = Path(folder, "first-has-its-means")
+    while rank == 1 and not done.exists():
+        time.sleep(0.01)
+    assert sum(len(bucket) for bucket in means) == 2
+    done.touch()
     assert averaging.broadcast_object({"rank": rank}) == {"rank": 0}
     assert averaging.total(torch.tensor([1.0])).item() == world
     dist.destroy_process_group()

@@ -32,9 +32,17 @@ class Adam(torch.optim.Adam):
             for hook in hooks:
                 hook.remove()
 
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+        return float(self.param_groups[0]["lr"])
+
     @torch.no_grad()
-    def update(self, parameters: Sequence[Tensor]) -> None:
-        """Update some weights, once a step each, and free their gradients. One without a gradient stays."""
+    def update(self, parameters: Sequence[Tensor], rate: float | None = None) -> None:
+        """Update some weights, once a step each, and free their gradients. One without a gradient stays.
+
+        rate   the step's learning rate, where another has been set since
+        """
         (group,) = self.param_groups
         pairs = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
         if not pairs:
@@ -50,7 +58,7 @@ class Adam(torch.optim.Adam):
             [],
             [state["step"] for state in states],
             amsgrad=False,
-            lr=group["lr"],
+            lr=group["lr"] if rate is None else rate,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
             weight_decay=0.0,

@@ -7,7 +7,10 @@ What the published step computes for nothing is left out, with the same maths:
 - the fake is judged once for both updates, not once for each;
 - no weight gradients of the discriminator in the generator's backward pass;
 - no graph through frozen parts;
-- the discriminator's graph of the real image is gone before that of the fake is made.
+- the discriminator's graph of the real image is gone before the generator's is made.
+
+With several workers, a step can leave the generator's last means to arrive while pix2pixHD's next one judges
+its real images, for which it needs only the discriminator: no worker waits for one that is a little behind.
 """
 
 from __future__ import annotations
@@ -50,7 +53,8 @@ Precision = Literal["float32", "bf16"]
 
 
 Arriving = Callable[[], Iterable[Sequence[nn.Parameter]]]
-"""Called once: waits for means of gradients, and gives parameters, some at a time, whose means are there."""
+"""Called once, when the gradients are made. Of what it returns, each waits for means of gradients, and gives
+parameters whose means are there."""
 
 
 class Average(Protocol):
@@ -127,6 +131,7 @@ class Translator:
     inputs: InputSpec
     perceptual: nn.Module | None = None  # VGG19 up to relu5_1, frozen
     precision: Precision = "float32"
+    unsettled: Callable[[], None] | None = None  # the generator's update, where a step left it to `settle`
 
 
 def build_translator(
@@ -228,6 +233,7 @@ def learning_rates(gan: Translator) -> dict[str, float]:
 
 def state_of(gan: Translator) -> dict[str, Any]:
     """All that resuming needs, as nested dicts of tensors and numbers (references, not copies)."""
+    assert gan.unsettled is None, "an update is on its way"
     state: dict[str, Any] = {
         "generator": gan.generator.state_dict(),
         "generator_optimizer": gan.generator_optimizer.state_dict(),
@@ -295,6 +301,7 @@ def step(
     weights: LossWeights,
     average: Average | None = None,
     at_once: int | None = None,
+    leave: bool = False,
 ) -> dict[str, Tensor]:
     """One update of both networks. Returns named, detached losses, each as it enters the sum.
 
@@ -303,24 +310,51 @@ def step(
 
     at_once   pairs that are in memory at a time: a larger batch is done in turns whose gradients add up. The
               same update but for batch norm and dropout, which then see the turns' pairs apart
+    leave     with `average`: leave the generator's update to the next step, or to `settle`
     """
     if batch.source.shape[0] == 0:
+        settle(gan)
         _empty_step(gan, average)
         return {}
     if at_once is not None and batch.source.shape[0] > at_once:
-        return _step_in_turns(gan, batch.split(at_once), weights, average)
+        settle(gan)
+        losses = _step_in_turns(gan, batch.split(at_once), weights, average)
+    else:
+        losses = _step_at_once(gan, batch, weights, average)
+    if not leave:
+        settle(gan)
+    return losses
+
+
+def settle(gan: Translator) -> None:
+    """Make the generator's update that a step has left."""
+    if gan.unsettled is not None:
+        gan.unsettled()
+        gan.unsettled = None
+
+
+def _step_at_once(
+    gan: Translator, batch: Batch, weights: LossWeights, average: Average | None
+) -> dict[str, Tensor]:
     condition, target = _inputs(gan, batch)
+    losses: dict[str, Tensor] = {}
+    layered = isinstance(gan.arch, Pix2PixHD)
+    with _autocast(gan.precision, target.device):
+        conditions = _conditions(gan, condition)
+        if layered:
+            real_features = _judge_real(gan, conditions, target, batch.share, weights, losses)
+    settle(gan)
     with _autocast(gan.precision, target.device):
         generated = _generate(gan, condition, target, batch.instance)
-    fake = generated.detach().requires_grad_()  # the losses end here; the generator's graph starts here
-
-    losses: dict[str, Tensor] = {}
-    with _autocast(gan.precision, target.device):
-        if isinstance(gan.arch, Pix2PixHD):
-            judged = _judge_for_both(gan, condition, target, fake, batch.share, weights, losses)
-        else:
-            judged = _judge_in_turn(gan, condition, target, fake, batch.share, weights, losses, average)
-        loss = _generator_loss(gan, judged, fake, target, weights, losses)
+        fake = generated.detach().requires_grad_()  # the losses end here; the generator's graph starts here
+        if layered:
+            fake_features = _judge_for_both(gan, conditions, fake, batch.share, weights, losses)
+        else:  # batch norm's running statistics remember the order: the fake first, as published
+            _judge_apart(gan, conditions, fake.detach(), batch.share, weights, losses)
+            real_features = _judge_real(gan, conditions, target, batch.share, weights, losses)
+            _step_discriminator(gan, average)
+            fake_features = _judge_frozen(gan, conditions, fake)
+        loss = _generator_loss(gan, fake_features, real_features, fake, target, weights, losses)
     (fake_gradient,) = torch.autograd.grad(loss * batch.share, fake)
     _finish(gan, generated, fake_gradient, average)
     return {name: value.detach() for name, value in losses.items()}
@@ -362,31 +396,34 @@ def _step_in_turns(
         buffers = [buffer.clone() for buffer in gan.generator.buffers()]
         for index, part in enumerate(parts):
             condition, target = _inputs(gan, part)
+            losses: dict[str, Tensor] = {}
             with torch.no_grad():
                 fake = generated(index, condition, target)
-            losses: dict[str, Tensor] = {}
             with _autocast(gan.precision, target.device):
-                real_features.append(
-                    _judge_apart(gan, _conditions(gan, condition), target, fake, part.share, weights, losses)
-                )
+                conditions = _conditions(gan, condition)
+                _judge_apart(gan, conditions, fake, part.share, weights, losses)
+                real_features.append(_judge_real(gan, conditions, target, part.share, weights, losses))
             count(losses, part)
         for buffer, before in zip(gan.generator.buffers(), buffers, strict=True):
             buffer.copy_(before)  # running statistics count each picture once
-        assert gan.discriminator_optimizer is not None
-        _update(gan.discriminator_optimizer, _averaging(gan.discriminator_optimizer, average))
+        _step_discriminator(gan, average)
     for index, part in enumerate(parts):
         condition, target = _inputs(gan, part)
-        image = generated(index, condition, target)
-        fake = image.detach().requires_grad_()
         losses = {}
         with _autocast(gan.precision, target.device):
-            judged: Judged = None
+            conditions = _conditions(gan, condition)
             if layered:
-                judged = _judge_for_both(gan, condition, target, fake, part.share, weights, losses)
-            elif gan.discriminator is not None:
-                with _frozen(gan.discriminator):
-                    judged = _judge(gan, _conditions(gan, condition), fake), real_features[index]
-            loss = _generator_loss(gan, judged, fake, target, weights, losses)
+                real = _judge_real(gan, conditions, target, part.share, weights, losses)
+            else:
+                real = real_features[index] if real_features else []
+        image = generated(index, condition, target)
+        fake = image.detach().requires_grad_()
+        with _autocast(gan.precision, target.device):
+            if layered:
+                fake_features = _judge_for_both(gan, conditions, fake, part.share, weights, losses)
+            else:
+                fake_features = _judge_frozen(gan, conditions, fake)
+            loss = _generator_loss(gan, fake_features, real, fake, target, weights, losses)
         (fake_gradient,) = torch.autograd.grad(loss * part.share, fake)
         if index < len(parts) - 1:
             torch.autograd.backward(image, fake_gradient)
@@ -397,7 +434,7 @@ def _step_in_turns(
 
 
 def _finish(gan: Translator, generated: Tensor, gradient: Tensor, average: Average | None) -> None:
-    """The last backward pass of a step, and the updates that wait for it."""
+    """The last backward pass of a step, and the updates that wait for it; with `average`, see `settle`."""
     # pix2pixHD's discriminator is not updated before: the fake's gradient went through its weights from
     # before the step, and a fused optimizer changes them without autograd noticing.
     left = gan.discriminator_optimizer if isinstance(gan.arch, Pix2PixHD) else None
@@ -406,15 +443,25 @@ def _finish(gan: Translator, generated: Tensor, gradient: Tensor, average: Avera
             _update(left)
         with gan.generator_optimizer.stepping_in_backward():
             torch.autograd.backward(generated, gradient)
-    else:
-        left_arriving = None if left is None else _averaging(left, average)
-        arriving = _averaging(gan.generator_optimizer, average, coming=True)
-        torch.autograd.backward(generated, gradient)
-        if left is not None:
-            _update(left, left_arriving)
-        _update(gan.generator_optimizer, arriving)
-    if gan.ema is not None:
-        gan.ema.update(gan.generator)
+        if gan.ema is not None:
+            gan.ema.update(gan.generator)
+        return
+    left_arriving = None if left is None else _averaging(left, average)
+    arriving = _averaging(gan.generator_optimizer, average, coming=True)
+    torch.autograd.backward(generated, gradient)
+    if left is not None:
+        _update(left, left_arriving)
+    assert arriving is not None
+    means = arriving()
+    rate = gan.generator_optimizer.rate  # the caller may set the next step's before
+
+    def update() -> None:
+        for parameters in means:
+            gan.generator_optimizer.update(parameters, rate)
+        if gan.ema is not None:
+            gan.ema.update(gan.generator)
+
+    gan.unsettled = update
 
 
 def all_finite(losses: Mapping[str, Tensor]) -> Tensor:
@@ -445,101 +492,102 @@ def _judge(gan: Translator, conditions: Sequence[Tensor] | None, image: Tensor) 
 
 def _conditions(gan: Translator, condition: Tensor) -> list[Tensor] | None:
     """What the discriminator sees of the condition, per scale; None: it judges the image alone."""
-    if not gan.arch.conditional:
+    if not gan.arch.conditional or gan.discriminator is None:
         return None
     if isinstance(gan.discriminator, MultiScaleDiscriminator):
         return gan.discriminator.pyramid(condition)
     return [condition]
 
 
-Judged = tuple[Features, Features] | None
-"""Features of the fake, with a graph that ends at the fake; detached features of the real one."""
+def _judge_real(
+    gan: Translator,
+    conditions: Sequence[Tensor] | None,
+    target: Tensor,
+    share: float,
+    weights: LossWeights,
+    losses: dict[str, Tensor],
+) -> Features:
+    """The real images' part of the discriminator's gradients; their features, detached, if used."""
+    if gan.discriminator is None:
+        return []
+    features = _judge(gan, conditions, target)
+    loss = discriminator_losses(features, weights.gan, real=True)
+    torch.autograd.backward(torch.stack(loss).sum() * (0.5 * share), inputs=_trained(gan.discriminator))
+    _note(losses, "discriminator/real", loss)
+    if weights.feature_matching == 0:
+        return []
+    return [[feature.detach() for feature in scale] for scale in features]
 
 
 def _judge_for_both(
     gan: Translator,
-    condition: Tensor,
-    target: Tensor,
-    fake: Tensor,
-    share: float,
-    weights: LossWeights,
-    losses: dict[str, Tensor],
-) -> Judged:
-    """Gradients of the discriminator, and one look at the fake that also serves the generator's loss."""
-    if gan.discriminator is None:
-        return None
-    parameters = [parameter for parameter in gan.discriminator.parameters() if parameter.requires_grad]
-    conditions = _conditions(gan, condition)
-    real_features = _judge(gan, conditions, target)
-    real = discriminator_losses(real_features, weights.gan, real=True)
-    torch.autograd.backward(torch.stack(real).sum() * (0.5 * share), inputs=parameters)
-    real_features = [[feature.detach() for feature in scale] for scale in real_features]
-    fake_features = _judge(gan, conditions, fake)
-    judged_fake = discriminator_losses(fake_features, weights.gan, real=False)
-    loss = torch.stack(judged_fake).sum() * (0.5 * share)
-    torch.autograd.backward(loss, inputs=parameters, retain_graph=True)
-    _note(losses, "discriminator/real", real)
-    _note(losses, "discriminator/fake", judged_fake)
-    return fake_features, real_features
-
-
-def _judge_in_turn(
-    gan: Translator,
-    condition: Tensor,
-    target: Tensor,
-    fake: Tensor,
-    share: float,
-    weights: LossWeights,
-    losses: dict[str, Tensor],
-    average: Average | None,
-) -> Judged:
-    """Step the discriminator, then let the updated one judge the fake. Batch norm: one image kind a pass."""
-    if gan.discriminator is None or gan.discriminator_optimizer is None:
-        return None
-    conditions = _conditions(gan, condition)
-    real_features = _judge_apart(gan, conditions, target, fake.detach(), share, weights, losses)
-    _update(gan.discriminator_optimizer, _averaging(gan.discriminator_optimizer, average))
-    with _frozen(gan.discriminator):
-        fake_features = _judge(gan, conditions, fake)
-    return fake_features, real_features
-
-
-def _judge_apart(
-    gan: Translator,
     conditions: Sequence[Tensor] | None,
-    target: Tensor,
     fake: Tensor,
     share: float,
     weights: LossWeights,
     losses: dict[str, Tensor],
 ) -> Features:
-    """Gradients of the discriminator, one image kind a pass; the real image's features, detached."""
-    fake_loss = discriminator_losses(_judge(gan, conditions, fake), weights.gan, real=False)
-    torch.autograd.backward(torch.stack(fake_loss).sum() * (0.5 * share))
-    real_features = _judge(gan, conditions, target)
-    real_loss = discriminator_losses(real_features, weights.gan, real=True)
-    torch.autograd.backward(torch.stack(real_loss).sum() * (0.5 * share))
-    _note(losses, "discriminator/real", real_loss)
-    _note(losses, "discriminator/fake", fake_loss)
-    return [[feature.detach() for feature in scale] for scale in real_features]
+    """The fake's part of the discriminator's gradients, by the look at it that serves the generator too."""
+    if gan.discriminator is None:
+        return []
+    features = _judge(gan, conditions, fake)
+    loss = discriminator_losses(features, weights.gan, real=False)
+    total = torch.stack(loss).sum() * (0.5 * share)
+    torch.autograd.backward(total, inputs=_trained(gan.discriminator), retain_graph=True)
+    _note(losses, "discriminator/fake", loss)
+    return features
+
+
+def _judge_apart(
+    gan: Translator,
+    conditions: Sequence[Tensor] | None,
+    fake: Tensor,
+    share: float,
+    weights: LossWeights,
+    losses: dict[str, Tensor],
+) -> None:
+    """The fake's part of the discriminator's gradients alone."""
+    if gan.discriminator is None:
+        return
+    loss = discriminator_losses(_judge(gan, conditions, fake), weights.gan, real=False)
+    torch.autograd.backward(torch.stack(loss).sum() * (0.5 * share))
+    _note(losses, "discriminator/fake", loss)
+
+
+def _step_discriminator(gan: Translator, average: Average | None) -> None:
+    if gan.discriminator_optimizer is not None:
+        _update(gan.discriminator_optimizer, _averaging(gan.discriminator_optimizer, average))
+
+
+def _judge_frozen(gan: Translator, conditions: Sequence[Tensor] | None, fake: Tensor) -> Features:
+    """Features of the fake, with a graph that ends at the fake."""
+    if gan.discriminator is None:
+        return []
+    with _frozen(gan.discriminator):
+        return _judge(gan, conditions, fake)
+
+
+def _trained(network: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
 
 
 def _generator_loss(
     gan: Translator,
-    judged: Judged,
+    fake_features: Features,
+    real_features: Features,
     fake: Tensor,
     target: Tensor,
     weights: LossWeights,
     losses: dict[str, Tensor],
 ) -> Tensor:
-    """The weighted sum the generator minimises; its parts go into `losses`."""
+    """The weighted sum the generator minimises; its parts go into `losses`. No features: no such loss."""
     total = fake.new_zeros((), dtype=torch.promote_types(fake.dtype, torch.float32))
-    if judged is not None and weights.gan_weight > 0:
-        fooled = [weights.gan_weight * generator_gan_loss(scale[-1], weights.gan) for scale in judged[0]]
+    if fake_features and weights.gan_weight > 0:
+        fooled = [weights.gan_weight * generator_gan_loss(scale[-1], weights.gan) for scale in fake_features]
         _note(losses, "generator/gan", fooled)
         total = total + losses["generator/gan"]
-    if judged is not None and weights.feature_matching > 0:
-        matched = feature_matching_losses(*judged)
+    if fake_features and weights.feature_matching > 0:
+        matched = feature_matching_losses(fake_features, real_features)
         table = weights.feature_matching * torch.stack([torch.stack(scale) for scale in matched])
         losses["generator/feature_matching"] = table.sum()
         for index, part in enumerate(table.sum(1)):
@@ -597,7 +645,7 @@ def _empty_step(gan: Translator, average: Average | None) -> None:
 @contextmanager
 def _frozen(network: nn.Module) -> Iterator[None]:
     """No gradients for the network's own weights inside; they still flow through it."""
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    parameters = _trained(network)
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:

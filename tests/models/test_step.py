@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from stages.models.step import (
     load_state,
     make_condition,
     set_learning_rate,
+    settle,
     state_of,
     step,
     unit_range,
@@ -148,8 +149,8 @@ def hd_batch(rows: int = 2, seed: int = 0) -> Batch:
     return Batch(source=labels, target=target, instance=labels.to(torch.int32))
 
 
-def p2p_batch(rows: int = 2) -> Batch:
-    source = torch.Generator().manual_seed(0)
+def p2p_batch(rows: int = 2, seed: int = 0) -> Batch:
+    source = torch.Generator().manual_seed(seed)
     pictures = torch.rand((2, rows, 3, 32, 32), generator=source) * 2 - 1
     return Batch(source=pictures[0], target=pictures[1])
 
@@ -239,6 +240,38 @@ def test_updating_inside_the_backward_pass_gives_the_same_weights() -> None:
         step(inside, hd_batch(seed=seed), weights=weights)
         step(outside, hd_batch(seed=seed), weights=weights, average=Captured())
     assert_same_state(inside, outside)
+
+
+@pytest.mark.parametrize("arch", [HD, P2P])
+def test_an_update_that_is_left_is_made_before_the_next_step_generates(arch: Pix2Pix | Pix2PixHD) -> None:
+    """With the rate of its own step, and after pix2pixHD's real images are judged."""
+    inputs = HD_INPUTS if arch is HD else InputSpec()
+    weights = paper_weights(arch)
+    leaves, waits = (build_translator(arch, inputs, weights=weights, ema_decay=0.9) for _ in range(2))
+    order: list[str] = []
+
+    def settling(update: Callable[[], None]) -> Callable[[], None]:
+        return lambda: (order.append("update"), update())[1]
+
+    for network, name in ((leaves.generator, "generate"), (leaves.discriminator, "judge")):
+        assert network is not None
+        network.register_forward_pre_hook(lambda *_, name=name: order.append(name))
+    for index in range(2):
+        for gan in (leaves, waits):
+            set_learning_rate(gan, 2e-4 / (index + 1))
+            torch.manual_seed(index)
+            batch = hd_batch(seed=index) if arch is HD else p2p_batch(seed=index)
+            step(gan, batch, weights=weights, average=Captured(), leave=gan is leaves)
+        assert waits.unsettled is None
+        assert leaves.unsettled is not None
+        leaves.unsettled = settling(leaves.unsettled)
+    with pytest.raises(AssertionError, match="on its way"):
+        state_of(leaves)
+    settle(leaves)
+    one_step = ["judge", "generate", "judge"] if arch is HD else ["generate", "judge", "judge", "judge"]
+    second = ["judge", "update", "generate", "judge"] if arch is HD else ["update", *one_step]
+    assert order == [*one_step, *second, "update"]
+    assert_same_state(leaves, waits)
 
 
 # -- phases ---------------------------------------------------------------------
