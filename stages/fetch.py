@@ -33,7 +33,7 @@ from fsspec.spec import AbstractFileSystem
 from stages import archives, s3
 from stages.images import ImageRejected
 from stages.listing import etag_of, local_etag
-from stages.storage import ATTEMPTS, FIRST_WAIT, filesystem, patiently
+from stages.storage import ATTEMPTS, FIRST_WAIT, filesystem, patiently, speaks
 
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
@@ -114,14 +114,13 @@ class Reader:
         fs, path = filesystem(wanted.uri)
         if isinstance(fs, LocalFileSystem):
             return _read_local(path, wanted)
-        protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
-        if "s3" in protocols:
+        if speaks(fs, "s3"):
             quick = s3.get(fs, path) if self._has_md5(wanted) and wanted.size <= s3.MOST_BYTES else None
             data, etag = quick or _run(fs, _get_s3(fs, path))
             _same_version(wanted, len(data), etag)
             self._check_md5(wanted, data, lambda: _run(fs, _get_s3(fs, path))[0])
             return data
-        if "http" in protocols:
+        if speaks(fs, "http"):
             data, etag = _run(fs, _get_http(fs, path))
             _same_version(wanted, len(data), etag if wanted.etag else "")
             return data

@@ -28,7 +28,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from stages import archives
-from stages.storage import filesystem, passing, retried
+from stages.storage import filesystem, passing, retried, speaks
 
 PAGE = 1000  # objects an S3 listing returns at once; the other stores are read in pages of the same size
 
@@ -135,9 +135,9 @@ def split_location(uri: str, *, want: int) -> list[Unit]:
         retried(lambda: archives.info(uri))
         return [Unit("archive")]
     fs, base = filesystem(uri)
-    if _is_s3(fs):
+    if speaks(fs, "s3"):
         return _key_ranges(fs, base, want)
-    if _is_http(fs):
+    if speaks(fs, "http"):
         return [Unit("index")]
     if not retried(lambda: fs.isdir(base)):
         raise FileNotFoundError(uri)
@@ -287,10 +287,6 @@ def _folder_pages(fs: AbstractFileSystem, base: str, unit: Unit) -> Iterator[Pag
         yield page
 
 
-def _is_s3(fs: AbstractFileSystem) -> bool:
-    return "s3" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
-
-
 def _s3_base(base: str) -> tuple[str, str]:
     bucket, _, prefix = base.partition("/")
     return bucket, prefix.rstrip("/") + "/" if prefix.rstrip("/") else ""
@@ -327,10 +323,6 @@ def _range_pages(fs: Any, base: str, unit: Unit) -> Iterator[Page]:
         token = answer.get("NextContinuationToken", "")
         if beyond or not token or not answer.get("IsTruncated"):
             return
-
-
-def _is_http(fs: AbstractFileSystem) -> bool:
-    return "http" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
 
 
 def _index_pages(fs: Any, base: str, requests: int) -> Iterator[Page]:

@@ -110,7 +110,7 @@ def mlflow_model(uri: str, tracking_uri: str | None = None) -> Path:
 
 @contextmanager
 def _fewer_retries() -> Iterator[None]:
-    """MLflow gives up on a server that is away after half a minute; by itself it says nothing for four."""
+    """MLflow gives up on a server that is away after half a minute; by itself it tries for four."""
     name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
     if name in os.environ:
         yield
@@ -119,7 +119,7 @@ def _fewer_retries() -> Iterator[None]:
     try:
         yield
     finally:
-        del os.environ[name]
+        os.environ.pop(name, None)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Small objects of S3 stores, whole, through obstore: a quarter of s3fs's processor time for each.
 
-Pictures are read and written one by one, and next to a network s3fs's 1.5 core-ms a request count
+Pictures are read and written one by one, and next to a network s3fs's 1 to 3 core-ms a request count
 (benchmarks/README.md). s3fs stays the client that is configured, and the one with the last word: whatever is
 not a plain success here (an option or a key that obstore does not have, an error, a store that is away) is
 left to it, with its answers, errors and retries. So nothing here is retried or explained.
@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import fsspec.asyn
 import obstore
-from fsspec.spec import AbstractFileSystem
 from obstore.store import S3Store
 
 if TYPE_CHECKING:
     from obstore.store import S3Credential
+    from s3fs import S3FileSystem
 
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
@@ -43,12 +43,12 @@ _UNDERSTOOD_CLIENT = {"endpoint_url", "region_name"}
 _UNDERSTOOD_CONFIG = {"retries", "connect_timeout", "read_timeout", "max_pool_connections", "region_name"}
 
 
-def get(fs: AbstractFileSystem, path: str) -> tuple[bytes, str] | None:
+def get(fs: S3FileSystem, path: str) -> tuple[bytes, str] | None:
     """An object's bytes and etag, by one request; None: ask s3fs."""
     return _try(fs, path, _get)
 
 
-def put(fs: AbstractFileSystem, path: str, data: bytes) -> bool:
+def put(fs: S3FileSystem, path: str, data: bytes) -> bool:
     """Write an object by one request, its bytes signed; False: it may not be written, ask s3fs."""
     if len(data) > MOST_BYTES:
         return False
@@ -66,10 +66,7 @@ def _get(store: S3Store, key: str) -> tuple[bytes, str]:
     return bytes(answer.bytes()), (answer.meta["e_tag"] or "").strip('"')
 
 
-def _try(fs: AbstractFileSystem, path: str, call: Callable[[S3Store, str], Value]) -> Value | None:
-    protocols = (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
-    if "s3" not in protocols:
-        return None
+def _try(fs: S3FileSystem, path: str, call: Callable[[S3Store, str], Value]) -> Value | None:
     name, key, version = fs.split_path(path)
     if version is not None or not key or key != key.strip("/"):  # obstore would strip them
         return None
@@ -90,7 +87,7 @@ def _try(fs: AbstractFileSystem, path: str, call: Callable[[S3Store, str], Value
 class _Bucket:
     """obstore's client of a bucket, with the endpoint, region and credentials of an s3fs."""
 
-    def __init__(self, fs: Any, name: str) -> None:
+    def __init__(self, fs: S3FileSystem, name: str) -> None:
         self.fs, self.name = fs, name
         self._store: S3Store | None = None
         self._rest_until = 0.0
@@ -158,7 +155,7 @@ class _Bucket:
 
 
 @lru_cache(maxsize=256)
-def _bucket(fs: AbstractFileSystem, name: str) -> _Bucket:
+def _bucket(fs: S3FileSystem, name: str) -> _Bucket:
     return _Bucket(fs, name)
 
 

@@ -60,6 +60,11 @@ def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
     return cast(AbstractFileSystem, fs), cast(str, path)
 
 
+def speaks(fs: AbstractFileSystem, protocol: str) -> bool:
+    """Whether a file system is one for this protocol, e.g. "s3"."""
+    return protocol in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+
+
 def is_local(uri: str) -> bool:
     """Whether a location is a folder or file of this machine."""
     return isinstance(filesystem(uri)[0], LocalFileSystem)
@@ -108,7 +113,7 @@ def write_bytes(uri: str, data: bytes) -> None:
         if isinstance(fs, LocalFileSystem):
             with create(uri) as file:
                 file.write(whole)
-        elif not s3.put(fs, path, whole):
+        elif not (speaks(fs, "s3") and s3.put(fs, path, whole)):
             fs.pipe_file(path, whole)  # one PUT, or a multipart upload that appears when it is completed
 
     written(write, uri)

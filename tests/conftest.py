@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.browser import browser
-from tests.stores.fixtures import s3_bucket, s3_store
+from tests.stores.fixtures import client_options, s3_bucket, s3_store
 
-__all__ = ["browser", "s3_bucket", "s3_store"]  # fixtures, found by their names here
+__all__ = ["browser", "client_options", "s3_bucket", "s3_store"]  # fixtures, found by their names here
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec.config
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -223,15 +221,6 @@ def test_an_archive_that_is_damaged_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.tar.gz").write_bytes(b"not gzip")
     with pytest.raises(UserError, match=r"ingest\.locations\.0\.uri: .*x\.tar\.gz: "):
         ingest.digest(config({"uri": f"{tmp_path}/x.tar.gz", "role": "pair"}))
-
-
-@pytest.fixture
-def client_options() -> Iterator[None]:
-    """Client options that a test sets are its own."""
-    before = dict(fsspec.config.conf)
-    yield
-    fsspec.config.conf.clear()
-    fsspec.config.conf.update(before)
 
 
 @pytest.mark.s3

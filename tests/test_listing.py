@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -145,12 +144,8 @@ def test_an_http_location_that_is_not_there_is_said_so(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def s3_options(short_pages: None) -> Iterator[None]:
-    """Client options that a test sets are its own; pages are short."""
-    before = dict(fsspec.config.conf)
-    yield
-    fsspec.config.conf.clear()
-    fsspec.config.conf.update(before)
+def s3_options(short_pages: None, client_options: None) -> None:
+    """Pages are short, and client options that a test sets are its own."""
 
 
 def put(store: SeaweedS3, bucket: str, keys: list[str]) -> None:

@@ -107,16 +107,15 @@ def test_credentials_are_those_of_s3fs_wherever_it_has_them_from(
 
 
 @pytest.mark.s3
-def test_a_refusal_is_told_as_s3fs_tells_it(s3_store: SeaweedS3, s3_bucket: str) -> None:
+def test_a_refusal_is_told_as_s3fs_tells_it(
+    s3_store: SeaweedS3, s3_bucket: str, client_options: None
+) -> None:
     reader = s3_store.options(read_only=True)
     fs = s3_store.client(**reader)
     assert not s3.put(fs, f"{s3_bucket}/a", b"x")
     storage.configure({"s3": reader})
-    try:
-        with pytest.raises(UserError, match="access denied"):
-            storage.write_bytes(f"s3://{s3_bucket}/a", b"x")
-    finally:
-        storage.configure({"s3": {}})
+    with pytest.raises(UserError, match="access denied"):
+        storage.write_bytes(f"s3://{s3_bucket}/a", b"x")
 
 
 @pytest.mark.s3
@@ -141,7 +140,7 @@ def test_a_store_that_failed_is_left_to_s3fs_for_a_while(monkeypatch: pytest.Mon
 
 @pytest.mark.s3
 def test_an_object_without_an_md5_is_read_by_the_client_that_checks_it(
-    s3_store: SeaweedS3, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+    s3_store: SeaweedS3, s3_bucket: str, client_options: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fs = s3_store.client()
     fs.pipe_file(f"{s3_bucket}/a", b"pixels")
@@ -150,12 +149,9 @@ def test_an_object_without_an_md5_is_read_by_the_client_that_checks_it(
     get = s3.get
     monkeypatch.setattr(s3, "get", lambda fs, path: asked.append(path) or get(fs, path))
     storage.configure({"s3": s3_store.options()})
-    try:
-        uri = f"s3://{s3_bucket}/a"
-        assert Reader().read(Object(uri)) == b"pixels"
-        assert Reader().read(Object(uri, size=6)) == b"pixels"
-        assert asked == []
-        assert Reader().read(Object(uri, size=6, etag=etag)) == b"pixels"
-        assert asked == [f"{s3_bucket}/a"]
-    finally:
-        storage.configure({"s3": {}})
+    uri = f"s3://{s3_bucket}/a"
+    assert Reader().read(Object(uri)) == b"pixels"
+    assert Reader().read(Object(uri, size=6)) == b"pixels"
+    assert asked == []
+    assert Reader().read(Object(uri, size=6, etag=etag)) == b"pixels"
+    assert asked == [f"{s3_bucket}/a"]

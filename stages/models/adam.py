@@ -32,11 +32,6 @@ class Adam(torch.optim.Adam):
             for hook in hooks:
                 hook.remove()
 
-    @property
-    def rate(self) -> float:
-        """The learning rate."""
-        return float(self.param_groups[0]["lr"])
-
     @torch.no_grad()
     def update(self, parameters: Sequence[Tensor], rate: float | None = None) -> None:
         """Update some weights, once a step each, and free their gradients. One without a gradient stays.

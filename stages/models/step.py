@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -341,17 +342,18 @@ def _step_at_once(
     layered = isinstance(gan.arch, Pix2PixHD)
     with _autocast(gan.precision, target.device):
         conditions = _conditions(gan, condition)
+        judge = partial(_judge_to_train, gan, conditions, share=batch.share, weights=weights, losses=losses)
         if layered:
-            real_features = _judge_real(gan, conditions, target, batch.share, weights, losses)
+            real_features = judge(target, real=True)
     settle(gan)
     with _autocast(gan.precision, target.device):
         generated = _generate(gan, condition, target, batch.instance)
         fake = generated.detach().requires_grad_()  # the losses end here; the generator's graph starts here
         if layered:
-            fake_features = _judge_for_both(gan, conditions, fake, batch.share, weights, losses)
+            fake_features = judge(fake, real=False, keep_graph=True)
         else:  # batch norm's running statistics remember the order: the fake first, as published
-            _judge_apart(gan, conditions, fake.detach(), batch.share, weights, losses)
-            real_features = _judge_real(gan, conditions, target, batch.share, weights, losses)
+            judge(fake.detach(), real=False)
+            real_features = judge(target, real=True)
             _step_discriminator(gan, average)
             fake_features = _judge_frozen(gan, conditions, fake)
         loss = _generator_loss(gan, fake_features, real_features, fake, target, weights, losses)
@@ -391,7 +393,7 @@ def _step_in_turns(
             held = value.detach() * (part.share / whole)
             total[name] = total[name] + held if name in total else held
 
-    real_features: list[Features] = []
+    real_features: list[Features] = [[] for _ in parts]
     if not layered and gan.discriminator is not None:
         buffers = [buffer.clone() for buffer in gan.generator.buffers()]
         for index, part in enumerate(parts):
@@ -401,8 +403,11 @@ def _step_in_turns(
                 fake = generated(index, condition, target)
             with _autocast(gan.precision, target.device):
                 conditions = _conditions(gan, condition)
-                _judge_apart(gan, conditions, fake, part.share, weights, losses)
-                real_features.append(_judge_real(gan, conditions, target, part.share, weights, losses))
+                judge = partial(
+                    _judge_to_train, gan, conditions, share=part.share, weights=weights, losses=losses
+                )
+                judge(fake, real=False)
+                real_features[index] = judge(target, real=True)
             count(losses, part)
         for buffer, before in zip(gan.generator.buffers(), buffers, strict=True):
             buffer.copy_(before)  # running statistics count each picture once
@@ -412,15 +417,15 @@ def _step_in_turns(
         losses = {}
         with _autocast(gan.precision, target.device):
             conditions = _conditions(gan, condition)
-            if layered:
-                real = _judge_real(gan, conditions, target, part.share, weights, losses)
-            else:
-                real = real_features[index] if real_features else []
+            judge = partial(
+                _judge_to_train, gan, conditions, share=part.share, weights=weights, losses=losses
+            )
+            real = judge(target, real=True) if layered else real_features[index]
         image = generated(index, condition, target)
         fake = image.detach().requires_grad_()
         with _autocast(gan.precision, target.device):
             if layered:
-                fake_features = _judge_for_both(gan, conditions, fake, part.share, weights, losses)
+                fake_features = judge(fake, real=False, keep_graph=True)
             else:
                 fake_features = _judge_frozen(gan, conditions, fake)
             loss = _generator_loss(gan, fake_features, real, fake, target, weights, losses)
@@ -451,9 +456,8 @@ def _finish(gan: Translator, generated: Tensor, gradient: Tensor, average: Avera
     torch.autograd.backward(generated, gradient)
     if left is not None:
         _update(left, left_arriving)
-    assert arriving is not None
     means = arriving()
-    rate = gan.generator_optimizer.rate  # the caller may set the next step's before
+    rate = learning_rates(gan)["generator"]  # the caller may set the next step's before
 
     def update() -> None:
         for parameters in means:
@@ -499,64 +503,39 @@ def _conditions(gan: Translator, condition: Tensor) -> list[Tensor] | None:
     return [condition]
 
 
-def _judge_real(
+def _judge_to_train(
     gan: Translator,
     conditions: Sequence[Tensor] | None,
-    target: Tensor,
+    image: Tensor,
     share: float,
     weights: LossWeights,
     losses: dict[str, Tensor],
+    *,
+    real: bool,
+    keep_graph: bool = False,
 ) -> Features:
-    """The real images' part of the discriminator's gradients; their features, detached, if used."""
+    """An image kind's part of the discriminator's gradients; its features, if a loss uses them.
+
+    keep_graph   leave the features their graph, for the generator's loss; else they are detached
+    """
     if gan.discriminator is None:
         return []
-    features = _judge(gan, conditions, target)
-    loss = discriminator_losses(features, weights.gan, real=True)
-    torch.autograd.backward(torch.stack(loss).sum() * (0.5 * share), inputs=_trained(gan.discriminator))
-    _note(losses, "discriminator/real", loss)
+    features = _judge(gan, conditions, image)
+    loss = discriminator_losses(features, weights.gan, real=real)
+    total = torch.stack(loss).sum() * (0.5 * share)
+    torch.autograd.backward(total, inputs=_trained(gan.discriminator), retain_graph=keep_graph)
+    _note(losses, "discriminator/real" if real else "discriminator/fake", loss)
+    if keep_graph:
+        return features
     if weights.feature_matching == 0:
-        return []
+        return []  # nothing compares them
     return [[feature.detach() for feature in scale] for scale in features]
 
 
-def _judge_for_both(
-    gan: Translator,
-    conditions: Sequence[Tensor] | None,
-    fake: Tensor,
-    share: float,
-    weights: LossWeights,
-    losses: dict[str, Tensor],
-) -> Features:
-    """The fake's part of the discriminator's gradients, by the look at it that serves the generator too."""
-    if gan.discriminator is None:
-        return []
-    features = _judge(gan, conditions, fake)
-    loss = discriminator_losses(features, weights.gan, real=False)
-    total = torch.stack(loss).sum() * (0.5 * share)
-    torch.autograd.backward(total, inputs=_trained(gan.discriminator), retain_graph=True)
-    _note(losses, "discriminator/fake", loss)
-    return features
-
-
-def _judge_apart(
-    gan: Translator,
-    conditions: Sequence[Tensor] | None,
-    fake: Tensor,
-    share: float,
-    weights: LossWeights,
-    losses: dict[str, Tensor],
-) -> None:
-    """The fake's part of the discriminator's gradients alone."""
-    if gan.discriminator is None:
-        return
-    loss = discriminator_losses(_judge(gan, conditions, fake), weights.gan, real=False)
-    torch.autograd.backward(torch.stack(loss).sum() * (0.5 * share))
-    _note(losses, "discriminator/fake", loss)
-
-
 def _step_discriminator(gan: Translator, average: Average | None) -> None:
-    if gan.discriminator_optimizer is not None:
-        _update(gan.discriminator_optimizer, _averaging(gan.discriminator_optimizer, average))
+    optimizer = gan.discriminator_optimizer
+    if optimizer is not None:
+        _update(optimizer, None if average is None else _averaging(optimizer, average))
 
 
 def _judge_frozen(gan: Translator, conditions: Sequence[Tensor] | None, fake: Tensor) -> Features:
@@ -615,10 +594,8 @@ def _note(losses: dict[str, Tensor], name: str, scales: Sequence[Tensor]) -> Non
             losses[f"{name}/scale{index}"] = value
 
 
-def _averaging(optimizer: Adam, average: Average | None, *, coming: bool = False) -> Arriving | None:
+def _averaging(optimizer: Adam, average: Average, *, coming: bool = False) -> Arriving:
     """Begin to average the gradients of what an optimizer updates."""
-    if average is None:
-        return None
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return average(parameters, coming=coming)
 

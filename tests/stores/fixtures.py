@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec.config
 import pytest
 
 from tests.stores.seaweed import SeaweedS3, executable
@@ -31,3 +32,12 @@ def s3_bucket(s3_store: SeaweedS3) -> str:
     name = f"b{uuid.uuid4().hex[:12]}"
     s3_store.client().call_s3("create_bucket", Bucket=name)
     return name
+
+
+@pytest.fixture
+def client_options() -> Iterator[None]:
+    """Client options that a test sets are its own."""
+    before = dict(fsspec.config.conf)
+    yield
+    fsspec.config.conf.clear()
+    fsspec.config.conf.update(before)
