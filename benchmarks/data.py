@@ -404,8 +404,8 @@ def measure_objects(
         fs = store.client()
         fs.call_s3("create_bucket", Bucket="bench")
         data = [path.read_bytes() for path in paths[:32]]
-        names = [f"bench/{n:03d}" for n in range(320)]
-        fs.pipe({name: data[n % len(data)] for n, name in enumerate(names)})
+        contents = {f"bench/{n:03d}": data[n % len(data)] for n in range(320)}
+        fs.pipe(contents)
         listed = {entry["name"]: entry for entry in fs.find("bench", detail=True).values()}
         wanted = {
             name: Object(f"s3://{name}", entry["size"], etag_of(entry)) for name, entry in listed.items()
@@ -414,18 +414,16 @@ def measure_objects(
         ways: dict[str, Callable[[str], object]] = {
             "read by s3fs": fs.cat_file,
             "read by stages.fetch": lambda name: reader.read(wanted[name]),
-            "written by s3fs": lambda name: fs.pipe_file(name, data[int(name[-3:]) % len(data)]),
-            "written by stages.storage": lambda name: storage.write_bytes(
-                f"s3://{name}", data[int(name[-3:]) % len(data)]
-            ),
+            "written by s3fs": lambda name: fs.pipe_file(name, contents[name]),
+            "written by stages.storage": lambda name: storage.write_bytes(f"s3://{name}", contents[name]),
         }
         found: dict[str, list[float]] = {name: [] for name in ways}
         with ThreadPoolExecutor(16) as threads:
             for _ in range(turns):
                 for name, way in ways.items():
                     before = time.process_time()
-                    list(threads.map(way, names))
-                    found[name].append(1000 * (time.process_time() - before) / len(names))
+                    list(threads.map(way, contents))
+                    found[name].append(1000 * (time.process_time() - before) / len(contents))
     for ours, theirs in (
         ("read by stages.fetch", "read by s3fs"),
         ("written by stages.storage", "written by s3fs"),

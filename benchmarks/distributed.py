@@ -113,6 +113,39 @@ def job(epochs: int, batch: int = BATCH) -> PhaseJob:
     return jobs(config, AugmentConfig())[0]
 
 
+def random_batch(spec: DatasetSpec) -> Batch:
+    """A worker's pairs of one step, that are already there."""
+    width, height = spec.size
+    return Batch(
+        source=torch.randint(0, CLASSES, (BATCH, 1, height, width), dtype=torch.uint8),
+        target=torch.randint(0, 256, (BATCH, 3, height, width), dtype=torch.uint8),
+    )
+
+
+def by_two(work: Callable[..., None], *arguments: object) -> list[Any]:
+    """What two processes of one thread each, a gloo group, put into the queue `work` is given last."""
+    context = multiprocessing.get_context("spawn")
+    found = context.Queue()
+    with tempfile.TemporaryDirectory() as meet:
+        started = [
+            context.Process(target=_of_two, args=(rank, meet, work, *arguments, found)) for rank in range(2)
+        ]
+        for process in started:
+            process.start()
+        told = [found.get(timeout=1200) for _ in started]
+        for process in started:
+            process.join()
+    return told
+
+
+def _of_two(rank: int, meet: str, work: Callable[..., None], *arguments: object) -> None:
+    torch.set_num_threads(1)
+    tune_process("cpu")
+    dist.init_process_group("gloo", init_method=f"file://{meet}/store", rank=rank, world_size=2)
+    work(*arguments)
+    dist.destroy_process_group()
+
+
 def at_once(given: PhaseJob, spec: DatasetSpec, *, processes: int, seconds: float) -> float:
     """images/s of so many processes together, each with a batch."""
     context = multiprocessing.get_context("spawn")
@@ -137,11 +170,7 @@ def bare(given: PhaseJob, spec: DatasetSpec, seconds: float, ready: Callable[[],
     """images/s of the step alone."""
     worker = Worker()
     gan = build_translator(given.model, input_spec(spec), weights=given.losses, device=worker.device)
-    width, height = spec.size
-    batch = Batch(
-        source=torch.randint(0, CLASSES, (BATCH, 1, height, width), dtype=torch.uint8),
-        target=torch.randint(0, 256, (BATCH, 3, height, width), dtype=torch.uint8),
-    )
+    batch = random_batch(spec)
     for _ in range(2):
         step(gan, batch, weights=given.losses)
     ready()
@@ -154,23 +183,11 @@ def bare(given: PhaseJob, spec: DatasetSpec, seconds: float, ready: Callable[[],
 
 def exchange(given: PhaseJob, spec: DatasetSpec) -> tuple[int, float]:
     """Bytes of one step's gradients, and seconds that two workers take to average them."""
-    context = multiprocessing.get_context("spawn")
-    found = context.Queue()
-    with tempfile.TemporaryDirectory() as store:
-        started = [
-            context.Process(target=_exchange, args=(rank, store, given, spec, found)) for rank in range(2)
-        ]
-        for process in started:
-            process.start()
-        sizes, seconds = zip(*(found.get(timeout=300) for _ in started), strict=True)
-        for process in started:
-            process.join()
+    sizes, seconds = zip(*by_two(_exchange, given, spec), strict=True)
     return sizes[0], max(seconds)
 
 
-def _exchange(rank: int, store: str, given: PhaseJob, spec: DatasetSpec, found: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}/meet", rank=rank, world_size=2)
+def _exchange(given: PhaseJob, spec: DatasetSpec, found: Any) -> None:
     gan = build_translator(given.model, input_spec(spec), weights=given.losses)
     assert gan.discriminator is not None
     networks = [
@@ -188,7 +205,6 @@ def _exchange(rank: int, store: str, given: PhaseJob, spec: DatasetSpec, found: 
                 pass
     seconds = (time.monotonic() - started) / 20
     found.put((sum(4 * p.numel() for parameters in networks for p in parameters), seconds))
-    dist.destroy_process_group()
 
 
 def checkpoint(given: PhaseJob, spec: DatasetSpec, folder: Path) -> tuple[int, float, float]:

@@ -14,7 +14,6 @@ goes from one to the other passes it once each way, at the rate given.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import statistics
 import subprocess
 import sys
@@ -23,46 +22,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from benchmarks.distributed import BATCH, CLASSES, job, make_shards
+from benchmarks.distributed import by_two, job, make_shards, random_batch
 from stages import averaging
 from stages.dataset import DatasetSpec
-from stages.models.process import tune_process
-from stages.models.step import Batch, build_translator, settle, step
+from stages.models.step import build_translator, settle, step
 from stages.phases import PhaseJob, input_spec
 
 STEPS = 5  # a side and turn
 SIDES = ("alone", "waits", "leaves")
 
 
-def seconds(given: PhaseJob, spec: DatasetSpec, turns: int) -> dict[str, list[float]]:
-    """Seconds a step by side, of two workers that take turns together."""
-    context = multiprocessing.get_context("spawn")
-    found = context.Queue()
-    with tempfile.TemporaryDirectory() as meet:
-        started = [
-            context.Process(target=_worker, args=(rank, meet, given, spec, turns, found)) for rank in range(2)
-        ]
-        for process in started:
-            process.start()
-        times: dict[str, list[float]] = found.get(timeout=1200)
-        for process in started:
-            process.join()
-    return times
-
-
-def _worker(rank: int, meet: str, given: PhaseJob, spec: DatasetSpec, turns: int, found: Any) -> None:
-    torch.set_num_threads(1)
-    tune_process("cpu")
-    dist.init_process_group("gloo", init_method=f"file://{meet}/store", rank=rank, world_size=2)
+def measure(given: PhaseJob, spec: DatasetSpec, turns: int, found: Any) -> None:
+    """One of the two workers, which take turns together: seconds a step by side."""
     gan = build_translator(given.model, input_spec(spec), weights=given.losses)
-    width, height = spec.size
-    batch = Batch(
-        source=torch.randint(0, CLASSES, (BATCH, 1, height, width), dtype=torch.uint8),
-        target=torch.randint(0, 256, (BATCH, 3, height, width), dtype=torch.uint8),
-    )
+    batch = random_batch(spec)
     times: dict[str, list[float]] = {side: [] for side in SIDES}
     for turn in range(turns + 1):
         for side in SIDES:
@@ -75,9 +50,7 @@ def _worker(rank: int, meet: str, given: PhaseJob, spec: DatasetSpec, turns: int
             dist.barrier()
             if turn:  # the first makes the optimizers' state
                 times[side].append((time.perf_counter() - started) / STEPS)
-    if rank == 0:
-        found.put(times)
-    dist.destroy_process_group()
+    found.put(times)
 
 
 def limit(rate: str) -> None:
@@ -106,7 +79,7 @@ def main() -> int:
         print(f"{'network':<10} {'alone':>8} {'waits':>8} {'leaves':>8}   leaving over waiting, by turn")
         for rate in options.rates.split(","):
             limit(rate)
-            times = seconds(job(1), spec, options.turns)
+            times, _ = by_two(measure, job(1), spec, options.turns)
             middle = {side: statistics.median(times[side]) for side in SIDES}
             ratios = [a / b for a, b in zip(times["waits"], times["leaves"], strict=True)]
             shown = "  ".join(f"{middle[side]:6.3f} s" for side in SIDES)
