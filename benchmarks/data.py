@@ -39,19 +39,21 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline import sample
-from stages import dataset, images, png, shard
-from stages.augment import AugmentConfig
+from stages import shard
 from stages.base import Resources
-from stages.dataset import DatasetSpec
-from stages.feed import Feed, read_here, read_with_ray
-from stages.fetch import Object, Reader
-from stages.images import Encoding
-from stages.listing import etag_of, local_etag
+from stages.images import colour, decode, encode, geometry, kinds
+from stages.images.augment import AugmentConfig
+from stages.images.kinds import Encoding
 from stages.models.architecture import InputSpec, Pix2Pix
+from stages.models.fast.process import tune_process
 from stages.models.losses import paper_weights
-from stages.models.process import tune_process
-from stages.models.step import Batch, build_translator, step
-from stages.tracking import NullRun
+from stages.models.step import Batch, build_gan, step
+from stages.objects.fetch import Object, Reader
+from stages.objects.listing import etag_of, local_etag
+from stages.shards import dataset
+from stages.shards.dataset import DatasetSpec
+from stages.shards.feed import Feed, read_here, read_with_ray
+from stages.tracking.run import NullRun
 
 LOAD, CROP = 286, 256
 BATCH = 4
@@ -97,7 +99,7 @@ def endless(loader: DataLoader[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[i
 # -- our way ------------------------------------------------------------------
 
 
-def pictures(folder: Path | None, scratch: Path) -> list[Path]:
+def side_by_side(folder: Path | None, scratch: Path) -> list[Path]:
     """Side-by-side JPEGs to work on."""
     facades = Path(__file__).resolve().parents[2] / "shared/data/facades/train"
     folder = folder or (facades if facades.is_dir() else None)
@@ -106,7 +108,7 @@ def pictures(folder: Path | None, scratch: Path) -> list[Path]:
     made = []
     for n in range(200):
         scene = sample.draw(0, n, 256, 256)
-        both = np.concatenate([scene.photo, images.colorize(scene.labels)], axis=1)
+        both = np.concatenate([scene.photo, colour.colorize(scene.labels)], axis=1)
         made.append(scratch / f"{n}.jpg")
         Image.fromarray(both).save(made[-1], quality=90)
     return made
@@ -248,22 +250,22 @@ def measure_encodings(paths: Sequence[Path], scratch: Path, turns: int, seconds:
 
 def measure_png(paths: Sequence[Path], scratch: Path, turns: int, seconds: float) -> None:  # noqa: ARG001
     """Photos of 256x256 as PNG files, written one after another in one thread."""
-    photos = [images.decode(path.read_bytes(), "rgb") for path in paths[:32]]
-    photos = [images.resize(images.crop_half(photo, "left"), (CROP, CROP), "rgb") for photo in photos]
+    photos = [decode.decode_image(path.read_bytes(), "rgb") for path in paths[:32]]
+    photos = [geometry.resize(geometry.crop_half(photo, "left"), (CROP, CROP), "rgb") for photo in photos]
 
-    def by_pillow(photo: images.Array, **options: int) -> bytes:
+    def by_pillow(photo: kinds.Array, **options: int) -> bytes:
         file = io.BytesIO()
-        images.to_pillow(photo).save(file, "PNG", **options)
+        encode.to_pillow(photo).save(file, "PNG", **options)
         return file.getvalue()
 
     ways = {
         "Pillow, by itself": by_pillow,
         "Pillow, level 1": partial(by_pillow, compress_level=1),
         "Pillow, level 1, runs alone": partial(by_pillow, compress_level=1, compress_type=zlib.Z_RLE),
-        "stages.png": png.encode,
+        "stages.png": encode.encode_png,
     }
 
-    def written(way: Callable[[images.Array], bytes]) -> Iterator[int]:
+    def written(way: Callable[[kinds.Array], bytes]) -> Iterator[int]:
         for photo in itertools.cycle(photos):
             way(photo)
             yield 1
@@ -284,7 +286,7 @@ def measure_wait(paths: Sequence[Path], scratch: Path, turns: int, seconds: floa
     for width, batch in ((64, 1), (16, 1), (16, 4)):
         arch = Pix2Pix(width=width)
         weights = paper_weights(arch)
-        gan = build_translator(arch, InputSpec(), weights=weights)
+        gan = build_gan(arch, InputSpec(), weights=weights)
         shares, steps, epoch = [], 0, 0
         with Feed(str(scratch / "raw"), spec, batch=batch, augment=augment) as feed:
             batches = feed.epoch(0)
@@ -376,10 +378,10 @@ def loop(uris: Sequence[str], output: str, fs: object) -> None:
             whole = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
             pair = shard.Pair(uri, "train", None)
             for role, half in (("source", "right"), ("target", "left")):
-                array = images.resize(images.crop_half(whole, half), (LOAD, LOAD), "rgb")  # type: ignore[arg-type]
-                stored = images.encode(array, "raw")
+                array = geometry.resize(geometry.crop_half(whole, half), (LOAD, LOAD), "rgb")  # type: ignore[arg-type]
+                stored = encode.encode_image(array, "raw")
                 found = shard.card.measures(array, "rgb")
-                pair.stored[role] = shard.Stored(stored, images.checksum(stored), uri, (256, 256), found)  # type: ignore[index]
+                pair.stored[role] = shard.Stored(stored, encode.checksum(stored), uri, (256, 256), found)  # type: ignore[index]
             pairs.append(pair)
         out = io.BytesIO()
         table = shard.table(pairs, shard.schema(specs), specs)
@@ -469,7 +471,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--pairs", type=int, default=5000, help="of `shard`")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="bench", ignore_cleanup_errors=True) as scratch:
-        paths = pictures(options.data, Path(scratch))
+        paths = side_by_side(options.data, Path(scratch))
         print(
             f"{len(paths)} pictures, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}",
             flush=True,

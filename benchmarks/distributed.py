@@ -47,16 +47,19 @@ import torch
 import torch.distributed as dist
 
 from pipeline.cluster import cluster
-from stages import averaging, checkpoints, curves, dataset, images, train
-from stages.augment import AugmentConfig
+from stages import train
 from stages.base import Resources, Role
-from stages.checkpoints import Checkpoint, Position
-from stages.dataset import DatasetSpec, RoleSpec, ShardFile
-from stages.loop import Worker
-from stages.models.process import tune_process
-from stages.models.step import Batch, build_translator, state_of, step
-from stages.phases import PhaseJob, TrainConfig, input_spec, jobs
-from stages.tracking import NullRun
+from stages.images import encode, geometry
+from stages.images.augment import AugmentConfig
+from stages.models.fast.process import tune_process
+from stages.models.step import Batch, build_gan, state_of, step
+from stages.shards import dataset
+from stages.shards.dataset import DatasetSpec, RoleSpec, ShardFile
+from stages.tracking.run import NullRun
+from stages.training import checkpoints, curves, gradients
+from stages.training.checkpoints import Checkpoint, Position
+from stages.training.loop import Worker
+from stages.training.phases import PhaseJob, TrainConfig, input_spec, jobs
 
 CLASSES, BATCH = 8, 8
 ROWS = 400  # as many as Facades has; whole batches of 8 and of 16
@@ -76,14 +79,14 @@ def make_shards(folder: Path, size: tuple[int, int]) -> DatasetSpec:
         blocks = rng.integers(0, CLASSES, (height // 16, width // 16, 1), np.uint8)
         pair: dict[Role, np.ndarray] = {
             "source": blocks.repeat(16, 0).repeat(16, 1),
-            "target": images.resize(
+            "target": geometry.resize(
                 rng.integers(0, 256, (height // 8, width // 8, 3), np.uint8), size, "rgb"
             ),
         }
         row: dict[str, object] = {"key": f"{index:05d}", "group": ""}
         for role, array in pair.items():
-            data = images.encode(array, "png")
-            row |= {role: data, f"{role}_crc": images.checksum(data), f"{role}_uri": ""}
+            data = encode.encode_image(array, "png")
+            row |= {role: data, f"{role}_crc": encode.checksum(data), f"{role}_uri": ""}
             row |= {f"{role}_width": width, f"{role}_height": height}
         rows.append(row)
     pq.write_table(pa.Table.from_pylist(rows), folder / "train-00000.parquet", row_group_size=16)
@@ -169,7 +172,7 @@ def _alone(given: PhaseJob, spec: DatasetSpec, seconds: float, ready: Any, rates
 def bare(given: PhaseJob, spec: DatasetSpec, seconds: float, ready: Callable[[], object]) -> float:
     """images/s of the step alone."""
     worker = Worker()
-    gan = build_translator(given.model, input_spec(spec), weights=given.losses, device=worker.device)
+    gan = build_gan(given.model, input_spec(spec), weights=given.losses, device=worker.device)
     batch = random_batch(spec)
     for _ in range(2):
         step(gan, batch, weights=given.losses)
@@ -188,7 +191,7 @@ def exchange(given: PhaseJob, spec: DatasetSpec) -> tuple[int, float]:
 
 
 def _exchange(given: PhaseJob, spec: DatasetSpec, found: Any) -> None:
-    gan = build_translator(given.model, input_spec(spec), weights=given.losses)
+    gan = build_gan(given.model, input_spec(spec), weights=given.losses)
     assert gan.discriminator is not None
     networks = [
         [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -200,7 +203,7 @@ def _exchange(given: PhaseJob, spec: DatasetSpec, found: Any) -> None:
         if round_ == 1:
             dist.barrier()
             started = time.monotonic()
-        for arriving in [averaging.send(parameters, coming=False) for parameters in networks]:
+        for arriving in [gradients.send(parameters, coming=False) for parameters in networks]:
             for _ in arriving():
                 pass
     seconds = (time.monotonic() - started) / 20
@@ -209,7 +212,7 @@ def _exchange(given: PhaseJob, spec: DatasetSpec, found: Any) -> None:
 
 def checkpoint(given: PhaseJob, spec: DatasetSpec, folder: Path) -> tuple[int, float, float]:
     """Bytes of a checkpoint; seconds that training waits for its copy; seconds of writing it to disk."""
-    gan = build_translator(given.model, input_spec(spec), weights=given.losses)
+    gan = build_gan(given.model, input_spec(spec), weights=given.losses)
     width, height = spec.size
     batch = Batch(
         source=torch.zeros((1, 1, height, width), dtype=torch.uint8),

@@ -40,19 +40,21 @@ import torch
 from PIL import Image
 from torch import nn
 
-from benchmarks.plain import PlainUnet, copy_weights
 from pipeline.cluster import cluster
-from stages import heap, infer, outputs, sources, storage
-from stages.actors import own_cores
+from stages import infer, storage
 from stages.base import Resources
 from stages.infer import InferConfig, batch_size
-from stages.inference import Painter
+from stages.inference import inputs, outputs
+from stages.inference.translator import Translator
 from stages.models.architecture import InputSpec, Pix2Pix, build_generator
-from stages.models.process import keep_freed_memory, return_freed_memory
-from stages.models.saved import Picture, Preprocessing, load_model, save_model
+from stages.models.fast import heap
+from stages.models.fast.process import keep_freed_memory, return_freed_memory
+from stages.models.files.saved import Picture, Preprocessing, load_model, save_model
 from stages.models.step import Precision
+from stages.parallel import own_cores
 from stages.storage import join, write_bytes
-from stages.tracking import NullRun
+from stages.tracking.run import NullRun
+from tests.reference.published_step import PlainUnet, copy_weights
 from tests.stores.seaweed import SeaweedS3
 
 
@@ -90,7 +92,7 @@ def bare(model: Path, size: int, images: int, *, precision: Precision, at_once: 
     """
     keep_freed_memory()
     torch.set_num_threads(own_cores() // at_once)
-    painter = Painter(load_model(model), precision=precision)
+    translator = Translator(load_model(model), precision=precision)
     batch = torch.zeros(batch_size(size, size, "cpu"), 3, size, size)
     batch = batch.contiguous(memory_format=torch.channels_last)
 
@@ -98,7 +100,7 @@ def bare(model: Path, size: int, images: int, *, precision: Precision, at_once: 
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
         with torch.inference_mode(), autocast:
             for _ in range(rounds):
-                painter.model.generator(batch)
+                translator.model.generator(batch)
 
     rounds = -(-images // (at_once * len(batch)))
     with ThreadPoolExecutor(at_once, "bare", torch.set_num_threads, (own_cores() // at_once,)) as pool:
@@ -196,7 +198,7 @@ def finished(source: str, output: str, model: Path, settings: Mapping[str, Any])
     work = infer.prepare(InferConfig(input=source, model=str(model)), output=output, tracking_uri=None)
     assert work.planned is not None
     for unit in work.left:  # as if it had been done: what a rerun reads is the table
-        rows = min(sources.UNIT_ROWS, work.rows - unit * sources.UNIT_ROWS)
+        rows = min(inputs.UNIT_ROWS, work.rows - unit * inputs.UNIT_ROWS)
         row = dict.fromkeys(outputs.ROWS.names) | {"key": "k", "output": "images/k.png", "size": 1, "crc": 1}
         table = pa.Table.from_pylist([row] * rows, schema=outputs.ROWS)
         storage.write_parquet(outputs.part_uri(output, unit), table)

@@ -19,12 +19,12 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from benchmarks.plain import PlainGenerator, PlainUnet, copy_weights
 from benchmarks.train_step import HD_INPUTS, Case, make_batch
 from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD, build_generator
+from stages.models.fast.process import keep_freed_memory, return_freed_memory
 from stages.models.layers import fix_weights
-from stages.models.process import keep_freed_memory, return_freed_memory
 from stages.models.step import make_condition
+from tests.reference.published_step import PlainGenerator, PlainUnet, copy_weights
 
 CASES = {
     "g1": (Case(Pix2PixHD(enhancers=0), (512, 256)), HD_INPUTS),

@@ -11,7 +11,7 @@ mean target     the mean training target, whatever the source
 nearest source  the target of the training pair whose source is the most similar (at 16x16 pixels)
 source itself   where it is a picture: what is to be coloured or filled in
 
-Every side makes all images of the split; each number is the mean over them (`stages.metrics`).
+Every side makes all images of the split; each number is the mean over them (`stages.scoring.metrics`).
 
     python -m benchmarks.learning --shards .../shard-... --models .../train-{global,local,joint}-*/model
 
@@ -38,19 +38,22 @@ import torch
 from PIL import Image
 
 from pipeline import config as configuration
-from stages import dataset, images, metrics, train
+from stages import train
 from stages.base import Split
-from stages.dataset import DatasetSpec, Sample
 from stages.evaluate import nearest, thumbnail
-from stages.images import Array
-from stages.inference import Painter
+from stages.images import geometry
+from stages.images.kinds import Array
+from stages.inference.translator import Translator
 from stages.models import step
 from stages.models.architecture import build_generator
-from stages.models.process import tune_process
-from stages.models.saved import LoadedModel, load_model
-from stages.phases import PhaseJob
-from stages.previews import Samples
-from tests.undisturbed import train_here
+from stages.models.fast.process import tune_process
+from stages.models.files.saved import LoadedModel, load_model
+from stages.scoring import metrics
+from stages.shards import dataset
+from stages.shards.dataset import DatasetSpec, Sample
+from stages.training.phases import PhaseJob
+from stages.training.previews import Samples
+from tests.support.undisturbed import train_here
 
 Scores = dict[str, float]
 
@@ -99,15 +102,15 @@ def sign_error() -> Iterator[None]:
 
 def painted(model: LoadedModel, samples: Sequence[Sample], *, stochastic: bool = False) -> list[Array]:
     """What a model makes of the samples' sources, of the target's kind."""
-    painter = Painter(model, stochastic=stochastic)
+    translator = Translator(model, stochastic=stochastic)
     made = []
     for sample in samples:
         instances = [sample.images["instance"]] if "instance" in sample.images else None
-        made += painter.translate([sample.images["source"]], instances, seeds=[0])
+        made += translator.translate([sample.images["source"]], instances, seeds=[0])
     return made
 
 
-def pictures(model: LoadedModel, samples: Sequence[Sample], spec: DatasetSpec) -> list[Array]:
+def as_pictures(model: LoadedModel, samples: Sequence[Sample], spec: DatasetSpec) -> list[Array]:
     """The same as pictures, as a sample's own target would be: colours of Lab need the pair's lightness."""
     return [
         replace(sample, images={**sample.images, "target": image}).picture(spec, "target")
@@ -149,11 +152,11 @@ def by_phase(
         small = [
             replace(
                 sample,
-                images={r: images.shrink(i, factor, spec.roles[r].kind) for r, i in sample.images.items()},
+                images={r: geometry.shrink(i, factor, spec.roles[r].kind) for r, i in sample.images.items()},
             )
             for sample in samples
         ]
-        made[path] = [np.array(images.resize(image, spec.size, "rgb")) for image in painted(model, small)]
+        made[path] = [np.array(geometry.resize(image, spec.size, "rgb")) for image in painted(model, small)]
         scores[path] = scored(made[path], samples, spec)
     return scores, made
 
@@ -184,7 +187,7 @@ def compare(
     samples = list(dataset.read_split(shards, spec, split))
 
     def judged(model: LoadedModel) -> Scores:
-        return scored(pictures(model, samples, spec), samples, spec)
+        return scored(as_pictures(model, samples, spec), samples, spec)
 
     def learnt(name: str, from_shards: str) -> Scores:
         return judged(load_model(trained(jobs, from_shards, folder / name)[0]))
@@ -238,12 +241,12 @@ def main() -> int:
 
 def draw(columns: Sequence[Sequence[Array]], path: str, rows: int = 4) -> None:
     """The middle of each image, a row a pair, a column a model; at most `rows` pairs."""
-    pictures = []
+    grid = []
     for row in list(zip(*columns, strict=True))[:rows]:
         height, width = (side // 2 for side in row[0].shape[:2])
         part = (slice(height // 2, height // 2 + height), slice(width // 2, width // 2 + width))
-        pictures.append([image[part] for image in row])
-    Image.fromarray(images.sheet(pictures)).save(path, quality=88)
+        grid.append([image[part] for image in row])
+    Image.fromarray(pictures.sheet(grid)).save(path, quality=88)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from fsspec.spec import AbstractFileSystem
 
 from stages import ingest, pair
 from stages.base import Resources
-from stages.tracking import NullRun
+from stages.tracking.run import NullRun
 
 CITIES = 500
 WALL = ("list_seconds", "pair_seconds")

@@ -25,10 +25,10 @@ from typing import Any
 import torch.distributed as dist
 
 from benchmarks.distributed import by_two, job, make_shards, random_batch
-from stages import averaging
-from stages.dataset import DatasetSpec
-from stages.models.step import build_translator, settle, step
-from stages.phases import PhaseJob, input_spec
+from stages.models.step import build_gan, settle, step
+from stages.shards.dataset import DatasetSpec
+from stages.training import gradients
+from stages.training.phases import PhaseJob, input_spec
 
 STEPS = 5  # a side and turn
 SIDES = ("alone", "waits", "leaves")
@@ -36,12 +36,12 @@ SIDES = ("alone", "waits", "leaves")
 
 def measure(given: PhaseJob, spec: DatasetSpec, turns: int, found: Any) -> None:
     """One of the two workers, which take turns together: seconds a step by side."""
-    gan = build_translator(given.model, input_spec(spec), weights=given.losses)
+    gan = build_gan(given.model, input_spec(spec), weights=given.losses)
     batch = random_batch(spec)
     times: dict[str, list[float]] = {side: [] for side in SIDES}
     for turn in range(turns + 1):
         for side in SIDES:
-            average = None if side == "alone" else averaging.send
+            average = None if side == "alone" else gradients.send
             dist.barrier()
             started = time.perf_counter()
             for _ in range(STEPS):

@@ -28,7 +28,7 @@ from pipeline import config as configuration
 from pipeline.config import PipelineConfig
 from pipeline.dag import steps
 from pipeline.runner import plan
-from stages import images, storage
+from stages import storage
 from stages.base import Split
 
 SCORES = {"l1": "L1", "psnr": "PSNR, dB", "ssim": "SSIM", "sharpness": "sharpness"}
@@ -157,7 +157,7 @@ def grid(folder: str, path: Path) -> None:
     chosen = np.linspace(0, len(files) - 1, min(len(files), columns * lines)).astype(int)
     made = [np.asarray(Image.open(files[i]).convert("RGB")) for i in chosen]
     pictures = [made[i : i + columns] for i in range(0, len(made), columns)]
-    Image.fromarray(images.sheet(pictures)).save(path, quality=85)
+    Image.fromarray(pictures.sheet(pictures)).save(path, quality=85)
 
 
 def main() -> int:

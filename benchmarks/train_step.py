@@ -24,7 +24,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.plain import (
+from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD, condition_channels
+from stages.models.fast.process import return_freed_memory, tune_process
+from stages.models.losses import paper_weights
+from stages.models.step import Batch, Precision, build_gan, make_condition, step
+from tests.reference.published_step import (
     Plain,
     PlainGenerator,
     PlainMultiScale,
@@ -34,10 +38,6 @@ from benchmarks.plain import (
     pix2pix_step,
     pix2pixhd_step,
 )
-from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD, condition_channels
-from stages.models.losses import paper_weights
-from stages.models.process import return_freed_memory, tune_process
-from stages.models.step import Batch, Precision, build_translator, make_condition, step
 
 HD_INPUTS = InputSpec(source="labels", classes=35, instances=True)
 
@@ -88,7 +88,7 @@ def our_side(
     """Our step, and the networks it trains."""
     weights = paper_weights(case.arch)
     hd = isinstance(case.arch, Pix2PixHD)
-    gan = build_translator(
+    gan = build_gan(
         case.arch,
         HD_INPUTS if hd else InputSpec(),
         weights=weights,

@@ -14,9 +14,10 @@ import ray.data
 from ray.exceptions import AuthenticationError
 
 from pipeline.config import PipelineConfig
-from stages import heap, storage
+from stages import storage
 from stages.base import Resources
 from stages.errors import UserError
+from stages.models.fast import heap
 
 logger = logging.getLogger(__name__)
 

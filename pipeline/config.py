@@ -17,17 +17,17 @@ from typing import Annotated, Any, Self, cast
 import yaml
 from pydantic import Field, JsonValue, ValidationError, field_validator, model_validator
 
-from stages.augment import AugmentConfig
 from stages.base import Config, Resources
 from stages.errors import UserError
 from stages.evaluate import EvaluateConfig
+from stages.images.augment import AugmentConfig
 from stages.infer import InferConfig
 from stages.ingest import IngestConfig
 from stages.pair import PairConfig
 from stages.report import ReportConfig
 from stages.shard import ShardConfig
 from stages.storage import absolute
-from stages.tracking import TrackingConfig
+from stages.tracking.run import TrackingConfig
 from stages.train import TrainConfig
 
 SECRET_WORDS = ("secret", "token", "password", "passwd", "credential", "access_key", "account_key", "sas")

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from stages import storage
 from stages.errors import PixloomError, StageError, UserError
-from stages.model_source import local_model
+from stages.inference.model_source import local_model
 from stages.models.architecture import InputSpec
-from stages.models.checkpoint_import import Imported, import_checkpoint
-from stages.models.export import (
+from stages.models.files.checkpoint_import import Imported, import_checkpoint
+from stages.models.files.export import (
     TOLERANCE,
     Exported,
     export_model,
@@ -35,8 +35,8 @@ from stages.models.export import (
     onnx_bytes,
     program_bytes,
 )
-from stages.models.saved import MANIFEST, LoadedModel, Picture, Preprocessing, load_model, save_model
-from stages.models.weights import read_tensors
+from stages.models.files.saved import MANIFEST, LoadedModel, Picture, Preprocessing, load_model, save_model
+from stages.models.files.weights import read_tensors
 
 logger = logging.getLogger(__name__)
 

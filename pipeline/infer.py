@@ -19,7 +19,7 @@ from stages import infer, storage
 from stages.base import Config, Resources
 from stages.errors import UserError
 from stages.infer import InferConfig
-from stages.tracking import TrackingConfig
+from stages.tracking.run import TrackingConfig
 
 HELP = """\
 Generate an image for every source in a folder, bucket, archive, shards folder or Parquet table of

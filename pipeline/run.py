@@ -27,15 +27,17 @@ from pipeline.cluster import check_folders, cluster, kept_in
 from pipeline.config import PipelineConfig
 from pipeline.dag import Step, needed, steps
 from pipeline.runner import Planned, execute, plan, select
-from stages import dataset, phases, storage
+from stages import storage
 from stages.base import Role
-from stages.dataset import DatasetSpec
 from stages.errors import PixloomError, UserError
-from stages.memory import estimate_memory
-from stages.phases import PhaseJob
 from stages.progress import duration
 from stages.shard import role_specs
-from stages.tracking import Run, open_parent
+from stages.shards import dataset
+from stages.shards.dataset import DatasetSpec
+from stages.tracking.run import Run, open_parent
+from stages.training import phases
+from stages.training.memory import estimate_memory
+from stages.training.phases import PhaseJob
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from stages import storage
 from stages.base import Outcome, Resources
 from stages.errors import PixloomError, StageError, UserError
 from stages.progress import duration
-from stages.tracking import Run
+from stages.tracking.run import Run
 
 MARKER = "_SUCCESS.json"
 

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from stages import png, storage
+from stages import storage
 from stages.errors import UserError
+from stages.images import encode
 from stages.progress import Progress
 
 CLASSES = ("void", "road", "sidewalk", "building", "vegetation", "sky", "person", "car")
@@ -208,7 +209,7 @@ def write(folder: str, *, pairs: int, width: int, height: int, seed: int) -> Non
         scene, name = draw(seed, number, width, height), f"scene_{number:05d}.png"
         for layer in ("photo", "label", "instance"):  # the instance map last: it says the scene is whole
             storage.write_bytes(
-                storage.join(folder, layer, name), png.encode(np.atleast_3d(getattr(scene, layer)))
+                storage.join(folder, layer, name), encode.encode_png(np.atleast_3d(getattr(scene, layer)))
             )
 
     todo = [number for number in range(pairs) if f"scene_{number:05d}.png" not in there]

@@ -45,10 +45,10 @@ from pipeline.run import commit, exit_code, extra_arguments, log_to_stdout, stop
 from pipeline.runner import Planned, execute, plan
 from stages import storage
 from stages.base import Config, Split
-from stages.board import Event, Poster, open_board
 from stages.errors import StageError, UserError
-from stages.relay import reading
-from stages.tracking import MetricRow, Run, open_parent
+from stages.tracking.run import MetricRow, Run, open_parent
+from stages.training.control import Event, Poster, open_board
+from stages.training.relay import reading
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ A stage is a module with one config type, pure rules, and one function
     run(config, resources, *, output, track, **inputs) -> Outcome
 
 where `output` and every input are folder URIs (see `stages.storage`) and `track` is the stage's MLflow run
-(see `stages.tracking`). The runner writes the `_SUCCESS.json` marker after `run` returns; until then the
+(see `stages.tracking.run`). The runner writes the `_SUCCESS.json` marker after `run` returns; until then the
 folder is unfinished work that the next run of the same stage takes up again.
 """
 

@@ -6,7 +6,7 @@ out: metrics.parquet        a row an image: key, split, group, every metric, eve
      confusion.json         class by class, where a segmenter or a palette was given
      mean_target.png        the mean training target
 
-The images are another stage's (`stages.outputs` names them by key) or any other system's (`images`, `names`).
+The images are another stage's (`inference.outputs` names them by key) or any other system's (`images`, `names`).
 Units of work do not depend on how many processes do them, and their sums are added in unit order: one worker
 and many give the same numbers.
 """
@@ -34,16 +34,24 @@ import torch
 from pydantic import Field, field_validator
 from ray.exceptions import RayError
 
-from stages import dataset, images, metrics, outputs, png, sources, storage
-from stages.actors import UNITS_AT_ONCE, failure, on_actors, pool_size, threads, uses_gpu
+from stages import storage
 from stages.base import Config, Fraction, Outcome, Resources, Role, Split
-from stages.dataset import DatasetSpec, Sample
 from stages.errors import StageError, UserError
-from stages.fetch import Object, Reader
-from stages.heap import keep_freed_memory
-from stages.images import Array, ImageRejected
-from stages.inference import Painter
-from stages.judges import (
+from stages.images import colour, decode, encode, geometry, pictures
+from stages.images.kinds import Array, ImageRejected
+from stages.inference import inputs, outputs
+from stages.inference.inputs import Run as RowGroups
+from stages.inference.model_source import fingerprint
+from stages.inference.translator import Translator
+from stages.models.architecture import build_encoder, build_generator
+from stages.models.fast.heap import keep_freed_memory
+from stages.models.files.saved import LoadedModel, Manifest
+from stages.objects.fetch import Object, Reader
+from stages.parallel import UNITS_AT_ONCE, failure, on_actors, pool_size, threads, uses_gpu
+from stages.progress import Progress
+from stages.scoring import metrics
+from stages.scoring.metrics import MeanImage, Moments, Sums
+from stages.scoring.networks import (
     Inception,
     InceptionConfig,
     LpipsConfig,
@@ -55,16 +63,12 @@ from stages.judges import (
     lpips_name,
     pairwise_mean,
 )
-from stages.metrics import MeanImage, Moments, Sums
-from stages.model_source import fingerprint
-from stages.models.architecture import build_encoder, build_generator
-from stages.models.saved import LoadedModel, Manifest
-from stages.progress import Progress
-from stages.row_groups import num_row_groups, read_unit
-from stages.sources import Run as RowGroups
+from stages.shards import dataset
+from stages.shards.dataset import DatasetSpec, Sample
+from stages.shards.row_groups import num_row_groups, read_unit
 
 if TYPE_CHECKING:
-    from stages.tracking import Run
+    from stages.tracking.run import Run
 
 VERSION = 1
 
@@ -128,12 +132,12 @@ def same_size(generated: Array, target: Array) -> tuple[Array, Array]:
     if generated.shape == target.shape:
         return generated, target
     size = (min(generated.shape[1], target.shape[1]), min(generated.shape[0], target.shape[0]))
-    return images.resize(generated, size, "rgb"), images.resize(target, size, "rgb")
+    return geometry.resize(generated, size, "rgb"), geometry.resize(target, size, "rgb")
 
 
 def thumbnail(source: Array) -> np.ndarray:
     """A source picture (H, W, 3) as the vector by which the nearest one is found, uint8."""
-    return images.resize(source, (THUMBNAIL, THUMBNAIL), "rgb").reshape(-1)
+    return geometry.resize(source, (THUMBNAIL, THUMBNAIL), "rgb").reshape(-1)
 
 
 def is_candidate(key: str, share: float) -> bool:
@@ -304,7 +308,7 @@ class Judge:
         keep_freed_memory()
         self.job, self.config = job, job.config
         self.spec = dataset.load(job.shards)
-        self.units = sources.shard_units(self.spec, job.config.split)
+        self.units = inputs.shard_units(self.spec, job.config.split)
         self.training: Training | None = None if job.training is None else ray.get(job.training)
         self.reader = Reader()
         self.pool = ThreadPoolExecutor(job.io_threads, thread_name_prefix="evaluate-io")
@@ -313,7 +317,7 @@ class Judge:
             self.lpips = load_lpips(config.lpips, folder, job.device) if config.lpips else None
             self.inception = Inception(config.inception, folder, job.device) if config.inception else None
             self.segmenter = Segmenter(config.segmenter, folder, job.device) if config.segmenter else None
-        self._untrained: Painter | None = None
+        self._untrained: Translator | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Judge units; returns, for each, {unit, images}."""
@@ -362,7 +366,7 @@ class Judge:
     def _generated(self, key: str) -> tuple[Array, list[Array]]:
         """The picture of a key, and its further samples."""
         found = [
-            images.decode(self.reader.read(Object(storage.join(self.job.images, name))), "rgb")
+            decode.decode_image(self.reader.read(Object(storage.join(self.job.images, name))), "rgb")
             for name in self._names(key)
         ]
         return found[0], found
@@ -403,7 +407,7 @@ class Judge:
         size = (generated.shape[1], generated.shape[0])
         found: dict[str, float] = {}
         for base, image in rivals.items():
-            fake, real = same_size(images.resize(image, size, "rgb"), target)
+            fake, real = same_size(geometry.resize(image, size, "rgb"), target)
             found |= {f"{base}_{name}": value for name, value in metrics.pixel_scores(fake, real).items()}
         return found
 
@@ -414,23 +418,23 @@ class Judge:
 
     def _from_untrained(self, sample: Sample, target: Array, generated: Array) -> Array:
         if self._untrained is None:
-            self._untrained = Painter(untrained(self.job.manifest), device=self.job.device)
-        painter = self._untrained
+            self._untrained = Translator(untrained(self.job.manifest), device=self.job.device)
+        translator = self._untrained
         size = (generated.shape[1], generated.shape[0])
-        source = images.resize(sample.images["source"], size, painter.source_kind)
+        source = geometry.resize(sample.images["source"], size, translator.source_kind)
         instance = sample.images.get("instance")
-        ids = None if instance is None else images.resize(instance, size, "instances")
+        ids = None if instance is None else geometry.resize(instance, size, "instances")
         reference = None
-        if painter.model.encoder is not None and ids is not None:
-            reference = (images.resize(target, size, "rgb"), ids, source)
+        if translator.model.encoder is not None and ids is not None:
+            reference = (geometry.resize(target, size, "rgb"), ids, source)
         try:
-            (out,) = painter.translate(
+            (out,) = translator.translate(
                 [source], None if ids is None else [ids], style="reference", reference=reference
             )
         except ValueError as error:
             raise StageError(f"evaluate: the untrained network refuses {sample.key}: {error}") from error
-        light = source if painter.source_kind == "lab_l" else None
-        return images.picture(out, painter.target_kind, lightness=light)
+        light = source if translator.source_kind == "lab_l" else None
+        return pictures.picture(out, translator.target_kind, lightness=light)
 
     def _segment(
         self, sample: Sample, generated: Array, target: Array, matrices: dict[str, np.ndarray]
@@ -447,12 +451,12 @@ class Judge:
             if role is not None and role in sample.images:
                 actual = self.segmenter.actual(sample.images[role])
                 for name, image in (("generated", generated), ("target", target)):
-                    sized = images.resize(image, (actual.shape[1], actual.shape[0]), "rgb")
+                    sized = geometry.resize(image, (actual.shape[1], actual.shape[0]), "rgb")
                     add(name, self.segmenter(sized), actual, config.segmenter.classes, -1)
         if config.palette is not None:
             fake, real = same_size(generated, target)
             colors = config.palette.colors
-            predicted, wanted = (images.nearest_class(image, colors) for image in (fake, real))
+            predicted, wanted = (colour.nearest_class(image, colors) for image in (fake, real))
             add("palette", predicted, wanted, len(colors), config.palette.ignore)
 
     def _write(
@@ -539,7 +543,7 @@ def run(
     Raises UserError for absent weights, an absent folder or split; StageError where images are missing.
     """
     spec = dataset.load(shards)
-    units = sources.shard_units(spec, config.split)
+    units = inputs.shard_units(spec, config.split)
     if not units:
         raise UserError(f"evaluate.split: the shards hold no pair of the split {config.split!r}")
     job = make_job(config, resources, spec, shards, images, output)
@@ -569,7 +573,7 @@ def run(
     for name in summary.get("segmentation", {}):
         matrix = np.array(storage.read_json(storage.join(output, "confusion.json"))[name])
         track.artifact(f"confusion/{name}.json", json.dumps(matrix.tolist()).encode())
-        track.artifact(f"confusion/{name}.png", png.encode(metrics.confusion_picture(matrix)))
+        track.artifact(f"confusion/{name}.png", encode.encode_png(metrics.confusion_picture(matrix)))
     return Outcome(counts={"images": summary["num_images"], "missing": summary["num_missing"]}, metrics=told)
 
 
@@ -591,7 +595,7 @@ def make_job(
     else:
         raise UserError("evaluate.images: name a folder of images; none were generated here")
     gpu = uses_gpu(resources)
-    units = sources.shard_units(spec, config.split)
+    units = inputs.shard_units(spec, config.split)
     return Job(
         config=config,
         shards=shards,
@@ -625,7 +629,7 @@ def first_units(spec: DatasetSpec, split: Split, units: list[RowGroups], rows: i
 def with_training(job: Job, known: Training, output: str) -> Job:
     """The job with the training split's view in Ray's store, its mean also as a picture."""
     if known.mean is not None:
-        storage.write_bytes(storage.join(output, "mean_target.png"), png.encode(known.mean))
+        storage.write_bytes(storage.join(output, "mean_target.png"), encode.encode_png(known.mean))
     values = {name: getattr(job, name) for name in Job.__dataclass_fields__}
     return Job(**{**values, "training": ray.put(known)})
 

@@ -1,7 +1,7 @@
 """Generate an image for every source: of a split of the shards, or of any folder, bucket, archive or table.
 
 in:  a model folder; shards, or `infer.input`
-out: images/<key>.png and table/part-<unit>.parquet, as `stages.outputs` describes
+out: images/<key>.png and table/part-<unit>.parquet, as `stages.inference.outputs` describes
 
 A unit of work is read ahead, generated in batches of equal size, and written behind the model; its table part
 is written when all its images are. A rerun does the units that have none; their images get the names and,
@@ -28,23 +28,26 @@ import pyarrow.parquet as pq
 import torch
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from stages import dataset, images, outputs, sources, storage
-from stages.actors import on_actors, pool_size, threads, uses_gpu
+from stages import storage
 from stages.base import Colors, Config, Fraction, Kind, Outcome, Resources, Split
 from stages.errors import StageError, UserError
-from stages.fetch import Object, Reader
-from stages.images import Array, ImageRejected
-from stages.inference import Painter, noise_seed
-from stages.model_source import description, fingerprint, local_model
-from stages.models.process import tune_process
-from stages.models.saved import load_model
-from stages.outputs import Format
-from stages.patterns import compile_pattern
+from stages.images import colour, decode, encode, geometry, pictures
+from stages.images.kinds import Array, ImageRejected
+from stages.inference import inputs, outputs
+from stages.inference.inputs import Item, Loaded, Location, Planned
+from stages.inference.model_source import description, fingerprint, local_model
+from stages.inference.outputs import Format
+from stages.inference.translator import Translator, noise_seed
+from stages.models.fast.process import tune_process
+from stages.models.files.saved import load_model
+from stages.objects.fetch import Object, Reader
+from stages.objects.patterns import compile_pattern
+from stages.parallel import on_actors, pool_size, threads, uses_gpu
 from stages.progress import Progress
-from stages.sources import Item, Loaded, Location, Planned
+from stages.shards import dataset
 
 if TYPE_CHECKING:
-    from stages.tracking import Run
+    from stages.tracking.run import Run
 
 VERSION = 1
 
@@ -176,14 +179,14 @@ def written(array: Array, kind: Kind, source: Array, source_kind: Kind) -> Array
     """The generated array as it is written: depth is kept, Lab and channels become pictures."""
     if kind in ("rgb", "grey", "grey16"):
         return array
-    return images.picture(array, kind, lightness=source if source_kind == "lab_l" else None)
+    return pictures.picture(array, kind, lightness=source if source_kind == "lab_l" else None)
 
 
 def encoded(array: Array, config: InferConfig) -> bytes:
     """An image file: the picture, or its class ids where the config knows their colours."""
     if config.colors is None:
-        return images.encode(array, config.format, quality=config.quality)
-    return images.encode_ids(images.nearest_class(array, config.colors), config.colors)
+        return encode.encode_image(array, config.format, quality=config.quality)
+    return encode.encode_ids(colour.nearest_class(array, config.colors), config.colors)
 
 
 def bucketed(
@@ -236,25 +239,25 @@ class Generator:
 
     def __init__(self, job: Job) -> None:
         self.job, self.config = job, job.config
-        self.painter = self._painter()
+        self.translator = self._painter()
         self.at_once = job.threads if job.device == "cpu" else 1
         self.together = ThreadPoolExecutor(1, "infer-together", torch.set_num_threads, (job.threads,))
         self.each = self.together
         if job.device == "cpu":
             self.each = ThreadPoolExecutor(self.at_once, "infer-each", torch.set_num_threads, (1,))
-        self.fingerprint = self.painter.model.fingerprint
+        self.fingerprint = self.translator.model.fingerprint
         self.spec = dataset.load(job.shards) if job.shards else None
-        self.units = sources.shard_units(self.spec, job.config.split) if self.spec else []
+        self.units = inputs.shard_units(self.spec, job.config.split) if self.spec else []
         self.reference = self._reference()
         self.pool = ThreadPoolExecutor(job.io_threads, thread_name_prefix="infer-io")
 
-    def _painter(self) -> Painter:
+    def _painter(self) -> Translator:
         job, config = self.job, self.config
         tune_process(job.device)
         with tempfile.TemporaryDirectory(prefix="pixloom-model-") as temp:  # gone before Ray can end us
             folder = local_model(job.model, Path(temp), weights=config.weights, tracking_uri=job.tracking_uri)
             model = load_model(folder, weights=config.weights, device=job.device)
-        return Painter(
+        return Translator(
             model,
             device=job.device,
             precision=config.precision,
@@ -276,7 +279,7 @@ class Generator:
 
         def write_oldest() -> None:
             for place, row, source, picture in painting.popleft().result():
-                array = written(picture, self.painter.target_kind, source, self.painter.source_kind)
+                array = written(picture, self.translator.target_kind, source, self.translator.source_kind)
                 row["height"], row["width"] = array.shape[:2]
                 rows[place, row["sample"]] = row
                 writing.append(self.pool.submit(self._write, row, array))
@@ -306,16 +309,16 @@ class Generator:
 
     def _items(self, unit: int) -> Iterator[Item]:
         if self.spec is not None:
-            return sources.shard_items(self.job.shards, self.spec, self.units[unit], size=self.job.size)
+            return inputs.shard_items(self.job.shards, self.spec, self.units[unit], size=self.job.size)
         assert self.job.planned is not None
         tiled = self.config.tile is not None
-        return sources.object_items(
+        return inputs.object_items(
             self.job.output,
             self.job.planned,
             unit,
-            kind=self.painter.source_kind,
-            max_pixels=images.MAX_PIXELS if tiled else self.config.max_pixels,
-            instances=self.painter.needs_instances,
+            kind=self.translator.source_kind,
+            max_pixels=decode.MAX_PIXELS if tiled else self.config.max_pixels,
+            instances=self.translator.needs_instances,
         )
 
     def _loaded(
@@ -345,13 +348,13 @@ class Generator:
         loaded = item.load()
         if self.job.size is None and self.config.size is not None:
             size = self.config.size
-            kind = self.painter.source_kind
+            kind = self.translator.source_kind
             ids = loaded.instance
             loaded = Loaded(
-                images.resize(loaded.source, size, kind),
-                None if ids is None else images.resize(ids, size, "instances"),
+                geometry.resize(loaded.source, size, kind),
+                None if ids is None else geometry.resize(ids, size, "instances"),
             )
-        if self.painter.needs_instances and loaded.instance is None:
+        if self.translator.needs_instances and loaded.instance is None:
             raise ImageRejected("missing", "the model needs an instance map, the pair has none")
         height, width = loaded.source.shape[:2]
         if self.config.tile is None and height * width > self.config.max_pixels:
@@ -359,10 +362,10 @@ class Generator:
             raise ImageRejected(
                 "too_large", f"{width}x{height}, infer.max_pixels is {limit}; infer.tile cuts it"
             )
-        classes = self.painter.model.inputs.classes
-        if self.painter.source_kind == "labels" and self.spec is None and classes is not None:
+        classes = self.translator.model.inputs.classes
+        if self.translator.source_kind == "labels" and self.spec is None and classes is not None:
             highest = int(loaded.source.max())
-            ignored = self.painter.model.preprocessing.ignore_label
+            ignored = self.translator.model.preprocessing.ignore_label
             if highest >= classes and ignored is not None:
                 loaded.source[loaded.source == ignored] = classes - 1
                 highest = int(loaded.source.max())
@@ -371,20 +374,20 @@ class Generator:
         return loaded
 
     def _limit(self, shape: tuple[int, ...]) -> int:
-        return batch_size(*self.painter.padded(shape[0], shape[1]), self.job.device)
+        return batch_size(*self.translator.padded(shape[0], shape[1]), self.job.device)
 
     def _threads(self, batch: list[tuple[int, Item, Loaded]]) -> ThreadPoolExecutor:
         """Who paints it: one thread of the model, or all of them together."""
         height, width = batch[0][2].source.shape[:2]
-        return self.together if math.prod(self.painter.padded(height, width)) > LARGE_PIXELS else self.each
+        return self.together if math.prod(self.translator.padded(height, width)) > LARGE_PIXELS else self.each
 
     def _paint(self, batch: list[tuple[int, Item, Loaded]], sample: int) -> list[Painted]:
-        random = self.config.stochastic or self.painter.model.encoder is not None
+        random = self.config.stochastic or self.translator.model.encoder is not None
         seeds = [noise_seed(self.config.seed, item.key, sample) for _, item, _ in batch]
         instances = [loaded.instance for _, _, loaded in batch]
         given = [ids for ids in instances if ids is not None]
         started = time.monotonic()
-        pictures = self.painter.translate(
+        pictures = self.translator.translate(
             [loaded.source for _, _, loaded in batch],
             given if len(given) == len(batch) else None,
             seeds=seeds if random else None,
@@ -402,7 +405,7 @@ class Generator:
 
     def _write(self, row: dict[str, Any], picture: Array) -> None:
         data = encoded(picture, self.config)
-        row["crc"], row["size"] = images.checksum(data), len(data)
+        row["crc"], row["size"] = encode.checksum(data), len(data)
         storage.write_bytes(storage.join(self.job.output, row["output"]), data)
 
     def _row(self, item: Item, **values: Any) -> dict[str, Any]:
@@ -422,7 +425,7 @@ class Generator:
         style = self.config.style
         if style.kind != "reference":
             return None
-        kinds: tuple[Kind, ...] = (self.painter.target_kind, "instances", "labels")
+        kinds: tuple[Kind, ...] = (self.translator.target_kind, "instances", "labels")
         found = []
         for name, uri, kind in zip(
             ("picture", "instances", "labels"),
@@ -431,7 +434,7 @@ class Generator:
             strict=True,
         ):
             try:
-                found.append(images.decode(Reader().read(Object(storage.absolute(uri or ""))), kind))
+                found.append(decode.decode_image(Reader().read(Object(storage.absolute(uri or ""))), kind))
             except ImageRejected as why:
                 raise UserError(f"infer.style.{name}: {uri}: {why}") from why
         return found[0], found[1], found[2]
@@ -448,7 +451,7 @@ def digest(config: InferConfig, tracking_uri: str | None = None) -> str:
         if is_shards(where.uri):
             parts.append(storage.read_bytes(storage.join(where.uri, dataset.NAME)).decode())
         else:
-            parts.append(sources.plan(where, None).digest)
+            parts.append(inputs.plan(where, None).digest)
     if config.model:
         parts.append(json.dumps(description(config.model, tracking_uri), sort_keys=True))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -505,7 +508,7 @@ def prepare(
             planned = begin_objects(where, output, told, config)
     if planned is None:
         spec = dataset.load(shards)
-        units, rows = len(sources.shard_units(spec, config.split)), spec.rows(config.split)
+        units, rows = len(inputs.shard_units(spec, config.split)), spec.rows(config.split)
         if not rows:
             raise UserError(f"infer.split: the shards hold no pair of the split {config.split!r}")
         content = storage.read_bytes(storage.join(shards, dataset.NAME))
@@ -632,10 +635,10 @@ def begin_objects(where: Location, output: str, told: Mapping[str, Any], config:
     """The plan over a listing: the one this folder was begun with, or a new one, written down."""
     uri = storage.join(output, outputs.MANIFEST)
     if storage.exists(uri):
-        found = sources.plan(where, None)
+        found = inputs.plan(where, None)
         begin(output, identity(told, config, found.digest), {})
         return found
-    planned = sources.plan(where, output)
+    planned = inputs.plan(where, output)
     begin(output, identity(told, config, planned.digest), {"rows": planned.rows, "units": planned.units})
     return planned
 

@@ -28,17 +28,17 @@ import pyarrow.compute as pc
 import ray.data
 from pydantic import Field, field_validator, model_validator
 
-from stages import archives, tables
 from stages.base import Config, Outcome, Resources
 from stages.errors import UserError
-from stages.listing import Page, Unit, describe, etag_of, pages, split_location
-from stages.patterns import bad_keys, canonical_splits, compile_pattern, match
+from stages.objects import archives, tables
+from stages.objects.listing import Page, Unit, describe, etag_of, pages, split_location
+from stages.objects.patterns import bad_keys, canonical_splits, compile_pattern, match
+from stages.objects.tables import format_of
 from stages.progress import Progress
 from stages.storage import absolute, filesystem, join, list_names, write_json, write_parquet
-from stages.tables import format_of
 
 if TYPE_CHECKING:
-    from stages.tracking import Run
+    from stages.tracking.run import Run
 
 VERSION = 1
 ROWS_PER_BATCH = 16_000

@@ -36,14 +36,14 @@ import ray.data
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from ray.exceptions import RayError
 
-from stages.actors import failure
 from stages.base import Config, Fraction, Outcome, Resources, Role, Split
 from stages.errors import StageError, UserError
+from stages.parallel import failure
 from stages.progress import Progress
 from stages.storage import filesystem, join, read_json, read_parquet, write_parquet
 
 if TYPE_CHECKING:
-    from stages.tracking import Run
+    from stages.tracking.run import Run
 
 VERSION = 1
 ROWS_PER_TASK = (128_000, 1_000_000)  # least, most

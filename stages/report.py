@@ -1,7 +1,7 @@
 """One page a person can look at: what the run made, how good it is beside baselines, how it got there.
 
 in:  shards, generated images, metrics, the phases' curves, the markers of every step
-out: report.html, self-contained (`stages.report_page`)
+out: report.html, self-contained (`stages.reporting.page`)
 
 Of the images it picks at most `max_images`: the worst, the best, and a fixed random sample; it holds those
 few, and a table of numbers, however large the data set is.
@@ -23,16 +23,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from stages import dataset, images, outputs, png, storage
+from stages import storage
 from stages.base import Config, Outcome, Resources, Split
-from stages.dataset import DatasetSpec, Sample
 from stages.errors import UserError
-from stages.images import Array, ImageRejected
-from stages.metrics import PIXEL_METRICS, lower_is_better
-from stages.report_page import Curve, Picture, Reject, ReportData, StepTime, data_uri, page
+from stages.images import decode, encode, geometry, pictures
+from stages.images.kinds import Array, ImageRejected
+from stages.inference import outputs
+from stages.reporting.page import Curve, Picture, Reject, ReportData, StepTime, data_uri, page
+from stages.scoring.metrics import PIXEL_METRICS, lower_is_better
+from stages.shards import dataset
+from stages.shards.dataset import DatasetSpec, Sample
 
 if TYPE_CHECKING:
-    from stages.tracking import Run
+    from stages.tracking.run import Run
 
 VERSION = 1
 
@@ -172,7 +175,7 @@ def metric_rows(uri: str) -> Iterator[dict[str, Any]]:
             yield from batch.to_pylist()
 
 
-def pictures(
+def draw_pictures(
     picked: Mapping[str, tuple[Mapping[str, Any], tuple[str, ...]]],
     *,
     shards: str,
@@ -227,7 +230,7 @@ def _generated(folder: str, row: Mapping[str, Any]) -> tuple[Array | None, str]:
     if row["error"] is not None:
         return None, row["error"]
     try:
-        return images.decode(storage.read_bytes(storage.join(folder, row["generated"])), "rgb"), ""
+        return decode.decode_image(storage.read_bytes(storage.join(folder, row["generated"])), "rgb"), ""
     except (OSError, ImageRejected) as why:
         return None, f"the generated image is gone: {why}"
 
@@ -302,7 +305,7 @@ def run(
         metric=config.order_by,
         seed=config.seed,
     )
-    shown = pictures(
+    shown = draw_pictures(
         picked,
         shards=shards,
         spec=spec,
@@ -369,9 +372,9 @@ def sheet(
         generated, _ = _generated(data_folder, row)
         for sample in dataset.read_file(shards, spec, row["split"], row["file"], {key}):
             if generated is not None:
-                fake = images.resize(generated, spec.size, "rgb")
+                fake = geometry.resize(generated, spec.size, "rgb")
                 rows.append([sample.picture(spec, "source"), fake, sample.picture(spec, "target")])
-    return png.encode(images.sheet(rows)) if rows else None
+    return encode.encode_png(pictures.sheet(rows)) if rows else None
 
 
 def score_names(summary: Mapping[str, Any]) -> list[str]:

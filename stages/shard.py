@@ -31,19 +31,21 @@ import pyarrow.parquet as pq
 import ray.data
 from pydantic import Field, PositiveInt, model_validator
 
-from stages import card, dataset, images, storage
+from stages import storage
 from stages.base import Config, Fraction, Kind, Outcome, Resources, Role, Split
-from stages.card import Statistics
-from stages.dataset import DatasetSpec, RoleSpec, ShardFile
-from stages.derive import derive
 from stages.errors import PixloomError, StageError, UserError
-from stages.fetch import Object, Reader, in_order
-from stages.heap import keep_freed_memory
-from stages.images import Array, Encoding, ImageRejected
+from stages.images import colour, decode, encode, geometry, kinds
+from stages.images.derive import derive
+from stages.images.kinds import Array, Encoding, ImageRejected
+from stages.models.fast.heap import keep_freed_memory
+from stages.objects.fetch import Object, Reader, in_order
 from stages.progress import Progress
+from stages.shards import card, dataset
+from stages.shards.card import Statistics
+from stages.shards.dataset import DatasetSpec, RoleSpec, ShardFile
 
 if TYPE_CHECKING:
-    from stages.tracking import Run
+    from stages.tracking.run import Run
 
 VERSION = 1
 
@@ -103,7 +105,7 @@ class ShardConfig(Config):
     row_group_rows: Annotated[PositiveInt | None, Field(description="null: as many as make about 8 MiB")] = (
         None
     )
-    max_pixels: Annotated[int, Field(ge=1, le=images.MAX_PIXELS)] = images.MAX_PIXELS
+    max_pixels: Annotated[int, Field(ge=1, le=decode.MAX_PIXELS)] = decode.MAX_PIXELS
     min_side: Annotated[int, Field(ge=1, description="smaller images are placeholders")] = 8
     max_reject_fraction: Fraction = 0.01
 
@@ -136,7 +138,7 @@ def role_specs(config: ShardConfig, roles: Iterable[Role]) -> dict[Role, RoleSpe
         count = config.features if role == "features" else config.channels
         specs[role] = RoleSpec(
             kind=kind,
-            encoding=images.stored_encoding(kind, config.encoding),
+            encoding=encode.stored_encoding(kind, config.encoding),
             classes=config.classes if kind == "labels" else None,
             channel_count=count if kind == "channels" else None,
         )
@@ -148,7 +150,7 @@ def stored_specs(specs: Mapping[Role, RoleSpec]) -> dict[Role, RoleSpec]:
     stored: dict[Role, RoleSpec] = {role: spec for role, spec in specs.items() if role != "features"}
     if "features" in specs:
         count = (specs["source"].classes or specs["source"].channels) + specs["features"].channels
-        encoding = images.stored_encoding("channels", specs["source"].encoding)
+        encoding = encode.stored_encoding("channels", specs["source"].encoding)
         stored["source"] = RoleSpec(kind="channels", encoding=encoding, channel_count=count)
     return stored
 
@@ -158,7 +160,7 @@ def with_features(source: Array, spec: RoleSpec, features: Array) -> Array:
     if spec.classes is not None:
         seen = (source == np.arange(spec.classes, dtype=np.uint8)).astype(np.float32)
     else:
-        seen = images.normalise(source, spec.kind)
+        seen = kinds.normalise(source, spec.kind)
     return np.concatenate([seen, features], axis=2)
 
 
@@ -168,7 +170,7 @@ def row_group_rows(config: ShardConfig, specs: Mapping[Role, RoleSpec]) -> int:
         return config.row_group_rows
     width, height = config.size
     row = sum(
-        width * height * spec.channels * images.dtype(spec.kind).itemsize * _SHRINKS[spec.encoding]
+        width * height * spec.channels * kinds.dtype(spec.kind).itemsize * _SHRINKS[spec.encoding]
         for spec in specs.values()
     )
     return max(1, min(ROW_GROUP_ROWS, int(ROW_GROUP_BYTES / row)))
@@ -279,27 +281,27 @@ class Maker:
         kind: Kind = "rgb" if recipe else spec.kind
         place = (row[f"{role}_uri"], kind)
         if place not in decoded:
-            decoded[place] = images.decode(
+            decoded[place] = decode.decode_image(
                 data,
                 kind,
                 max_pixels=config.max_pixels,
                 channels=spec.channel_count,
                 min_side=config.min_side,
             )
-        whole = images.crop_half(decoded[place], row.get(f"{role}_crop") or "")
+        whole = geometry.crop_half(decoded[place], row.get(f"{role}_crop") or "")
         size = (whole.shape[1], whole.shape[0])
         if kind == "labels":
             whole = check_labels(whole, config)
-        array = images.resize(whole, config.size, kind)
+        array = geometry.resize(whole, config.size, kind)
         if recipe:
             array = derive(array, recipe, key=row["key"], kind=spec.kind, factor=config.downscale)
         elif spec.kind in ("lab_l", "lab_ab"):
-            array = images.lab_channels(array, spec.kind)
+            array = colour.lab_channels(array, spec.kind)
         return array, size
 
     def _store(self, array: Array, spec: RoleSpec, uri: str, size: tuple[int, int]) -> Stored:
-        data = images.encode(array, spec.encoding, quality=self.config.quality)
-        return Stored(data, images.checksum(data), uri, size, card.measures(array, spec.kind))
+        data = encode.encode_image(array, spec.encoding, quality=self.config.quality)
+        return Stored(data, encode.checksum(data), uri, size, card.measures(array, spec.kind))
 
 
 def _object(row: Mapping[str, Any], role: Role) -> Object:
@@ -321,7 +323,7 @@ def schema(specs: Mapping[Role, RoleSpec]) -> pa.Schema:
             pa.field(f"{role}_width", pa.int32()),
             pa.field(f"{role}_height", pa.int32()),
         ]
-        if spec.kind in images.IDS:
+        if spec.kind in kinds.IDS:
             fields.append(pa.field(f"{role}_ids", pa.list_(pa.int32())))
         else:
             fields.append(pa.field(f"{role}_mean", pa.list_(pa.float32())))
@@ -357,7 +359,7 @@ class ShardWriter:
         plain = [name for name in self.shape.names if name not in specs]
         # LZ4 takes raw id maps to a few per cent; photos hardly at all, and unpacking them would be a third
         # of the time it takes to make a batch.
-        packed = {r for r, spec in specs.items() if spec.encoding == "raw" and spec.kind in images.IDS}
+        packed = {r for r, spec in specs.items() if spec.encoding == "raw" and spec.kind in kinds.IDS}
         self.writer = pq.ParquetWriter(
             self.file,
             self.shape,

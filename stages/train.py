@@ -35,21 +35,23 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-from stages import board, dataset, phases, storage
+from stages import storage
 from stages.base import Outcome, Resources
-from stages.board import Event, Poster
-from stages.checkpoints import Position
-from stages.dataset import DatasetSpec
 from stages.errors import PixloomError, StageError, UserError
-from stages.feed import Feed
-from stages.loop import Ending, Task, Worker, phase_seed, train_phase
 from stages.models.architecture import Pix2PixHD
-from stages.models.process import tune_process
-from stages.models.saved import Picture, Preprocessing
-from stages.phases import PhaseConfig, PhaseJob, TrainConfig, jobs
-from stages.previews import Samples
-from stages.relay import Reader, reading
-from stages.tracking import Run
+from stages.models.fast.process import tune_process
+from stages.models.files.saved import Picture, Preprocessing
+from stages.shards import dataset
+from stages.shards.dataset import DatasetSpec
+from stages.shards.feed import Feed
+from stages.tracking.run import Run
+from stages.training import control, phases
+from stages.training.checkpoints import Position
+from stages.training.control import Event, Poster
+from stages.training.loop import Ending, Task, Worker, phase_seed, train_phase
+from stages.training.phases import PhaseConfig, PhaseJob, TrainConfig, jobs
+from stages.training.previews import Samples
+from stages.training.relay import Reader, reading
 
 __all__ = ["VERSION", "PhaseConfig", "PhaseJob", "TrainConfig", "jobs", "run"]
 
@@ -139,7 +141,7 @@ def run(
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-    notices = board.open_board()
+    notices = control.open_board()
     task = Task(
         job=config,
         name=job_name(config, shards, before),
@@ -210,7 +212,7 @@ def _fit(setup: Setup, resources: Resources, label: str) -> Ending:
             storage_filesystem=None if local else PyFileSystem(FSSpecHandler(fs)),
             failure_config=FailureConfig(max_failures=resources.max_failures),
             logging_config=LoggingConfig("WARNING"),
-            callbacks=[board.Teller(setup.board), board.Saver(setup.board)],
+            callbacks=[control.Teller(setup.board), control.Saver(setup.board)],
         ),
     )
     # A worker whose process does not answer at all, not even to say that it hangs.
@@ -222,7 +224,7 @@ def _fit(setup: Setup, resources: Resources, label: str) -> Ending:
         _stop(setup.board, fitting, label)
         raise
     except ray.train.TrainingFailedError as error:
-        told = f"{label}: {board.cause(error)} (after {resources.max_failures} restarts)"
+        told = f"{label}: {control.cause(error)} (after {resources.max_failures} restarts)"
         lower = out_of_memory(error, setup.task.job)
         raise StageError(f"{told}; {lower}" if lower else told) from error
     ending: Ending = result.return_value

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser import browser
 from tests.stores.fixtures import client_options, s3_bucket, s3_store
+from tests.support.browser import browser
 
 __all__ = ["browser", "client_options", "s3_bucket", "s3_store"]  # fixtures, found by their names here
 

@@ -11,13 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from stages import dataset, evaluate, images, infer, metrics, png
+from stages import evaluate, infer
 from stages.base import Outcome, Resources
 from stages.errors import StageError, UserError
 from stages.evaluate import EvaluateConfig, is_candidate, nearest, same_size, summarise
+from stages.images import encode, geometry
 from stages.infer import InferConfig
-from stages.tracking import NullRun
-from tests.small import make_model, make_shards
+from stages.scoring import metrics
+from stages.shards import dataset
+from stages.tracking.run import NullRun
+from tests.support.small import make_model, make_shards
 
 ONE = Resources(infer_actors=1, io_threads=4, threads_per_worker=1, gpu=False)
 TWO = Resources(infer_actors=2, io_threads=4, threads_per_worker=1, gpu=False)
@@ -112,13 +115,13 @@ def test_scores_and_baselines_are_those_worked_out_here_on_one_worker_or_two(
     spec = dataset.load(shards)
     train = list(dataset.read_split(shards, spec, "train"))
     mean = np.floor(np.mean([s.images["target"] for s in train], axis=0) + 0.5).astype(np.uint8)
-    small = [images.resize(s.picture(spec, "source"), (16, 16), "rgb").astype(int) for s in train]
+    small = [geometry.resize(s.picture(spec, "source"), (16, 16), "rgb").astype(int) for s in train]
     sums: dict[str, list[float]] = {"l1": [], "mean_target": [], "nearest": []}
     for sample in dataset.read_split(shards, spec, "test"):
         with Image.open(Path(generated) / "images" / f"{sample.key}.png") as image:
             fake = np.asarray(image).astype(float)
         real = sample.images["target"].astype(float)
-        own = images.resize(sample.picture(spec, "source"), (16, 16), "rgb").astype(int)
+        own = geometry.resize(sample.picture(spec, "source"), (16, 16), "rgb").astype(int)
         closest = train[int(np.argmin([((s - own) ** 2).sum() for s in small]))]
         for name, image in (("l1", fake), ("mean_target", mean), ("nearest", closest.images["target"])):
             sums[name].append(float(np.abs(image - real).mean() / 255))
@@ -148,8 +151,8 @@ def test_images_of_another_system_are_judged_by_their_names(
     folder.mkdir()
     for index, sample in enumerate(dataset.read_split(shards, spec, "test")):
         if index > 1:
-            picture = images.resize(sample.images["target"], (16, 16), "rgb")
-            (folder / f"{sample.key.rpartition('/')[2]}_fake.png").write_bytes(png.encode(picture))
+            picture = geometry.resize(sample.images["target"], (16, 16), "rgb")
+            (folder / f"{sample.key.rpartition('/')[2]}_fake.png").write_bytes(encode.encode_png(picture))
     settings: dict[str, Any] = {
         "images": str(folder),
         "names": "{name}_fake.png",
@@ -175,7 +178,7 @@ def test_label_pictures_are_scored_by_the_palette(ray_local: None, tmp_path: Pat
         exact[:, :4] = colors[0]
         path = folder / f"{sample.key}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png.encode(exact))
+        path.write_bytes(encode.encode_png(exact))
     judge(
         tmp_path / "out",
         ONE,

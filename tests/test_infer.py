@@ -15,13 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from stages import images, infer, outputs
+from stages import infer
 from stages.base import Outcome, Resources
 from stages.errors import StageError, UserError
+from stages.images import colour, encode
 from stages.infer import Generator, InferConfig, bucketed, generated_size
-from stages.sources import Item, Loaded
-from stages.tracking import NullRun
-from tests.small import make_model, make_shards, scene
+from stages.inference import outputs
+from stages.inference.inputs import Item, Loaded
+from stages.tracking.run import NullRun
+from tests.support.small import make_model, make_shards, scene
 
 RESOURCES = Resources(infer_actors=1, io_threads=4, threads_per_worker=1, gpu=False)
 
@@ -158,7 +160,7 @@ def folder_of_sources(folder: Path) -> dict[str, np.ndarray]:
         labels = scene(index, side, 32)["source"]
         path = folder / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(images.encode(labels, "png"))
+        path.write_bytes(encode.encode_image(labels, "png"))
         good[name] = labels
     Image.fromarray(good["a"][..., 0]).save(folder / "twice.bmp")  # the same key as twice.png
     for form in (
@@ -169,8 +171,8 @@ def folder_of_sources(folder: Path) -> dict[str, np.ndarray]:
     (folder / "empty.png").write_bytes(b"")
     (folder / "not.png").write_bytes(b"no image at all, just text")
     (folder / "cut.png").write_bytes((folder / "a.png").read_bytes()[:60])
-    (folder / "range.png").write_bytes(images.encode(np.full((32, 32, 1), 9, np.uint8), "png"))
-    (folder / "large.png").write_bytes(images.encode(np.zeros((200, 200, 1), np.uint8), "png"))
+    (folder / "range.png").write_bytes(encode.encode_image(np.full((32, 32, 1), 9, np.uint8), "png"))
+    (folder / "large.png").write_bytes(encode.encode_image(np.zeros((200, 200, 1), np.uint8), "png"))
     (folder / "notes.txt").write_text("not an image")
     return good
 
@@ -218,7 +220,7 @@ def test_noise_gives_several_samples_each_by_its_seed(ray_local: None, tmp_path:
     folder = tmp_path / "in"
     folder.mkdir()
     for index in range(3):
-        (folder / f"{index}.png").write_bytes(images.encode(scene(index, 32, 32)["source"], "png"))
+        (folder / f"{index}.png").write_bytes(encode.encode_image(scene(index, 32, 32)["source"], "png"))
     model = str(make_model(tmp_path / "model", dropout=True))
     settings: dict[str, Any] = {"input": str(folder), "stochastic": True, "samples": 2, "format": "webp"}
     run(tmp_path / "one", model=model, **settings)
@@ -260,7 +262,7 @@ def test_threads_change_no_picture(
 @pytest.mark.ray
 def test_a_table_of_uris_is_generated(ray_local: None, tmp_path: Path, model: str) -> None:
     path = tmp_path / "x.png"
-    path.write_bytes(images.encode(scene(0, 32, 32)["source"], "png"))
+    path.write_bytes(encode.encode_image(scene(0, 32, 32)["source"], "png"))
     listed = {"key": ["one", "gone", "../up"], "uri": [str(path), str(tmp_path / "no.png"), str(path)]}
     pq.write_table(pa.table(listed), tmp_path / "list.parquet")
     outcome = run(tmp_path / "out", model=model, input=str(tmp_path / "list.parquet"), max_reject_fraction=1)
@@ -279,7 +281,7 @@ def test_class_ids_are_written_where_the_colours_are_known(
         seen = np.asarray(Image.open(tmp_path / "seen" / row["output"]).convert("RGB"))
         with Image.open(tmp_path / "ids" / row["output"]) as image:
             assert image.mode == "P"
-            assert (np.asarray(image) == images.nearest_class(seen, np.array(colors, np.uint8))).all()
+            assert (np.asarray(image) == colour.nearest_class(seen, np.array(colors, np.uint8))).all()
 
 
 @pytest.mark.ray
@@ -288,8 +290,8 @@ def test_a_model_with_instances_takes_their_maps_by_key(ray_local: None, tmp_pat
     folder.mkdir()
     for index in range(2):
         drawn = scene(index, 32, 32)
-        (folder / f"{index}_label.png").write_bytes(images.encode(drawn["source"], "png"))
-        (folder / f"{index}_inst.png").write_bytes(images.encode(drawn["instance"], "png"))
+        (folder / f"{index}_label.png").write_bytes(encode.encode_image(drawn["source"], "png"))
+        (folder / f"{index}_inst.png").write_bytes(encode.encode_image(drawn["instance"], "png"))
     model = str(make_model(tmp_path / "model", styles=True))
     settings = {"input": str(folder), "pattern": "{key}_label.png", "max_reject_fraction": 1}
     assert (

@@ -17,8 +17,8 @@ from stages import ingest, pair, storage
 from stages.base import Resources
 from stages.errors import UserError
 from stages.ingest import IngestConfig, LocationConfig
-from stages.listing import Page, Unit
-from stages.tracking import NullRun
+from stages.objects.listing import Page, Unit
+from stages.tracking.run import NullRun
 from tests.stores.faults import Fault, FaultProxy
 from tests.stores.files import FileServer
 from tests.stores.seaweed import SeaweedS3
@@ -179,7 +179,7 @@ def read(folder: Path, prefix: str) -> pa.Table:
 def test_a_unit_writes_files_of_bounded_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ingest, "ROWS_PER_FILE", 10)
     monkeypatch.setattr(ingest, "ROWS_PER_BATCH", 4)
-    monkeypatch.setattr("stages.listing.PAGE", 4)
+    monkeypatch.setattr("stages.objects.listing.PAGE", 4)
     make_files(tmp_path / "data", *(f"{number}.png" for number in range(30)))
     item = {"unit": 7, "location": 0, "spec": json.dumps(ingest.asdict(Unit("tree")))}
     listed = config({"uri": f"{tmp_path}/data", "role": "target"})

@@ -23,7 +23,7 @@ from stages.base import Resources
 from stages.errors import StageError, UserError
 from stages.ingest import OBJECTS
 from stages.pair import PairConfig, SplitConfig
-from stages.tracking import NullRun
+from stages.tracking.run import NullRun
 
 BOTH = ("source", "target")
 NOW = int(time.time())

@@ -12,13 +12,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stages import dataset, metrics, outputs, png, report, storage
+from stages import report, storage
 from stages.base import Resources
 from stages.errors import UserError
 from stages.evaluate import summarise
+from stages.images import encode
+from stages.inference import outputs
 from stages.report import ReportConfig, curves, phase_name, pick, rejects
-from stages.tracking import NullRun
-from tests.small import make_shards
+from stages.scoring import metrics
+from stages.shards import dataset
+from stages.tracking.run import NullRun
+from tests.support.small import make_shards
 
 HOSTILE = "<script>window.pwned=1</script>"
 
@@ -105,7 +109,7 @@ def judged(folder: Path, shards: str, count: int) -> tuple[str, str]:
         if index == count - 1:
             row["error"] = "missing"
         else:
-            storage.write_bytes(f"{folder}/images/{name}", png.encode(fake))
+            storage.write_bytes(f"{folder}/images/{name}", encode.encode_png(fake))
             row |= metrics.pixel_scores(fake, sample.images["target"]) | {"mean_target_l1": 0.3}
         found.append(row)
     storage.write_json(f"{folder}/images/model/model.json", {"architecture": {"kind": "pix2pixhd"}})

@@ -15,13 +15,15 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from stages import dataset, images, shard
+from stages import shard
 from stages.base import Resources
 from stages.errors import StageError, UserError
-from stages.images import ImageRejected
+from stages.images import colour, decode, kinds
+from stages.images.kinds import ImageRejected
 from stages.shard import ShardConfig, check_labels, row_group_rows, same_shape
-from stages.tracking import NullRun
-from tests.shards import SIZE, ids, make_shards, pair_row, photo, photo_pairs, write_image, write_parts
+from stages.shards import dataset
+from stages.tracking.run import NullRun
+from tests.support.pairs import SIZE, ids, make_shards, pair_row, photo, photo_pairs, write_image, write_parts
 
 
 def quarantine(folder: Path) -> dict[str, str]:
@@ -185,7 +187,7 @@ def test_features_become_channels_of_the_source(tmp_path: Path, kind: str):
     options = {"kinds": {"source": kind}, "classes": 5, "features": 3}
     spec = make_shards(tmp_path / "shards", [row], **options)
     (sample,) = dataset.read_split(str(tmp_path / "shards"), spec, "train")
-    seen = images.normalise(array, "rgb") if kind == "rgb" else np.eye(5, dtype=np.float32)[array[:, :, 0]]
+    seen = kinds.normalise(array, "rgb") if kind == "rgb" else np.eye(5, dtype=np.float32)[array[:, :, 0]]
     assert np.array_equal(sample.images["source"], np.concatenate([seen, maps], axis=2))
     assert (spec.roles["source"].kind, spec.roles["source"].channels) == ("channels", seen.shape[2] + 3)
     assert set(spec.roles) == {"source", "target"}
@@ -202,7 +204,7 @@ def test_a_derived_source_is_made_of_the_target(tmp_path: Path):
     row = pair_row("a", "train", {"source": target, "target": target}, source_derive="lab_lightness")
     spec = make_shards(tmp_path / "shards", [row], kinds={"source": "lab_l", "target": "lab_ab"})
     (sample,) = dataset.read_split(str(tmp_path / "shards"), spec, "train")
-    assert np.array_equal(sample.images["source"], images.lab_channels(photo(0), "lab_l"))
+    assert np.array_equal(sample.images["source"], colour.lab_channels(photo(0), "lab_l"))
     shown = sample.picture(spec, "target").astype(int)
     assert np.abs(shown - photo(0)).mean() < 3
 
@@ -327,7 +329,7 @@ def test_the_stage_writes_shards_card_and_counts(tmp_path: Path, ray_local: None
     assert counts["leaks"] == 2  # pairs 8 and 9 are in train and test
     assert (found["leakage"]["val"], found["leakage"]["found_in_val"]) == (2, 1)  # 11 is in val and test
     assert "Near-duplicates" in (tmp_path / "shards" / "card.md").read_text()
-    sheet = images.decode((tmp_path / "shards" / "samples.png").read_bytes(), "rgb")
+    sheet = decode.decode_image((tmp_path / "shards" / "samples.png").read_bytes(), "rgb")
     assert sheet.shape == (4 * 20 + 4, 3 * 28 + 4, 3)
     again = shard.run(config, Resources(), output=output, track=NullRun(), pairs=pairs)
     assert again == outcome

@@ -14,16 +14,17 @@ from typing import Any
 import psutil
 import pytest
 
-from stages import checkpoints, train
-from stages.augment import AugmentConfig
+from stages import train
 from stages.base import Resources
 from stages.errors import StageError, UserError
-from stages.models.saved import load_model
-from stages.phases import PhaseJob, TrainConfig, jobs
-from stages.tracking import NullRun, TrackingConfig, open_parent
-from stages.tracking import _client as mlflow_client
-from tests.small import make_shards
-from tests.undisturbed import losses, undisturbed
+from stages.images.augment import AugmentConfig
+from stages.models.files.saved import load_model
+from stages.tracking.run import NullRun, TrackingConfig, open_parent
+from stages.tracking.run import _client as mlflow_client
+from stages.training import checkpoints
+from stages.training.phases import PhaseJob, TrainConfig, jobs
+from tests.support.small import make_shards
+from tests.support.undisturbed import losses, undisturbed
 
 MODEL = {
     "kind": "pix2pixhd",

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from stages.models import wide, winograd
-from stages.models.products import FixedMatrix, generates, working_dtype
-from stages.models.wide import as_matrix, wide_conv, wide_transposed_conv
-from stages.models.winograd import Filter
+from stages.models.fast import wide, winograd
+from stages.models.fast.products import FixedMatrix, generates, working_dtype
+from stages.models.fast.wide import as_matrix, wide_conv, wide_transposed_conv
+from stages.models.fast.winograd import Filter
 
 Upsampling = Literal["transpose", "resize"]
 """Transposed convolution, or nearest-neighbour resize and a convolution (no checkerboards)."""

@@ -24,7 +24,6 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from stages.models.adam import Adam
 from stages.models.architecture import (
     InputSpec,
     Parts,
@@ -37,6 +36,7 @@ from stages.models.architecture import (
     uses_edges,
 )
 from stages.models.ema import Ema
+from stages.models.fast.adam import Adam
 from stages.models.inputs import instance_edges, one_hot
 from stages.models.losses import (
     PERCEPTUAL_LAYERS,
@@ -119,7 +119,7 @@ class Batch:
 
 
 @dataclass(slots=True, kw_only=True)
-class Translator:
+class GanState:
     """Everything a step changes, and what it reads. Nothing else keeps a reference to its members."""
 
     generator: nn.Module
@@ -135,7 +135,7 @@ class Translator:
     unsettled: Callable[[], None] | None = None  # the generator's update, where a step left it to `settle`
 
 
-def build_translator(
+def build_gan(
     arch: Pix2Pix | Pix2PixHD,
     inputs: InputSpec,
     *,
@@ -152,7 +152,7 @@ def build_translator(
     compiled: bool = False,
     device: torch.device | str = "cpu",
     seed: int = 0,
-) -> Translator:
+) -> GanState:
     """A fresh translator for one phase; `grow_generator` and `grow_discriminator` put in the phase before.
 
     checkpointing   keep only the inputs of the generator's layers and compute the rest again: less memory
@@ -181,7 +181,7 @@ def build_translator(
         generator.compile()
         if discriminator is not None:
             discriminator.compile()
-    return Translator(
+    return GanState(
         generator=generator.train(),
         generator_optimizer=Adam(trained, lr=learning_rate, betas=betas),
         discriminator=discriminator,
@@ -214,14 +214,14 @@ def learning_rate_at(epoch: float, *, rate: float, epochs: int, decay_epochs: in
     return rate * max(0.0, 1 - (epoch - epochs) / decay_epochs)
 
 
-def set_learning_rate(gan: Translator, rate: float) -> None:
+def set_learning_rate(gan: GanState, rate: float) -> None:
     """Of both optimizers, from the next step on."""
     for optimizer in (gan.generator_optimizer, gan.discriminator_optimizer):
         for group in optimizer.param_groups if optimizer is not None else ():
             group["lr"] = rate
 
 
-def learning_rates(gan: Translator) -> dict[str, float]:
+def learning_rates(gan: GanState) -> dict[str, float]:
     """The rates the optimizers will really use."""
     rates = {"generator": float(gan.generator_optimizer.param_groups[0]["lr"])}
     if gan.discriminator_optimizer is not None:
@@ -232,7 +232,7 @@ def learning_rates(gan: Translator) -> dict[str, float]:
 # -- state --------------------------------------------------------------------
 
 
-def state_of(gan: Translator) -> dict[str, Any]:
+def state_of(gan: GanState) -> dict[str, Any]:
     """All that resuming needs, as nested dicts of tensors and numbers (references, not copies)."""
     assert gan.unsettled is None, "an update is on its way"
     state: dict[str, Any] = {
@@ -250,7 +250,7 @@ def state_of(gan: Translator) -> dict[str, Any]:
     return state
 
 
-def load_state(gan: Translator, state: Mapping[str, Any]) -> None:
+def load_state(gan: GanState, state: Mapping[str, Any]) -> None:
     """Put back what `state_of` gave for a translator built the same way."""
     gan.generator.load_state_dict(state["generator"])
     gan.generator_optimizer.load_state_dict(state["generator_optimizer"])
@@ -296,7 +296,7 @@ def make_condition(
 
 
 def step(
-    gan: Translator,
+    gan: GanState,
     batch: Batch,
     *,
     weights: LossWeights,
@@ -327,7 +327,7 @@ def step(
     return losses
 
 
-def settle(gan: Translator) -> None:
+def settle(gan: GanState) -> None:
     """Make the generator's update that a step has left."""
     if gan.unsettled is not None:
         gan.unsettled()
@@ -335,7 +335,7 @@ def settle(gan: Translator) -> None:
 
 
 def _step_at_once(
-    gan: Translator, batch: Batch, weights: LossWeights, average: Average | None
+    gan: GanState, batch: Batch, weights: LossWeights, average: Average | None
 ) -> dict[str, Tensor]:
     condition, target = _inputs(gan, batch)
     losses: dict[str, Tensor] = {}
@@ -362,7 +362,7 @@ def _step_at_once(
     return {name: value.detach() for name, value in losses.items()}
 
 
-def _inputs(gan: Translator, batch: Batch) -> tuple[Tensor, Tensor]:
+def _inputs(gan: GanState, batch: Batch) -> tuple[Tensor, Tensor]:
     """Condition and target as the networks see them."""
     dtype = next(gan.generator.parameters()).dtype
     target = unit_range(batch.target, dtype)
@@ -372,7 +372,7 @@ def _inputs(gan: Translator, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _step_in_turns(
-    gan: Translator, parts: Sequence[Batch], weights: LossWeights, average: Average | None
+    gan: GanState, parts: Sequence[Batch], weights: LossWeights, average: Average | None
 ) -> dict[str, Tensor]:
     """The same step over parts of a batch, with the memory of one part.
 
@@ -438,7 +438,7 @@ def _step_in_turns(
     return total
 
 
-def _finish(gan: Translator, generated: Tensor, gradient: Tensor, average: Average | None) -> None:
+def _finish(gan: GanState, generated: Tensor, gradient: Tensor, average: Average | None) -> None:
     """The last backward pass of a step, and the updates that wait for it; with `average`, see `settle`."""
     # pix2pixHD's discriminator is not updated before: the fake's gradient went through its weights from
     # before the step, and a fused optimizer changes them without autograd noticing.
@@ -477,7 +477,7 @@ def _autocast(precision: Precision, device: torch.device) -> AbstractContextMana
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-def _generate(gan: Translator, condition: Tensor, target: Tensor, instance: Tensor | None) -> Tensor:
+def _generate(gan: GanState, condition: Tensor, target: Tensor, instance: Tensor | None) -> Tensor:
     if gan.encoder is not None:
         assert instance is not None
         condition = torch.cat([condition, gan.encoder(target, instance)], 1)
@@ -485,7 +485,7 @@ def _generate(gan: Translator, condition: Tensor, target: Tensor, instance: Tens
     return image
 
 
-def _judge(gan: Translator, conditions: Sequence[Tensor] | None, image: Tensor) -> Features:
+def _judge(gan: GanState, conditions: Sequence[Tensor] | None, image: Tensor) -> Features:
     """The discriminator's features per scale; a single PatchGAN is one scale."""
     assert gan.discriminator is not None
     if isinstance(gan.discriminator, MultiScaleDiscriminator):
@@ -494,7 +494,7 @@ def _judge(gan: Translator, conditions: Sequence[Tensor] | None, image: Tensor) 
     return [gan.discriminator(image if conditions is None else torch.cat([conditions[0], image], 1))]
 
 
-def _conditions(gan: Translator, condition: Tensor) -> list[Tensor] | None:
+def _conditions(gan: GanState, condition: Tensor) -> list[Tensor] | None:
     """What the discriminator sees of the condition, per scale; None: it judges the image alone."""
     if not gan.arch.conditional or gan.discriminator is None:
         return None
@@ -504,7 +504,7 @@ def _conditions(gan: Translator, condition: Tensor) -> list[Tensor] | None:
 
 
 def _judge_to_train(
-    gan: Translator,
+    gan: GanState,
     conditions: Sequence[Tensor] | None,
     image: Tensor,
     share: float,
@@ -532,13 +532,13 @@ def _judge_to_train(
     return [[feature.detach() for feature in scale] for scale in features]
 
 
-def _step_discriminator(gan: Translator, average: Average | None) -> None:
+def _step_discriminator(gan: GanState, average: Average | None) -> None:
     optimizer = gan.discriminator_optimizer
     if optimizer is not None:
         _update(optimizer, None if average is None else _averaging(optimizer, average))
 
 
-def _judge_frozen(gan: Translator, conditions: Sequence[Tensor] | None, fake: Tensor) -> Features:
+def _judge_frozen(gan: GanState, conditions: Sequence[Tensor] | None, fake: Tensor) -> Features:
     """Features of the fake, with a graph that ends at the fake."""
     if gan.discriminator is None:
         return []
@@ -551,7 +551,7 @@ def _trained(network: nn.Module) -> list[nn.Parameter]:
 
 
 def _generator_loss(
-    gan: Translator,
+    gan: GanState,
     fake_features: Features,
     real_features: Features,
     fake: Tensor,
@@ -610,7 +610,7 @@ def _update(optimizer: Adam, arriving: Arriving | None = None) -> None:
             optimizer.update(parameters)
 
 
-def _empty_step(gan: Translator, average: Average | None) -> None:
+def _empty_step(gan: GanState, average: Average | None) -> None:
     """A worker without rows: it only takes part in the averages, in the same order as the others."""
     for optimizer in (gan.discriminator_optimizer, gan.generator_optimizer):
         if optimizer is not None and average is not None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from stages.models.architecture import InputSpec, Pix2PixHD
+from stages.models.fast.process import tune_process
 from stages.models.losses import LossWeights
-from stages.models.process import tune_process
-from stages.models.step import Batch, Precision, Translator, all_finite, build_translator, step
+from stages.models.step import Batch, GanState, Precision, all_finite, build_gan, step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,9 +38,9 @@ def _no_host_synchronisation_outlives_its_test() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-def translator(precision: Precision = "float32", *, compiled: bool = False) -> Translator:
+def translator(precision: Precision = "float32", *, compiled: bool = False) -> GanState:
     tune_process("cuda")
-    return build_translator(
+    return build_gan(
         ARCH, INPUTS, weights=WEIGHTS, precision=precision, device="cuda", compiled=compiled, ema_decay=0.99
     )
 
@@ -101,7 +101,7 @@ def test_a_compiled_step_gives_the_same_losses_and_compiles_once() -> None:
 
 def test_the_cpu_and_the_gpu_agree() -> None:
     on_gpu = step(translator(), batch(), weights=WEIGHTS)
-    gan = build_translator(ARCH, INPUTS, weights=WEIGHTS)
+    gan = build_gan(ARCH, INPUTS, weights=WEIGHTS)
     on_cpu = step(gan, batch().to("cpu"), weights=WEIGHTS)
     for name, value in on_cpu.items():
         assert on_gpu[name].item() == pytest.approx(value.item(), rel=0.02, abs=0.02), name

@@ -13,16 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.plain import (
-    Plain,
-    PlainGenerator,
-    PlainMultiScale,
-    PlainPatch,
-    PlainUnet,
-    copy_weights,
-    pix2pix_step,
-    pix2pixhd_step,
-)
 from stages.models.architecture import (
     InputSpec,
     Parts,
@@ -31,15 +21,15 @@ from stages.models.architecture import (
     grow_discriminator,
     grow_generator,
 )
+from stages.models.files.nvidia_names import layer_names, to_published
 from stages.models.losses import LossWeights, paper_weights
 from stages.models.pix2pixhd import CoarseToFineGenerator, MultiScaleDiscriminator
-from stages.models.published import layer_names, to_published
 from stages.models.step import (
     Arriving,
     Batch,
-    Translator,
+    GanState,
     all_finite,
-    build_translator,
+    build_gan,
     learning_rate_at,
     learning_rates,
     load_state,
@@ -50,7 +40,17 @@ from stages.models.step import (
     step,
     unit_range,
 )
-from tests.models.reference import TOLERANCE, Reference, relative_error
+from tests.reference.published_step import (
+    Plain,
+    PlainGenerator,
+    PlainMultiScale,
+    PlainPatch,
+    PlainUnet,
+    copy_weights,
+    pix2pix_step,
+    pix2pixhd_step,
+)
+from tests.reference.tensors import TOLERANCE, Reference, relative_error
 
 
 def assert_after(reference: Reference, network: torch.nn.Module, prefix: str, biased: set[str]) -> None:
@@ -85,7 +85,7 @@ def test_pix2pixhd_steps_are_the_published_ones(reference_dir: Path, name: str) 
     )
     inputs = InputSpec(source="labels", classes=config["labels"], instances=True)
     weights = LossWeights()
-    gan = build_translator(arch, inputs, weights=weights, parts="outermost" if local else "all")
+    gan = build_gan(arch, inputs, weights=weights, parts="outermost" if local else "all")
     reference.load(gan.generator, "before.G")
     assert gan.discriminator is not None
     reference.load(gan.discriminator, "before.D")
@@ -113,7 +113,7 @@ def test_pix2pix_steps_are_the_published_ones(reference_dir: Path) -> None:
         levels=config["num_downs"], width=config["ngf"], discriminator_width=config["ndf"], dropout="none"
     )
     weights = paper_weights(arch)
-    gan = build_translator(arch, InputSpec(), weights=weights)
+    gan = build_gan(arch, InputSpec(), weights=weights)
     reference.load(gan.generator, "before.G")
     assert gan.discriminator is not None
     reference.load(gan.discriminator, "before.D")
@@ -156,7 +156,7 @@ def p2p_batch(rows: int = 2, seed: int = 0) -> Batch:
     return Batch(source=pictures[0], target=pictures[1])
 
 
-def in_double(gan: Translator) -> Translator:
+def in_double(gan: GanState) -> GanState:
     for network in (gan.generator, gan.discriminator, gan.encoder):
         if network is not None:
             network.double()
@@ -196,7 +196,7 @@ def assert_gradients(ours: Sequence[Tensor], network: nn.Module, plain: nn.Modul
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_of_the_single_pass_are_those_of_three(local: bool, checkpointing: bool) -> None:
     weights = LossWeights()
-    gan = build_translator(
+    gan = build_gan(
         HD, HD_INPUTS, weights=weights, parts="outermost" if local else "all", checkpointing=checkpointing
     )
     in_double(gan)
@@ -219,7 +219,7 @@ def test_gradients_of_the_single_pass_are_those_of_three(local: bool, checkpoint
 
 def test_pix2pix_gradients_are_those_of_the_plain_step() -> None:
     weights = paper_weights(P2P)
-    gan = in_double(build_translator(P2P, InputSpec(), weights=weights))
+    gan = in_double(build_gan(P2P, InputSpec(), weights=weights))
     unet = PlainUnet(3, 3, levels=4, width=4, noisy=set()).double()
     patch = PlainPatch(6, width=4).double()
     assert gan.discriminator is not None
@@ -236,7 +236,7 @@ def test_pix2pix_gradients_are_those_of_the_plain_step() -> None:
 
 def test_updating_inside_the_backward_pass_gives_the_same_weights() -> None:
     weights = LossWeights()
-    inside, outside = (build_translator(HD, HD_INPUTS, weights=weights) for _ in range(2))
+    inside, outside = (build_gan(HD, HD_INPUTS, weights=weights) for _ in range(2))
     for seed in range(2):
         step(inside, hd_batch(seed=seed), weights=weights)
         step(outside, hd_batch(seed=seed), weights=weights, average=Captured())
@@ -248,7 +248,7 @@ def test_an_update_that_is_left_is_made_before_the_next_step_generates(arch: Pix
     """With the rate of its own step, and after pix2pixHD's real images are judged."""
     inputs = HD_INPUTS if arch is HD else InputSpec()
     weights = paper_weights(arch)
-    leaves, waits = (build_translator(arch, inputs, weights=weights, ema_decay=0.9) for _ in range(2))
+    leaves, waits = (build_gan(arch, inputs, weights=weights, ema_decay=0.9) for _ in range(2))
     order: list[str] = []
 
     def told(update: Callable[[], None]) -> None:
@@ -279,19 +279,19 @@ def test_an_update_that_is_left_is_made_before_the_next_step_generates(arch: Pix
 # -- phases ---------------------------------------------------------------------
 
 
-def assert_same_state(one: Translator, other: Translator) -> None:
+def assert_same_state(one: GanState, other: GanState) -> None:
     for name in ("generator", "discriminator"):
         first, second = getattr(one, name).state_dict(), getattr(other, name).state_dict()
         assert all(torch.equal(value, second[key]) for key, value in first.items()), name
 
 
-def g1(gan: Translator) -> list[Tensor]:
+def g1(gan: GanState) -> list[Tensor]:
     assert isinstance(gan.generator, CoarseToFineGenerator)
     return [p.detach().clone() for n, p in gan.generator.coarse.named_parameters() if n.endswith("weight")]
 
 
-def next_phase(before: Translator, *, enhancers: int, discriminators: int, parts: Parts) -> Translator:
-    gan = build_translator(
+def next_phase(before: GanState, *, enhancers: int, discriminators: int, parts: Parts) -> GanState:
+    gan = build_gan(
         HD,
         HD_INPUTS,
         weights=LossWeights(),
@@ -312,7 +312,7 @@ def next_phase(before: Translator, *, enhancers: int, discriminators: int, parts
 
 def test_g1_is_frozen_in_the_local_phase_and_trained_in_the_joint_phase() -> None:
     weights = LossWeights()
-    first = build_translator(HD, HD_INPUTS, weights=weights, enhancers=0, discriminators=1)
+    first = build_gan(HD, HD_INPUTS, weights=weights, enhancers=0, discriminators=1)
     step(first, hd_batch(), weights=weights)
     local = next_phase(first, enhancers=1, discriminators=2, parts="outermost")
     start = g1(local)
@@ -329,7 +329,7 @@ def test_g1_is_frozen_in_the_local_phase_and_trained_in_the_joint_phase() -> Non
 def test_each_optimizer_uses_the_rate_that_was_set() -> None:
     """Adam's first step moves a weight by its rate, whatever the gradient's size."""
     weights = LossWeights()
-    gan = build_translator(HD, HD_INPUTS, weights=weights)
+    gan = build_gan(HD, HD_INPUTS, weights=weights)
     set_learning_rate(gan, 3e-3)
     assert learning_rates(gan) == {"generator": 3e-3, "discriminator": 3e-3}
     before = [next(network.parameters()).detach().clone() for network in networks(gan)]
@@ -339,7 +339,7 @@ def test_each_optimizer_uses_the_rate_that_was_set() -> None:
         assert moved == pytest.approx(3e-3, rel=1e-2)
 
 
-def networks(gan: Translator) -> tuple[nn.Module, nn.Module]:
+def networks(gan: GanState) -> tuple[nn.Module, nn.Module]:
     assert gan.discriminator is not None
     return gan.generator, gan.discriminator
 
@@ -353,8 +353,8 @@ def test_the_rate_is_constant_then_falls_to_zero() -> None:
 def test_going_on_from_a_saved_state_gives_the_same_bits() -> None:
     weights = LossWeights()
 
-    def build() -> Translator:
-        return build_translator(HD, HD_INPUTS, weights=weights, ema_decay=0.9)
+    def build() -> GanState:
+        return build_gan(HD, HD_INPUTS, weights=weights, ema_decay=0.9)
 
     one, other = build(), build()
     step(one, hd_batch(), weights=weights)
@@ -377,7 +377,7 @@ def test_the_mean_over_workers_with_short_batches_is_the_mean_over_rows() -> Non
 
     def gradients(batch: Batch) -> list[Tensor]:
         captured = Captured()
-        gan = in_double(build_translator(HD, HD_INPUTS, weights=weights))
+        gan = in_double(build_gan(HD, HD_INPUTS, weights=weights))
         step(gan, batch, weights=weights, average=captured)
         return [gradient for network in captured.networks for gradient in network]
 
@@ -409,7 +409,7 @@ def test_a_batch_done_in_turns_is_the_same_step(layered: bool) -> None:
 
     def outcome(at_once: int | None) -> tuple[list[list[Tensor]], dict[str, Tensor]]:
         captured = Captured()
-        gan = in_double(build_translator(arch, inputs, weights=weights))
+        gan = in_double(build_gan(arch, inputs, weights=weights))
         losses = step(gan, batch, weights=weights, average=captured, at_once=at_once)
         return captured.networks, losses
 
@@ -429,7 +429,7 @@ def test_turns_draw_the_same_noise_twice_and_count_each_picture_once() -> None:
     adversarial = paper_weights(arch)
 
     def statistics(weights: LossWeights) -> list[Tensor]:
-        gan = build_translator(arch, InputSpec(), weights=weights)
+        gan = build_gan(arch, InputSpec(), weights=weights)
         torch.manual_seed(1)
         step(gan, p2p_batch(rows=4), weights=weights, at_once=2)
         return [buffer.clone() for buffer in gan.generator.buffers()]
@@ -440,7 +440,7 @@ def test_turns_draw_the_same_noise_twice_and_count_each_picture_once() -> None:
 
 def test_a_worker_without_rows_takes_part_and_reports_nothing() -> None:
     weights = paper_weights(P2P)
-    gan = build_translator(P2P, InputSpec(), weights=weights, ema_decay=0.9)
+    gan = build_gan(P2P, InputSpec(), weights=weights, ema_decay=0.9)
     captured = Captured()
     assert step(gan, p2p_batch(rows=0), weights=weights, average=captured) == {}
     assert len(captured.networks) == 2
@@ -453,7 +453,7 @@ def test_a_worker_without_rows_takes_part_and_reports_nothing() -> None:
 def trains(
     arch: Pix2Pix | Pix2PixHD, inputs: InputSpec, batch: Batch, weights: LossWeights, **options: Any
 ) -> dict[str, Tensor]:
-    gan = build_translator(arch, inputs, weights=weights, **options)
+    gan = build_gan(arch, inputs, weights=weights, **options)
     before = [parameter.detach().clone() for parameter in gan.generator.parameters()]
     losses = step(gan, batch, weights=weights)
     assert all_finite(losses)
@@ -503,7 +503,7 @@ def test_the_feature_encoder_trains_with_the_generator_and_rests_in_the_local_ph
     arch = HD.model_copy(update={"feature_encoder": True, "feature_width": 2, "feature_downsamplings": 2})
     weights = LossWeights()
     for parts, moves in (("all", True), ("outermost", False)):
-        gan = build_translator(arch, HD_INPUTS, weights=weights, parts=parts)  # type: ignore[arg-type]
+        gan = build_gan(arch, HD_INPUTS, weights=weights, parts=parts)  # type: ignore[arg-type]
         assert gan.encoder is not None
         before = next(gan.encoder.parameters()).detach().clone()
         step(gan, hd_batch(), weights=weights)
@@ -517,7 +517,7 @@ def test_the_perceptual_loss_needs_its_network() -> None:
 
     weights = LossWeights(perceptual=10)
     with pytest.raises(ValueError, match="VGG19"):
-        build_translator(HD, HD_INPUTS, weights=weights)
+        build_gan(HD, HD_INPUTS, weights=weights)
     losses = trains(HD, HD_INPUTS, hd_batch(), weights, perceptual=Five())
     assert losses["generator/perceptual/relu1_1"] == 0
     assert losses["generator/perceptual"] > 0
@@ -532,7 +532,7 @@ def test_bf16_stays_close_to_float32() -> None:
 
 def test_a_loss_that_is_not_finite_is_seen() -> None:
     weights = LossWeights()
-    gan = build_translator(HD, HD_INPUTS, weights=weights)
+    gan = build_gan(HD, HD_INPUTS, weights=weights)
     assert bool(all_finite(step(gan, hd_batch(), weights=weights)))
     next(gan.generator.parameters()).data.fill_(float("nan"))
     assert not bool(all_finite(step(gan, hd_batch(), weights=weights)))
@@ -556,7 +556,7 @@ def seeded_losses() -> dict[str, list[list[float]]]:
     cases = (("pix2pixhd", HD, HD_INPUTS, hd_batch), ("pix2pix", P2P, InputSpec(), lambda seed: p2p_batch()))
     for kind, arch, inputs, make in cases:
         weights = paper_weights(arch)
-        gan = in_double(build_translator(arch, inputs, weights=weights, seed=7))
+        gan = in_double(build_gan(arch, inputs, weights=weights, seed=7))
         rows = []
         for seed in range(20):
             losses = step(gan, make(seed=seed), weights=weights)

@@ -1,0 +1,1 @@
+"""Images as arrays: decode, resize, encode, derive, augment."""

@@ -1,0 +1,68 @@
+"""Random crop and mirror: the same draw for every image of a pair, a new one each epoch.
+
+in:  (seed, epoch, key), the size that was loaded, the size to crop
+out: Draw; applied to arrays (H, W, C) as a view, so that nothing is copied before it has to be
+
+The jitter of pix2pix (section 6.2): shards are stored at 286x286, a 256x256 crop is taken, mirrored with
+probability one half. A draw is a pure function of its arguments: it does not depend on workers or order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Annotated
+
+from pydantic import Field
+
+from stages.base import Config, PositiveInt
+from stages.images.kinds import Array
+
+Size = tuple[int, int]
+
+
+class AugmentConfig(Config):
+    """What is drawn anew in each epoch."""
+
+    crop: Annotated[
+        tuple[PositiveInt, PositiveInt] | None,
+        Field(description="width, height taken at random out of the stored image; null: all of it"),
+    ] = None
+    mirror: Annotated[bool, Field(description="mirror every second image, at random")] = True
+
+
+NONE = AugmentConfig(mirror=False)
+"""The whole image as it is stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Left edge and upper edge of the crop, in stored pixels, and whether it is mirrored afterwards."""
+
+    x: int
+    y: int
+    flip: bool
+
+
+def draw(seed: int, epoch: int, key: str, load: Size, crop: Size | None = None, mirror: bool = True) -> Draw:
+    """The draw for one pair in one epoch; `load` and `crop` are (width, height), crop within load."""
+    digest = blake2b(f"{seed}\0{epoch}\0{key}".encode(errors="surrogatepass"), digest_size=17).digest()
+    width, height = crop or load
+    assert width <= load[0], "the crop fits the stored image: the config checks it"
+    assert height <= load[1], "the crop fits the stored image: the config checks it"
+    x = int.from_bytes(digest[:8], "big") % (load[0] - width + 1)
+    y = int.from_bytes(digest[8:16], "big") % (load[1] - height + 1)
+    return Draw(x, y, mirror and bool(digest[16] & 1))
+
+
+def centre(load: Size, crop: Size | None = None) -> Draw:
+    """The draw of evaluation: the middle, not mirrored."""
+    width, height = crop or load
+    return Draw((load[0] - width) // 2, (load[1] - height) // 2, flip=False)
+
+
+def apply(array: Array, drawn: Draw, load: Size, crop: Size | None = None) -> Array:
+    """The crop of an image (H, W, C), as a view."""
+    width, height = crop or load
+    out = array[drawn.y : drawn.y + height, drawn.x : drawn.x + width]
+    return out[:, ::-1] if drawn.flip else out

@@ -1,0 +1,299 @@
+"""Decode what a stranger stored: bytes of an image file in, an array of a known kind out, or `ImageRejected`.
+
+Pure: Pillow, numpy and isal only. Pillow releases the GIL while it decodes, so threads help.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import get_args
+
+import numpy as np
+from isal import isal_zlib
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from stages.base import Kind
+from stages.images.kinds import CHANNELS, IDS, Array, Encoding, ImageRejected, Reason, dtype
+
+MAX_PIXELS = 89_478_485
+"""Largest image accepted whatever the config says: Pillow itself warns of a bomb beyond it."""
+
+# Pillow's plugins that decode in process and in bounded memory. EPS would start Ghostscript.
+_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
+_NPY_MAGIC = b"\x93NUMPY"
+_ID_MODES = ("L", "P", "1", "I;16", "I;16L", "I;16B", "I")
+_DEEP_MODES = ("I;16", "I;16L", "I;16B", "I")
+
+
+def decode_image(
+    data: bytes, kind: Kind, *, max_pixels: int = MAX_PIXELS, channels: int | None = None, min_side: int = 1
+) -> Array:
+    """The image in `data` as an array (H, W, C) of `kind`, upright, without transparency.
+
+    By content, whatever the file's name says. EXIF orientation is applied, alpha is laid over white, palettes
+    and CMYK become RGB (but a palette image read as labels gives its indices). The size is judged from the
+    header, before any pixel is unpacked; PNG checksums are verified. `channels` is what kind `channels` must
+    have. Kinds `lab_l` and `lab_ab` are made of an RGB image (`rgb_to_lab`).
+
+    Raises ImageRejected, and nothing else, whatever the bytes are.
+    """
+    if not data:
+        raise ImageRejected("empty")
+    limit = min(max_pixels, MAX_PIXELS)
+    try:
+        read = _from_npy if data.startswith(_NPY_MAGIC) else _from_image
+        array = read(data, kind, limit, channels)
+    except ImageRejected:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageRejected("not_an_image", _head(data)) from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
+        raise ImageRejected("too_large", _said(error)) from error
+    except Exception as error:
+        # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error, IndexError and more on bad
+        # bytes: no list of them would be complete, and no object may end a run over millions.
+        text = str(error).lower()
+        cut = "truncated" in text or isinstance(error, EOFError)
+        raise ImageRejected("truncated" if cut else "unreadable", _said(error)) from error
+    height, width = array.shape[:2]
+    if min(height, width) < min_side:
+        raise ImageRejected("too_small", f"{width}x{height}, at least {min_side} pixels a side are asked for")
+    return array
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _head(data: bytes) -> str:
+    return f"begins with {data[:12]!r}"
+
+
+def _from_image(data: bytes, kind: Kind, limit: int, channels: int | None) -> Array:
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        width, height = image.size
+        if width * height > limit:
+            raise ImageRejected("too_large", f"{width}x{height} by its header, the limit is {limit} pixels")
+        if image.format == "PNG":
+            _verify_png(data)
+        frames = int(getattr(image, "n_frames", 1))
+        if kind == "channels" and image.format == "TIFF" and frames > 1:
+            return _from_pages(image, frames, limit, channels)
+        if frames > 1 and image.format != "MPO":  # a camera's MPO holds the photo first, then previews
+            raise ImageRejected("animated", f"{frames} frames")
+        if kind in IDS and image.format in ("JPEG", "MPO"):
+            raise ImageRejected("wrong_kind", "JPEG is lossy, it cannot hold ids")
+        ImageOps.exif_transpose(image, in_place=True)
+        return _READERS[kind](image, channels)
+
+
+def _verify_png(data: bytes) -> None:
+    """Chunk checksums of a PNG: Pillow passes over those of the pixel data."""
+    view, at = memoryview(data), 8
+    while at + 12 <= len(data):
+        size = int.from_bytes(view[at : at + 4], "big")
+        end = at + 12 + size
+        if end > len(data):
+            break
+        if isal_zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
+            raise ImageRejected("unreadable", "checksum of a PNG chunk does not match")
+        if bytes(view[at + 4 : at + 8]) == b"IEND":
+            return
+        at = end
+    raise ImageRejected("truncated", "PNG without its end")
+
+
+def _flat(image: Image.Image) -> Image.Image:
+    """Without transparency: over white."""
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image
+
+
+def _deep(image: Image.Image) -> Array:
+    """A 16-bit (or wider integer) image as unsigned 16-bit values."""
+    values = np.asarray(image)
+    if values.size and (values.min() < 0 or values.max() > 65535):
+        raise ImageRejected("value_range", f"values {values.min()}..{values.max()}, 16 bits hold 0..65535")
+    return values.astype("<u2")
+
+
+def _read_rgb(image: Image.Image, _: int | None) -> Array:
+    if image.mode in _DEEP_MODES:
+        grey = (_deep(image) // 257).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode == "F":
+        raise ImageRejected("wrong_kind", "floating-point image, not colours")
+    flat = _flat(image)
+    return np.asarray(flat if flat.mode == "RGB" else flat.convert("RGB"))
+
+
+def _read_grey(image: Image.Image, _: int | None) -> Array:
+    if image.mode in _DEEP_MODES:
+        return (_deep(image) // 257).astype(np.uint8)[:, :, None]
+    if image.mode == "F":
+        raise ImageRejected("wrong_kind", "floating-point image, not lightness in 8 bits")
+    return np.asarray(_flat(image).convert("L"))[:, :, None]
+
+
+def _read_grey16(image: Image.Image, _: int | None) -> Array:
+    if image.mode in _DEEP_MODES:
+        return _deep(image)[:, :, None]
+    if image.mode == "F":
+        raise ImageRejected("wrong_kind", "floating-point image, not lightness in 16 bits")
+    return np.asarray(_flat(image).convert("L")).astype("<u2")[:, :, None] * np.uint16(257)
+
+
+def _ids(image: Image.Image) -> Array:
+    if image.mode not in _ID_MODES:
+        raise ImageRejected("wrong_kind", f"ids need one channel of integers, the image is {image.mode}")
+    return np.asarray(image)
+
+
+def _read_labels(image: Image.Image, _: int | None) -> Array:
+    ids = _ids(image)
+    if ids.size and (ids.max() > 255 or ids.min() < 0):
+        raise ImageRejected("label_range", f"ids {ids.min()}..{ids.max()}, labels are 0..255")
+    return ids.astype(np.uint8)[:, :, None]
+
+
+def _read_instances(image: Image.Image, _: int | None) -> Array:
+    ids = _ids(image)
+    if ids.size and (ids.max() > 65535 or ids.min() < 0):
+        raise ImageRejected("instance_range", f"ids {ids.min()}..{ids.max()}, instances are 0..65535")
+    return ids.astype("<u2")[:, :, None]
+
+
+def _read_lab(image: Image.Image, _: int | None) -> Array:
+    return _read_rgb(image, None)  # Lab is taken after resizing, which is done in RGB as in the paper
+
+
+def _read_channels(image: Image.Image, channels: int | None) -> Array:
+    if image.mode in ("L", "RGB", "RGBA", "LA", "CMYK"):
+        array = np.asarray(image)
+    elif image.mode in _DEEP_MODES:
+        array = _deep(image)
+    elif image.mode == "F":
+        array = np.asarray(image)
+    else:
+        array = np.asarray(image.convert("RGB"))
+    return _as_channels(array[:, :, None] if array.ndim == 2 else array, channels)
+
+
+_READERS = {
+    "rgb": _read_rgb,
+    "grey": _read_grey,
+    "labels": _read_labels,
+    "instances": _read_instances,
+    "grey16": _read_grey16,
+    "lab_l": _read_lab,
+    "lab_ab": _read_lab,
+    "channels": _read_channels,
+}
+assert set(_READERS) == set(get_args(Kind))
+
+
+def _from_pages(image: Image.Image, frames: int, limit: int, channels: int | None) -> Array:
+    """A multi-page TIFF, one channel a page."""
+    if channels is not None and frames != channels:
+        raise ImageRejected("wrong_kind", f"{frames} pages, {channels} channels are configured")
+    if frames * image.width * image.height > 4 * limit:
+        raise ImageRejected("too_large", f"{frames} pages of {image.width}x{image.height}")
+    pages = []
+    for index in range(frames):
+        image.seek(index)
+        if image.mode not in ("L", "F", *_DEEP_MODES):
+            raise ImageRejected(
+                "wrong_kind", f"page {index} is {image.mode}, one channel a page is asked for"
+            )
+        pages.append(_deep(image) if image.mode in _DEEP_MODES else np.asarray(image))
+        if pages[-1].shape != pages[0].shape or pages[-1].dtype != pages[0].dtype:
+            raise ImageRejected("wrong_kind", f"page {index} differs from the first in size or depth")
+    return _as_channels(np.stack(pages, axis=2), channels)
+
+
+def _from_npy(data: bytes, kind: Kind, limit: int, channels: int | None) -> Array:
+    """A .npy file, (H, W), (H, W, C) or (C, H, W), never one that needs pickle."""
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ImageRejected("wrong_kind", f".npy version {version}")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, kept = read(file, max_header_size=10_000)
+    if kept.hasobject or kept.kind not in "uif" or kept.itemsize > 8:
+        raise ImageRejected("wrong_kind", f".npy of {kept}: integers or floats are asked for")
+    if len(shape) not in (2, 3) or min(shape) < 1 or (len(shape) == 3 and min(shape) > 4096):
+        raise ImageRejected("wrong_kind", f".npy of shape {shape}")
+    count = math.prod(shape)
+    if count > 4 * limit:
+        raise ImageRejected("too_large", f".npy of shape {shape}")
+    if len(data) - file.tell() < count * kept.itemsize:
+        raise ImageRejected("truncated", f".npy of shape {shape} holds {len(data) - file.tell()} bytes")
+    flat = np.frombuffer(data, kept, count, file.tell())
+    array = flat.reshape(shape, order="F" if fortran else "C")
+    if array.ndim == 2:
+        array = array[:, :, None]
+    wanted = channels if kind == "channels" else CHANNELS[kind]
+    if wanted is not None and array.shape[2] != wanted and array.shape[0] == wanted:
+        array = np.moveaxis(array, 0, 2)
+    if kind == "channels":
+        return _as_channels(array, channels)
+    return _npy_of_kind(array, kind)
+
+
+def _npy_of_kind(array: Array, kind: Kind) -> Array:
+    """An array given where an image file is usual: it must hold the kind's values exactly."""
+    wanted = 3 if kind in ("lab_l", "lab_ab") else CHANNELS[kind]
+    if array.dtype.kind not in "ui" or array.shape[2] != wanted:
+        raise ImageRejected("wrong_kind", f".npy of {array.dtype} with {array.shape[2]} channels as {kind}")
+    top = np.iinfo(dtype(kind)).max
+    if array.size and (array.min() < 0 or array.max() > top):
+        reasons: dict[str, Reason] = {"labels": "label_range", "instances": "instance_range"}
+        raise ImageRejected(reasons.get(kind, "value_range"), f"values {array.min()}..{array.max()}")
+    return np.ascontiguousarray(array.astype(dtype(kind)))
+
+
+def _as_channels(array: Array, channels: int | None) -> Array:
+    """(H, W, n) as float32 in [-1, 1]: unsigned integers over their range, floats as they are."""
+    if channels is not None and array.shape[2] != channels:
+        raise ImageRejected("wrong_kind", f"{array.shape[2]} channels, {channels} are configured")
+    if array.dtype.kind == "f":
+        values = array.astype("<f4")
+        if not np.isfinite(values).all() or (values.size and np.abs(values).max() > 1):
+            raise ImageRejected("value_range", "floats must be finite and in [-1, 1]")
+        return values
+    if array.dtype.kind != "u" or array.dtype.itemsize > 2:
+        raise ImageRejected("wrong_kind", f"{array.dtype}: uint8, uint16 or floats in [-1, 1] are asked for")
+    half = np.float32(np.iinfo(array.dtype).max / 2)
+    return (array.astype("<f4") / half - np.float32(1)).astype("<f4")
+
+
+def decode_stored(
+    data: bytes | memoryview, *, kind: Kind, encoding: Encoding, channels: int, size: tuple[int, int]
+) -> Array:
+    """What `encode` kept, as an array (H, W, C) of the kind's type; raw data is viewed, not copied.
+
+    Raises ImageRejected when the bytes are not that image (the caller has verified their checksum before).
+    """
+    width, height = size
+    kept = dtype(kind)
+    if encoding == "raw":
+        if len(data) != width * height * channels * kept.itemsize:
+            raise ImageRejected("unreadable", f"{len(data)} raw bytes for {width}x{height}x{channels} {kept}")
+        planar = np.frombuffer(data, kept).reshape(channels, height, width)
+        return np.moveaxis(planar, 0, 2)
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
+            grey = encoding == "webp" and channels == 1  # WebP knows no grey
+            array = np.asarray(image.convert("L") if grey else image)
+    except Exception as error:  # as in `decode_image`
+        raise ImageRejected("unreadable", _said(error)) from error
+    array = array[:, :, None] if array.ndim == 2 else array
+    if array.shape != (height, width, channels):
+        raise ImageRejected(
+            "size_mismatch", f"{array.shape} is stored, {(height, width, channels)} was meant"
+        )
+    return array if array.dtype == kept else array.astype(kept)

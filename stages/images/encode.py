@@ -1,0 +1,107 @@
+"""Encode arrays: the bytes kept in shards, PNG files, and the checksums that prove them.
+
+PNGs are written here rather than by Pillow: every row as its differences from the row above, deflated by
+ISA-L. Pillow tries five filters a row and deflates with zlib: seven times the time for an eighth fewer bytes
+ (`python -m benchmarks.data png`). Any PNG reader reads both.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from isal import isal_zlib
+from PIL import Image
+
+from stages.base import Kind
+from stages.images.kinds import PHOTOS, Array, Encoding
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+_COLORS = {1: 0, 2: 4, 3: 2, 4: 6}  # channels -> grey, grey with alpha, RGB, RGBA
+_INDEXED = 3
+_NONE, _UP = 0, 2  # filters of a row
+_LEVEL = 1  # of ISA-L's 0 to 3: those above find nothing more in photos
+
+
+def stored_encoding(kind: Kind, encoding: Encoding) -> Encoding:
+    """The encoding a kind is really kept in: what is lossy is for photos only, and PNG cannot hold floats."""
+    if kind == "channels":
+        return "raw"
+    if encoding in ("jpeg", "webp") and kind not in PHOTOS:
+        return "png"
+    return encoding
+
+
+def encode_image(array: Array, encoding: Encoding, *, quality: int = 95) -> bytes:
+    """An array (H, W, C) as bytes. JPEG and WebP are lossy (`quality`), the others exact."""
+    if encoding == "raw":
+        return np.moveaxis(array, 2, 0).tobytes()
+    if encoding == "png":
+        return encode_png(array)
+    file = io.BytesIO()
+    image = to_pillow(array)
+    if encoding == "jpeg":
+        image.save(
+            file, "JPEG", quality=quality, subsampling=0
+        )  # full colour: label colours keep their edges
+    else:
+        image.save(file, "WEBP", quality=quality)
+    return file.getvalue()
+
+
+def encode_ids(ids: npt.NDArray[np.uint8], colors: npt.ArrayLike) -> bytes:
+    """Class ids (H, W) as a PNG: its pixels are the ids, its palette their colours (classes, 3)."""
+    return encode_png(ids[:, :, None], np.asarray(colors, np.uint8).tobytes())
+
+
+def checksum(data: bytes | memoryview) -> int:
+    """CRC-32 of stored bytes, taken when an image is made, verified at every use; zlib takes 20 x as long."""
+    return isal_zlib.crc32(data)
+
+
+def to_pillow(array: Array) -> Image.Image:
+    """An array (H, W, C) as a Pillow image: 1, 2 (as grey and alpha), 3 channels of uint8, or uint16 grey."""
+    if array.shape[2] == 1:
+        return Image.fromarray(np.ascontiguousarray(array[:, :, 0]))
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+# -- PNG ----------------------------------------------------------------------
+
+
+def encode_png(array: npt.NDArray[Any], palette: bytes = b"") -> bytes:
+    """An array (H, W, C) of uint8 or uint16, C = 1 (grey), 2 (with alpha), 3 (RGB) or 4, as a PNG file.
+
+    `palette`: RGB bytes of each value; the array is (H, W, 1) of uint8 then, indices into it.
+    """
+    height, width, channels = array.shape
+    kind = _INDEXED if palette else _COLORS[channels]
+    header = struct.pack(">IIBBBBB", width, height, 8 * array.itemsize, kind, 0, 0, 0)
+    ordered = np.ascontiguousarray(array, array.dtype.newbyteorder(">"))
+    rows = ordered.view(np.uint8).reshape(height, width * channels * array.itemsize)
+    packed = isal_zlib.compress(_filtered(rows, _UP), _LEVEL)
+    if channels == 1:  # ids: areas of one value repeat as they are
+        packed = min(packed, isal_zlib.compress(_filtered(rows, _NONE), _LEVEL), key=len)
+    colors = _chunk(b"PLTE", palette) if palette else b""
+    return SIGNATURE + _chunk(b"IHDR", header) + colors + _chunk(b"IDAT", packed) + _chunk(b"IEND", b"")
+
+
+def _filtered(rows: npt.NDArray[np.uint8], kind: int) -> npt.NDArray[np.uint8]:
+    """(H, bytes of a row) -> (H, 1 + bytes): each row after the name of its filter."""
+    out = np.empty((rows.shape[0], 1 + rows.shape[1]), np.uint8)
+    out[:, 0] = kind
+    if kind == _UP:
+        out[0, 1:] = rows[0]  # above it are zeros
+        np.subtract(rows[1:], rows[:-1], out=out[1:, 1:])  # modulo 256
+    else:
+        out[:, 1:] = rows
+    return out
+
+
+def _chunk(name: bytes, data: bytes) -> bytes:
+    checksum = isal_zlib.crc32(data, isal_zlib.crc32(name))
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)

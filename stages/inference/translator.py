@@ -1,0 +1,274 @@
+"""A loaded model as a function from images to images, of any size and kind it was trained on.
+
+    Translator(load_model(folder)).translate(sources, instances)  ->  generated images
+
+The source is made into the network's input as in training (one-hot labels, instance edges, [-1, 1]),
+padded by reflection to a size the network takes, and the result cropped back: output size = input size.
+Knows torch and numpy only: batch inference, the MLflow model and the evaluation's baseline share it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stages.base import Kind
+from stages.images import kinds
+from stages.images.kinds import Array
+from stages.models.architecture import size_multiple, uses_edges
+from stages.models.files.saved import LoadedModel
+from stages.models.inputs import instance_edges, one_hot, padded_size, reflect_to
+from stages.models.layers import fix_weights, noise_sources
+from stages.models.styles import find_instances, from_reference, mean_features, paint
+
+StyleKind = Literal["random", "cluster", "reference"]
+
+OVERLAP = 4
+"""Neighbouring tiles share 1/OVERLAP of their side."""
+
+
+def noise_seed(seed: int, key: str, sample: int = 0) -> int:
+    """63 bits for the noise of one picture: a function of nothing but these."""
+    digest = hashlib.blake2b(
+        f"{seed}\0{sample}\0{key}".encode(errors="surrogatepass"), digest_size=8
+    ).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class Translator:
+    """A model ready to be called with arrays, from any threads at once.
+
+    stochastic    dropout as noise and batch statistics, as the Pix2Pix paper generates; one picture at a
+                  time, so that a picture depends on its seed alone
+    tile          side of the tiles that larger pictures are cut into; None: always whole
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        device: torch.device | str = "cpu",
+        precision: Literal["float32", "bf16"] = "float32",
+        stochastic: bool = False,
+        tile: int | None = None,
+    ) -> None:
+        self.model, self.device, self.precision = model, torch.device(device), precision
+        self.stochastic, self.tile = stochastic, tile
+        self.multiple, self.minimum = size_multiple(model.architecture, enhancers=model.enhancers)
+        pictures = model.preprocessing.pictures
+        default = "labels" if model.inputs.source == "labels" else "rgb"
+        self.source_kind = cast(Kind, pictures["source"].kind if "source" in pictures else default)
+        self.target_kind = cast(Kind, pictures["target"].kind if "target" in pictures else "rgb")
+        self.needs_instances = model.inputs.instances and (
+            uses_edges(model.architecture, model.inputs) or model.encoder is not None
+        )
+        model.generator.requires_grad_(requires_grad=False)
+        # The layout it was trained in; faster on CPUs and GPUs alike (benchmarks/README.md).
+        model.generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        fix_weights(model.generator, torch.bfloat16 if precision == "bf16" else torch.float32)
+        if stochastic:
+            _use_batch_statistics(model.generator)
+
+    def padded(self, height: int, width: int) -> tuple[int, int]:
+        """The size the network really works on for a picture of this size."""
+        return (
+            padded_size(height, multiple=self.multiple, minimum=self.minimum),
+            padded_size(width, multiple=self.multiple, minimum=self.minimum),
+        )
+
+    def translate(
+        self,
+        sources: Sequence[Array],
+        instances: Sequence[Array] | None = None,
+        *,
+        seeds: Sequence[int] | None = None,
+        style: StyleKind = "random",
+        cluster: int = 0,
+        reference: tuple[Array, Array, Array] | None = None,
+    ) -> list[Array]:
+        """Generate one picture per source; all sources of one shape (H, W, C) of the model's source kind.
+
+        `instances`: id maps (H, W, 1), for a model that needs them. `seeds`: one a picture, for the noise and
+        for random styles. `reference`: a target picture with its instance and label maps, for that style.
+        Returns arrays (H, W, C) of the target kind. Raises ValueError for input the model cannot take.
+        """
+        if self.needs_instances and instances is None:
+            raise ValueError("this model needs an instance map beside every source")
+        if self.stochastic and len(sources) > 1:  # batch statistics and noise of one picture each
+            return [
+                self.translate(
+                    [source],
+                    None if instances is None else [instances[i]],
+                    seeds=None if seeds is None else [seeds[i]],
+                    style=style,
+                    cluster=cluster,
+                    reference=reference,
+                )[0]
+                for i, source in enumerate(sources)
+            ]
+        height, width = sources[0].shape[:2]
+        with torch.inference_mode():
+            source = self._stack(sources)
+            instance = None if instances is None or not self.needs_instances else self._stack(instances)
+            given = list(seeds) if seeds is not None else [0] * len(sources)
+            features = None
+            if self.model.encoder is not None:
+                assert instance is not None
+                features = self._features(source, instance, given, style, cluster, reference)
+            if self.tile is None or max(height, width) <= self.tile:
+                out = self._whole(source, instance, features, given)
+            else:
+                out = self._tiled(source, instance, features, given, self.tile)
+            return self._pictures(out.float().permute(0, 2, 3, 1))
+
+    def _pictures(self, out: Tensor) -> list[Array]:
+        """(N, H, W, C) in [-1, 1] -> arrays of the target kind; rounded on the device where it is uint8."""
+        if self.target_kind in kinds.PHOTOS:
+            return list(((out + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8).cpu().numpy())
+        return [kinds.restore(value, self.target_kind) for value in out.cpu().numpy()]
+
+    def _stack(self, arrays: Sequence[Array]) -> Tensor:
+        """Arrays (H, W, C) of one shape -> (N, C, H, W) on the device; ids stay integers, amounts float32."""
+        batch = np.stack(arrays).transpose(0, 3, 1, 2)
+        if batch.dtype == np.uint16:  # torch has few operators for it
+            batch = batch.astype(np.int32)
+        return torch.from_numpy(np.ascontiguousarray(batch)).to(self.device)
+
+    def _condition(self, source: Tensor, instance: Tensor | None, features: Tensor | None) -> Tensor:
+        """What the generator sees: source (one-hot or in [-1, 1]), instance edges, style features."""
+        inputs = self.model.inputs
+        if inputs.source == "labels":
+            assert inputs.classes is not None
+            parts = [one_hot(source, inputs.classes)]
+        else:
+            parts = [normalised(source, self.source_kind)]
+        if uses_edges(self.model.architecture, inputs):
+            assert instance is not None
+            parts.append(instance_edges(instance))
+        if features is not None:
+            parts.append(features)
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+    def _whole(
+        self, source: Tensor, instance: Tensor | None, features: Tensor | None, seeds: Sequence[int]
+    ) -> Tensor:
+        height, width = source.shape[2:]
+        size = self.padded(height, width)
+        condition = self._condition(
+            reflect_to(source, *size),
+            None if instance is None else reflect_to(instance, *size),
+            None if features is None else reflect_to(features, *size),
+        )
+        condition = condition.contiguous(memory_format=torch.channels_last)
+        noise = noise_sources(seeds) if self.stochastic else None
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            out = self.model.generator(condition, noise)
+        return cast(Tensor, out)[:, :, :height, :width]
+
+    def _tiled(
+        self,
+        source: Tensor,
+        instance: Tensor | None,
+        features: Tensor | None,
+        seeds: Sequence[int],
+        tile: int,
+    ) -> Tensor:
+        """Overlapping tiles, blended linearly where they overlap.
+
+        Inexact: instance norm sees a tile's statistics instead of the picture's, and a tile knows nothing of
+        what lies beyond its border.
+        """
+        height, width = source.shape[2:]
+        channels = self.model.inputs.target_channels
+        total = torch.zeros(source.shape[0], channels, height, width, device=self.device)
+        weights = torch.zeros(1, 1, height, width, device=self.device)
+        for top in tile_starts(height, tile):
+            for left in tile_starts(width, tile):
+                bottom, right = min(top + tile, height), min(left + tile, width)
+                part = (..., slice(top, bottom), slice(left, right))
+                out = self._whole(
+                    source[part],
+                    None if instance is None else instance[part],
+                    None if features is None else features[part],
+                    seeds,
+                ).float()
+                weight = _ramp(bottom - top, tile, out)[:, None] * _ramp(right - left, tile, out)
+                total[part] += out * weight
+                weights[part] += weight
+        return total / weights
+
+    def _features(
+        self,
+        source: Tensor,
+        instance: Tensor,
+        seeds: Sequence[int],
+        style: StyleKind,
+        cluster: int,
+        reference: tuple[Array, Array, Array] | None,
+    ) -> Tensor:
+        """Style features (N, F, H, W): every instance painted with a style of its class."""
+        styles, encoder = self.model.styles, self.model.encoder
+        assert encoder is not None
+        found = find_instances(instance, source)
+        if style == "reference":
+            if reference is None:
+                raise ValueError("a reference style needs a picture with its instance and label maps")
+            picture, its_instances, its_labels = (self._stack([array]) for array in reference)
+            theirs = find_instances(its_instances, its_labels)
+            features = encoder.features(normalised(picture, self.target_kind))
+            vectors = from_reference(
+                mean_features(features, theirs),
+                theirs,
+                found,
+                default=None if styles is None else styles.choose(found, 0),
+            )
+        elif styles is None:
+            raise ValueError("the model was saved without styles: give it a reference picture")
+        elif style == "cluster":
+            vectors = styles.choose(found, cluster)
+        else:
+            vectors = styles.sample(found, torch.tensor(list(seeds), dtype=torch.int64, device=self.device))
+        return paint(vectors, found)
+
+
+def normalised(source: Tensor, kind: Kind) -> Tensor:
+    """Amounts (N, C, H, W) as stored -> float32 as the networks see them, as `images.normalise` on arrays."""
+    wide = source.float()
+    match kind:
+        case "channels":
+            return wide
+        case "grey16":
+            return wide / 32767.5 - 1
+        case "lab_ab":
+            return (wide - 128) / 110
+        case _:
+            return wide / 127.5 - 1
+
+
+def tile_starts(side: int, tile: int) -> list[int]:
+    """Where tiles begin along a side: evenly, the last one ending at the border."""
+    if side <= tile:
+        return [0]
+    step = max(1, tile - tile // OVERLAP)
+    count = -(-(side - tile) // step) + 1
+    return [round(i * (side - tile) / (count - 1)) for i in range(count)]
+
+
+def _ramp(length: int, tile: int, like: Tensor) -> Tensor:
+    """Blend weights along a side: rising over the overlap, 1 inside, falling; never 0."""
+    edge = max(1, tile // OVERLAP)
+    rising = (torch.arange(length, device=like.device, dtype=like.dtype) + 1) / (edge + 1)
+    return torch.minimum(torch.minimum(rising, rising.flip(0)), torch.ones((), device=like.device))
+
+
+def _use_batch_statistics(network: nn.Module) -> None:
+    """Batch norm on the picture's own statistics, the running ones left as they are."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.train()
+            module.momentum = 0.0

@@ -1,0 +1,1 @@
+"""Faster ways to the same result, and settings of the process. Without them: a correct, slower program."""

@@ -1,0 +1,34 @@
+"""Settings of a process that runs a network, applied at its start: they change speed and no result."""
+
+from __future__ import annotations
+
+import sys
+from typing import Literal
+
+import torch
+
+from stages.models.fast.heap import keep_freed_memory, return_freed_memory
+
+SWITCH_SECONDS = 0.0005
+"""How long a thread that decodes or sends may keep the interpreter while the network's thread, back from an
+operator, waits for it to start the next: Python's own 5 ms are many operators long."""
+
+
+def tune_process(device: torch.device | str, *, save_memory: bool = False) -> None:
+    """Make this process fast for a network on `device`; `save_memory`, on a CPU, gives up speed for it."""
+    sys.setswitchinterval(SWITCH_SECONDS)
+    if torch.device(device).type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True  # shapes never change within a phase
+    elif save_memory:
+        return_freed_memory(1 << 20)
+    else:
+        keep_freed_memory()
+
+
+def best_precision(device: torch.device | str) -> Literal["float32", "bf16"]:
+    """bf16 where there are matrix units for it: GPUs, and CPUs with AMX. Others have it at half the rate."""
+    if torch.device(device).type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return "bf16" if torch.cpu._is_amx_tile_supported() else "float32"

@@ -1,0 +1,227 @@
+"""Convolutions of many channels over few pixels, as matrix products: for CPUs.
+
+At the bottom of a generator a layer has 1024 x 1024 x 9 weights for 256 pixels. A library convolution first
+copies such weights into a layout of its own, three times a step, which costs as much as it computes. A matrix
+product over patches reads them as they lie. The maths are those of a convolution; only the order of summation
+differs.
+
+    patches   (rows, kernel * kernel * C_in), one row per output pixel, channels last
+    weights   (C_out, kernel * kernel * C_in), a view of channels-last weights
+    forward   patches @ weights.T;  input gradient: gradient @ weights, summed back into the picture
+    weight gradient   gradient.T @ patches, already in the layout of the weights
+
+A transposed convolution is the same with forward and input gradient exchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from stages.models.fast.products import FixedMatrix
+
+MAX_ROWS = 1024
+MIN_WEIGHTS = 2**20
+
+
+def suits(x: Tensor, weight: Tensor, rows: int) -> bool:
+    """Whether a layer is faster this way: measured, see benchmarks/README.md."""
+    return (
+        not torch.compiler.is_compiling()  # first: an exported program knows no sizes to compare
+        and x.device.type == "cpu"
+        and rows <= MAX_ROWS
+        and weight.numel() >= MIN_WEIGHTS
+    )
+
+
+def wide_conv(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    stride: int,
+    padding: int,
+    reflect: bool,
+    matrix: FixedMatrix | None = None,
+) -> Tensor:
+    """(N, C_in, H, W) -> (N, C_out, H', W'), channels last. No bias.
+
+    matrix   `as_matrix` of weights that change no more, transposed; no gradients then
+    """
+    if matrix is not None:
+        return _fixed_conv(x.to(weight.dtype), matrix, weight.shape[2], stride, padding, reflect)
+    x, weight = _cast(x, weight)
+    y: Tensor = _WideConv.apply(x, weight, stride, padding, reflect)  # type: ignore[no-untyped-call]
+    return y
+
+
+def wide_transposed_conv(x: Tensor, weight: Tensor, *, matrix: FixedMatrix | None = None) -> Tensor:
+    """(N, C_in, H, W), weights (C_in, C_out, k, k) -> (N, C_out, 2H, 2W): stride 2, padding 1. No bias.
+
+    matrix   `as_matrix` of weights that change no more; no gradients then
+    """
+    if matrix is not None:
+        return _doubled(matrix.product(_rows(x.to(weight.dtype))), x.shape, weight.shape[2])
+    x, weight = _cast(x, weight)
+    y: Tensor = _WideTransposedConv.apply(x, weight)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _cast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What autocast does for a convolution."""
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        return x.to(dtype), weight.to(dtype)
+    return x, weight
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _as_given(function: Function) -> Function:
+    """Autocast has nothing to do inside: it would take reflection padding back to float32."""
+    return cast(Function, torch.autocast("cpu", enabled=False)(function))
+
+
+@_as_given
+def _fixed_conv(
+    x: Tensor, matrix: FixedMatrix, kernel: int, stride: int, padding: int, reflect: bool
+) -> Tensor:
+    patches, height, width = _patches(_pad(x, padding, reflect), kernel, stride)
+    return matrix.product(patches).view(len(x), height, width, -1).permute(0, 3, 1, 2)
+
+
+class _WideConv(torch.autograd.Function):
+    @staticmethod
+    @_as_given
+    def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: int, reflect: bool) -> Tensor:
+        kernel = weight.shape[2]
+        patches, height, width = _patches(_pad(x, padding, reflect), kernel, stride)
+        y = _product(patches, as_matrix(weight).T, x.shape[0], height, width)
+        ctx.save_for_backward(x, weight)  # not the patches: nine times the size, and quickly made again
+        ctx.stride, ctx.padding, ctx.reflect = stride, padding, reflect
+        return y
+
+    @staticmethod
+    @once_differentiable
+    @_as_given
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        kernel, rows = weight.shape[2], _rows(gradient)
+        of_x = of_weight = None
+        if ctx.needs_input_grad[1]:
+            patches, _, _ = _patches(_pad(x, ctx.padding, ctx.reflect), kernel, ctx.stride)
+            of_weight = _weights(rows.T @ patches, weight)
+        if ctx.needs_input_grad[0]:
+            height, width = (side + 2 * ctx.padding for side in x.shape[2:])
+            padded = _summed_patches(
+                rows @ as_matrix(weight), gradient.shape, kernel, ctx.stride, (height, width)
+            )
+            of_x = _unpad(padded, ctx.padding, ctx.reflect)
+        return of_x, of_weight, None, None, None
+
+
+class _WideTransposedConv(torch.autograd.Function):
+    @staticmethod
+    @_as_given
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _doubled(_rows(x) @ as_matrix(weight), x.shape, weight.shape[2])
+
+    @staticmethod
+    @once_differentiable
+    @_as_given
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        kernel = weight.shape[2]
+        last = kernel - 3
+        patches, height, width = _patches(F.pad(gradient, (1, last, 1, last)), kernel, 2)
+        of_x = of_weight = None
+        if ctx.needs_input_grad[1]:
+            of_weight = _weights(_rows(x).T @ patches, weight)
+        if ctx.needs_input_grad[0]:
+            of_x = _product(patches, as_matrix(weight).T, x.shape[0], height, width)
+        return of_x, of_weight
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N*H*W, C)."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def _product(rows: Tensor, matrix: Tensor, samples: int, height: int, width: int) -> Tensor:
+    """(N*H*W, K) @ (K, C) -> (N, C, H, W), channels last, and not a view: it may be changed in place."""
+    shape = (samples, matrix.shape[1], height, width)
+    y = torch.empty(shape, dtype=rows.dtype, device=rows.device, memory_format=torch.channels_last)
+    torch.mm(rows, matrix, out=y.permute(0, 2, 3, 1).view(rows.shape[0], -1))
+    return y
+
+
+def _doubled(patches: Tensor, shape: torch.Size, kernel: int) -> Tensor:
+    """Patches around the pixels of `shape` (N, C_in, H, W) -> (N, C_out, 2H, 2W), channels last."""
+    height, width = (2 * side for side in shape[2:])
+    last = kernel - 3  # how far the outermost patches reach beyond the picture
+    padded = _summed_patches(patches, shape, kernel, 2, (height + 1 + last, width + 1 + last))
+    return padded[:, :, 1 : height + 1, 1 : width + 1].contiguous(memory_format=torch.channels_last)
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """(A, B, k, k) -> (A, k*k*B): no copy if the weights are channels last."""
+    return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
+
+
+def _weights(matrix: Tensor, weight: Tensor) -> Tensor:
+    """(A, k*k*B) -> (A, B, k, k)."""
+    out, channels, kernel, _ = weight.shape
+    return matrix.view(out, kernel, kernel, channels).permute(0, 3, 1, 2)
+
+
+def _pad(x: Tensor, padding: int, reflect: bool) -> Tensor:
+    if padding == 0:
+        return x
+    return F.pad(x, (padding,) * 4, mode="reflect" if reflect else "constant")
+
+
+def _unpad(padded: Tensor, padding: int, reflect: bool) -> Tensor:
+    """The gradient of padding: reflected borders are added to what they mirrored."""
+    if padding == 0:
+        return padded
+    if reflect:
+        for dim in (2, 3):
+            size = padded.shape[dim]
+            for i in range(padding):
+                padded.select(dim, 2 * padding - i).add_(padded.select(dim, i))
+                padded.select(dim, size - 1 - 2 * padding + i).add_(padded.select(dim, size - 1 - i))
+    return padded[:, :, padding:-padding, padding:-padding]
+
+
+def _patches(x: Tensor, kernel: int, stride: int) -> tuple[Tensor, int, int]:
+    """(N, C, H, W) -> (N*H'*W', kernel*kernel*C), H', W'."""
+    rows = x.permute(0, 2, 3, 1).contiguous()
+    samples, height, width, channels = rows.shape
+    height, width = (height - kernel) // stride + 1, (width - kernel) // stride + 1
+    of_sample, of_row, of_pixel, _ = rows.stride()
+    patches = rows.as_strided(
+        (samples, height, width, kernel, kernel, channels),
+        (of_sample, of_row * stride, of_pixel * stride, of_row, of_pixel, 1),
+    )
+    return patches.reshape(samples * height * width, -1), height, width
+
+
+def _summed_patches(
+    patches: Tensor, shape: torch.Size, kernel: int, stride: int, size: tuple[int, int]
+) -> Tensor:
+    """The transpose of `_patches`: patches around pixels of `shape` -> (N, C, *size), overlaps summed."""
+    samples, _, height, width = shape
+    patches = patches.view(samples, height, width, kernel, kernel, -1)
+    exact = torch.promote_types(patches.dtype, torch.float32)  # sums of up to k*k terms: not in bf16
+    total = patches.new_zeros(samples, *size, patches.shape[-1], dtype=exact)
+    for i in range(kernel):
+        for j in range(kernel):
+            covered = total[:, i : i + stride * height : stride, j : j + stride * width : stride]
+            covered += patches[:, :, :, i, j]
+    return total.to(patches.dtype).permute(0, 3, 1, 2)

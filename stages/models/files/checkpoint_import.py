@@ -1,0 +1,330 @@
+"""Published checkpoints to our networks: the architecture is read off the tensors' names and shapes.
+
+NVIDIA/pix2pixHD (`latest_net_G.pth`, `_D`, `_E`) and junyanz/pytorch-CycleGAN-and-pix2pix. What tensors do
+not tell is assumed the way those repositories default, and said in `Imported.notes`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from stages.models.architecture import (
+    InputSpec,
+    Pix2Pix,
+    Pix2PixHD,
+    build_discriminator,
+    build_encoder,
+    build_generator,
+)
+from stages.models.files import nvidia_names
+
+__all__ = ["Imported", "import_checkpoint"]
+
+State = Mapping[str, Tensor]
+
+MODEL_WEIGHT = r"model\.(\d+)\.weight"
+COUNTERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Imported:
+    """A published model as ours, ready for `save_model`."""
+
+    architecture: Pix2Pix | Pix2PixHD
+    inputs: InputSpec
+    generator: nn.Module
+    discriminator: nn.Module | None
+    encoder: nn.Module | None
+    notes: tuple[str, ...]
+    """What the tensors left open and was assumed, one sentence each."""
+
+
+def import_checkpoint(
+    generator: State,
+    *,
+    discriminator: State | None = None,
+    encoder: State | None = None,
+    source: Literal["image", "labels"] | None = None,
+    classes: int | None = None,
+    instances: bool | None = None,
+) -> Imported:
+    """Build our networks from published state dicts (see `weights.read_tensors`), every tensor accounted for.
+
+    `source`, `classes` and `instances` say what the input channels mean where the assumption would be wrong:
+    up to 4 channels are an image (the 4th of an HD model: instance edges), more are one-hot labels and, for
+    an HD model, one channel of edges.
+
+    Raises ValueError, one line, if the tensors are no such network or do not fit together.
+    """
+    generator = _tidy(generator)
+    discriminator = None if discriminator is None else _tidy(discriminator)
+    encoder = None if encoder is None else _tidy(encoder)
+    notes: list[str] = []
+    architecture: Pix2Pix | Pix2PixHD
+    if any(name.startswith("model.model.") for name in generator):
+        if encoder is not None:
+            raise ValueError("a pix2pix generator has no feature encoder")
+        architecture, channels, target = _pix2pix(generator, discriminator, notes)
+        edges = False
+    elif "model.1.weight" in generator:
+        architecture, channels, target = _pix2pixhd(generator, discriminator, encoder, notes)
+        edges = True
+    else:
+        raise ValueError(
+            "neither a pix2pix U-Net (model.model.*) nor a pix2pixHD generator (model.1.weight ...): "
+            f"the first tensor is {min(generator)[:80]}"
+        )
+    if isinstance(architecture, Pix2PixHD) and architecture.feature_encoder:
+        channels -= architecture.feature_channels
+        if instances is False:
+            raise ValueError("a feature encoder needs instance maps")
+        instances = True
+    inputs = _inputs(channels, target, source, classes, instances if edges else False, notes, hd=edges)
+    if isinstance(architecture, Pix2PixHD) and not inputs.instances:
+        architecture = architecture.model_copy(update={"instance_edges": False})
+
+    enhancers = architecture.enhancers if isinstance(architecture, Pix2PixHD) else None
+    network_d, network_e = None, None
+    with torch.device("meta"):  # the weights come from the files: none are drawn
+        network_g = build_generator(architecture, inputs, enhancers=enhancers)
+        if discriminator is not None:
+            network_d = build_discriminator(architecture, inputs)
+        if encoder is not None:
+            network_e = build_encoder(architecture, inputs)
+    _fill(network_g, generator, "generator")
+    if network_d is not None and discriminator is not None:
+        _fill(network_d, discriminator, "discriminator", _discriminator_names(architecture, discriminator))
+    if network_e is not None and encoder is not None:
+        _fill(network_e, encoder, "encoder")
+    return Imported(
+        architecture=architecture,
+        inputs=inputs,
+        generator=network_g.eval(),
+        discriminator=None if network_d is None else network_d.eval(),
+        encoder=None if network_e is None else network_e.eval(),
+        notes=tuple(notes),
+    )
+
+
+# -- what the tensors tell ----------------------------------------------------
+
+
+def _pix2pix(generator: State, discriminator: State | None, notes: list[str]) -> tuple[Pix2Pix, int, int]:
+    """Architecture, input channels and output channels of a published U-Net and its PatchGAN."""
+    levels = 2
+    while f"model.model.1.{'model.3.' * (levels - 2)}model.3.model.1.weight" in generator:
+        levels += 1
+    width, channels = _shape(generator, "model.model.0.weight")[:2]
+    target = _shape(generator, "model.model.3.weight")[1]
+    norm = "batch" if "model.model.1.model.2.weight" in generator else "instance"
+    values: dict[str, Any] = {"levels": levels, "width": width, "norm": norm, "dropout": "common"}
+    notes.append("dropout leaves no tensors: placed as in the published code (`dropout: common`)")
+    if discriminator is None:
+        notes.append("no discriminator given: its settings are the paper's")
+    else:
+        pixel = "net.0.weight" in discriminator
+        first = "net.0.weight" if pixel else "model.0.weight"
+        d_width, d_channels = _shape(discriminator, first)[:2]
+        if d_channels not in (target, channels + target):
+            raise ValueError(
+                f"the discriminator takes {d_channels} channels, not {channels + target} (source and target) "
+                f"or {target} (target)"
+            )
+        values |= {
+            "discriminator_width": d_width,
+            "discriminator_layers": 0 if pixel else _count(discriminator, MODEL_WEIGHT, dims=4) - 2,
+            "conditional": d_channels != target,
+        }
+    return _validated(Pix2Pix, values), channels, target
+
+
+def _pix2pixhd(
+    generator: State, discriminator: State | None, encoder: State | None, notes: list[str]
+) -> tuple[Pix2PixHD, int, int]:
+    """Architecture, input channels (with the style features) and output channels of a pix2pixHD model."""
+    if _shape(generator, "model.1.weight")[2:] != (7, 7):
+        raise ValueError("model.1.weight is no 7x7 convolution: not a pix2pixHD generator")
+    width, channels = _shape(generator, "model.1.weight")[:2]
+    enhancers = _count(generator, r"model(\d+)_1\.1\.weight")
+    enhancer_blocks = _count(generator, r"model1_2\.(\d+)\.conv_block\.1\.weight")
+    plain = _count(generator, MODEL_WEIGHT, dims=4)  # stem, ways down, ways up, maybe the head
+    head = f"model{enhancers}_2.{enhancer_blocks + 4}.weight" if enhancers else _last(generator)
+    target = _shape(generator, head)[0]
+    if width % 2**enhancers:
+        raise ValueError(f"G1's width {width} cannot be halved {enhancers} times")
+    values: dict[str, Any] = {
+        "enhancers": enhancers,
+        "width": width // 2**enhancers,
+        "downsamplings": (plain - 1 - (enhancers == 0)) // 2,
+        "blocks": _count(generator, r"model\.(\d+)\.conv_block\.1\.weight"),
+        "enhancer_blocks": enhancer_blocks,
+    }
+    condition = channels
+    if encoder is not None:
+        stem = _shape(encoder, "model.1.weight")
+        features = _shape(encoder, _last(encoder))[0]
+        if stem[1] != target or features >= channels:
+            raise ValueError(
+                f"the encoder ({stem[1]} channels to {features}) does not go with a generator "
+                f"of {channels} channels to {target}"
+            )
+        condition -= features
+        values |= {
+            "feature_encoder": True,
+            "feature_channels": features,
+            "feature_width": stem[0],
+            "feature_downsamplings": (_count(encoder, MODEL_WEIGHT, dims=4) - 2) // 2,
+        }
+    if discriminator is None:
+        notes.append("no discriminator given: its settings are the paper's")
+    else:
+        single = "layer0.0.weight" in discriminator
+        scales = _count(
+            discriminator, r"layer(\d+)\.0\.weight" if single else r"scale(\d+)_layer0\.0\.weight"
+        )
+        layers = _count(
+            discriminator, r"layer0\.(\d+)\.weight" if single else r"scale0_layer(\d+)\.0\.weight", 4
+        )
+        d_width, d_channels = _shape(
+            discriminator, "layer0.0.weight" if single else "scale0_layer0.0.weight"
+        )[:2]
+        if d_channels not in (target, condition + target):
+            raise ValueError(
+                f"the discriminator takes {d_channels} channels, the generator's make it {condition + target}"
+                + ("" if encoder is not None else " (is the feature encoder missing?)")
+            )
+        values |= {
+            "discriminators": scales,
+            "discriminator_layers": layers - 2,
+            "discriminator_width": d_width,
+            "conditional": d_channels != target,
+        }
+    return _validated(Pix2PixHD, values), channels, target
+
+
+Choice = TypeVar("Choice", Pix2Pix, Pix2PixHD)
+
+
+def _validated(kind: type[Choice], values: dict[str, Any]) -> Choice:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(
+            f"{first['loc'][0]}: {first['msg']}, the tensors make it {first['input']}"
+        ) from error
+
+
+def _inputs(
+    channels: int,
+    target: int,
+    source: Literal["image", "labels"] | None,
+    classes: int | None,
+    instances: bool | None,
+    notes: list[str],
+    *,
+    hd: bool,
+) -> InputSpec:
+    """What the condition's channels mean: as told, else as the published defaults would have it."""
+    if source is None:
+        source = "labels" if classes is not None or channels > 4 else "image"
+        notes.append(f"{channels} input channels: assumed to be {_meaning(source)} (--source)")
+    if instances is None:
+        instances = hd and (channels != classes if classes is not None else channels not in (1, 2, 3))
+        if hd:
+            what = "the last input channel is instance edges" if instances else "no channel of instance edges"
+            notes.append(f"assumed that {what} (--instances, --no-instances)")
+    rest = channels - (instances and hd)
+    if rest < 1 or (classes is not None and classes != rest):
+        told = source if classes is None else f"{classes} classes"
+        raise ValueError(f"{channels} input channels cannot be {told}" + " and edges" * instances)
+    if source == "labels":
+        return InputSpec(source="labels", classes=rest, instances=instances, target_channels=target)
+    return InputSpec(source="image", channels=rest, instances=instances, target_channels=target)
+
+
+def _meaning(source: str) -> str:
+    return "one-hot labels" if source == "labels" else "an image"
+
+
+# -- tensors ------------------------------------------------------------------
+
+
+def _tidy(state: State) -> dict[str, Tensor]:
+    """Floats as float32; without the statistics that old versions kept for instance norms."""
+    return {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in state.items()
+        if name.rpartition(".")[2] not in COUNTERS or f"{name.rpartition('.')[0]}.weight" in state
+    }
+
+
+def _shape(state: State, name: str) -> tuple[int, ...]:
+    if name not in state:
+        raise ValueError(f"no tensor {name}: not the network it looks like")
+    shape = tuple(state[name].shape)
+    if len(shape) != 4:
+        raise ValueError(f"{name} is {list(shape)}, not a convolution's")
+    return shape
+
+
+def _numbers(state: State, pattern: str, dims: int | None = None) -> set[int]:
+    """The numbers a pattern's group matches among the names (of tensors with `dims` dimensions)."""
+    return {
+        int(match[1])
+        for name, tensor in state.items()
+        if (match := re.fullmatch(pattern, name)) and dims in (None, tensor.dim())
+    }
+
+
+def _count(state: State, pattern: str, dims: int | None = None) -> int:
+    return len(_numbers(state, pattern, dims))
+
+
+def _last(state: State) -> str:
+    """The last convolution of a `model` sequence."""
+    return f"model.{max(_numbers(state, MODEL_WEIGHT), default=0)}.weight"
+
+
+def _discriminator_names(architecture: Pix2Pix | Pix2PixHD, state: State) -> dict[str, str] | None:
+    """The table for a multi-scale discriminator trained without feature matching; None: the usual one."""
+    if isinstance(architecture, Pix2PixHD) and "layer0.0.weight" in state:
+        return nvidia_names.pix2pixhd_discriminator_names(
+            scales=architecture.discriminators,
+            layers=architecture.discriminator_layers,
+            intermediate_features=False,
+        )
+    return None
+
+
+def _fill(network: nn.Module, state: State, role: str, names: dict[str, str] | None = None) -> None:
+    """Give a network built without memory its weights. Raises ValueError if one is missing or left over."""
+    names = names or nvidia_names.layer_names(network)
+    known = set(names.values())
+    for name in sorted(state):
+        if name.rpartition(".")[0] not in known:
+            hint = " (batch norm in a pix2pixHD network is not supported)" if state[name].dim() == 1 else ""
+            raise ValueError(f"{role}: {name[:80]} has no place in the network{hint}")
+    ours = nvidia_names.from_published(state, names)
+    expected = network.state_dict()
+    for name, empty in expected.items():
+        if name not in ours and name.endswith("num_batches_tracked"):
+            ours[name] = torch.zeros(empty.shape, dtype=empty.dtype)  # torch before 0.4.1 did not count
+        if name not in ours:
+            layer, _, part = name.rpartition(".")
+            raise ValueError(f"{role}: no tensor {names.get(layer, layer)}.{part}")
+        if ours[name].shape != empty.shape:
+            layer, _, part = name.rpartition(".")
+            raise ValueError(
+                f"{role}: {names.get(layer, layer)}.{part} is {list(ours[name].shape)}, "
+                f"the other tensors make it {list(empty.shape)}"
+            )
+    network.to_empty(device="cpu")
+    network.load_state_dict(ours)

@@ -1,0 +1,371 @@
+"""List what lies at a location, page by page, in pieces that can be listed at the same time.
+
+in:  a location (any fsspec URI)
+out: `split_location`: units of work, few and small; `pages`: a unit's objects, some thousand at a time
+
+No caller ever holds more than a page. How a location is cut depends on what can be asked of it:
+
+    s3://           ranges of keys; S3 lists in key order from any key, so any cut gives each object once
+    local, others   folders, opened level by level until there are enough of them
+    http(s)://      the index pages a file server writes, followed below the location only
+    archives        one unit each, read from start to end (see `stages.objects.archives`)
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
+
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractFileSystem
+
+from stages.objects import archives
+from stages.storage import filesystem, passing, retried, speaks
+
+PAGE = 1000  # objects an S3 listing returns at once; the other stores are read in pages of the same size
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A part of a location that one task lists.
+
+    `tree` lists the folders `paths` (below the location) with all that is in them, `folder` without their own
+    folders, `range` the keys after `after` up to and including `until` ("" is open), `index` a server's
+    pages, `archive` its members. A `table` is not listed: it is read by row group (`objects.tables`).
+    """
+
+    kind: Literal["tree", "folder", "range", "index", "archive", "table"]
+    paths: Sequence[str] = ("",)
+    after: str = ""
+    until: str = ""
+    row_group: int = 0
+
+
+@dataclass(slots=True)
+class Page:
+    """Objects found: path below the location, URI, size in bytes (-1: unknown), etag ("": unknown).
+
+    `faults` says why one cannot be an image's object ("link", "encrypted"); "" for the others.
+    """
+
+    paths: list[str] = field(default_factory=list)
+    uris: list[str] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    etags: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    chained: bool = False  # the URIs are chains of file systems, as an archive's are
+
+    def add(self, path: str, uri: str, size: int, etag: str, fault: str = "") -> None:
+        """Append one object."""
+        self.paths.append(path)
+        self.uris.append(uri)
+        self.sizes.append(size)
+        self.etags.append(etag)
+        self.faults.append(fault)
+
+    def extend(self, other: Page) -> None:
+        """Append another page."""
+        self.paths += other.paths
+        self.uris += other.uris
+        self.sizes += other.sizes
+        self.etags += other.etags
+        self.faults += other.faults
+
+    def rows(self) -> Iterator[tuple[str, str, int, str, str]]:
+        """Path, URI, size, etag and fault of every object."""
+        return zip(self.paths, self.uris, self.sizes, self.etags, self.faults, strict=True)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+def etag_of(info: Mapping[str, Any]) -> str:
+    """What tells one version of an object from another, out of fsspec's `info`; "" if the store has nothing.
+
+    The store's own tag or checksum; for files the modification time in nanoseconds.
+    """
+    for name in ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "crc32c", "generation"):
+        if info.get(name):
+            return str(info[name]).strip('"')
+    if "ino" in info:  # a local file: fsspec rounds its time to what a float holds, so the stat is asked
+        return local_etag(os.stat(info["name"]))  # noqa: PTH116
+    changed = info.get("Last-Modified") or info.get("mtime") or info.get("LastModified")
+    return "" if changed is None else str(changed)
+
+
+def local_etag(stat: os.stat_result) -> str:
+    """The etag of a local file."""
+    return f"{stat.st_mtime_ns:x}"
+
+
+def describe(error: BaseException) -> str | None:
+    """One line about an error that is the user's to mend at a location; None if it is of another sort."""
+    text = " ".join(str(error).split())[:300] or type(error).__name__
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return "there is no such bucket, folder or file"
+    if isinstance(error, PermissionError):
+        return f"access denied: check the credentials and the permissions ({text})"
+    if isinstance(error, ImportError):
+        return text  # fsspec names the package to install
+    if "Credential" in type(error).__name__:
+        return f"no credentials: {text}"
+    if type(error).__name__.endswith(("ConnectionError", "ConnectorError", "TimeoutError")):
+        return f"cannot reach the store: {text}"
+    return text if passing(error) or isinstance(error, ValueError) else None
+
+
+# -- how a location is cut ----------------------------------------------------
+
+
+def split_location(uri: str, *, want: int) -> list[Unit]:
+    """Cut a location into about `want` units that together hold each of its objects once.
+
+    Raises:
+        FileNotFoundError, PermissionError, OSError: the location is not there or not to be had.
+    """
+    if archives.is_archive(uri):
+        retried(lambda: archives.info(uri))
+        return [Unit("archive")]
+    fs, base = filesystem(uri)
+    if speaks(fs, "s3"):
+        return _key_ranges(fs, base, want)
+    if speaks(fs, "http"):
+        return [Unit("index")]
+    if not retried(lambda: fs.isdir(base)):
+        raise FileNotFoundError(uri)
+    return _folders(fs, base, want)
+
+
+def _folders(fs: AbstractFileSystem, base: str, want: int) -> list[Unit]:
+    """Folders opened level by level until there are `want`, dealt to about as many units."""
+    opened: list[str] = []
+    closed = deque([""])
+    while closed and len(opened) + len(closed) < want:
+        path = closed.popleft()
+        opened.append(path)
+        closed.extend(sorted(_subfolders(fs, base, path)))
+    trees = list(closed)
+    size = max(1, -(-len(trees) // want))
+    units = [Unit("tree", tuple(trees[start : start + size])) for start in range(0, len(trees), size)]
+    return ([Unit("folder", tuple(opened))] if opened else []) + units
+
+
+def _subfolders(fs: AbstractFileSystem, base: str, path: str) -> Iterator[str]:
+    for entry in _entries(fs, base, path):
+        if entry.is_folder:
+            yield entry.path
+
+
+def _key_ranges(fs: Any, base: str, want: int) -> list[Unit]:
+    """Ranges of S3 keys, cut where the first character changes after a prefix that many keys share.
+
+    A flat prefix is cut as well as folders are. The cuts need not be even, nor exact: ranges between any
+    cuts hold each key once, whatever is written meanwhile. They are keys that were found and not prefixes,
+    because SeaweedFS takes "start after `a`" to mean after all of folder `a/`.
+    """
+    bucket, prefix = _s3_base(base)
+    first = _s3_page(fs, bucket, prefix)
+    if not first.get("KeyCount"):
+        raise FileNotFoundError(f"s3://{base}")
+    keys = [info["Key"].encode() for info in first["Contents"]]
+    ordered = keys == sorted(keys)  # S3's directory buckets list as they please, so they are not cut
+    cuts: set[str] = set()
+    level = deque([prefix] if first.get("IsTruncated") and ordered else [])
+    for _ in range(want):  # opens at most as many prefixes, so the requests are bounded too
+        if not level or len(cuts) >= want:
+            break
+        start = level.popleft()
+        children = list(_next_characters(fs, bucket, start, limit=want))
+        cuts.update(key for _, key in children[1:])
+        level.extend(longer for longer, _ in children if _s3_page(fs, bucket, longer).get("IsTruncated"))
+    edges = ["", *sorted(cuts, key=str.encode), ""]
+    return [Unit("range", after=after, until=until) for after, until in pairwise(edges)]
+
+
+def _next_characters(fs: Any, bucket: str, prefix: str, limit: int) -> Iterator[tuple[str, str]]:
+    """Prefixes one character longer under which there are keys, each with the first key, at most `limit`."""
+    after = ""
+    for _ in range(limit):
+        page = _s3_page(fs, bucket, prefix, size=1, after=after)
+        if not page.get("Contents"):
+            return
+        key: str = page["Contents"][0]["Key"]
+        longer = key[: len(prefix) + 1]
+        if after and key.encode() <= after.encode():
+            return  # a store that does not list in the order of keys: whatever was found so far will do
+        yield longer, key
+        after = longer + "\U0010fffd"
+
+
+# -- what is in a unit --------------------------------------------------------
+
+
+def pages(uri: str, unit: Unit, *, requests: int = 16) -> Iterator[Page]:
+    """The objects of a unit, in pages of at most some thousand; at most `requests` in flight at once.
+
+    Raises:
+        FileNotFoundError, PermissionError, OSError: the location is gone, or not to be had.
+    """
+    if unit.kind == "archive":
+        yield from _archive_pages(uri)
+        return
+    fs, base = filesystem(uri)
+    if unit.kind == "range":
+        yield from _range_pages(fs, base, unit)
+    elif unit.kind == "index":
+        yield from _index_pages(fs, base, requests)
+    else:
+        yield from _folder_pages(fs, base, unit)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    path: str  # below the location
+    is_folder: bool
+    size: int
+    etag: str
+
+
+def _entries(fs: AbstractFileSystem, base: str, path: str) -> Iterator[_Entry]:
+    """What lies directly in a folder."""
+    if isinstance(fs, LocalFileSystem):
+        yield from _local_entries(base, path)
+        return
+    folder = f"{base}/{path}".rstrip("/")
+    fs.invalidate_cache(folder)
+    for info in retried(lambda: fs.ls(folder, detail=True)):
+        name = info["name"].rstrip("/")
+        below = name[len(base) :].lstrip("/")
+        if below and name != folder:
+            yield _Entry(below, info["type"] == "directory", int(info["size"] or 0), etag_of(info))
+
+
+def _local_entries(base: str, path: str) -> Iterator[_Entry]:
+    """As `_entries`, one directory entry at a time. Links are followed, but never to a folder above them."""
+    with os.scandir(Path(base) / path) as scan:
+        for entry in scan:
+            below = f"{path}/{entry.name}" if path else entry.name
+            try:
+                if entry.is_dir():
+                    if not (entry.is_symlink() and _leads_upwards(entry.path)):
+                        yield _Entry(below, True, 0, "")
+                else:
+                    stat = entry.stat()
+                    yield _Entry(below, False, stat.st_size, local_etag(stat))
+            except OSError:  # a link to nowhere: listed all the same, its reader will say that it is missing
+                yield _Entry(below, False, -1, "")
+
+
+def _leads_upwards(link: str) -> bool:
+    target, place = Path(link).resolve(), Path(link).parent.resolve()
+    return target == place or target in place.parents
+
+
+def _folder_pages(fs: AbstractFileSystem, base: str, unit: Unit) -> Iterator[Page]:
+    prefix = base.rstrip("/") + "/" if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(base) + "/"
+    page = Page()
+    folders = deque(unit.paths)
+    while folders:
+        for entry in _entries(fs, base, folders.popleft()):
+            if entry.is_folder:
+                if unit.kind == "tree":
+                    folders.append(entry.path)
+                continue
+            page.add(entry.path, prefix + entry.path, entry.size, entry.etag)
+            if len(page) == PAGE:
+                yield page
+                page = Page()
+    if len(page):
+        yield page
+
+
+def _s3_base(base: str) -> tuple[str, str]:
+    bucket, _, prefix = base.partition("/")
+    return bucket, prefix.rstrip("/") + "/" if prefix.rstrip("/") else ""
+
+
+def _s3_page(
+    fs: Any, bucket: str, prefix: str, *, size: int | None = None, after: str = "", token: str = ""
+) -> dict[str, Any]:
+    """One page of a listing, in key order. s3fs's own `find` would keep all pages in memory."""
+    start = {"ContinuationToken": token} if token else {"StartAfter": after} if after else {}
+    page: dict[str, Any] = retried(
+        lambda: fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=size or PAGE, **start)
+    )
+    return page
+
+
+def _range_pages(fs: Any, base: str, unit: Unit) -> Iterator[Page]:
+    bucket, prefix = _s3_base(base)
+    last = unit.until.encode()
+    token = ""
+    while True:
+        answer = _s3_page(fs, bucket, prefix, after=unit.after, token=token)
+        page, beyond = Page(), False
+        for info in answer.get("Contents", []):
+            key: str = info["Key"]
+            beyond = bool(last) and key.encode() > last
+            if beyond:
+                break
+            path = key[len(prefix) :]
+            if path and not path.endswith("/"):  # names that end in "/" stand for folders in some tools
+                page.add(path, f"s3://{bucket}/{key}", int(info["Size"]), etag_of(info))
+        if len(page):
+            yield page
+        token = answer.get("NextContinuationToken", "")
+        if beyond or not token or not answer.get("IsTruncated"):
+            return
+
+
+def _index_pages(fs: Any, base: str, requests: int) -> Iterator[Page]:
+    """Follow a file server's index pages. Links that lead out of the location or to queries are not taken."""
+    base = base.rstrip("/") + "/"
+    seen = {base}
+    folders = deque([base])
+    with ThreadPoolExecutor(requests) as threads:
+        while folders:
+            folder = folders.popleft()
+            links = sorted(set(retried(lambda folder=folder: fs.ls(folder, detail=False))))  # type: ignore[misc]
+            files: list[str] = []
+            for link in links:
+                url = link.split("#", 1)[0]
+                if url in seen or not _below(url, base):
+                    continue
+                seen.add(url)
+                (folders if url.endswith("/") else files).append(url)
+            for start in range(0, len(files), PAGE):
+                chunk = files[start : start + PAGE]
+                page = Page()
+                for url, info in zip(chunk, threads.map(partial(_http_info, fs), chunk), strict=True):
+                    size = -1 if info.get("size") is None else int(info["size"])
+                    page.add(unquote(url[len(base) :]), url, size, etag_of(info))
+                yield page
+
+
+def _http_info(fs: Any, url: str) -> dict[str, Any]:
+    info: dict[str, Any] = retried(lambda: fs.info(url))
+    return info
+
+
+def _below(url: str, base: str) -> bool:
+    parts = urlsplit(url)
+    return url.startswith(base) and not parts.query and ".." not in unquote(parts.path).split("/")
+
+
+def _archive_pages(uri: str) -> Iterator[Page]:
+    page = Page(chained=True)
+    for member in archives.members(uri, version=etag_of(retried(lambda: archives.info(uri)))):
+        page.add(member.path, member.uri, member.size, member.etag, member.fault)
+        if len(page) == PAGE:
+            yield page
+            page = Page(chained=page.chained)
+    if len(page):
+        yield page

@@ -1,0 +1,130 @@
+"""A phase's progress on pairs it does not train on: sample pictures, and one number.
+
+in:  the first pairs of the shards' validation split (else test, else train), at the phase's resolution
+out: (H, W, 3) uint8 grids, source | generated | target, a pair a row; `validation/l1`, the mean absolute
+     difference in [0, 1] (as `stages.scoring.metrics` takes it), over the first `MEASURED` validation pairs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.base import Role, Split
+from stages.images import geometry, kinds, pictures
+from stages.images.kinds import Array
+from stages.models.step import GanState, make_condition
+from stages.shards import dataset
+from stages.shards.dataset import DatasetSpec, Sample
+from stages.training import phases
+from stages.training.phases import PhaseJob
+
+SHOWN = 4
+MEASURED = 16
+SPLITS: tuple[Split, ...] = ("val", "test", "train")
+
+
+def fixed(sample: Sample, spec: DatasetSpec, job: PhaseJob) -> dict[Role, Array]:
+    """A pair's images as the phase would see them without jitter: the middle, at the phase's resolution."""
+    width, height = phases.full_size(spec.size, job.augment)
+    left, top = (spec.size[0] - width) // 2, (spec.size[1] - height) // 2
+    scale = phases.downscale(job.model, job.phase)
+    return {
+        role: geometry.shrink(image[top : top + height, left : left + width], scale, spec.roles[role].kind)
+        for role, image in sample.images.items()
+    }
+
+
+def tensor(arrays: Sequence[Array], spec: DatasetSpec, role: Role) -> Tensor:
+    """Images (H, W, C) of a role as the networks see them: (N, C, H, W), ids or float32."""
+    kind = spec.roles[role].kind
+    seen = [image if kind in kinds.IDS else kinds.normalise(image, kind) for image in arrays]
+    stacked = np.stack(seen).transpose(0, 3, 1, 2)
+    return torch.from_numpy(np.ascontiguousarray(stacked.astype(np.int32) if kind in kinds.IDS else stacked))
+
+
+@dataclass
+class Samples:
+    """Draws and measures by the averaged weights, if there are any."""
+
+    shards: str
+    spec: DatasetSpec
+    job: PhaseJob
+    device: torch.device
+
+    def __call__(self, gan: GanState) -> tuple[Array | None, dict[str, float]]:
+        """A grid (None where no pair is whole) and the numbers (none without a validation split)."""
+        split: Split = next((split for split in SPLITS if self.spec.rows(split)), "train")
+        rows: list[list[Array]] = []
+        differences: list[float] = []
+        for group in self._groups(split, MEASURED if split == "val" else SHOWN):
+            drawn = self._draw(gan, group)
+            differences += [
+                float((image.float() - truth.float()).abs().mean()) / 2
+                for image, truth in zip(drawn, self._stack(group, "target"), strict=True)
+            ]
+            if not rows:
+                kind = self.spec.roles["target"].kind
+                for pair, value in zip(group, drawn.float().permute(0, 2, 3, 1).cpu().numpy(), strict=True):
+                    shown = {**pair, "target": kinds.restore(value, kind)}
+                    rows.append(
+                        [
+                            self._picture(pair, "source"),
+                            self._picture(shown, "target"),
+                            self._picture(pair, "target"),
+                        ]
+                    )
+        measured = split == "val" and differences
+        return (
+            pictures.sheet(rows) if rows else None,
+            {"validation/l1": float(np.mean(differences))} if measured else {},
+        )
+
+    def _groups(self, split: Split, limit: int) -> Iterator[list[dict[Role, Array]]]:
+        """The first whole pairs of a split, in the order they are stored, a few at a time."""
+        needed = {"source", "target"} | ({"instance"} if "instance" in self.spec.roles else set())
+        group: list[dict[Role, Array]] = []
+        for sample in dataset.read_split(self.shards, self.spec, split, limit=limit):
+            if needed <= sample.images.keys():
+                group.append(fixed(sample, self.spec, self.job))
+            if len(group) == SHOWN:
+                yield group
+                group = []
+        if group:
+            yield group
+
+    def _stack(self, group: Sequence[dict[Role, Array]], role: Role) -> Tensor:
+        return tensor([pair[role] for pair in group], self.spec, role).to(self.device)
+
+    def _draw(self, gan: GanState, group: Sequence[dict[Role, Array]]) -> Tensor:
+        instance = self._stack(group, "instance") if "instance" in self.spec.roles else None
+        return generate(gan, self._stack(group, "source"), self._stack(group, "target"), instance)
+
+    def _picture(self, pair: dict[Role, Array], role: Role) -> Array:
+        known = self.spec.roles[role]
+        lightness = next((image for r, image in pair.items() if self.spec.roles[r].kind == "lab_l"), None)
+        return pictures.picture(pair[role], known.kind, classes=known.classes, lightness=lightness)
+
+
+def generate(gan: GanState, source: Tensor, target: Tensor, instance: Tensor | None) -> Tensor:
+    """What the generator makes of sources now, by its averaged weights if it has any, without dropout.
+
+    With a feature encoder the style is the target's own.
+    """
+    network = gan.ema.network if gan.ema is not None else gan.generator
+    training = network.training
+    network.eval()
+    try:
+        with torch.inference_mode():
+            condition = make_condition(source, instance, arch=gan.arch, inputs=gan.inputs)
+            if gan.encoder is not None:
+                assert instance is not None
+                condition = torch.cat([condition, gan.encoder(target, instance)], 1)
+            drawn: Tensor = network(condition)
+    finally:
+        network.train(training)
+    return drawn

@@ -1,0 +1,389 @@
+"""Decoding what strangers stored, sizes, values, storage."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+from skimage import color
+
+from stages.base import Kind
+from stages.images import colour, decode, encode, geometry, kinds, pictures
+from stages.images.kinds import ImageRejected
+
+RNG = np.random.default_rng(0)
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+def noise(height: int = 20, width: int = 30, channels: int = 3) -> np.ndarray:
+    return RNG.integers(0, 256, (height, width, channels), np.uint8)
+
+
+def file_of(image: Image.Image | np.ndarray, format: str = "PNG", **options: Any) -> bytes:  # noqa: A002
+    out = io.BytesIO()
+    (encode.to_pillow(image) if isinstance(image, np.ndarray) else image).save(out, format, **options)
+    return out.getvalue()
+
+
+def reason(data: bytes, kind: Kind = "rgb", **options: Any) -> str:
+    with pytest.raises(ImageRejected) as caught:
+        decode.decode_image(data, kind, **options)
+    return caught.value.reason
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def png_header(width: int, height: int) -> bytes:
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+# -- what is read -------------------------------------------------------------
+
+
+def test_lossless_colours_are_read_as_they_are():
+    array = noise()
+    for format_ in ("PNG", "BMP", "PPM", "TIFF"):
+        assert np.array_equal(decode.decode_image(file_of(array, format_), "rgb"), array)
+
+
+def test_an_orientation_in_exif_is_applied():
+    array = noise(20, 30)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side
+    got = decode.decode_image(file_of(Image.fromarray(array), "PNG", exif=exif), "rgb")
+    assert np.array_equal(got, np.rot90(array, k=-1))
+
+
+def test_transparency_is_laid_over_white():
+    rgba = np.zeros((4, 4, 4), np.uint8)
+    rgba[0, 0] = (10, 20, 30, 255)
+    got = decode.decode_image(file_of(Image.fromarray(rgba)), "rgb")
+    assert tuple(got[0, 0]) == (10, 20, 30)
+    assert tuple(got[1, 1]) == (255, 255, 255)
+
+
+def test_palette_and_cmyk_become_colours():
+    array = np.zeros((6, 6, 3), np.uint8)
+    array[:3] = (255, 0, 0)
+    palette = Image.fromarray(array).convert("P", palette=Image.Palette.ADAPTIVE)
+    assert np.array_equal(decode.decode_image(file_of(palette), "rgb"), array)
+    cmyk = decode.decode_image(file_of(Image.fromarray(array).convert("CMYK"), "JPEG", quality=95), "rgb")
+    assert cmyk.shape == (6, 6, 3)
+    assert int(cmyk[0, 0, 0]) > 200 > int(cmyk[5, 5, 0])
+
+
+def test_a_wrong_extension_does_not_matter_since_content_decides():
+    array = noise()
+    assert np.array_equal(decode.decode_image(file_of(array, "BMP"), "rgb"), array)
+
+
+def test_sixteen_bit_grey_keeps_its_depth_as_grey16_and_is_scaled_as_rgb():
+    deep = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
+    data = file_of(Image.fromarray(deep))
+    assert np.array_equal(decode.decode_image(data, "grey16")[:, :, 0], deep)
+    assert decode.decode_image(data, "rgb").max() == 254
+    assert decode.decode_image(data, "grey").dtype == np.uint8
+
+
+def test_grey16_of_an_eight_bit_image_spans_the_range():
+    assert decode.decode_image(file_of(np.full((4, 4, 1), 255, np.uint8)), "grey16").max() == 65535
+
+
+def test_labels_of_a_palette_image_are_its_indices():
+    ids = RNG.integers(0, 5, (8, 8), np.uint8)
+    image = Image.fromarray(ids).convert("P")
+    image.putpalette([9, 8, 7] * 256)
+    assert np.array_equal(decode.decode_image(file_of(image), "labels")[:, :, 0], ids)
+
+
+def test_instances_are_sixteen_bit():
+    ids = np.array([[0, 26001], [65535, 7]], np.uint16)
+    got = decode.decode_image(file_of(Image.fromarray(ids)), "instances")
+    assert got.dtype == np.uint16
+    assert np.array_equal(got[:, :, 0], ids)
+
+
+def test_pages_of_a_tiff_are_channels():
+    pages = [RNG.integers(0, 256, (5, 7), np.uint8) for _ in range(6)]
+    out = io.BytesIO()
+    first, *rest = (Image.fromarray(p) for p in pages)
+    first.save(out, "TIFF", save_all=True, append_images=rest)
+    got = decode.decode_image(out.getvalue(), "channels", channels=6)
+    assert got.shape == (5, 7, 6)
+    assert np.allclose(got, np.stack(pages, 2) / 127.5 - 1, atol=1e-6)
+    assert reason(out.getvalue(), "channels", channels=5) == "wrong_kind"
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 4), (4, 5, 7)])
+def test_npy_is_read_with_channels_first_or_last(shape: tuple[int, ...]):
+    array = RNG.random(shape, np.float32) * 2 - 1
+    out = io.BytesIO()
+    np.save(out, array)
+    got = decode.decode_image(out.getvalue(), "channels", channels=4)
+    assert np.array_equal(got, array if shape[2] == 4 else np.moveaxis(array, 0, 2))
+
+
+def test_npy_never_unpickles():
+    out = io.BytesIO()
+    np.save(out, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    assert reason(out.getvalue(), "channels") == "wrong_kind"
+
+
+def test_npy_that_promises_more_than_it_holds_is_truncated():
+    out = io.BytesIO()
+    np.save(out, np.zeros((100, 100, 3), np.uint8))
+    assert reason(out.getvalue()[:-1], "channels") == "truncated"
+    lie = out.getvalue().replace(b"(100, 100, 3)", b"(9999, 999, 3)"[:13].ljust(13))
+    assert reason(lie, "channels") in {"truncated", "unreadable", "wrong_kind"}
+
+
+def test_floats_outside_the_range_or_not_finite_are_rejected():
+    for value in (1.5, np.nan, np.inf):
+        out = io.BytesIO()
+        np.save(out, np.full((4, 4, 2), value, np.float32))
+        assert reason(out.getvalue(), "channels") == "value_range"
+
+
+# -- what is refused ----------------------------------------------------------
+
+
+def test_every_refusal_has_its_reason():
+    array = noise()
+    png, jpeg = file_of(array), file_of(array, "JPEG")
+    frames = [Image.fromarray(noise()) for _ in range(3)]
+    gif = file_of(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    webp = file_of(frames[0], "WEBP", save_all=True, append_images=frames[1:])
+    assert reason(b"") == "empty"
+    assert reason(b"<html>404</html>") == "not_an_image"
+    assert reason(b"%!PS-Adobe-3.0 EPSF-3.0\n") == "not_an_image"  # no external program is started
+    assert reason(png[: len(png) // 2]) == "truncated"
+    assert reason(jpeg[: len(jpeg) // 2]) == "truncated"
+    assert reason(png_header(30000, 30000)) == "too_large"
+    assert reason(png, max_pixels=599) == "too_large"
+    assert reason(gif) == "animated"
+    assert reason(webp) == "animated"
+    assert reason(png, "labels") == "wrong_kind"
+    assert reason(jpeg, "instances") == "wrong_kind"
+    assert reason(file_of(noise(1, 1)), min_side=8) == "too_small"
+    assert reason(file_of(Image.fromarray(np.full((4, 4), 300, np.uint16))), "labels") == "label_range"
+
+
+def test_a_header_of_a_bomb_costs_no_memory():
+    import tracemalloc
+
+    tracemalloc.start()
+    assert reason(png_header(9000, 9900)) in {"truncated", "unreadable", "too_large"}
+    assert reason(png_header(30000, 30000)) == "too_large"
+    assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    tracemalloc.stop()
+
+
+def test_a_flipped_bit_in_the_pixels_of_a_png_is_found():
+    data = bytearray(file_of(noise(64, 64)))
+    data[len(data) // 2] ^= 1
+    assert reason(bytes(data)) == "unreadable"
+
+
+def test_a_colour_profile_is_no_obstacle():
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert decode.decode_image(
+        file_of(Image.fromarray(noise()), "PNG", icc_profile=profile), "rgb"
+    ).shape == (
+        20,
+        30,
+        3,
+    )
+
+
+SEEDS = [
+    file_of(noise(9, 11)),
+    file_of(noise(9, 11), "JPEG"),
+    file_of(noise(9, 11), "WEBP"),
+    file_of(noise(9, 11), "GIF"),
+    file_of(noise(9, 11), "TIFF"),
+    file_of(noise(9, 11), "BMP"),
+    file_of(Image.fromarray(np.arange(99, dtype=np.uint16).reshape(9, 11))),
+    file_of(Image.fromarray(noise(9, 11)).convert("CMYK"), "JPEG"),
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of odd metadata; what it then decodes is judged here
+@settings(max_examples=300, deadline=None)
+@given(
+    seed=st.sampled_from(SEEDS),
+    edits=st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), max_size=6),
+    cut=st.floats(0, 1),
+    tail=st.binary(max_size=40),
+    kind=st.sampled_from(KINDS),
+)
+def test_damaged_files_are_read_or_refused_and_nothing_else(seed, edits, cut, tail, kind):
+    data = bytearray(seed)
+    for where, value in edits:
+        data[int(where * len(data))] = value
+    _read_or_refuse(bytes(data[: int(cut * len(data))] if cut < 0.7 else data) + tail, kind)
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=200, deadline=None)
+@given(
+    head=st.sampled_from(
+        [b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"II*\0", b"GIF89a", b"\x93NUMPY\x01\x00"]
+    ),
+    body=st.binary(max_size=200),
+    kind=st.sampled_from(KINDS),
+)
+def test_invented_files_are_read_or_refused_and_nothing_else(head, body, kind):
+    _read_or_refuse(head + body, kind)
+
+
+def _read_or_refuse(data: bytes, kind: Kind) -> None:
+    try:
+        array = decode.decode_image(data, kind, max_pixels=1_000_000)
+    except ImageRejected as refusal:
+        verdict = refusal.reason
+    else:
+        verdict = None
+        assert array.ndim == 3
+        if kind not in ("lab_l", "lab_ab"):
+            assert array.dtype == kinds.dtype(kind)
+            assert array.shape[2] == kinds.CHANNELS.get(kind, array.shape[2])
+    assert verdict is None or verdict in get_args(kinds.Reason)
+
+
+# -- geometry -----------------------------------------------------------------
+
+
+def test_halves_are_of_one_size_even_when_the_width_is_odd():
+    array = noise(6, 9)
+    left, right = geometry.crop_half(array, "left"), geometry.crop_half(array, "right")
+    assert left.shape == right.shape == (6, 4, 3)
+    assert np.array_equal(right, array[:, 5:])
+    assert geometry.crop_half(array, "top").shape == (3, 9, 3)
+    with pytest.raises(ImageRejected):
+        geometry.crop_half(noise(4, 1), "left")
+
+
+def test_ids_are_never_mixed_by_resizing():
+    ids = RNG.choice(np.array([0, 7, 200], np.uint8), (33, 47, 1))
+    for size in ((64, 64), (10, 90), (16, 16)):
+        assert set(np.unique(geometry.resize(ids, size, "labels"))) <= {0, 7, 200}
+    assert set(np.unique(geometry.shrink(ids, 2, "labels"))) <= {0, 7, 200}
+
+
+def test_nearest_agrees_with_pillow():
+    ids = noise(37, 53, 1)
+    for size in ((20, 20), (100, 90), (53, 37)):
+        theirs = np.asarray(Image.fromarray(ids[:, :, 0]).resize(size, Image.Resampling.NEAREST))
+        assert np.array_equal(geometry.resize(ids, size, "labels")[:, :, 0], theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_resizes_and_shrinks_in_its_own_type(kind: Kind):
+    channels = kinds.CHANNELS.get(kind, 5)
+    array = kinds.restore(RNG.random((16, 24, channels), np.float32), kind) if kind not in kinds.IDS else None
+    if array is None:
+        array = RNG.integers(0, 200, (16, 24, channels)).astype(kinds.dtype(kind))
+    for out, shape in (
+        (geometry.resize(array, (12, 10), kind), (10, 12)),
+        (geometry.shrink(array, 2, kind), (8, 12)),
+    ):
+        assert out.shape == (*shape, channels)
+        assert out.dtype == kinds.dtype(kind)
+
+
+def test_shrinking_averages_photos():
+    array = np.zeros((2, 2, 3), np.uint8)
+    array[0, 0] = 200
+    assert geometry.shrink(array, 2, "rgb")[0, 0, 0] == 50
+
+
+# -- storage and values -------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("encoding", get_args(kinds.Encoding))
+def test_what_is_stored_comes_back(kind: Kind, encoding: kinds.Encoding):
+    channels = kinds.CHANNELS.get(kind, 5)
+    if kind == "channels":
+        array = RNG.random((10, 12, 5)).astype("<f4")
+    else:
+        array = RNG.integers(0, np.iinfo(kinds.dtype(kind)).max, (10, 12, channels)).astype(kinds.dtype(kind))
+    kept = encode.stored_encoding(kind, encoding)
+    data = encode.encode_image(array, kept, quality=95)
+    back = decode.decode_stored(data, kind=kind, encoding=kept, channels=channels, size=(12, 10))
+    assert back.dtype == array.dtype
+    if kept in ("jpeg", "webp"):
+        assert kind in kinds.PHOTOS
+        assert back.shape == array.shape
+    else:
+        assert np.array_equal(back, array)
+
+
+def test_a_stored_image_of_another_size_is_refused():
+    for encoding in ("raw", "png"):
+        data = encode.encode_image(noise(10, 12), encoding)
+        with pytest.raises(ImageRejected):
+            decode.decode_stored(data, kind="rgb", encoding=encoding, channels=3, size=(11, 10))
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k not in kinds.IDS])
+def test_values_come_back_from_what_the_networks_see(kind: Kind):
+    if kind == "channels":
+        array = RNG.random((4, 4, 5)).astype("<f4")
+    else:
+        top = np.iinfo(kinds.dtype(kind)).max
+        array = RNG.integers(0, top + 1, (64, 64, kinds.CHANNELS[kind])).astype(kinds.dtype(kind))
+    seen = kinds.normalise(array, kind)
+    assert np.abs(seen).max() <= 1.17  # ab reaches beyond 110 in theory, not in sRGB
+    assert np.array_equal(kinds.restore(seen, kind), array)
+
+
+def test_lab_agrees_with_scikit_image_and_comes_back():
+    rgb = noise(16, 16)
+    lab = colour.rgb_to_lab(rgb)
+    assert np.allclose(lab, color.rgb2lab(rgb), atol=0.05)
+    assert np.array_equal(colour.lab_to_rgb(lab), rgb)
+
+
+def test_a_picture_of_lab_needs_both_parts():
+    rgb = np.full((4, 4, 3), (200, 80, 40), np.uint8)
+    level, ab = colour.lab_channels(rgb, "lab_l"), colour.lab_channels(rgb, "lab_ab")
+    assert np.allclose(kinds.normalise(level, "lab_l"), colour.rgb_to_lab(rgb)[..., :1] / 50 - 1, atol=0.005)
+    assert np.abs(pictures.picture(ab, "lab_ab", lightness=level).astype(int) - rgb).max() <= 4
+
+
+def test_label_colours_are_distinct_and_the_same_every_time():
+    for classes in (12, 35, 151, 256):
+        colours = {tuple(c) for c in colour.palette(classes)}
+        assert len(colours) >= (29 if classes == 35 else classes - 2)
+    ids = np.array([[0, 34], [200, 1]], np.uint8)
+    assert colour.colorize(ids, 35).shape == (2, 2, 3)  # an id outside is drawn, not a crash
+
+
+def test_the_perceptual_hash_survives_a_resize_and_differs_between_images():
+    smooth = np.asarray(Image.fromarray(noise(8, 8)).resize((128, 128), Image.Resampling.BICUBIC))
+    other = np.asarray(Image.fromarray(noise(8, 8)).resize((128, 128), Image.Resampling.BICUBIC))
+    ours = pictures.perceptual_hash(smooth)
+    assert (ours ^ pictures.perceptual_hash(geometry.resize(smooth, (96, 96), "rgb"))).bit_count() <= 3
+    assert (ours ^ pictures.perceptual_hash(other)).bit_count() > 10
+    assert pictures.perceptual_hash(np.full((9, 9, 3), 7, np.uint8)) == 0
+
+
+def test_a_label_picture_becomes_the_ids_of_its_nearest_colours():
+    colors = np.array([[0, 0, 0], [255, 0, 0], [0, 0, 255]], np.uint8)
+    painted = np.array([[[20, 5, 9], [230, 10, 30], [40, 0, 200]]], np.uint8)
+    ids = colour.nearest_class(painted, colors)
+    assert ids.tolist() == [[0, 1, 2]]
+    data = encode.encode_ids(ids, colors)
+    assert decode.decode_image(data, "labels", min_side=1)[:, :, 0].tolist() == [[0, 1, 2]]
+    assert (decode.decode_image(data, "rgb", min_side=1) == colors[None]).all()

@@ -1,0 +1,47 @@
+"""Names of generated images."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages.inference.outputs import MAX_SEGMENT, finished_units, output_name, part_uri
+from stages.storage import write_bytes
+
+
+def test_plain_keys_keep_their_names() -> None:
+    assert output_name("test/aachen/aachen_000001", ".png") == "images/test/aachen/aachen_000001.png"
+    assert output_name("a b-c+d=e", ".jpg", sample=2) == "samples/2/a b-c+d=e.jpg"
+
+
+@pytest.mark.parametrize(
+    "key", ["../../etc/passwd", "..", ".", "a//b", "/abs", "C:\\x", "a\x00b", "é\u202e", "~root"]
+)
+def test_a_hostile_key_stays_in_its_folder(key: str) -> None:
+    parts = PurePosixPath(output_name(key, ".png")).parts
+    assert parts[0] == "images"
+    assert not any(part in {"..", ".", ""} or part.startswith(".") for part in parts)
+    assert output_name(key, ".png").isascii()
+
+
+@given(st.text(max_size=400), st.text(max_size=400))
+def test_two_keys_never_get_one_name(one: str, other: str) -> None:
+    assert (one == other) == (output_name(one, ".png") == output_name(other, ".png"))
+    assert all(len(part) <= MAX_SEGMENT + 8 for part in output_name(one, ".png").split("/"))
+
+
+def test_long_segments_that_begin_alike_differ() -> None:
+    assert output_name("x" * 400, ".png") != output_name("x" * 401, ".png")
+
+
+def test_only_whole_table_parts_count_as_finished(tmp_path) -> None:
+    for name in (
+        part_uri(str(tmp_path), 7),
+        f"{tmp_path}/table/.part-00008.parquet.x.partial",
+        f"{tmp_path}/table/part-x.parquet",
+    ):
+        write_bytes(name, b"x")
+    assert finished_units(str(tmp_path)) == {7}

@@ -1,0 +1,107 @@
+"""A model as a function of images."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stages.inference.translator import Translator, noise_seed, tile_starts
+from stages.models.files.saved import load_model
+from tests.support.small import make_model, scene
+
+
+def labels(width: int, height: int, index: int = 0) -> np.ndarray:
+    return scene(index, width, height)["source"]
+
+
+def test_the_picture_has_the_size_of_its_source_whatever_the_network_takes(tmp_path: Path) -> None:
+    translator = Translator(load_model(make_model(tmp_path)))
+    for width, height in ((32, 32), (33, 47), (5, 100), (1, 1)):
+        (out,) = translator.translate([np.zeros((height, width, 1), np.uint8)])
+        assert out.shape == (height, width, 3)
+        assert out.dtype == np.uint8
+
+
+def test_what_is_beside_the_padding_does_not_reach_a_size_that_needs_none(tmp_path: Path) -> None:
+    model = load_model(make_model(tmp_path))
+    source = labels(32, 32)
+    (out,) = Translator(model).translate([source])
+    condition = torch.nn.functional.one_hot(torch.from_numpy(source[..., 0]).long(), 4).permute(2, 0, 1)[None]
+    expected = model.generator(condition.float())[0].permute(1, 2, 0)
+    assert np.abs(out - ((expected.detach().numpy() + 1) * 127.5)).max() <= 0.5 + 1e-3
+
+
+def test_a_batch_gives_what_its_pictures_give_alone(tmp_path: Path) -> None:
+    translator = Translator(load_model(make_model(tmp_path)))
+    sources = [labels(32, 32, index) for index in range(3)]
+    together = translator.translate(sources)
+    for source, out in zip(sources, together, strict=True):
+        assert np.abs(translator.translate([source])[0].astype(int) - out).max() <= 1
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_noise_depends_on_the_seed_alone(tmp_path: Path, norm: str) -> None:
+    model = load_model(make_model(tmp_path, dropout=True, norm=norm))
+    before = {
+        name: value.clone() for name, value in model.generator.state_dict().items() if "num" not in name
+    }
+    translator = Translator(model, stochastic=True)
+    source, other = labels(64, 64), labels(64, 64, 1)
+    alone = translator.translate([source], seeds=[5])[0]
+    beside = translator.translate([other, source], seeds=[9, 5])[1]
+    assert np.array_equal(alone, beside)
+    assert not np.array_equal(alone, translator.translate([source], seeds=[6])[0])
+    assert all(torch.equal(model.generator.state_dict()[name], value) for name, value in before.items())
+
+
+def test_seeds_differ_by_seed_key_and_sample() -> None:
+    seeds = {noise_seed(s, k, n) for s in (0, 1) for k in ("a", "b", "0") for n in (0, 1)}
+    assert len(seeds) == 12
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert noise_seed(0, "a\udc80") != noise_seed(0, "a")
+
+
+def test_tiles_cover_a_side_and_overlap() -> None:
+    assert tile_starts(100, 128) == [0]
+    for side in (129, 300, 1000):
+        starts = tile_starts(side, 128)
+        assert starts[0] == 0
+        assert starts[-1] == side - 128
+        assert all(b - a <= 96 for a, b in itertools.pairwise(starts))
+
+
+def test_tiles_are_blended_into_one_picture_without_seams_of_their_own(tmp_path: Path) -> None:
+    """A network that only looks at a pixel gives the same picture whole and in tiles."""
+    model = load_model(make_model(tmp_path))
+
+    class Pixelwise(torch.nn.Module):
+        def forward(self, x: torch.Tensor, noise: object = None) -> torch.Tensor:
+            return x[:, :3] * 2 - 1
+
+    object.__setattr__(model, "generator", Pixelwise())
+    source = labels(150, 90)
+    whole = Translator(model).translate([source])[0]
+    tiled = Translator(model, tile=64).translate([source])[0]
+    assert np.abs(whole.astype(int) - tiled).max() <= 1
+
+
+def test_styles_are_drawn_chosen_or_taken_from_a_reference(tmp_path: Path) -> None:
+    translator = Translator(load_model(make_model(tmp_path, styles=True)))
+    drawn = scene(0, 32, 32)
+    source, instance = drawn["source"], drawn["instance"]
+    assert translator.needs_instances
+    with pytest.raises(ValueError, match="instance map"):
+        translator.translate([source])
+
+    def out(**options: object) -> np.ndarray:
+        return translator.translate([source], [instance], **options)[0]
+
+    assert np.array_equal(out(seeds=[1]), out(seeds=[1]))
+    assert not np.array_equal(out(style="cluster", cluster=0), out(style="cluster", cluster=1))
+    other = scene(1, 48, 32)
+    reference = (other["target"], other["instance"], other["source"])
+    assert out(style="reference", reference=reference).shape == (32, 32, 3)

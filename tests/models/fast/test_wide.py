@@ -1,0 +1,108 @@
+"""Matrix-product convolutions against torch's own, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stages.models.fast import wide
+from stages.models.fast.wide import wide_conv, wide_transposed_conv
+from stages.models.layers import Conv, TransposedConv, fix_weights
+
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def double(*shape: int) -> Tensor:
+    source = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, dtype=torch.float64, generator=source).requires_grad_()
+
+
+def assert_same(ours: Tensor, expected: Tensor, inputs: tuple[Tensor, ...]) -> None:
+    torch.testing.assert_close(ours, expected, **EXACT)
+    gradient = torch.randn_like(expected)
+    pairs = zip(
+        torch.autograd.grad(ours, inputs, gradient),
+        torch.autograd.grad(expected, inputs, gradient),
+        strict=True,
+    )
+    for mine, theirs in pairs:
+        torch.testing.assert_close(mine, theirs, **EXACT)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "size"), [(3, 1, (4, 6)), (3, 1, (2, 2)), (4, 2, (8, 6)), (3, 2, (5, 7))]
+)
+def test_a_convolution(samples: int, kernel: int, stride: int, size: tuple[int, int]) -> None:
+    x, weight = double(samples, 3, *size), double(5, 3, kernel, kernel)
+    ours = wide_conv(x, weight, stride=stride, padding=1, reflect=False)
+    assert_same(ours, F.conv2d(x, weight, stride=stride, padding=1), (x, weight))
+    ours = wide_conv(x, weight, stride=stride, padding=1, reflect=True)
+    expected = F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), weight, stride=stride)
+    assert_same(ours, expected, (x, weight))
+
+
+@pytest.mark.parametrize(("samples", "kernel", "size"), [(2, 3, (4, 6)), (1, 4, (1, 1)), (2, 4, (3, 2))])
+def test_a_transposed_convolution(samples: int, kernel: int, size: tuple[int, int]) -> None:
+    x, weight = double(samples, 3, *size), double(3, 5, kernel, kernel)
+    expected = F.conv_transpose2d(x, weight, None, 2, 1, kernel % 2)
+    assert_same(wide_transposed_conv(x, weight), expected, (x, weight))
+
+
+def test_its_result_may_be_changed_in_place() -> None:
+    x, weight = double(1, 3, 4, 4), double(5, 3, 3, 3)
+    y = F.relu(wide_conv(x, weight, stride=1, padding=1, reflect=True), inplace=True)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    y.sum().backward()
+    assert weight.grad is not None
+
+
+def test_layers_with_many_channels_and_few_pixels_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv, x = Conv(4, 4, 3, padding=1, reflect=True), torch.randn(1, 4, 8, 8)
+    expected = conv(x)
+    monkeypatch.setattr(wide, "MIN_WEIGHTS", 1)
+    torch.testing.assert_close(conv(x), expected)
+    assert "WideConv" in str(conv(x).grad_fn) or "Add" in str(conv(x).grad_fn)
+    monkeypatch.setattr(wide, "MAX_ROWS", 63)
+    assert "Convolution" in str(conv(x).grad_fn)
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected_shape"),
+    [
+        (Conv(4, 6, 4, stride=2, padding=1, bias=False), (2, 6, 4, 3)),
+        (Conv(4, 6, 3, padding=1, reflect=True, bias=False), (2, 6, 8, 6)),
+        (TransposedConv(4, 6, 4, bias=False), (2, 6, 16, 12)),
+        (TransposedConv(4, 6, 3, bias=False), (2, 6, 16, 12)),
+    ],
+    ids=lambda value: str(value).replace(" ", ""),
+)
+def test_fixed_weights_are_laid_out_once(
+    layer: Conv | TransposedConv, expected_shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wide, "MIN_WEIGHTS", 1)
+    x = torch.randn(2, 4, 8, 6).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = layer(x)
+        assert expected.shape == expected_shape
+        fix_weights(layer)
+        y = layer(x)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        made = vars(layer)["_matrix"]
+        layer(x)
+        assert vars(layer)["_matrix"] is made
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+
+
+def test_it_follows_autocast() -> None:
+    x, weight = torch.randn(1, 4, 4, 4), torch.randn(4, 4, 3, 3, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = wide_conv(x, weight, stride=1, padding=1, reflect=True)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.dtype == torch.float32

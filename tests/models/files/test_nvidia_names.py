@@ -1,0 +1,139 @@
+"""Networks loaded with published weights give the published results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from stages.models.architecture import (
+    InputSpec,
+    Pix2Pix,
+    Pix2PixHD,
+    build_discriminator,
+    build_encoder,
+    build_generator,
+)
+from stages.models.fast import winograd
+from stages.models.files.nvidia_names import (
+    from_published,
+    layer_names,
+    pix2pixhd_discriminator_names,
+    to_published,
+)
+from stages.models.inputs import instance_edges
+from stages.models.layers import fix_weights
+from tests.reference.tensors import TOLERANCE, Reference, relative_error
+
+
+@contextmanager
+def fewer_multiplications(generator: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As the network generates on CPUs, here in layers of any size."""
+    monkeypatch.setattr(winograd, "MIN_CHANNELS", {2: 1, 3: 1})
+    monkeypatch.setattr(winograd, "MIN_OUTPUTS", 0)
+    fix_weights(generator)
+    with torch.no_grad():
+        yield
+    assert any("_filter" in vars(module) for module in generator.modules())
+
+
+@pytest.mark.parametrize("name", ["hd_global", "hd_local", "hd_local2"])
+def test_generators_give_the_published_pictures(
+    reference_dir: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = Reference(reference_dir / f"{name}.safetensors")
+    config = reference.config
+    arch = Pix2PixHD(
+        enhancers=config.get("n_enhancers", 0),
+        width=config["ngf"],
+        downsamplings=config["n_downsample"],
+        blocks=config["n_blocks"],
+        enhancer_blocks=config.get("n_blocks_local", 3),
+    )
+    generator = reference.load(build_generator(arch, InputSpec(channels=config["in"])))
+    assert relative_error(generator(reference["input"]), reference["output"]) <= TOLERANCE
+    with fewer_multiplications(generator, monkeypatch):
+        assert relative_error(generator(reference["input"]), reference["output"]) <= TOLERANCE
+
+
+def test_every_feature_of_every_scale_is_the_published_one(reference_dir: Path) -> None:
+    reference = Reference(reference_dir / "hd_discriminator.safetensors")
+    config = reference.config
+    arch = Pix2PixHD(
+        discriminators=config["num_d"],
+        discriminator_width=config["ndf"],
+        discriminator_layers=config["n_layers"],
+    )
+    network = reference.load(build_discriminator(arch, InputSpec(channels=config["in"] - 3)))
+    for scale, features in enumerate(network(reference["input"])):
+        for index, feature in enumerate(features):
+            assert relative_error(feature, reference[f"scale{scale}.feature{index}"]) <= TOLERANCE
+
+
+def test_the_feature_encoder_and_the_edges_are_the_published_ones(reference_dir: Path) -> None:
+    reference = Reference(reference_dir / "hd_encoder.safetensors")
+    config = reference.config
+    arch = Pix2PixHD(
+        feature_encoder=True,
+        feature_channels=config["feat"],
+        feature_width=config["nef"],
+        feature_downsamplings=config["n_downsample"],
+    )
+    built = build_encoder(arch, InputSpec(instances=True))
+    assert built is not None
+    encoder = reference.load(built)
+    output = encoder(reference["input"], reference["instance"])
+    assert relative_error(output, reference["output"]) <= TOLERANCE
+    assert torch.equal(instance_edges(reference["instance"]), reference["edges"])
+
+
+def test_the_unet_on_batch_statistics_gives_the_published_picture(
+    reference_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = Reference(reference_dir / "p2p_unet.safetensors")
+    arch = Pix2Pix(levels=reference.config["num_downs"], width=reference.config["ngf"], dropout="none")
+    generator = reference.load(build_generator(arch, InputSpec())).train()
+    assert relative_error(generator(reference["input"]), reference["output"]) <= TOLERANCE
+    with fewer_multiplications(generator, monkeypatch):
+        assert relative_error(generator(reference["input"]), reference["output"]) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"), [("pixel", 0), ("patch_n1", 1), ("patch_n3", 3), ("patch_n5", 5)]
+)
+def test_patch_and_pixel_discriminators_are_the_published_ones(
+    reference_dir: Path, name: str, layers: int
+) -> None:
+    reference = Reference(reference_dir / f"p2p_{name}.safetensors")
+    arch = Pix2Pix(discriminator_layers=layers, discriminator_width=reference.config["ndf"])
+    network = reference.load(build_discriminator(arch, InputSpec())).train()
+    assert relative_error(network(reference["input"])[-1], reference["output"]) <= TOLERANCE
+
+
+def test_names_map_both_ways() -> None:
+    with torch.device("meta"):
+        networks = [
+            build_generator(Pix2PixHD(enhancers=2), InputSpec()),
+            build_generator(Pix2Pix(), InputSpec()),
+            build_discriminator(Pix2PixHD(), InputSpec()),
+            build_discriminator(Pix2Pix(), InputSpec()),
+        ]
+    for network in networks:
+        state, names = network.state_dict(), layer_names(network)
+        back = from_published(to_published(state, names), names)
+        assert back.keys() == state.keys()
+
+
+def test_scales_without_intermediate_features_are_one_sequence_each() -> None:
+    names = pix2pixhd_discriminator_names(scales=2, layers=3, intermediate_features=False)
+    assert names["scales.0.blocks.0.conv"] == "layer1.0"
+    assert names["scales.1.blocks.4.conv"] == "layer0.11"
+
+
+def test_a_network_without_a_counterpart_is_refused() -> None:
+    with pytest.raises(TypeError, match="Linear"):
+        layer_names(torch.nn.Linear(1, 1))

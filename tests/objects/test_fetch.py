@@ -1,0 +1,248 @@
+"""Objects are read whole, again when the store fails, and never another version than the one listed."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import os
+import tarfile
+import threading
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from stages import storage
+from stages.errors import StageError, UserError
+from stages.images.kinds import ImageRejected
+from stages.objects import archives
+from stages.objects.fetch import Object, Reader, in_order
+from stages.objects.listing import etag_of, local_etag
+
+BODY = bytes(range(256)) * 8
+
+
+class FaultyServer(ThreadingHTTPServer):
+    """Serves BODY at any path; `faults` says for each request in turn what goes wrong."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.faults: Iterator[str] = itertools.repeat("")
+        self.requests = 0
+        self.etag = '"v1"'
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/a.png"
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        pass  # clients that a fault cuts off
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: FaultyServer
+
+    def do_GET(self) -> None:
+        self.server.requests += 1
+        fault = next(self.server.faults)
+        if fault.isdigit():
+            self.send_error(int(fault))
+            return
+        if fault == "reset":
+            self.connection.close()
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(BODY)))
+        self.send_header("ETag", self.server.etag)
+        self.end_headers()
+        self.wfile.write(BODY[:100] if fault == "cut" else BODY)
+        if fault == "cut":
+            self.connection.close()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[FaultyServer]:
+    with FaultyServer() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def quick(attempts: int = 5) -> Reader:
+    return Reader(attempts=attempts, first_wait=0.001)
+
+
+def rejected(reader: Reader, wanted: Object) -> str:
+    with pytest.raises(ImageRejected) as caught:
+        reader.read(wanted)
+    return caught.value.reason
+
+
+def test_an_archive_that_is_gone_is_a_missing_image_each(tmp_path: Path) -> None:
+    wanted = Object(f"tar://a.png::{tmp_path}/gone.tar.gz")
+    reader = quick()
+    reader.stream_archives([wanted])
+    assert rejected(reader, wanted) == "missing"
+
+
+# -- versions -----------------------------------------------------------------
+
+
+def test_a_local_file_is_read_if_it_is_the_one_that_was_listed(tmp_path: Path):
+    path = tmp_path / "a.png"
+    path.write_bytes(BODY)
+    etag = local_etag(path.stat())
+    assert quick().read(Object(str(path), len(BODY), etag)) == BODY
+    assert quick().read(Object(str(path))) == BODY
+    assert rejected(quick(), Object(str(path), len(BODY), "0")) == "changed"
+    assert rejected(quick(), Object(str(path), 7)) == "changed"
+    assert rejected(quick(), Object(str(tmp_path / "b.png"))) == "missing"
+    assert rejected(quick(), Object(str(tmp_path))) == "missing"
+
+
+def test_an_object_of_any_store_is_compared_with_its_listing():
+    uri = "memory://fetch/a.png"
+    storage.write_bytes(uri, BODY)
+    fs, path = storage.filesystem(uri)
+    etag = etag_of(fs.info(path))
+    assert quick().read(Object(uri, len(BODY), etag)) == BODY
+    assert rejected(quick(), Object(uri, 3)) == "changed"
+    assert rejected(quick(), Object("memory://fetch/none.png", 3)) == "missing"
+
+
+# -- faults -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["503", "500", "reset", "cut"])
+def test_passing_faults_of_a_server_are_survived(server: FaultyServer, fault: str):
+    server.faults = itertools.chain([fault, fault], itertools.repeat(""))
+    assert quick().read(Object(server.url, len(BODY), "v1")) == BODY
+    assert server.requests == 3
+
+
+def test_a_server_that_stays_away_is_one_clear_error(server: FaultyServer):
+    server.faults = itertools.repeat("503")
+    with pytest.raises(StageError, match=r"a\.png: failed at each of 4 attempts") as caught:
+        quick(4).read(Object(server.url))
+    assert "\n" not in str(caught.value)
+    assert server.requests == 4
+
+
+def test_a_refusal_is_the_users_to_mend_and_is_not_tried_again(server: FaultyServer):
+    server.faults = itertools.repeat("403")
+    with pytest.raises(UserError, match="credentials"):
+        quick().read(Object(server.url))
+    assert server.requests == 1
+
+
+def test_what_is_gone_or_replaced_is_known_at_once(server: FaultyServer):
+    server.faults = iter(["404", ""])
+    assert rejected(quick(), Object(server.url, len(BODY), "v1")) == "missing"
+    server.etag = '"v2"'
+    assert rejected(quick(), Object(server.url, len(BODY), "v1")) == "changed"
+    assert server.requests == 2
+
+
+def test_a_flipped_bit_is_found_by_the_stores_md5():
+    wanted = Object("s3://b/a.png", len(BODY), hashlib.md5(BODY).hexdigest())  # noqa: S324
+    flipped = bytes([BODY[0] ^ 1]) + BODY[1:]
+    reader = quick()
+    reader._check_md5(wanted, BODY, lambda: pytest.fail("no second read is needed"))
+    with pytest.raises(OSError, match="differ from the store's MD5"):
+        reader._check_md5(wanted, flipped, lambda: BODY)
+    encrypted = Object("s3://b/a.png", len(BODY), "0" * 32)
+    reader._check_md5(encrypted, BODY, lambda: BODY)  # two reads agree: the etag is no MD5 here
+    reader._check_md5(encrypted, BODY, lambda: pytest.fail("is known by now"))
+
+
+# -- archives -----------------------------------------------------------------
+
+
+def files() -> dict[str, bytes]:
+    return {f"train/{n}.png": bytes([n]) * (100 + 50 * n) for n in range(5)} | {"x y/é.png": b"unusual name"}
+
+
+def packed(kind: str) -> bytes:
+    out = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, data in files().items():
+                archive.writestr(name, data)
+    else:
+        with tarfile.open(fileobj=out, mode="w:gz" if kind == "tar.gz" else "w") as archive:
+            for name, data in files().items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def members(path: Path) -> dict[str, Object]:
+    version = etag_of(archives.info(str(path)))
+    return {m.path: Object(m.uri, m.size, m.etag) for m in archives.members(str(path), version=version)}
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "zip"])
+def test_members_of_archives_are_read_in_place(tmp_path: Path, kind: str):
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(packed(kind))
+    found = members(path)
+    reader = quick()
+    reader.stream_archives(found.values())
+    assert {name: reader.read(one) for name, one in found.items()} == files()
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_an_archive_that_was_replaced_is_noticed(tmp_path: Path, kind: str):
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(packed(kind))
+    found = members(path)
+    path.write_bytes(packed(kind) + b"\0" * 512)
+    assert rejected(quick(), found["train/1.png"]) == "changed"
+
+
+def test_a_damaged_zip_member_is_not_passed_on(tmp_path: Path):
+    path = tmp_path / "a.zip"
+    path.write_bytes(packed("zip"))
+    found = members(path)["train/3.png"]
+    data = bytearray(path.read_bytes())
+    start = int(found.etag.split("+")[0])
+    data[start + 30 + len("train/3.png") + 4] ^= 255
+    stamp = path.stat()
+    path.write_bytes(data)
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    with pytest.raises(StageError):
+        quick(2).read(found)
+
+
+# -- in order -----------------------------------------------------------------
+
+
+def test_results_come_in_order_and_only_so_many_are_begun():
+    begun: list[int] = []
+    go = threading.Event()
+
+    def work(n: int) -> int:
+        go.wait(10)
+        return -n
+
+    def numbers() -> Iterator[int]:
+        for n in range(20):
+            begun.append(n)
+            yield n
+
+    with ThreadPoolExecutor(4) as threads:
+        results = in_order(threads, work, numbers(), ahead=6)
+        go.set()
+        assert next(results) == 0
+        assert len(begun) == 7
+        assert list(results) == [-n for n in range(1, 20)]

@@ -1,0 +1,276 @@
+"""Listing real stores in pieces: every object once, however it is cut and whatever goes wrong."""
+
+from __future__ import annotations
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import fsspec.config
+import pytest
+
+from stages import storage
+from stages.objects import listing
+from stages.objects.listing import Page, Unit
+from stages.storage import files
+from tests.stores.faults import Fault, FaultProxy
+from tests.stores.files import FileServer
+from tests.stores.seaweed import SeaweedS3
+
+
+def found(uri: str, want: int = 8) -> list[str]:
+    """Paths of all units, in the order of the units."""
+    units = listing.split_location(uri, want=want)
+    return [path for unit in units for page in listing.pages(uri, unit) for path in page.paths]
+
+
+def make_files(folder: Path, *names: str) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode(errors="surrogateescape"))
+
+
+@pytest.fixture
+def short_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few objects that take several pages, instead of thousands."""
+    monkeypatch.setattr(listing, "PAGE", 50)
+
+
+# -- local folders ------------------------------------------------------------
+
+NAMES = ["a.png", "x/b.png", "x/y/c.png", "x/y/z/d.png", "e f.png", "ü/😀.png", "w/1.png", "w/2.png"]
+
+
+@pytest.mark.parametrize("want", [1, 2, 3, 5, 100])
+def test_a_folder_holds_each_file_once_however_it_is_cut(tmp_path: Path, want: int) -> None:
+    make_files(tmp_path, *NAMES)
+    assert sorted(found(str(tmp_path), want)) == sorted(NAMES)
+
+
+def test_a_folder_of_many_folders_is_no_more_units_than_asked_for(tmp_path: Path) -> None:
+    make_files(tmp_path, *(f"{number}/a.png" for number in range(100)))
+    assert len(listing.split_location(str(tmp_path), want=8)) <= 9
+    assert len(found(str(tmp_path), 8)) == 100
+
+
+def test_pages_say_where_an_object_is_how_long_and_which_version(tmp_path: Path) -> None:
+    make_files(tmp_path, "x/b.png")
+    (page,) = listing.pages(str(tmp_path), Unit("tree"))
+    assert list(page.rows()) == [
+        ("x/b.png", f"{tmp_path}/x/b.png", 7, f"{(tmp_path / 'x/b.png').stat().st_mtime_ns:x}", "")
+    ]
+
+
+def test_a_page_is_bounded(tmp_path: Path, short_pages: None) -> None:
+    make_files(tmp_path, *(f"{number}.png" for number in range(2 * listing.PAGE + 1)))
+    assert [len(page) for page in listing.pages(str(tmp_path), Unit("tree"))] == [
+        listing.PAGE,
+        listing.PAGE,
+        1,
+    ]
+
+
+def test_links_are_followed_but_never_in_circles(tmp_path: Path) -> None:
+    make_files(tmp_path, "data/a.png", "elsewhere/b.png")
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "round").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "gone.png").symlink_to(tmp_path / "nowhere")
+    assert sorted(found(str(tmp_path / "data"))) == ["a.png", "gone.png", "more/b.png"]
+
+
+def test_a_name_that_is_no_unicode_is_listed(tmp_path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")).write_bytes(b"x")
+    assert found(str(tmp_path)) == ["caf\udce9.png"]
+
+
+def test_a_missing_folder_and_a_file_are_no_locations(tmp_path: Path) -> None:
+    make_files(tmp_path, "a.png")
+    for name in ("nothing", "a.png"):
+        with pytest.raises(OSError) as caught:  # noqa: PT011 - `describe` is what tells them apart
+            listing.split_location(str(tmp_path / name), want=4)
+        assert listing.describe(caught.value) == "there is no such bucket, folder or file"
+
+
+def test_any_other_fsspec_file_system_is_a_location() -> None:
+    fs = fsspec.filesystem("memory")
+    for name in NAMES:
+        fs.pipe_file(f"/images/{name}", b"x")
+    try:
+        assert sorted(found("memory://images", 3)) == sorted(NAMES)
+        (page, *_) = listing.pages("memory://images", Unit("tree", ("w",)))
+        assert fsspec.filesystem("memory").cat_file(page.uris[0]) == b"x"
+    finally:
+        fs.rm("/images", recursive=True)
+
+
+def test_only_errors_of_the_location_are_the_users() -> None:
+    from botocore.exceptions import NoCredentialsError
+
+    assert (
+        listing.describe(PermissionError("no"))
+        == "access denied: check the credentials and the permissions (no)"
+    )
+    assert listing.describe(KeyError("a bug")) is None
+    assert (listing.describe(NoCredentialsError()) or "").startswith("no credentials")
+    assert "\n" not in (listing.describe(OSError("two\nlines")) or "\n")
+
+
+# -- HTTP ---------------------------------------------------------------------
+
+
+def test_index_pages_are_followed_below_the_location_only(tmp_path: Path) -> None:
+    make_files(tmp_path, "set/a.png", "set/sub dir/b ü.png", "other/c.png", "secret.png")
+    with FileServer(tmp_path) as server:
+        outside = ["http://127.0.0.1:1/x.png", "/secret.png", "../secret.png", "%2e%2e/secret.png"]
+        for link in [*outside, "a.png?download=1", "sub%20dir/../../secret.png"]:
+            server.extra_links.append(f'<a href="{link}">not below</a>')
+        uri = f"{server.url}/set"
+        pages = list(listing.pages(uri, Unit("index")))
+        rows = sorted(row for page in pages for row in page.rows())
+    assert [(path, address, size) for path, address, size, _, _ in rows] == [
+        ("a.png", f"{uri}/a.png", 9),
+        ("sub dir/b ü.png", f"{uri}/sub%20dir/b%20%C3%BC.png", 20),
+    ]
+    assert all(etag for *_, etag, _ in rows)
+
+
+def test_an_http_location_that_is_not_there_is_said_so(tmp_path: Path) -> None:
+    with FileServer(tmp_path) as server, pytest.raises(FileNotFoundError):
+        found(f"{server.url}/nothing")
+
+
+# -- S3 -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def s3_options(short_pages: None, client_options: None) -> None:
+    """Pages are short, and client options that a test sets are its own."""
+
+
+def put(store: SeaweedS3, bucket: str, keys: list[str]) -> None:
+    client = store.client()
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(lambda key: client.pipe_file(f"{bucket}/{key}", key.encode()), keys))
+
+
+KEYS = [
+    *(f"data/{'ab'[number % 2]}/img_{number:05d}.png" for number in range(160)),
+    *("data/ü/x.png", "data/😀.png", "data/𐍈/z.png", "data/b/y/1.png", "data/zz.png", "data/sp ace+%20.png"),
+]
+OTHERS = ["dataset/x.png", "data.png"]
+
+
+@pytest.fixture(scope="module")
+def s3_data(s3_store: SeaweedS3) -> str:
+    """A bucket with more than a page of keys under `data/`."""
+    s3_store.client().call_s3("create_bucket", Bucket="listing-test")
+    put(s3_store, "listing-test", KEYS + OTHERS)
+    return "listing-test"
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("want", [1, 4, 64])
+def test_a_bucket_holds_each_key_once_however_it_is_cut(
+    s3_store: SeaweedS3, s3_data: str, s3_options: None, want: int
+) -> None:
+    storage.configure({"s3": s3_store.options()})
+    paths = found(f"s3://{s3_data}/data", want)
+    assert paths == sorted((key.removeprefix("data/") for key in KEYS), key=str.encode)
+
+
+@pytest.mark.s3
+def test_a_flat_prefix_is_cut_too(s3_store: SeaweedS3, s3_data: str, s3_options: None) -> None:
+    storage.configure({"s3": s3_store.options()})
+    units = listing.split_location(f"s3://{s3_data}/data", want=16)
+    sizes = [sum(map(len, listing.pages(f"s3://{s3_data}/data", unit))) for unit in units]
+    assert len(units) > 3
+    assert max(sizes) <= 81
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("status", share=0.2, code=503, error="SlowDown"),
+        Fault("status", share=0.1, code=500, error="InternalError"),
+        Fault("reset", share=0.2),
+        Fault("truncate", share=0.1),
+        Fault("delay", seconds=0.05),
+    ],
+    ids=lambda fault: fault.action + str(fault.code if fault.action == "status" else ""),
+)
+def test_a_store_in_trouble_gives_the_same_listing(
+    s3_store: SeaweedS3, s3_data: str, s3_options: None, fault: Fault
+) -> None:
+    with FaultProxy(s3_store.address, [fault], seed=1) as proxy:
+        storage.configure({"s3": s3_store.options(endpoint=proxy.url)})
+        paths = found(f"s3://{s3_data}/data", 8)
+        print(f"{fault.action}: {proxy.counts}")
+        assert proxy.counts[fault.action]
+    assert sorted(paths) == sorted(key.removeprefix("data/") for key in KEYS)
+
+
+@pytest.mark.s3
+def test_a_store_that_is_away_for_a_while_is_waited_for(
+    s3_bucket: str, s3_store: SeaweedS3, s3_options: None
+) -> None:
+    put(s3_store, s3_bucket, ["a.png"])
+    storage.configure({"s3": s3_store.options()})
+    s3_store.kill()
+    with ThreadPoolExecutor(1) as threads:
+        listed = threads.submit(found, f"s3://{s3_bucket}")
+        time.sleep(1.0)  # it is refused meanwhile
+        s3_store.start()
+        assert listed.result(timeout=60) == ["a.png"]
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"secret": "wrong"}, "access denied"),
+        ({"key": "nobody"}, "access denied"),
+        ({"anon": True, "key": None, "secret": None}, "access denied"),
+        ({"bucket": "no-such-bucket"}, "no such bucket"),
+        ({"prefix": "nothing-here"}, "no such bucket, folder"),
+        (
+            {"endpoint_url": "http://127.0.0.1:9", "config_kwargs": {"retries": {"max_attempts": 1}}},
+            "cannot reach",
+        ),
+    ],
+    ids=["secret", "user", "anonymous", "bucket", "prefix", "endpoint"],
+)
+def test_what_the_user_has_to_mend_is_said_in_a_line(
+    s3_store: SeaweedS3,
+    s3_data: str,
+    s3_options: None,
+    short_pages: None,
+    changes: dict[str, Any],
+    complaint: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(files, "LONGEST_WAIT", 0.05)
+    given = dict(changes)
+    uri = f"s3://{given.pop('bucket', s3_data)}/{given.pop('prefix', 'data')}"
+    storage.configure({"s3": {**s3_store.options(), **given}})
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - `describe` is what tells them apart
+        listing.split_location(uri, want=4)
+    line = listing.describe(caught.value)
+    assert line is not None
+    assert complaint in line
+
+
+@pytest.mark.s3
+def test_reading_needs_no_more_than_reading(s3_store: SeaweedS3, s3_data: str, s3_options: None) -> None:
+    storage.configure({"s3": s3_store.options(read_only=True)})
+    assert len(found(f"s3://{s3_data}/data")) == len(KEYS)
+
+
+def test_pages_can_be_put_together() -> None:
+    page = Page()
+    page.add("a", "/a", 1, "e")
+    page.extend(page)
+    assert list(page.rows()) == [("a", "/a", 1, "e", "")] * 2

@@ -1,0 +1,185 @@
+"""The edge of the program: what is wrong in a config is told in one line that names file and key."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from pipeline import config as configuration
+from stages.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+YAML = str(ROOT / "pipeline.yaml")
+
+
+def refused(*overrides: str, path: str = YAML) -> str:
+    with pytest.raises(UserError) as caught:
+        configuration.load(path, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_config_at_the_top_of_the_repository_loads() -> None:
+    config = configuration.load(YAML)
+    assert [phase.name for phase in config.train.phases] == ["global", "local", "joint"]
+    assert Path(config.workspace).is_absolute()
+
+
+def test_a_loaded_config_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError):
+        configuration.load(YAML).train.seed = 1  # type: ignore[misc]
+
+
+def test_set_changes_one_value_in_sections_and_lists() -> None:
+    config = configuration.load(YAML, ["train.seed=7", "train.phases.1.epochs=9", "augment.mirror=true"])
+    assert (config.train.seed, config.train.phases[1].epochs, config.augment.mirror) == (7, 9, True)
+
+
+def test_set_reads_a_number_in_scientific_notation_without_a_point() -> None:
+    config = configuration.load(YAML, ["train.phases.0.learning_rate=1e-4"])
+    assert config.train.phases[0].learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("override", "names"),
+    [
+        ("train.sed=1", ("train.sed", "no such key")),
+        ("train.phases.0.epochs=-1", ("train.phases.0.epochs", "-1")),
+        ("train.phases.0.epochs=many", ("train.phases.0.epochs", "many")),
+        ("ingest.locations=[]", ("ingest.locations",)),
+        ("pair.max_reject_fraction=2", ("pair.max_reject_fraction",)),
+        ("shard.classes=0", ("shard.classes",)),
+        ("resources.train_workers=0", ("resources.train_workers",)),
+        ("resources.train_workers=9", ("train.phases.0.batch", "9")),
+        ("storage.s3.secret=abc", ("storage", "secret", "environment")),
+        ("storage.s3.client_kwargs.aws_session_token=abc", ("aws_session_token",)),
+    ],
+)
+def test_a_wrong_key_or_value_is_named_with_its_file(override: str, names: tuple[str, ...]) -> None:
+    told = refused(override)
+    assert told.startswith(f"{YAML}: ")
+    for name in names:
+        assert name in told
+
+
+def test_a_key_that_is_wrong_by_an_override_says_so_without_the_value() -> None:
+    assert refused("trian.seed=3") == f"{YAML}: trian: there is no such key (by --set trian.seed)"
+    assert refused("storage.s3.secret=abc").count("abc") == 0
+
+
+def test_a_misspelt_section_is_told_before_the_one_that_is_missing(tmp_path: Path) -> None:
+    file = tmp_path / "misspelt.yaml"
+    file.write_text(Path(YAML).read_text().replace("\nshard:", "\nshrad:"))
+    assert refused(path=str(file)) == f"{file}: shrad: there is no such key (and 1 more)"
+
+
+@pytest.mark.parametrize("override", ["train.seed", "=1", "train.phases.9.epochs=1", "train.seed.deep=1"])
+def test_a_set_that_leads_nowhere_is_refused(override: str) -> None:
+    assert "--set" in refused(override)
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "twice.yaml"
+    file.write_text("train: {seed: 1}\ntrain: {seed: 2}\n")
+    assert "twice.yaml" in refused(path=str(file))
+    assert "'train' stands twice" in refused(path=str(file))
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "\x00", "!!python/object/apply:os.system ['true']\n"])
+def test_a_file_that_is_no_config_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "odd.yaml"
+    file.write_text(text)
+    assert "odd.yaml" in refused(path=str(file))
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    assert "no such config file" in refused(path=str(tmp_path / "none.yaml"))
+
+
+def test_a_config_extends_another_section_by_section(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"extends: {YAML}\ntrain: {{seed: 5}}\n")
+    config, base = configuration.load(str(file)), configuration.load(YAML)
+    assert config.train.seed == 5
+    assert config.train.phases == base.train.phases
+
+
+def test_configs_that_extend_each_other_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
+    assert "circle" in refused(path=str(tmp_path / "a.yaml"))
+
+
+def test_the_published_schema_is_the_one_the_code_makes() -> None:
+    assert (ROOT / "pipeline.schema.json").read_text() == configuration.schema(), "run `make schema`"
+    assert json.loads(configuration.schema())["additionalProperties"] is False
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_loads(recipe: Path) -> None:
+    assert configuration.load(str(recipe)).train.phases
+
+
+PROFILED = """
+extends: {base}
+train: {{seed: 1}}
+profile: small
+profiles:
+  small: {{train: {{seed: 2, phases: {{1: {{epochs: 9}}}}}}}}
+  large: {{}}
+"""
+
+
+def profiled(tmp_path: Path) -> str:
+    file = tmp_path / "profiled.yaml"
+    file.write_text(PROFILED.format(base=YAML))
+    return str(file)
+
+
+def test_a_profile_is_laid_over_its_file_and_set_over_the_profile(tmp_path: Path) -> None:
+    path = profiled(tmp_path)
+    assert configuration.load(path, profile="small").train.seed == 2
+    assert configuration.load(path, profile="large").train.seed == 1
+    assert configuration.load(path, ["train.seed=3"], profile="small").train.seed == 3
+
+
+def test_the_file_says_which_profile_is_taken_where_none_is_named(tmp_path: Path) -> None:
+    assert configuration.load(profiled(tmp_path)).train.seed == 2
+
+
+def test_a_section_of_numbers_changes_places_of_a_list(tmp_path: Path) -> None:
+    changed = configuration.load(profiled(tmp_path)).train.phases
+    base = configuration.load(YAML).train.phases
+    assert changed == (base[0], base[1].model_copy(update={"epochs": 9}), base[2])
+
+
+def test_a_place_that_a_list_lacks_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "place.yaml"
+    file.write_text(f"extends: {YAML}\ntrain: {{phases: {{7: {{epochs: 1}}}}}}\n")
+    assert refused(path=str(file)) == f"{file}: 7 is not a place in a list of 3"
+
+
+def test_an_unknown_profile_is_told_with_the_known_ones(tmp_path: Path) -> None:
+    path = profiled(tmp_path)
+    with pytest.raises(UserError, match=r"--profile big: .*no such profile, there are small, large"):
+        configuration.load(path, profile="big")
+    with pytest.raises(UserError, match=r"--profile cpu: .*there are none"):
+        configuration.load(YAML, profile="cpu")
+
+
+def test_of_several_files_the_later_extends_the_earlier(tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        (tmp_path / f"{name}.yaml").write_text(f"train: {{seed: {seed}}}\n")
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"extends: [{YAML}, a.yaml, b.yaml]\n")
+    assert configuration.load(str(file)).train.seed == 2
+
+
+@pytest.mark.parametrize("text", ["extends: {a: b}", "extends: [1]", "profiles: []", "profiles: {cpu: 1}"])
+def test_extends_and_profiles_of_another_form_are_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "odd.yaml"
+    file.write_text(f"{text}\n")
+    assert text.partition(":")[0] in refused(path=str(file))

@@ -1,0 +1,279 @@
+"""The whole pipeline as a process: to the end, again, and killed at its worst moments and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import mlflow
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from pipeline import sample
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+PAIRS = 40
+
+TINY = {
+    "pair": {"split": {"val": 0.1, "test": 0.3, "seed": 0}, "pairs_per_shard": 8},
+    "shard": {"size": [64, 32], "row_group_rows": 4},
+    "train": {
+        "model": {
+            "kind": "pix2pixhd",
+            "width": 4,
+            "enhancers": 1,
+            "downsamplings": 2,
+            "blocks": 1,
+            "enhancer_blocks": 1,
+            "discriminator_width": 4,
+            "discriminators": 2,
+        },
+        "phases": [
+            {
+                "name": "global",
+                "kind": "global",
+                "enhancers": 0,
+                "discriminators": 1,
+                "epochs": 3,
+                "batch": 2,
+            },
+            {"name": "local", "kind": "local", "enhancers": 1, "discriminators": 2, "epochs": 1, "batch": 2},
+            {"name": "joint", "kind": "joint", "enhancers": 1, "discriminators": 2, "epochs": 1, "batch": 2},
+        ],
+    },
+}
+STEPS = [
+    "ingest",
+    "pair",
+    "shard",
+    "train-global",
+    "train-local",
+    "train-joint",
+    "infer",
+    "evaluate",
+    "report",
+]
+
+
+class Place:
+    """A folder to run the pipeline in, as a user would: data, a config, a workspace."""
+
+    def __init__(self, folder: Path, data: Path) -> None:
+        self.folder = folder
+        self.workspace = folder / "workspace"
+        self.ray = (
+            Path(tempfile.gettempdir()) / f"pl-{os.getpid()}-{folder.name[-12:]}"
+        )  # Unix sockets want short paths
+        locations = [
+            {"uri": str(data / layer), "role": role, "pattern": "{key}.png"}
+            for layer, role in {"label": "source", "photo": "target", "instance": "instance"}.items()
+        ]
+        values = {"extends": str(ROOT / "pipeline.yaml"), "workspace": str(self.workspace), **TINY}
+        self.config, self.log = folder / "tiny.yaml", folder / "run.log"
+        self.config.write_text(yaml.safe_dump(values | {"ingest": {"locations": locations}}))
+
+    def start(self, *words: str) -> subprocess.Popen[bytes]:
+        """The run as a process of its own; what it tells goes to `log`."""
+        self.ray.mkdir(exist_ok=True)
+        with self.log.open("wb") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "pipeline.run", "-c", str(self.config), *words],
+                cwd=ROOT,
+                env=os.environ | {"RAY_TMPDIR": str(self.ray)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def run(self, *words: str, expect: int = 0) -> str:
+        """Run to the end; returns what it told."""
+        process = self.start(*words)
+        process.wait(timeout=500)
+        told = self.log.read_text()
+        assert process.returncode == expect, told
+        return told
+
+    def kill_when(self, condition: Callable[[], bool]) -> None:
+        """Start the run, and SIGKILL the driver as soon as the condition holds."""
+        process = self.start()
+        deadline = time.monotonic() + 300
+        while not condition():
+            assert process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, "the moment to kill never came"
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def step(self, name: str) -> Path:
+        """The one folder of a step."""
+        (folder,) = self.workspace.glob(f"{name}-" + "?" * 12)
+        return folder
+
+    def marker(self, name: str) -> dict[str, object]:
+        value: dict[str, object] = json.loads((self.step(name) / "_SUCCESS.json").read_text())
+        return value
+
+    def done(self, name: str) -> bool:
+        return any(self.workspace.glob(f"{name}-*/_SUCCESS.json"))
+
+    def images(self) -> dict[str, bytes]:
+        folder = self.step("infer") / "images"
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.png")}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sample")
+    sample.write(str(folder), pairs=PAIRS, width=64, height=32, seed=0)
+    (folder / "photo" / "scene_00003.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Place:
+    """An undisturbed run."""
+    place = Place(tmp_path_factory.mktemp("whole"), data)
+    place.told = place.run("--set", "shard.max_reject_fraction=0.1")  # type: ignore[attr-defined]
+    return place
+
+
+LIMIT = ("--set", "shard.max_reject_fraction=0.1")
+
+
+def test_the_run_tells_its_results_its_report_and_how_to_open_mlflow(whole: Place) -> None:
+    told: str = whole.told  # type: ignore[attr-defined]
+    assert str(whole.step("report") / "report.html") in told
+    assert "mlflow ui" in told or "mlflow server" in told
+    assert "evaluate" in told
+    assert "l1" in told
+
+
+def test_every_step_leaves_its_marker_and_the_counts_agree(whole: Place) -> None:
+    assert all(whole.done(name) for name in STEPS)
+    spec = json.loads((whole.step("shard") / "dataset.json").read_text())
+    rows = {split: sum(file["rows"] for file in files) for split, files in spec["splits"].items()}
+    assert sum(rows.values()) == PAIRS - 1  # one photo is torn: its pair is in quarantine
+    assert len(whole.images()) == rows["test"]
+    metrics = pq.read_table(whole.step("evaluate") / "metrics.parquet")
+    assert metrics.num_rows == rows["test"]
+
+
+def test_the_torn_photo_is_in_quarantine_with_its_reason(whole: Place) -> None:
+    tables = [pq.read_table(path) for path in whole.step("shard").glob("quarantine-*.parquet")]
+    rejected = [row for table in tables for row in table.to_pylist()]
+    assert [row["key"] for row in rejected] == ["scene_00003"]
+    assert rejected[0]["reason"]
+    assert rejected[0]["reason"] in (whole.step("report") / "report.html").read_text()
+
+
+def test_mlflow_holds_one_parent_and_a_finished_child_for_each_step(whole: Place) -> None:
+    client = mlflow.MlflowClient(f"sqlite:///{whole.workspace}/mlflow/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "street-sample"]
+    runs = client.search_runs([experiment.experiment_id])
+    children = {run.info.run_name: run for run in runs if "mlflow.parentRunId" in run.data.tags}
+    assert set(children) == set(STEPS)
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert len(runs) == len(STEPS) + 1
+    phase = children["train-global"]
+    history = client.get_metric_history(phase.info.run_id, "generator/gan")
+    assert [m.step for m in history] == sorted({m.step for m in history})  # no step twice
+    assert {"evaluate", "report"} <= set(children)
+    assert client.list_artifacts(phase.info.run_id)  # sample pictures
+
+
+def test_again_nothing_reruns_and_no_ray_starts(whole: Place) -> None:
+    sessions = {path.name for path in whole.ray.rglob("session_*")}
+    told = whole.run(*LIMIT)
+    assert "nothing to do" in told
+    assert {path.name for path in whole.ray.rglob("session_*")} == sessions
+
+
+def test_plan_tells_what_a_change_would_rerun(whole: Place) -> None:
+    rows = {
+        line.split()[0]: line
+        for line in whole.run(*LIMIT, "--plan", "--set", "train.phases.2.epochs=2").splitlines()
+    }
+    assert " done " in rows["train-local"]
+    assert " to do " in rows["train-joint"]
+    assert "phase.epochs" in rows["train-joint"]
+    assert "after train-joint" in rows["infer"]
+    rows = {
+        line.split()[0]: line
+        for line in whole.run(*LIMIT, "--plan", "--set", "resources.io_threads=3").splitlines()
+    }
+    assert all(" done " in rows[name] for name in STEPS)
+
+
+def test_killed_in_shard_in_train_and_in_infer_and_resumed_comes_to_the_same_end(
+    whole: Place, data: Path, tmp_path: Path
+) -> None:
+    place = Place(tmp_path, data)
+    config = yaml.safe_load(place.config.read_text())
+    config["shard"]["max_reject_fraction"] = 0.1
+    place.config.write_text(yaml.safe_dump(config))
+
+    place.kill_when(lambda: any(place.workspace.glob("shard-*/_parts/*.json")))
+    assert not place.done("shard")
+    place.kill_when(lambda: place.done("shard") and checkpointed(place))
+    assert not place.done("train-global")
+    place.kill_when(lambda: any(place.workspace.glob("infer-*/images/**/*.png")))
+    assert not place.done("infer")
+    place.run()
+
+    assert all(place.done(name) for name in STEPS)
+    assert place.marker("shard")["counts"] == whole.marker("shard")["counts"]
+    assert place.images() == whole.images()
+    assert place.marker("evaluate")["metrics"] == whole.marker("evaluate")["metrics"]
+
+
+def checkpointed(place: Place) -> bool:
+    return any(place.workspace.glob("train-global-*/**/*.safetensors"))
+
+
+def test_ctrl_c_ends_with_130_and_keeps_what_was_done(whole: Place, data: Path, tmp_path: Path) -> None:
+    place = Place(tmp_path, data)
+    process = place.start(*LIMIT)  # to the end: what comes after ingest may take but a second
+    while not place.done("ingest"):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=120)
+    told = place.log.read_text()
+    assert process.returncode == 130, told
+    assert "the same command goes on" in told
+    assert place.done("ingest")
+
+
+def test_too_many_rejects_fail_the_stage_with_the_reason(data: Path, tmp_path: Path) -> None:
+    place = Place(tmp_path, data)
+    told = place.run("--until", "shard", "--set", "shard.max_reject_fraction=0.001", expect=1)
+    assert "shard" in told
+    assert "max_reject_fraction" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["--set", "train.sed=1"], ["tiny.yaml", "train.sed"]),
+        (["--set", "ingest.locations.0.uri=/nowhere/at/all"], ["ingest.locations.0.uri", "/nowhere/at/all"]),
+        (["--only", "infer"], ["--only infer"]),
+        (["--set", "shard.size=[60, 32]"], ["shard.size"]),
+    ],
+)
+def test_what_the_user_must_mend_exits_with_2_and_one_line(
+    data: Path, tmp_path: Path, words: list[str], names: list[str]
+) -> None:
+    told = Place(tmp_path, data).run(*words, expect=2)
+    assert len(told.strip().splitlines()) == 1, told
+    for name in names:
+        assert name in told

@@ -1,0 +1,163 @@
+"""What runs, what does not, and why, shown on two tiny stages that really write files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from pipeline.dag import Step, needed
+from pipeline.runner import MARKER, Planned, execute, plan, select
+from stages import storage
+from stages.base import Config, Outcome, Resources
+from stages.errors import StageError, UserError
+from stages.tracking.run import NullRun
+
+
+class NumberConfig(Config):
+    number: int = 1
+
+
+def stage(name: str, run: Callable[..., Outcome]) -> ModuleType:
+    module = ModuleType(f"stages.{name}")
+    module.VERSION, module.run = 1, run  # type: ignore[attr-defined]
+    return module
+
+
+class Line:
+    """A pipeline of two stages: `make` writes a number, `double` reads it. Counts what ran."""
+
+    def __init__(self, workspace: Path) -> None:
+        self.workspace, self.ran, self.fails = str(workspace), [], False
+        self.listed = "objects-1"
+
+    def make(self, config: NumberConfig, resources: Resources, *, output: str, track: object) -> Outcome:
+        self.ran.append("make")
+        storage.write_json(storage.join(output, "number.json"), config.number)
+        return Outcome(counts={"numbers": 1})
+
+    def double(
+        self, config: NumberConfig, resources: Resources, *, output: str, track: object, numbers: str
+    ) -> Outcome:
+        self.ran.append("double")
+        if self.fails:
+            raise RuntimeError("the disk is on fire")
+        value = storage.read_json(storage.join(numbers, "number.json"))
+        return Outcome(metrics={"value": float(2 * value * config.number)})
+
+    def plan(self, make: int = 1, double: int = 1) -> tuple[Planned, ...]:
+        return plan(
+            (
+                Step(
+                    name="make",
+                    stage=stage("make", self.make),
+                    config=NumberConfig(number=make),
+                    digest=lambda: self.listed,
+                ),
+                Step(
+                    name="double",
+                    stage=stage("double", self.double),
+                    config=NumberConfig(number=double),
+                    needs={"numbers": "make"},
+                ),
+            ),
+            self.workspace,
+        )
+
+    def run(self, planned: tuple[Planned, ...]) -> dict[str, dict[str, object]]:
+        self.ran.clear()
+        finished: dict[str, dict[str, object]] = {}
+        execute(planned, Resources(), parent=NullRun(), extra=lambda step: {}, finished=finished)
+        return finished
+
+
+@pytest.fixture
+def line(tmp_path: Path) -> Line:
+    return Line(tmp_path / "workspace")
+
+
+def test_steps_run_in_order_and_pass_their_folders_on(line: Line) -> None:
+    finished = line.run(line.plan(make=4))
+    assert line.ran == ["make", "double"]
+    assert finished["double"]["metrics"] == {"value": 8.0}
+
+
+def test_a_rerun_does_nothing(line: Line) -> None:
+    line.run(line.plan())
+    again = line.plan()
+    assert all(p.done for p in again)
+    assert line.run(again)["double"]["metrics"] == {"value": 2.0}
+    assert line.ran == []
+
+
+def test_a_config_change_moves_only_what_is_downstream(line: Line) -> None:
+    line.run(line.plan())
+    planned = line.plan(double=5)
+    assert [p.done for p in planned] == [True, False]
+    assert planned[1].why == "changed: number"
+    line.run(planned)
+    assert line.ran == ["double"]
+
+
+def test_a_change_upstream_moves_everything_after_it(line: Line) -> None:
+    line.run(line.plan())
+    planned = line.plan(make=2)
+    assert [p.done for p in planned] == [False, False]
+    assert planned[1].why == "after make"
+
+
+def test_changed_objects_are_noticed_and_named_as_the_reason(line: Line) -> None:
+    line.run(line.plan())
+    line.listed = "objects-2"
+    assert line.plan()[0].why == "what it reads has changed"
+
+
+def test_going_back_to_an_earlier_setting_finds_its_output(line: Line) -> None:
+    line.run(line.plan(make=1))
+    line.run(line.plan(make=2))
+    assert all(p.done for p in line.plan(make=1))
+
+
+def test_a_failed_stage_is_named_with_its_folder_and_cause_and_taken_up_again(line: Line) -> None:
+    line.fails = True
+    with pytest.raises(
+        StageError, match=r"double failed: RuntimeError: the disk is on fire .*double-"
+    ) as caught:
+        line.run(line.plan())
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    line.fails = False
+    planned = line.plan()
+    assert [p.done for p in planned] == [True, False]
+    line.run(planned)
+    assert line.ran == ["double"]
+
+
+def test_a_folder_without_a_marker_is_unfinished_work(line: Line) -> None:
+    line.run(line.plan())
+    (Path(line.plan()[1].folder) / MARKER).unlink()
+    storage.write_bytes(storage.join(line.plan()[1].folder, "half"), b"x")
+    assert line.plan()[1].why == "unfinished, goes on"
+
+
+def test_a_torn_marker_counts_as_none(line: Line) -> None:
+    line.run(line.plan())
+    (Path(line.plan()[0].folder) / MARKER).write_text('{"step": "ma')
+    assert not line.plan()[0].done
+
+
+def test_until_and_only_choose_steps(line: Line) -> None:
+    planned = line.plan()
+    assert [p.step.name for p in select(planned, only=None, until="make")] == ["make"]
+    with pytest.raises(UserError, match="comes from make, which is not done"):
+        select(planned, only="double", until=None)
+    with pytest.raises(UserError, match="no such stage; there are make, double"):
+        select(planned, only="treble", until=None)
+
+
+def test_a_stage_alone_asks_only_for_what_it_comes_from(line: Line) -> None:
+    made = tuple(planned.step for planned in line.plan())
+    assert needed(made, "double") == made
+    assert [step.name for step in needed(made, "make")] == ["make"]
+    assert needed(made, "nothing") == made

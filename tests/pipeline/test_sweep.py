@@ -1,0 +1,257 @@
+"""Sweeps: which trials a file makes, what they share, which is best, and one that really runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from pydantic import JsonValue
+
+from pipeline import sample, sweep
+from pipeline.runner import Planned, plan
+from pipeline.sweep import Asked, MeanByEpoch, Result, SweepConfig, Trial
+from stages.errors import UserError
+from stages.tracking.run import MetricRow
+
+ROOT = Path(__file__).resolve().parents[2]
+YAML = str(ROOT / "pipeline.yaml")
+
+
+def config(**values: Any) -> SweepConfig:
+    return SweepConfig.model_validate({"recipe": YAML, **values})
+
+
+def trials(**values: Any) -> list[Trial]:
+    return sweep.make_trials(config(**values), "sweep.yaml", YAML, [])
+
+
+# -- from a file to trials ----------------------------------------------------
+
+
+def test_settings_meet_every_combination_of_the_grid() -> None:
+    found = sweep.variants(
+        config(
+            settings={"plain": {}, "l1": {"train.losses.l1": 1}},
+            grid={"train.seed": [1, 2], "train.ema": [0.9, None]},
+        )
+    )
+    assert [name for name, _ in found][:3] == [
+        "plain, seed=1, ema=0.9",
+        "plain, seed=1, ema=null",
+        "plain, seed=2, ema=0.9",
+    ]
+    assert len(found) == 8
+    assert found[-1][1] == {"train.losses.l1": 1, "train.seed": 2, "train.ema": None}
+
+
+def test_draws_lie_between_their_ends_and_come_again_with_the_seed() -> None:
+    space: dict[str, JsonValue] = {"a.rate": {"low": 1e-5, "high": 1e-2, "log": True}, "a.size": [8, 16]}
+    found = sweep.variants(config(random=space, trials=50))
+    assert found == sweep.variants(config(random=space, trials=50))
+    assert found != sweep.variants(config(random=space, trials=50, seed=1))
+    rates = [values["a.rate"] for _, values in found]
+    assert all(isinstance(rate, float) and 1e-5 <= rate <= 1e-2 for rate in rates)
+    assert sum(rate < 3e-4 for rate in rates) > 10, (
+        "a logarithm drawn evenly lies below its middle half the time"
+    )  # type: ignore[operator]
+    assert {values["a.size"] for _, values in found} == {8, 16}
+
+
+def test_trials_are_named_by_whole_keys_where_their_last_parts_are_alike() -> None:
+    (name, _), *_ = sweep.variants(config(grid={"a.b": [1], "c.b": [2], "c.d": [3]}))
+    assert name == "a.b=1, c.b=2, d=3"
+
+
+def test_null_takes_a_phase_out() -> None:
+    (trial,) = trials(settings={"no joint phase": {"train.phases.2": None}})
+    assert [phase.name for phase in trial.config.train.phases] == ["global", "local"]
+
+
+def test_trials_are_judged_on_val_so_that_test_stays_unseen() -> None:
+    (trial,) = trials(settings={"as it is": {}})
+    assert (trial.config.infer.split, trial.config.evaluate.split) == ("val", "val")
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({}, "nothing to vary"),
+        ({"grid": {"train.seed": []}}, "train.seed: an empty list"),
+        ({"random": {"train.seed": {"low": 2, "high": 1}}}, "low 2.0 is not below high 1.0"),
+        ({"random": {"train.seed": {"low": 0, "high": 1, "log": True}}}, "low > 0"),
+        ({"grid": {"train.seed": [1]}, "metrics": "l1"}, "metrics"),
+    ],
+)
+def test_a_sweep_file_that_makes_no_sense_is_refused_in_one_line(
+    values: Mapping[str, Any], told: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(json.dumps({"recipe": YAML, **values}))
+    with pytest.raises(UserError) as caught:
+        sweep.load(str(file))
+    assert told in str(caught.value)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_key_is_told_with_its_trial_before_anything_runs() -> None:
+    with pytest.raises(UserError, match=r"sweep.yaml: sed=1: train.sed: there is no such key"):
+        trials(grid={"train.sed": [1]})
+    with pytest.raises(UserError, match=r"train.phases.9: 9 is not a place in a list of 3"):
+        trials(settings={"bad": {"train.phases.9": None}})
+
+
+# -- what trials share, and which is best -------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> list[str]:
+    """Overrides that read a few drawn pairs and write beside them."""
+    assert sample.main([str(tmp_path / "sample"), "--pairs", "10", "--size", "64x32", "--seed", "0"]) == 0
+    return [
+        f"workspace={tmp_path}/workspace",
+        *(
+            f"ingest.locations.{place}.uri={tmp_path}/sample/{role}"
+            for place, role in enumerate(("label", "photo", "instance"))
+        ),
+    ]
+
+
+def planned(found: list[Trial]) -> list[tuple[Planned, ...]]:
+    asked = Asked()
+    return [plan(asked.steps(trial.config), trial.config.workspace) for trial in found]
+
+
+def test_what_several_trials_need_is_done_once(data: list[str]) -> None:
+    found = sweep.make_trials(
+        config(
+            settings={"complete": {}, "no joint phase": {"train.phases.2": None}, "other": {"train.seed": 9}}
+        ),
+        "sweep.yaml",
+        YAML,
+        data,
+    )
+    names = [p.step.name for p in sweep.shared(planned(found))]
+    assert names == ["ingest", "pair", "shard", "train-global", "train-local"]
+
+
+def test_the_listing_is_asked_for_once_for_all_trials(
+    data: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = sweep.make_trials(config(grid={"train.seed": [1, 2, 3]}), "sweep.yaml", YAML, data)
+    asked = Asked()
+    first = plan(asked.steps(found[0].config), found[0].config.workspace)
+    monkeypatch.setattr("stages.ingest.digest", None)  # asking again would fail
+    assert plan(asked.steps(found[1].config), found[1].config.workspace)[0].folder == first[0].folder
+
+
+def result(name: str, state: sweep.State, **metrics: float) -> Result:
+    return Result(
+        trial=Trial(name=name, values={}, config=trials(grid={"train.seed": [1]})[0].config),
+        state=state,
+        metrics=metrics,
+    )
+
+
+def test_the_best_trial_is_the_best_of_those_that_were_judged() -> None:
+    results = [
+        result("a", "done", l1=0.3, psnr=9),
+        result("b", "done", l1=0.2, psnr=8),
+        result("c", "failed"),
+    ]
+    assert sweep.best_of(results, "l1", "min") is results[1]
+    assert sweep.best_of(results, "psnr", "max") is results[0]
+    assert sweep.best_of(results, "fid", "min") is None
+
+
+def test_the_table_begins_with_the_best_and_says_why_one_failed() -> None:
+    results = [
+        result("worse", "done", l1=0.3),
+        result("better", "done", l1=0.2),
+        Result(trial=result("x", "failed").trial, state="failed", reason="out of memory"),
+    ]
+    told = sweep.table(results, results[1], config(grid={"train.seed": [1]}))
+    assert told.index("better") < told.index("worse") < told.index("failed: out of memory")
+    assert "best by l1 on val: better" in told
+
+
+def rows(name: str, values: Mapping[int, float]) -> list[MetricRow]:
+    return [MetricRow(name, value, step, 0) for step, value in values.items()]
+
+
+def test_a_curve_is_told_as_its_mean_when_an_epoch_is_over() -> None:
+    epochs = MeanByEpoch(before=10)
+    assert not list(epochs.take(rows("loss", {1: 1.0, 2: 3.0}), "loss"))
+    assert not list(epochs.take(rows("epoch", {1: 0, 2: 0}), "loss"))
+    assert not list(epochs.take(rows("loss", {3: 5.0}) + rows("other", {3: 99.0}), "loss"))
+    assert list(epochs.take(rows("epoch", {3: 1}), "loss")) == [(11, 2.0)]
+    assert not list(epochs.take(rows("loss", {4: 7.0, 5: 1.0}), "loss"))
+    assert list(epochs.take(rows("epoch", {4: 1, 5: 2}), "loss")) == [(12, 6.0)]
+
+
+# -- one that runs ------------------------------------------------------------
+
+SMALL = """
+recipe: {recipe}
+settings:
+  first: {{train.losses.l1: 10}}
+  second: {{train.losses.l1: 1}}
+  broken: {{train.losses.perceptual: 1, train.vgg_weights: /nowhere/vgg.safetensors}}
+"""
+NETWORKS = [
+    "pair.split.val=0.3",
+    "shard.size=[64, 32]",
+    "train.model={kind: pix2pix, levels: 4, width: 4, discriminator_width: 4, discriminator_layers: 1}",
+    "train.losses={}",
+    "train.phases=[{name: whole, kind: whole, epochs: 1, batch: 4}]",
+    "evaluate.baselines={untrained: 0, nearest: 0}",
+]
+
+
+@pytest.mark.long
+def test_a_sweep_runs_its_trials_names_the_best_and_does_nothing_twice(
+    data: list[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "small.yaml"
+    file.write_text(SMALL.format(recipe=YAML))
+    words = [part for text in (*data, *NETWORKS) for part in ("--set", text)]
+    command = [sys.executable, "-m", "pipeline.sweep", str(file), *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1300, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "best by l1 on val: " in done.stdout
+    assert "broken" in done.stdout
+    assert "Last result" not in done.stdout  # Tune's own line
+    assert "1 of 3 trials failed" in done.stderr
+    assert re.search(r"second: train-whole +done in", done.stdout)
+
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/workspace/mlflow/mlflow.db")
+    runs = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    assert isinstance(runs, list)
+    by_trial = {run.data.tags["pixloom.trial"]: run for run in runs if "pixloom.trial" in run.data.tags}
+    assert {name: run.info.status for name, run in by_trial.items()} == {
+        "first": "FINISHED",
+        "second": "FINISHED",
+        "broken": "FAILED",
+    }
+    assert by_trial["second"].data.params["train.losses.l1"] == "1.0"
+    assert "l1" in by_trial["second"].data.metrics
+    (parent,) = [run for run in runs if "pixloom.sweep" in run.data.tags]
+    assert all(run.data.tags["mlflow.parentRunId"] == parent.info.run_id for run in by_trial.values())
+    best = parent.data.tags["pixloom.best"]
+    assert by_trial[best].data.metrics["l1"] == min(
+        run.data.metrics["l1"] for run in by_trial.values() if "l1" in run.data.metrics
+    )
+
+    folders = {path.name for path in (tmp_path / "workspace").iterdir()}
+    assert len([name for name in folders if name.startswith("shard-")]) == 1
+    plan = subprocess.run(
+        [*command, "--plan"], cwd=ROOT, capture_output=True, text=True, timeout=200, check=True
+    )
+    assert plan.stdout.count("all done") == 3, plan.stdout

@@ -1,0 +1,133 @@
+"""Files at any location: whole or not at all, and again while a store fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from botocore.exceptions import EndpointConnectionError, NoCredentialsError
+
+from stages import storage
+from stages.errors import StageError, UserError
+from stages.storage import files
+from tests.stores.seaweed import SeaweedS3
+
+
+def test_an_error_that_passes_is_tried_again_and_a_refusal_is_not() -> None:
+    calls = []
+
+    def fails_twice() -> int:
+        calls.append(1)
+        if len(calls) < 3:
+            raise OSError("busy")
+        return 7
+
+    assert storage.retried(fails_twice, first_wait=0) == 7
+
+    def refuses() -> int:
+        calls.append(1)
+        raise PermissionError
+
+    calls.clear()
+    with pytest.raises(UserError, match="s3://b/x: access denied"):
+        storage.patiently(refuses, "s3://b/x", first_wait=0)
+    assert len(calls) == 1
+
+
+def test_missing_credentials_are_no_passing_trouble() -> None:
+    assert not storage.passing(NoCredentialsError())
+    assert storage.passing(EndpointConnectionError(endpoint_url="http://x"))
+
+
+def test_our_own_faults_are_not_mistaken_for_the_stores() -> None:
+    def wrong() -> None:
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        storage.patiently(wrong, "x", 5, 0.001)
+
+
+def test_waits_grow_but_stay_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(files.time, "sleep", waits.append)
+
+    def away() -> None:
+        raise ConnectionResetError("away")
+
+    with pytest.raises(StageError, match="x: failed at each of 8 attempts"):
+        storage.patiently(away, "x")
+    assert len(waits) == files.ATTEMPTS - 1
+    assert 10 < sum(waits) < 60  # longer than a server's restart, not for ever
+
+
+def test_attempts_end_with_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every attempt takes its whole timeout, eight of them would take hours."""
+    now = iter(range(0, 100_000, 200))
+    monkeypatch.setattr(files.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(files.time, "sleep", lambda _: None)
+    calls = []
+
+    def hangs() -> None:
+        calls.append(1)
+        raise TimeoutError("no answer")
+
+    with pytest.raises(StageError, match="no answer"):
+        storage.patiently(hangs, "x")
+    assert len(calls) == 2
+
+
+def test_a_file_of_this_machine_is_asked_for_once(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(str(tmp_path / "none"))
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StageError, match="none"):
+        storage.write_bytes(str(tmp_path / "file" / "none"), b"x")
+    assert storage.list_names(str(tmp_path / "none")) == []
+
+
+def test_damage_in_a_table_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    table = pa.table({"a": ["some", "text"] * 20})
+    storage.write_parquet(str(path), table, use_dictionary=False, write_statistics=False)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"text") + 1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StageError, match=r"t\.parquet: .*CRC"):
+        storage.read_parquet(str(path))
+
+
+def begin(uri: str, data: bytes) -> None:
+    """A file whose writer fails."""
+    with storage.create(uri) as file:
+        file.write(data)
+        raise ZeroDivisionError
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    place = tmp_path / "new" / "file"
+    with storage.create(str(place)) as file:
+        file.write(b"one")
+        assert not place.exists()
+    assert place.read_bytes() == b"one"
+    with pytest.raises(ZeroDivisionError):
+        begin(str(place), b"half")
+    assert place.read_bytes() == b"one"
+    assert [path.name for path in place.parent.iterdir()] == ["file"]
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("size", [3, 2 * files.UPLOAD_BYTES + 3])
+def test_an_object_appears_whole_and_a_dropped_one_leaves_no_upload(
+    s3_store: SeaweedS3, s3_bucket: str, size: int
+) -> None:
+    storage.configure({"s3": s3_store.options()})
+    client, data = s3_store.client(skip_instance_cache=True), bytes(size)
+    with storage.create(f"s3://{s3_bucket}/whole-{size}") as file:
+        file.write(data)
+    assert client.cat_file(f"{s3_bucket}/whole-{size}") == data
+    with pytest.raises(ZeroDivisionError):
+        begin(f"s3://{s3_bucket}/half-{size}", data)
+    assert not client.exists(f"{s3_bucket}/half-{size}")
+    assert client.list_multipart_uploads(s3_bucket) == []
+    storage.configure({"s3": {}})

@@ -1,0 +1,134 @@
+"""Shards and models of a few kilobytes, written as the stages write them."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from stages.base import Kind, Role, Split
+from stages.images import colour, encode
+from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD, build_encoder, build_generator
+from stages.models.files.saved import Picture, Preprocessing, save_model
+from stages.models.styles import Styles
+from stages.shards import dataset
+from stages.shards.dataset import DatasetSpec, RoleSpec, ShardFile
+
+CLASSES = 4
+
+
+def scene(index: int, width: int, height: int) -> dict[Role, np.ndarray]:
+    """A label map of two regions and a street, the picture it stands for, and instances."""
+    rng = np.random.default_rng(index)
+    labels = np.zeros((height, width, 1), np.uint8)
+    labels[height // 2 :] = 1
+    left = int(rng.integers(0, width // 2))
+    labels[height // 4 : height * 3 // 4, left : left + width // 4] = 2
+    colours = np.array([[120, 170, 230], [90, 90, 95], [200, 60, 40], [0, 0, 0]], np.uint8)
+    photo = colours[labels[..., 0]].astype(np.int16) + rng.integers(-12, 12, (height, width, 1))
+    return {
+        "source": labels,
+        "target": np.clip(photo, 0, 255).astype(np.uint8),
+        "instance": (labels.astype(np.uint16) * 1000 + index).astype(np.uint16),
+    }
+
+
+def make_shards(
+    folder: Path,
+    counts: dict[Split, Sequence[int]],
+    *,
+    size: tuple[int, int] = (32, 32),
+    source: Kind = "labels",
+    instances: bool = False,
+    row_group: int = 4,
+) -> DatasetSpec:
+    """Shards with files of so many rows per split; keys are `<split>/<number>`, groups "even" and "odd"."""
+    folder.mkdir(parents=True, exist_ok=True)
+    roles: dict[Role, RoleSpec] = {
+        "source": RoleSpec(kind=source, encoding="raw", classes=CLASSES if source == "labels" else None),
+        "target": RoleSpec(kind="rgb", encoding="raw"),
+    }
+    if instances:
+        roles["instance"] = RoleSpec(kind="instances", encoding="raw")
+    splits: dict[Split, tuple[ShardFile, ...]] = {}
+    number = 0
+    for split, files in counts.items():
+        listed = []
+        for bucket, rows in enumerate(files):
+            records = []
+            for _ in range(rows):
+                drawn = scene(number, *size)
+                if source == "rgb":
+                    drawn["source"] = colour.colorize(drawn["source"], CLASSES)
+                record: dict[str, object] = {
+                    "key": f"{split}/{number:03d}",
+                    "group": ("even", "odd")[number % 2],
+                }
+                for role in roles:
+                    data = encode.encode_image(drawn[role], "raw")
+                    record |= {
+                        role: data,
+                        f"{role}_crc": zlib.crc32(data),
+                        f"{role}_uri": f"file:///{role}/{number}",
+                    }
+                    record |= {f"{role}_width": size[0], f"{role}_height": size[1]}
+                records.append(record)
+                number += 1
+            name = f"{split}-{bucket:05d}.parquet"
+            pq.write_table(pa.Table.from_pylist(records), folder / name, row_group_size=row_group)
+            groups = tuple(min(row_group, rows - start) for start in range(0, rows, row_group))
+            listed.append(ShardFile(name=name, rows=rows, row_groups=groups))
+        splits[split] = tuple(listed)
+    spec = DatasetSpec(size=size, roles=roles, splits=splits)
+    dataset.save(str(folder), spec)
+    return spec
+
+
+def make_model(
+    folder: Path,
+    *,
+    source: Kind = "labels",
+    dropout: bool = False,
+    norm: str = "instance",
+    styles: bool = False,
+    trained: tuple[int, int] = (32, 32),
+) -> Path:
+    """An untrained model: a U-Net of four levels, or with `styles` a coarse-to-fine one with an encoder."""
+    if styles:
+        arch: Pix2Pix | Pix2PixHD = Pix2PixHD(
+            enhancers=0, width=8, downsamplings=2, blocks=1, feature_encoder=True, feature_width=4
+        )
+    else:
+        arch = Pix2Pix(
+            levels=5, width=64 if dropout else 8, norm=norm, dropout="paper" if dropout else "none"
+        )
+    labels = source == "labels"
+    inputs = InputSpec(
+        source="labels" if labels else "image", classes=CLASSES if labels else None, instances=styles
+    )
+    generator = build_generator(arch, inputs, seed=1)
+    with torch.no_grad():  # untrained weights give flat grey pictures
+        for parameter in generator.parameters():
+            parameter.mul_(3)
+    centers = torch.randn(CLASSES, 3, 3, generator=torch.Generator().manual_seed(0))
+    save_model(
+        folder,
+        generator,
+        architecture=arch,
+        inputs=inputs,
+        preprocessing=Preprocessing(
+            size=trained,
+            pictures={
+                "source": Picture(kind=source, classes=CLASSES if labels else None),
+                "target": Picture(kind="rgb"),
+            },
+        ),
+        encoder=build_encoder(arch, inputs),
+        styles=Styles(centers=centers, counts=torch.ones(CLASSES, 3, dtype=torch.int64)) if styles else None,
+    )
+    return folder

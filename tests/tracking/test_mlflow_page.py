@@ -1,0 +1,160 @@
+"""MLflow's own page over runs of ours: two of them compared in a real browser, on a real server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from mlflow.tracking import MlflowClient
+from PIL import Image
+
+from pipeline import sample
+from stages.images import encode
+from tests.stores.seaweed import free_ports
+from tests.support.small import scene
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.long,
+    pytest.mark.filterwarnings("ignore"),  # MLflow's own use of pandas
+]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real tracking server; its address."""
+    folder = tmp_path_factory.mktemp("server")
+    (port,) = free_ports(1)
+    command = [Path(sys.executable).with_name("mlflow"), "server", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
+    command += ["--artifacts-destination", str(folder / "artifacts")]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        url, until = f"http://127.0.0.1:{port}", time.monotonic() + 120
+        while not healthy(url):
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < until, "the server never answered"
+            time.sleep(0.2)
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:  # noqa: S310
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+CONFIG = {
+    "extends": str(ROOT / "pipeline.yaml"),
+    "pair": {"split": {"val": 0.1, "test": 0.2, "seed": 0}, "pairs_per_shard": 20},
+    "shard": {"size": [64, 64]},
+    "train": {
+        "model": None,
+        "losses": None,
+        "phases": [{"name": "whole", "kind": "whole", "epochs": 6, "batch": 2}],
+    },
+}
+MODEL = {"kind": "pix2pix", "levels": 6, "width": 16, "discriminator_layers": 2, "discriminator_width": 16}
+
+
+@pytest.fixture(scope="module")
+def runs(server: str, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Two runs of the pipeline that differ in one setting, as the server holds them."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    sample.write(str(folder / "data"), pairs=60, width=64, height=64, seed=0)
+    locations = [
+        {"uri": str(folder / "data" / layer), "role": role, "pattern": "{key}.png"}
+        for layer, role in {"label": "source", "photo": "target", "instance": "instance"}.items()
+    ]
+    config = {**CONFIG, "ingest": {"locations": locations}, "workspace": str(folder / "workspace")}
+    (folder / "page.yaml").write_text(yaml.safe_dump(config))
+    model = [f"train.model={json.dumps(MODEL)}"]
+    for weight in (100, 1):
+        words = [sys.executable, "-m", "pipeline.run", "-c", str(folder / "page.yaml"), "--until", "report"]
+        for setting in (*model, f"train.losses={{l1: {weight}}}", f"tracking.uri={server}"):
+            words += ["--set", setting]
+        told = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=400)
+        assert told.returncode == 0, told.stdout + told.stderr
+    client = MlflowClient(tracking_uri=server)
+    experiment = client.get_experiment_by_name("street-sample").experiment_id
+    found = client.search_runs([experiment], order_by=["attributes.start_time ASC"])
+    return [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+
+
+def test_two_runs_compared_tell_what_was_changed_and_what_it_did(
+    server: str, browser: Any, runs: list[Any], tmp_path: Path
+) -> None:
+    page = browser.new_page()
+    page.set_viewport_size({"width": 1280, "height": 1250})
+    ids = ",".join(f'"{run.info.run_id}"' for run in runs)
+    page.goto(f'{server}/#/compare-runs?runs=[{ids}]&experiments=["{runs[0].info.experiment_id}"]')
+    page.get_by_text("Comparing 2 Runs from 1 Experiment").wait_for()
+    closing = page.locator("button[aria-label='Close']").first
+    if closing.count():  # MLflow's assistant takes a third of the page
+        closing.click()
+    page.get_by_role("switch").first.click()  # of the parameters, only those that differ
+    chart = page.locator(".js-plotly-plot")
+    chart.wait_for()
+    # the page chooses by itself what differs: one axis for what was changed, one for what it did
+    assert "lambda_l1" in chart.inner_text()
+    told = page.locator("body").inner_text()
+    assert "lambda_l1" in told
+    assert "learning_rate" not in told.partition("Parameters")[2].partition("Metrics")[0]
+    for name in ("l1", "psnr", "ssim", "mean_target_l1"):
+        page.get_by_text(name, exact=True).first.wait_for()
+    target = Path(os.environ.get("PIXLOOM_PICTURES", tmp_path)) / "mlflow_compare.png"
+    page.screenshot(path=target)
+    assert target.stat().st_size > 20_000
+
+
+def test_the_parent_run_has_few_numbers_its_data_set_and_the_champion(server: str, runs: list[Any]) -> None:
+    client = MlflowClient(tracking_uri=server)
+    for run in runs:
+        assert run.info.status == "FINISHED"
+        assert len(run.data.params) < 24
+        assert len(run.data.metrics) < 16
+        (data,) = run.inputs.dataset_inputs
+        assert json.loads(data.dataset.profile)["num_train"] > 0
+        assert {"pixloom.hosts", "pixloom.config", "pixloom.command"} <= run.data.tags.keys()
+    versions = client.search_model_versions("name = 'street-sample'")
+    assert len(versions) == 2
+    champion = client.get_model_version_by_alias("street-sample", "champion")
+    best = min(runs, key=lambda run: run.data.metrics["l1"])
+    assert champion.run_id == best.info.run_id
+
+
+def test_the_registered_champion_generates_by_its_name(server: str, runs: list[Any], tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(encode.encode_image(scene(0, 80, 64)["source"], "png"))
+    words = [sys.executable, "-m", "pipeline.infer", "--model", "models:/street-sample@champion"]
+    words += ["--input", str(folder), "--output", str(tmp_path / "out"), "--set", f"tracking.uri={server}"]
+    told = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert told.returncode == 0, told.stdout + told.stderr
+    with Image.open(tmp_path / "out" / "images" / "a.png") as image:
+        assert image.size == (80, 64)

@@ -1,0 +1,222 @@
+"""A trained model in MLflow: sent twice it is one, and the better one is champion."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow.entities import LoggedModelStatus
+from mlflow.tracking import MlflowClient
+from PIL import Image
+
+from stages.images import encode
+from stages.inference.model_source import local_model
+from stages.inference.translator import Translator
+from stages.models.files.saved import DISCRIMINATOR, load_model
+from stages.tracking import run as tracking
+from stages.tracking.registry import publish
+from stages.tracking.run import TrackingConfig, open_parent
+from tests.stores.seaweed import free_ports
+from tests.support.small import make_model, scene
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own use of pandas, alembic and type hints
+
+LOAD = """
+import sys
+class Absent:  # what a serving machine need not have
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("ray", "torchmetrics", "s3fs", "pipeline", "tests"):
+            raise ImportError(f"{name} is not among the model's requirements")
+sys.meta_path.insert(0, Absent())
+import mlflow, pandas as pd
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model(sys.argv[2])
+data = open(sys.argv[3], "rb").read()
+open(sys.argv[4], "wb").write(model.predict(pd.DataFrame({"image": [data]}))["image"][0])
+example = model.input_example
+open(sys.argv[5], "wb").write(model.predict(example)["image"][0])
+"""
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A store with the experiment `e`."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    uri = f"sqlite:///{folder}/mlflow.db"
+    MlflowClient(tracking_uri=uri).create_experiment("e", artifact_location=(folder / "artifacts").as_uri())
+    return uri
+
+
+def new_run(client: MlflowClient) -> str:
+    experiment = client.get_experiment_by_name("e")
+    return str(client.create_run(experiment.experiment_id).info.run_id)
+
+
+EXAMPLE = {"image": encode.encode_png(scene(3, 32, 32)["source"])}
+
+
+def test_the_better_one_is_champion_and_none_is_made_twice(uri: str, tmp_path: Path) -> None:
+    client = MlflowClient(tracking_uri=uri)
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    models = [make_model(tmp_path / str(width), trained=(width, 32)) for width in (32, 64, 96)]
+
+    def send(index: int, value: float | None, data: str = "d") -> str:
+        return publish(
+            str(models[index]),
+            tracking_uri=uri,
+            run_id=new_run(client),
+            example=EXAMPLE,
+            name="street",
+            value=value,
+            data=data,
+        )
+
+    def champion() -> str:
+        return str(client.get_model_version_by_alias("street", "champion").version)
+
+    assert send(0, None) == "registered as models:/street/1"  # not evaluated yet
+    assert "now champion (l1 0.2)" in send(0, 0.2)
+    assert champion() == "1"
+    assert "champion stays version 1 (l1 0.2), this one has 0.3" in send(1, 0.3)
+    assert champion() == "1"
+    assert "now champion (l1 0.1, before: version 1 (l1 0.2))" in send(2, 0.1)
+    assert "it is champion" in send(2, 0.1)
+    assert "other data" in send(0, 0.05, data="more")
+    assert champion() == "3"
+    assert len(client.search_model_versions("name = 'street'")) == 3
+    experiment = client.get_experiment_by_name("e").experiment_id
+    logged = client.search_logged_models([experiment])
+    assert len(logged) == 3
+    assert {m.value for model in logged for m in model.metrics or [] if m.key == "l1"} >= {0.2, 0.3, 0.1}
+    assert os.environ.get("MLFLOW_TRACKING_URI") == before
+
+
+def test_what_a_kill_left_of_a_model_is_taken_away(uri: str, tmp_path: Path) -> None:
+    client = MlflowClient(tracking_uri=uri)
+    model = make_model(tmp_path / "model", trained=(128, 32))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlflow.tracking.client.MlflowClient.log_model_artifacts", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            publish(str(model), tracking_uri=uri, run_id=new_run(client), example=EXAMPLE)
+    told = publish(str(model), tracking_uri=uri, run_id=new_run(client), example=EXAMPLE)
+    assert publish(str(model), tracking_uri=uri, run_id=new_run(client), example=EXAMPLE) == told
+    experiment = client.get_experiment_by_name("e").experiment_id
+    found = client.search_logged_models([experiment])
+    assert all(one.status == LoggedModelStatus.READY for one in found)
+    assert [one.model_id for one in found if one.model_id in told]
+
+
+def _killed(*args: object, **kwargs: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_run_sends_its_model_and_an_outage_only_delays_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracking, "RETRY_S", (0.05,))
+    model = make_model(tmp_path / "model")
+    workspace = str(tmp_path / "workspace")
+    parent = open_parent(TrackingConfig(), "run", None, workspace)
+    assert parent.flush()
+    sender = tracking._sender(parent.uri, parent.experiment, parent.spool)
+    perform = sender._perform
+
+    def away(operation: object) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(sender, "_perform", away)
+    parent.model(str(model), EXAMPLE, name="street", value=0.5, data="d")
+    assert not parent.flush(wait=0.3)
+    assert list(Path(parent.spool).glob("*.jsonl"))
+    monkeypatch.setattr(sender, "_perform", perform)
+    caplog.set_level("INFO")
+    assert parent.flush()
+    assert "now champion (l1 0.5)" in caplog.text
+    found = local_model("models:/street@champion", tmp_path / "temp", tracking_uri=parent.uri)
+    assert load_model(found).fingerprint == load_model(model).fingerprint
+    found = local_model(f"runs:/{parent.run_id()}", tmp_path / "temp", tracking_uri=parent.uri)
+    assert load_model(found).fingerprint == load_model(model).fingerprint
+    assert not (found / DISCRIMINATOR).exists()
+
+
+@pytest.mark.long
+def test_a_registered_model_is_loaded_and_served_where_this_repository_is_not(
+    uri: str, tmp_path: Path
+) -> None:
+    client = MlflowClient(tracking_uri=uri)
+    folder = make_model(tmp_path / "model")
+    told = publish(
+        str(folder), tracking_uri=uri, run_id=new_run(client), example=EXAMPLE, name="served", value=0.5
+    )
+    assert "now champion" in told
+    labels = scene(1, 40, 24)["source"]
+    expected = Translator(load_model(folder)).translate([labels])[0]
+    (tmp_path / "in.png").write_bytes(encode.encode_image(labels, "png"))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MLFLOW_TRACKING_URI")}
+    names = [str(tmp_path / name) for name in ("in.png", "out.png", "example.png")]
+    words = [sys.executable, "-c", LOAD, uri, "models:/served@champion", *names]
+    subprocess.run(words, cwd=elsewhere, env=environment, check=True, timeout=300, capture_output=True)
+    assert np.array_equal(picture((tmp_path / "out.png").read_bytes()), expected)
+    with Image.open(tmp_path / "example.png") as image:
+        assert image.size == (32, 32)
+
+    (port,) = free_ports(1)
+    mlflow_command = Path(sys.executable).with_name("mlflow")
+    serve = [mlflow_command, "models", "serve", "-m", "models:/served@champion", "--env-manager", "local"]
+    path = f"{mlflow_command.parent}:{environment['PATH']}"
+    with (tmp_path / "serve.log").open("wb") as log:
+        server = subprocess.Popen(
+            [*serve, "--port", str(port)],
+            cwd=elsewhere,
+            env=environment | {"MLFLOW_TRACKING_URI": uri, "PATH": path},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        data = base64.b64encode((tmp_path / "in.png").read_bytes()).decode()
+        answer = invoke(port, {"dataframe_split": {"columns": ["image"], "data": [[data]]}}, server)
+        made = base64.b64decode(answer["predictions"][0]["image"])
+        assert np.array_equal(picture(made), expected)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def picture(data: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image)
+
+
+def invoke(port: int, body: object, server: subprocess.Popen[bytes]) -> dict[str, list[dict[str, str]]]:
+    """The server's answer, once it is up."""
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/invocations",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    until = time.monotonic() + 180
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
+                found: dict[str, list[dict[str, str]]] = json.load(answer)
+                return found
+        except urllib.error.HTTPError as error:
+            raise AssertionError(error.read().decode()) from error
+        except OSError:
+            assert server.poll() is None, "the server ended"
+            assert time.monotonic() < until, "the server never answered"
+            time.sleep(0.5)

@@ -1,0 +1,253 @@
+"""Tracking: what MLflow holds afterwards, on a real SQLite store; a server that goes away and comes back."""
+
+from __future__ import annotations
+
+import pickle
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stages.errors import UserError
+from stages.tracking import run as tracking
+from stages.tracking.run import KEY_TAG, MetricRow, NullRun, Operation, Run, TrackingConfig, open_parent
+
+
+def metrics(key: str, *steps: int, once: bool = True) -> Operation:
+    return Operation("metrics", key, {"rows": [["loss", 1.0, step, 0] for step in steps], "once": once})
+
+
+def test_settings_become_dotted_names_and_fit_the_server() -> None:
+    flat = tracking.flatten({"model": {"kind": "pix2pix", "size": [1, 2]}, "text": "x" * 9000})
+    assert flat["model.kind"] == "pix2pix"
+    assert flat["model.size"] == "[1, 2]"
+    assert len(flat["text"]) == 6000
+
+
+def test_neighbouring_metrics_of_one_run_are_sent_as_one_request() -> None:
+    queue = [metrics("a", 1), metrics("a", 2), metrics("b", 1), metrics("a", 3), Operation("tags", "a", {})]
+    assert [(op.key, len(op.values.get("rows", [])), n) for op, n in tracking.merge(queue)] == [
+        ("a", 2, 2),
+        ("b", 1, 1),
+        ("a", 1, 1),
+        ("a", 0, 1),
+    ]
+    assert len(tracking.merge([metrics("a", 1), metrics("a", 2)], limit=1)) == 2
+
+
+def test_a_restarted_curve_goes_on_after_the_last_recorded_step() -> None:
+    rows = [["loss", 0.5, step, 0] for step in range(5)] + [["rate", 1.0, 0, 0]]
+    assert [(row[0], row[2]) for row in tracking.not_yet_there(rows, {"loss": 2})] == [
+        ("loss", 3),
+        ("loss", 4),
+        ("rate", 0),
+    ]
+
+
+def test_a_spooled_operation_reads_back_equal() -> None:
+    operation = Operation("artifact", "k", {"name": "a/b.bin", "data": b"\x00\xff"})
+    assert Operation.from_json(operation.to_json()) == operation
+
+
+@pytest.mark.parametrize("uri", ["./mlruns", "file:///tmp/mlruns"])
+def test_a_plain_folder_is_refused_as_tracking_uri(uri: str) -> None:
+    with pytest.raises(ValueError, match="sqlite"):
+        TrackingConfig(uri=uri)
+
+
+def test_a_null_run_records_nothing_and_is_its_own_child() -> None:
+    with NullRun() as run:
+        run.metrics({"a": 1.0})
+        assert run.child("x") is run
+
+
+def test_tracking_switched_off_gives_a_null_run(tmp_path: Path) -> None:
+    assert isinstance(open_parent(TrackingConfig(enabled=False), "r", None, str(tmp_path)), NullRun)
+
+
+def test_a_database_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="tracking"):
+        open_parent(TrackingConfig(uri="nothing://user:secret@host/db"), "r", None, str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("workspace"))
+
+
+@pytest.fixture(scope="module")
+def parent(workspace: str) -> Run:
+    return open_parent(TrackingConfig(), "pipeline", {"commit": "abc"}, workspace)
+
+
+def stored(run: Run) -> Any:
+    assert run.flush()
+    return tracking._client(run.uri).get_run(run.run_id())
+
+
+def test_a_stage_leaves_its_params_metrics_pictures_and_files_in_mlflow(parent: Run) -> None:
+    with parent.child("train-global", {"phase": "global"}) as child:
+        child.params({"model": {"width": 8}})
+        child.metrics({"l1": 0.25}, step=3)
+        child.metrics_batch([MetricRow("g", 1.0 / (step + 1), step, 1000 + step) for step in range(1500)])
+        child.image(np.zeros((4, 6, 3), np.uint8), "samples", 1)
+        child.artifact("tables/config.json", b"{}")
+        child.dataset(
+            "shards", uri="s3://bucket/shards", digest="d" * 50, context="training", counts={"num_train": 3}
+        )
+    run = stored(child)
+    client = tracking._client(child.uri)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {"model.width": "8"}
+    assert run.data.metrics["l1"] == 0.25
+    assert len(client.get_metric_history(run.info.run_id, "g")) == 1500
+    assert run.data.tags["mlflow.parentRunId"] == parent.run_id()
+    assert run.data.tags["phase"] == "global"
+    assert {f.path for f in client.list_artifacts(run.info.run_id)} == {"images", "tables"}
+    assert run.inputs.dataset_inputs[0].dataset.name == "shards"
+    assert run.inputs.dataset_inputs[0].dataset.profile == '{"num_train": 3}'
+
+
+@pytest.mark.parametrize(("error", "status"), [(ValueError, "FAILED"), (KeyboardInterrupt, "KILLED")])
+def test_an_error_is_the_runs_status(parent: Run, error: type[BaseException], status: str) -> None:
+    with pytest.raises(error), parent.child("stage") as child:
+        raise error
+    assert stored(child).info.status == status
+
+
+def test_a_child_with_the_same_key_is_taken_up_again_without_repeated_steps(parent: Run) -> None:
+    rows = [MetricRow("loss", float(step), step, step) for step in range(6)]
+    first = parent.child("train", key="phase-1")
+    first.metrics_batch(rows[:4])
+    assert first.flush()
+    tracking._senders.pop(parent.uri)  # what a new process starts with
+    again = pickle.loads(pickle.dumps(parent)).child("train", key="phase-1")  # noqa: S301
+    again.metrics_batch(rows[2:])
+    history = tracking._client(again.uri).get_metric_history(stored(again).info.run_id, "loss")
+    assert sorted(m.step for m in history) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_param_keeps_its_first_value_when_a_run_is_taken_up_again(parent: Run) -> None:
+    child = parent.child("train")
+    child.params({"seed": 1})
+    child.params({"seed": 2, "fresh": 3})
+    assert stored(child).data.params == {"seed": "1", "fresh": "3"}
+
+
+def test_a_value_the_server_refuses_is_dropped_and_said(
+    parent: Run, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "GIVE_UP_S", 0.0)
+    child = parent.child("train")
+    child.artifact("../outside", b"")
+    child.metrics({"class: road*": 2.0})
+    assert stored(child).data.metrics == {"class_ road_": 2.0}
+    assert "refused artifact" in caplog.text
+
+
+def test_runs_of_a_killed_process_are_closed_by_the_next(parent: Run, workspace: str) -> None:
+    child = parent.child("train")
+    client = tracking._client(parent.uri)
+    assert child.run_id()
+    client.set_tag(child.run_id(), run.PROCESS_TAG, f"{socket.gethostname()} 999999999 1")
+    open_parent(TrackingConfig(), "again", None, workspace)
+    assert client.get_run(child.run_id()).info.status == "KILLED"
+    assert client.get_run(parent.run_id()).info.status == "RUNNING"
+
+
+class Gate:
+    """A tracking client that can be cut off, in front of the real one."""
+
+    def __init__(self, client: Any) -> None:
+        self.client, self.open = client, True
+
+    def __getattr__(self, name: str) -> Any:
+        if not self.open:
+            raise ConnectionError("no route")
+        return getattr(self.client, name)
+
+
+@pytest.fixture
+def gate(parent: Run, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    monkeypatch.setattr(tracking, "RETRY_S", (0.05,))
+    assert parent.flush()
+    sender = tracking._sender(parent.uri, parent.experiment, parent.spool)
+    original = sender._mlflow
+    sender._mlflow = gate = Gate(original)
+    yield gate
+    gate.open = True
+    assert parent.flush()
+    sender._mlflow = original
+
+
+def test_an_outage_delays_nothing_and_loses_nothing(
+    parent: Run, gate: Gate, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate.open = False
+    child = parent.child("train")
+    child.metrics_batch([MetricRow("loss", 1.0, step, step) for step in range(3)])
+    assert not child.flush(wait=0.3)
+    child.metrics_batch([MetricRow("loss", 1.0, step, step) for step in range(3, 6)])
+    assert not child.flush(wait=0.3)
+    assert list(Path(parent.spool).glob("*.jsonl"))
+    gate.open = True
+    history = tracking._client(child.uri).get_metric_history(stored(child).info.run_id, "loss")
+    assert sorted(m.step for m in history) == list(range(6))
+    assert not list(Path(parent.spool).glob("*.jsonl"))
+    assert caplog.text.count("does not answer") == 1
+    assert caplog.text.count("answers again") == 1
+
+
+def test_what_a_process_could_not_send_the_next_one_sends(parent: Run, gate: Gate, workspace: str) -> None:
+    gate.open = False
+    child = parent.child("train", key="left-behind")
+    child.metrics({"loss": 2.0}, step=1)
+    assert not child.flush(wait=0.3)
+    tracking._senders.pop(parent.uri)  # the process ends here
+    gate.open = False
+    open_parent(TrackingConfig(), "next", None, workspace).flush()
+    found = tracking._client(parent.uri).search_runs(
+        [parent.experiment], filter_string=f"tags.`{KEY_TAG}` = 'left-behind'"
+    )
+    assert [run.data.metrics for run in found] == [{"loss": 2.0}]
+
+
+def test_the_page_of_a_local_run_is_one_command_away(tmp_path: Path) -> None:
+    command = TrackingConfig().page_command(str(tmp_path))
+    assert command == f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow/mlflow.db"
+    assert TrackingConfig(uri="http://host:5000").page_command(str(tmp_path)) == "http://host:5000"
+
+
+class Dead(BaseHTTPRequestHandler):
+    """A server that is there but broken."""
+
+    def do_GET(self) -> None:
+        self.send_error(503)
+
+    do_POST = do_GET  # noqa: N815
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+def test_a_broken_server_is_the_users_to_mend_at_the_start(tmp_path: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Dead)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        uri = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(UserError, match="tracking"):
+            open_parent(TrackingConfig(uri=uri), "r", None, str(tmp_path))
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_the_machines_load_has_the_names_mlflow_shows() -> None:
+    values = tracking.system_metrics()
+    assert all(name.startswith("system/") for name in values)
+    assert 0 < values["system/system_memory_usage_percentage"] <= 100

@@ -1,0 +1,172 @@
+"""Checkpoints: what is written is read back whole or not at all, at any location."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from stages import storage
+from stages.training import checkpoints, curves
+from stages.training.checkpoints import Checkpoint, DamagedError, Position, Writer
+
+
+def checkpoint(steps: int, value: float = 1.0) -> Checkpoint:
+    moments = {0: {"step": torch.tensor(float(steps)), "m": torch.ones(2)}}
+    state = {
+        "generator": {"layer.weight": torch.full((3, 2), value)},
+        "optimizer": {"state": moments, "groups": [{"lr": 0.1}]},
+        "updates": steps,
+    }
+    points = curves.points(Position(steps=steps, images=steps), 0, {"loss": value})
+    return Checkpoint("job", Position(steps=steps, step=steps), state, curves.to_table(points), "run")
+
+
+@pytest.fixture(params=["local", "memory"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    if request.param == "local":
+        return str(tmp_path / "checkpoints")
+    return f"memory://{tmp_path.name}/checkpoints"
+
+
+def test_a_state_is_split_into_tensors_and_json_and_joined_again() -> None:
+    state = {"a": [1, {"b": torch.ones(2)}], 3: {"x": None}, "betas": (0.5, 0.9)}
+    tensors, plain = checkpoints.split_state(state)
+    assert set(tensors) == {"a.1.b"}
+    again = checkpoints.join_state(tensors, plain)
+    assert again["betas"] == [0.5, 0.9]
+    assert again[3] == {"x": None}
+    assert again["a"][1]["b"].equal(torch.ones(2))
+
+
+def test_a_checkpoint_reads_back_equal(folder: str) -> None:
+    written = checkpoint(7, 2.5)
+    checkpoints.save(folder, written, keep=2)
+    read = checkpoints.load_newest(folder, job="job")
+    assert read is not None
+    assert read.position == written.position
+    assert read.run_id == "run"
+    assert read.state["generator"]["layer.weight"].equal(written.state["generator"]["layer.weight"])
+    assert read.state["optimizer"]["state"][0]["step"].item() == 7
+    assert curves.from_table(read.curves) == curves.from_table(written.curves)
+
+
+def test_only_the_newest_are_kept(folder: str) -> None:
+    for steps in (1, 2, 10, 3):
+        checkpoints.save(folder, checkpoint(steps), keep=2)
+    assert checkpoints.names(folder) == ["step-00000003", "step-00000010"]
+
+
+@pytest.mark.parametrize("file", [checkpoints.TENSORS, checkpoints.CURVES, checkpoints.MANIFEST])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(
+    folder: str, file: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints.save(folder, checkpoint(1, 1.0), keep=3)
+    checkpoints.save(folder, checkpoint(2, 2.0), keep=3)
+    uri = storage.join(folder, "step-00000002", file)
+    data = bytearray(storage.read_bytes(uri))
+    fs, path = storage.filesystem(uri)
+    fs.rm_file(path)
+    if damage == "flip":
+        data[len(data) // 2] ^= 0xFF
+    if damage != "remove":
+        storage.write_bytes(uri, bytes(data[: len(data) // 2] if damage == "truncate" else data))
+    read = checkpoints.load_newest(folder, job="job")
+    assert read is not None
+    assert read.position.steps == 1
+    assert "step-00000002" in caplog.text
+
+
+def test_a_checkpoint_of_other_settings_is_not_taken(folder: str) -> None:
+    checkpoints.save(folder, checkpoint(1), keep=1)
+    assert checkpoints.load_newest(folder, job="other") is None
+
+
+def test_a_folder_without_checkpoints_has_none(folder: str) -> None:
+    assert checkpoints.load_newest(folder, job="job") is None
+
+
+def test_writing_a_checkpoint_again_is_never_half_old_half_new(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints.save(folder, checkpoint(1, 1.0), keep=1)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("killed here")
+
+    monkeypatch.setattr(checkpoints.pq, "write_table", fail)
+    with pytest.raises(OSError, match="killed here"):
+        checkpoints.save(folder, checkpoint(1, 2.0), keep=1)
+    with pytest.raises(DamagedError, match="not finished"):
+        checkpoints.load(storage.join(folder, "step-00000001"), job="job")
+
+
+def test_a_copy_does_not_follow_later_steps() -> None:
+    layer = nn.Linear(2, 2)
+    copy = checkpoints.copied({"layer": layer.state_dict()})
+    with torch.no_grad():
+        layer.weight.add_(1)
+    assert not copy["layer"]["weight"].equal(layer.weight)
+
+
+def test_an_optimizer_goes_on_from_a_checkpoint_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    def train(layer: nn.Linear, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            layer(torch.ones(1, 2)).square().sum().backward()
+            optimizer.step()
+
+    torch.manual_seed(0)
+    layer = nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1, betas=(0.5, 0.999), fused=True)
+    train(layer, optimizer, 3)
+    state = {"layer": layer.state_dict(), "optimizer": optimizer.state_dict()}
+    saved = Checkpoint("job", Position(steps=3), checkpoints.copied(state), curves.to_table([]))
+    checkpoints.save(str(tmp_path), saved, keep=1)
+    train(layer, optimizer, 3)
+    read = checkpoints.load_newest(str(tmp_path), job="job")
+    assert read is not None
+    again = nn.Linear(2, 2)
+    fresh = torch.optim.Adam(again.parameters(), lr=1.0, fused=True)
+    again.load_state_dict(read.state["layer"])
+    fresh.load_state_dict(read.state["optimizer"])
+    train(again, fresh, 3)
+    assert again.weight.equal(layer.weight)
+
+
+def test_a_store_that_comes_back_gets_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "WAIT_S", 0.0)
+    failures = iter([OSError("away"), OSError("away")])
+    save = checkpoints.save
+
+    def flaky(*args: Any, **named: Any) -> None:
+        for error in failures:
+            raise error
+        save(*args, **named)
+
+    monkeypatch.setattr(checkpoints, "save", flaky)
+    writer = Writer(str(tmp_path), keep=1)
+    writer.submit(checkpoint(4))
+    writer.finish()
+    assert checkpoints.names(str(tmp_path)) == ["step-00000004"]
+
+
+def test_a_store_that_stays_away_is_told_at_the_end_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(checkpoints, "WAIT_S", 0.0)
+
+    def away(*_: Any, **__: Any) -> None:
+        raise OSError("away")
+
+    monkeypatch.setattr(checkpoints, "save", away)
+    writer = Writer(str(tmp_path), keep=1)
+    writer.submit(checkpoint(4))
+    writer.wait()
+    assert "training goes on" in caplog.text
+    with pytest.raises(OSError, match="away"):
+        writer.finish()

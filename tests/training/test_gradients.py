@@ -1,0 +1,67 @@
+"""Means over workers: every gradient, whatever its size and layout, by two real processes."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import nn
+
+from stages.training import gradients
+
+
+def test_buckets_keep_order_and_dtype_and_are_about_as_large_as_asked() -> None:
+    tensors = [torch.zeros(n) for n in (3, 3, 10, 1)] + [torch.zeros(2, dtype=torch.float64)]
+    groups = [[t.numel() for t in group] for group in gradients.buckets(tensors, size=24)]
+    assert groups == [[3, 3], [10], [1], [2]]
+    assert list(gradients.buckets([], size=24)) == []
+
+
+def work(rank: int, world: int, folder: str) -> None:
+    """One of the two processes."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    gradients.CPU_BUCKET_BYTES = 64
+    planar = torch.arange(24.0).view(1, 2, 3, 4) * (rank + 1)
+    last = planar.clone(memory_format=torch.channels_last) if rank else planar.clone()
+    scalar = torch.tensor(float(rank))
+    weights = [nn.Parameter(torch.zeros_like(one)) for one in (planar, last, scalar)]
+    for weight, gradient in zip(weights, (planar, last, scalar), strict=True):
+        weight.grad = gradient
+    assert [w for bucket in gradients.send(weights, coming=False)() for w in bucket] == weights[::-1]
+    expected = torch.arange(24.0).view(1, 2, 3, 4) * 1.5
+    for weight, mean in zip(weights, (expected, expected, torch.tensor(0.5)), strict=True):
+        assert weight.grad is not None
+        assert weight.grad.equal(mean)
+        assert weight.grad.stride() == weight.stride()  # a fused optimizer walks both side by side
+
+    first, unused, last = (nn.Parameter(torch.full((8,), value)) for value in (2.0, 3.0, 5.0))
+    arriving = gradients.send([first, unused, last], coming=True)
+    ((first * last).sum() * (rank + 1)).backward()  # made while it waits, the unused weight's never
+    assert sum(len(bucket) for bucket in arriving()) == 3
+    assert [None if p.grad is None else p.grad[0].item() for p in (first, unused, last)] == [7.5, 0.0, 3.0]
+    arriving = gradients.send([first, unused, last], coming=True)
+    (first * (rank + 1)).sum().backward()  # one turn more: the sum travels
+    assert sum(len(bucket) for bucket in arriving()) == 3
+    assert [None if p.grad is None else p.grad[0].item() for p in (first, unused, last)] == [9.0, 0.0, 3.0]
+    arriving = gradients.send([first, unused], coming=True)
+    first.sum().backward()
+    means = arriving()  # from here on the others need nothing of this worker
+    done = Path(folder, "first-has-its-means")
+    while rank == 1 and not done.exists():
+        time.sleep(0.01)
+    assert sum(len(bucket) for bucket in means) == 2
+    done.touch()
+    assert gradients.broadcast_object({"rank": rank}) == {"rank": 0}
+    assert gradients.total(torch.tensor([1.0])).item() == world
+    dist.destroy_process_group()
+    Path(folder, f"done-{rank}").touch()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_two_processes_have_the_same_mean_afterwards(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(work, (2, str(tmp_path)), nprocs=2)
+    assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}

@@ -1,0 +1,337 @@
+"""The loop of a phase, in this process: resume is exact, phases hand over, what is not finite stops it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stages.images.augment import AugmentConfig
+from stages.models.architecture import InputSpec
+from stages.models.files.saved import Preprocessing, load_model
+from stages.models.step import Batch, GanState
+from stages.training import checkpoints, curves, loop
+from stages.training.checkpoints import Position
+from stages.training.control import Notices, Poster
+from stages.training.loop import Ending, Task, Worker, train_phase
+from stages.training.phases import PhaseJob, TrainConfig, jobs
+
+ROWS, BATCH = 10, 4
+HD = {
+    "kind": "pix2pixhd",
+    "width": 2,
+    "enhancers": 1,
+    "downsamplings": 1,
+    "blocks": 1,
+    "enhancer_blocks": 1,
+    "discriminator_width": 2,
+    "discriminator_layers": 1,
+    "discriminators": 2,
+    "instance_edges": False,
+}
+PHASES = [
+    {"name": "global", "kind": "global", "epochs": 3, "decay_epochs": 2, "batch": BATCH, "discriminators": 1},
+    {"name": "local", "kind": "local", "enhancers": 1, "epochs": 1, "batch": BATCH},
+    {"name": "joint", "kind": "joint", "enhancers": 1, "epochs": 1, "batch": BATCH},
+]
+
+
+def phase_jobs(**changes: Any) -> tuple[PhaseJob, ...]:
+    values = {"model": HD, "phases": PHASES, "log_every": 1, "ema": 0.9, "precision": "float32", **changes}
+    return jobs(TrainConfig.model_validate(values), AugmentConfig())
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small only lose by more threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Rows:
+    """Batches of random pairs, each a function of epoch and row; one may be damaged on its way."""
+
+    def __init__(self, size: int, *, spoil: int | None = None, cut: int | None = None) -> None:
+        self.size, self.spoil, self.cut, self.given = size, spoil, cut, 0
+
+    def row(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
+        random = torch.Generator().manual_seed(epoch * 1000 + index)
+        return tuple(torch.rand(3, self.size, self.size, generator=random) * 2 - 1 for _ in range(2))  # type: ignore[return-value]
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        for step in range(start_step, loop.steps_per_epoch(ROWS, BATCH)):
+            if self.given == self.cut:
+                raise KeyboardInterrupt
+            rows = [self.row(epoch, index) for index in range(step * BATCH, min(ROWS, (step + 1) * BATCH))]
+            source, target = (torch.stack(images) for images in zip(*rows, strict=True))
+            if self.given == self.spoil:
+                target = target * float("nan")
+            self.given += 1
+            yield Batch(source=source, target=target)
+
+
+def task(output: Path, job: PhaseJob, **changes: Any) -> Task:
+    made = Task(
+        job=job,
+        name="name",
+        inputs=InputSpec(),
+        preprocessing=Preprocessing(),
+        rows=ROWS,
+        output=str(output),
+        before="",
+        checkpoint_images=BATCH,
+    )
+    return replace(made, **changes)
+
+
+def nothing(gan: GanState) -> tuple[np.ndarray | None, dict[str, float]]:
+    return None, {}
+
+
+def train(given: Task, feed: Rows, preview: Callable[[GanState], Any] = nothing) -> tuple[Ending, Notices]:
+    board = Notices()
+    return train_phase(given, Worker(), feed, Poster(board), preview), board
+
+
+def losses(output: Path) -> list[tuple[int, int, int, str, float]]:
+    """The curves without what depends on the clock."""
+    rows = curves.from_table(pq.read_table(output / "metrics.parquet"))
+    kept = ("generator/", "discriminator/", "learning_rate/", "gradient_norm/")
+    return [row[:5] for row in rows if row.name.startswith(kept)]
+
+
+def weights(output: Path, **options: Any) -> dict[str, Tensor]:
+    return load_model(output / "model", **options).generator.state_dict()
+
+
+def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert all(one[name].equal(other[name]) for name in one)
+
+
+def test_a_position_counts_epochs_steps_and_images() -> None:
+    position, seen = Position(), []
+    for _ in range(4):
+        position = loop.advance(position, rows=ROWS, batch=BATCH)
+        seen.append((position.epoch, position.step, position.images, position.steps))
+    assert seen == [(0, 1, 4, 1), (0, 2, 8, 2), (1, 0, 10, 3), (1, 1, 14, 4)]
+
+
+def test_checkpoints_come_at_epoch_ends_and_after_so_many_images() -> None:
+    position, due = Position(), []
+    for _ in range(6):
+        after = loop.advance(position, rows=ROWS, batch=BATCH)
+        due.append((loop.is_due(position, after, 8), loop.is_due(position, after, None)))
+        position = after
+    by_images = [False, True, True, False, True, True]
+    by_epoch = [False, False, True, False, False, True]
+    assert due == list(zip(by_images, by_epoch, strict=True))
+
+
+@pytest.mark.parametrize("epochs", [1, 7, 20, 21, 200])
+def test_pictures_are_few_and_one_is_of_the_last_epoch(epochs: int) -> None:
+    drawn = [epoch for epoch in range(1, epochs + 1) if loop.is_pictured(epoch, epochs)]
+    assert drawn[-1] == epochs
+    assert min(epochs, 10) <= len(drawn) <= loop.PICTURES + 1
+
+
+def test_noise_differs_by_step_worker_phase_and_seed_only() -> None:
+    seeds = {loop.noise_seed(s, p, k, r) for s in (0, 1) for p in ("a", "b") for k in (0, 1) for r in (0, 1)}
+    assert len(seeds) == 16
+    assert loop.noise_seed(1, "a", 2, 3) == loop.noise_seed(1, "a", 2, 3)
+
+
+def test_a_phase_leaves_a_model_its_curves_and_checkpoints(tmp_path: Path) -> None:
+    job = phase_jobs()[0]
+    ending, board = train(task(tmp_path, job), Rows(16))
+    assert ending.position == Position(epoch=3, images=30, steps=9)
+    assert load_model(tmp_path / "model").weights == "ema"
+    rates = [row[4] for row in losses(tmp_path) if row[3] == "learning_rate/generator"]
+    assert rates[:3] == [2e-4] * 3
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[3:]))
+    assert 0 < rates[-1] < 1e-4
+    assert len(checkpoints.names(str(tmp_path / "checkpoints"))) == 2
+    assert {event.kind for event in board.take()} == {"points", "progress"}
+
+
+@pytest.mark.parametrize("cut", [1, 3, 5, 8])
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, cut: int) -> None:
+    job = phase_jobs(model={"kind": "pix2pix", "levels": 3, "width": 2, "discriminator_layers": 1,
+                            "discriminator_width": 2},
+                     phases=[{"name": "whole", "kind": "whole", "epochs": 3, "decay_epochs": 1,
+                              "batch": BATCH}])[0]  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(task(whole, job), Rows(16))
+    with pytest.raises(KeyboardInterrupt):
+        train(task(parts, job), Rows(16, cut=cut))
+    train(task(parts, job), Rows(16))
+    assert losses(parts) == losses(whole)
+    assert_equal(weights(parts), weights(whole))
+    assert_equal(weights(parts, weights="raw"), weights(whole, weights="raw"))
+
+
+def test_a_finished_phase_run_again_is_the_same_and_trains_nothing(tmp_path: Path) -> None:
+    job = phase_jobs()[0]
+    train(task(tmp_path, job), Rows(16))
+    before = losses(tmp_path)
+    again = Rows(16)
+    ending, _ = train(task(tmp_path, job), again)
+    assert again.given == 0
+    assert ending.position.epoch == 3
+    assert losses(tmp_path) == before
+
+
+def test_checkpointing_changes_memory_and_no_number(tmp_path: Path) -> None:
+    joint = phase_jobs(phases=[{**PHASES[2], "kind": "joint"}])[0]
+    for name, checkpointing in (("plain", False), ("sparing", True)):
+        train(task(tmp_path / name, joint, checkpointing=checkpointing), Rows(16))
+    assert losses(tmp_path / "plain") == losses(tmp_path / "sparing")
+
+
+def test_phases_hand_over_and_only_the_joint_one_changes_g1(tmp_path: Path) -> None:
+    before, folders = "", []
+    for job, size in zip(phase_jobs(), (8, 16, 16), strict=True):
+        folder = tmp_path / job.phase.name
+        train(task(folder, job, before=before), Rows(size))
+        before = str(folder)
+        folders.append(folder)
+    first, local, joint = (
+        {name: t for name, t in weights(folder, weights="raw").items() if name.startswith("coarse.")}
+        for folder in folders
+    )
+    assert first
+    assert_equal(first, local)
+    trained = [name for name in first if not local[name].equal(joint[name])]
+    assert any(name.endswith("weight") for name in trained)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_phase_and_keeps_the_last_good_checkpoint(
+    tmp_path: Path,
+) -> None:
+    job = phase_jobs(log_every=5)[0]
+    ending, _ = train(task(tmp_path, job), Rows(16, spoil=5))
+    assert "step 6" in ending.failure
+    assert "nan" in ending.failure
+    assert "learning rate" in ending.failure
+    good = checkpoints.load_newest(str(tmp_path / "checkpoints"), job="name")
+    assert good is not None
+    assert good.position.steps == 5
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_broken_weight_is_never_checkpointed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient that overflows breaks the weights while that step's losses are still finite."""
+    original = loop.step
+
+    def overflow(gan: GanState, batch: Batch, **named: Any) -> dict[str, Tensor]:
+        values = original(gan, batch, **named)
+        with torch.no_grad():
+            next(gan.generator.parameters()).fill_(float("inf"))
+        return values
+
+    monkeypatch.setattr(loop, "step", overflow)
+    ending, _ = train(task(tmp_path, phase_jobs()[0]), Rows(16))
+    assert "a weight is not finite" in ending.failure
+    assert checkpoints.names(str(tmp_path / "checkpoints")) == []
+
+
+def test_an_order_to_stop_checkpoints_first_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    job = phase_jobs()[0]
+    board = Notices()
+    board.stop("preempted")
+    ending = train_phase(task(tmp_path, job), Worker(), Rows(16), Poster(board), nothing)
+    assert ending.stopped == "preempted"
+    assert 0 < ending.position.steps < 9
+    feed = Rows(16)
+    train(task(tmp_path, job), feed)
+    assert feed.given == 9 - ending.position.steps
+
+
+def test_a_warning_that_a_machine_goes_is_heeded_once_with_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "ASK_S", -1.0)
+    job = phase_jobs()[0]
+    board = Notices()
+    given = task(tmp_path, job, checkpoint_images=None, keep_checkpoints=9)
+    train_phase(given, Worker(), Rows(16), Poster(board), nothing, lambda: True)
+    told = [event.value for event in board.take() if event.kind == "note"]
+    assert told == ["a machine is about to be taken away: makes a checkpoint first"]
+    assert "step-00000001" in checkpoints.names(str(tmp_path / "checkpoints"))
+
+
+def test_a_checkpoint_of_other_settings_is_not_gone_on_from(tmp_path: Path) -> None:
+    job = phase_jobs()[0]
+    train(task(tmp_path, job), Rows(16))
+    feed = Rows(16)
+    train(task(tmp_path, job, name="other"), feed)
+    assert feed.given == 9
+
+
+def test_samples_are_drawn_into_the_phases_folder(tmp_path: Path) -> None:
+    grid = np.zeros((4, 4, 3), np.uint8)
+    _, board = train(task(tmp_path, phase_jobs()[0]), Rows(16), lambda _: (grid, {}))
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
+        "epoch-0001.png",
+        "epoch-0002.png",
+        "epoch-0003.png",
+    ]
+    assert [event.value[0] for event in board.take() if event.kind == "picture"] == [10, 20, 30]
+
+
+def test_the_best_checkpoint_by_validation_stays_whatever_its_age(tmp_path: Path) -> None:
+    measured = iter([0.2, 0.1, 0.3, 0.4, 0.5])
+    job = phase_jobs(phases=[{**PHASES[0], "epochs": 5}, *PHASES[1:]])[0]
+    given = task(tmp_path, job, checkpoint_images=None)
+    train(given, Rows(16), lambda _: (None, {"validation/l1": next(measured)}))
+    assert checkpoints.names(str(tmp_path / "checkpoints")) == [
+        "step-00000006",
+        "step-00000012",
+        "step-00000015",
+    ]
+
+
+def test_restored_moments_lie_in_memory_as_their_weights_do() -> None:
+    """A fused optimizer pairs elements by address: in another layout, weights get one another's moments."""
+    weight = nn.Parameter(torch.rand(4, 3, 2, 2).contiguous(memory_format=torch.channels_last))
+    optimizer = torch.optim.Adam([weight], fused=True)
+    moments = torch.rand(4, 3, 2, 2)
+    optimizer.state[weight] = {"step": torch.tensor(1.0), "exp_avg": moments, "exp_avg_sq": moments.clone()}
+    loop.lay_out(optimizer)
+    assert optimizer.state[weight]["exp_avg"].stride() == weight.stride()
+    assert optimizer.state[weight]["exp_avg"].equal(moments)
+
+
+def test_health_is_in_the_curves(tmp_path: Path) -> None:
+    train(task(tmp_path, phase_jobs()[0]), Rows(16))
+    names = {row.name for row in curves.from_table(pq.read_table(tmp_path / "metrics.parquet"))}
+    assert names >= {
+        *("throughput/images_per_second", "throughput/data_wait_fraction", "throughput/checkpoint_fraction"),
+        *("gradient_norm/generator", "gradient_norm/discriminator", "health/discriminator_over_generator"),
+        *("learning_rate/generator", "learning_rate/discriminator"),
+        *("system/cpu_utilization_percentage", "system/system_memory_usage_percentage"),
+    }
+
+
+@pytest.mark.gpu
+def test_the_load_of_a_gpu_is_measured() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("NOT RUN: needs a GPU")
+    assert loop.gpu_metrics(torch.device("cuda"))["system/gpu_0_memory_usage_megabytes"] > 0
+
+
+def test_a_network_without_numbers_is_found() -> None:
+    layer = nn.Linear(2, 2)
+    assert loop.all_finite(layer)
+    layer.weight.data[0, 0] = float("nan")
+    assert not loop.all_finite(layer)
+    assert loop.all_finite(None)

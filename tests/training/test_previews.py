@@ -1,0 +1,95 @@
+"""Sample pictures: the same pairs each time, at the phase's size, without a trace in training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stages.images.augment import AugmentConfig
+from stages.models.architecture import InputSpec, Pix2PixHD
+from stages.models.losses import LossWeights
+from stages.models.step import GanState, build_gan
+from stages.shards import dataset
+from stages.shards.dataset import DatasetSpec
+from stages.training import previews
+from stages.training.phases import PhaseJob, TrainConfig, jobs
+from stages.training.previews import Samples
+from tests.support.small import make_shards
+
+GAP = 4
+MODEL = Pix2PixHD(
+    width=2, downsamplings=1, blocks=1, enhancer_blocks=1, discriminator_width=2, discriminators=2
+)
+
+
+def job(index: int, crop: tuple[int, int] | None = None) -> PhaseJob:
+    return jobs(TrainConfig.model_validate({"model": MODEL}), AugmentConfig(crop=crop))[index]
+
+
+def translator(given: PhaseJob, inputs: InputSpec, ema: float | None = None) -> GanState:
+    return build_gan(MODEL, inputs, weights=LossWeights(), enhancers=given.phase.enhancers, ema_decay=ema)
+
+
+def samples(folder: Path, spec: DatasetSpec, given: PhaseJob) -> Samples:
+    return Samples(str(folder), spec, given, torch.device("cpu"))
+
+
+LABELS = InputSpec(source="labels", classes=4, instances=True)
+
+
+@pytest.mark.parametrize(("index", "size"), [(0, 16), (1, 32)])
+def test_a_grid_has_a_pair_a_row_at_the_phases_size(tmp_path: Path, index: int, size: int) -> None:
+    spec = make_shards(tmp_path, {"train": [4], "val": [3]}, instances=True)
+    given = job(index)
+    grid, values = samples(tmp_path, spec, given)(translator(given, LABELS))
+    assert 0 < values["validation/l1"] < 1
+    assert grid is not None
+    assert grid.shape == (3 * (size + GAP) + GAP, 3 * (size + GAP) + GAP, 3)
+    assert grid.dtype == np.uint8
+
+
+def test_a_crop_takes_the_middle(tmp_path: Path) -> None:
+    spec = make_shards(tmp_path, {"val": [1]}, instances=True)
+    sample = next(dataset.read_split(str(tmp_path), spec, "val"))
+    pair = previews.fixed(sample, spec, job(1, crop=(16, 16)))
+    assert np.array_equal(pair["target"], sample.images["target"][8:24, 8:24])
+
+
+def test_without_a_validation_split_other_pairs_are_shown_and_nothing_is_measured(tmp_path: Path) -> None:
+    spec = make_shards(tmp_path, {"train": [9]}, instances=True)
+    given = job(1)
+    grid, values = samples(tmp_path, spec, given)(translator(given, LABELS))
+    assert grid is not None
+    assert grid.shape[0] == previews.SHOWN * (32 + GAP) + GAP
+    assert values == {}
+
+
+def test_the_number_is_the_mean_over_all_measured_pairs(tmp_path: Path) -> None:
+    """The same pairs one at a time and together."""
+    spec = make_shards(tmp_path, {"val": [6]}, instances=True)
+    given = job(1)
+    gan = translator(given, LABELS)
+    _, values = samples(tmp_path, spec, given)(gan)
+    each = []
+    for sample in dataset.read_split(str(tmp_path), spec, "val"):
+        one = {role: previews.tensor([image], spec, role) for role, image in sample.images.items()}
+        drawn = previews.generate(gan, one["source"], one["target"], one["instance"])
+        each.append(float((drawn - one["target"]).abs().mean()) / 2)
+    assert values["validation/l1"] == pytest.approx(np.mean(each), rel=1e-5)
+
+
+def test_drawing_leaves_no_trace_in_training(tmp_path: Path) -> None:
+    spec = make_shards(tmp_path, {"val": [2]}, instances=True)
+    given = job(1)
+    gan = translator(given, LABELS, ema=0.9)
+    before = {name: value.clone() for name, value in gan.generator.state_dict().items()}
+    drawn = samples(tmp_path, spec, given)
+    (first, one), (again, two) = drawn(gan), drawn(gan)
+    assert one == two
+    assert np.array_equal(first, again)
+    assert gan.generator.training
+    assert not gan.ema.network.training
+    assert all(before[name].equal(value) for name, value in gan.generator.state_dict().items())
