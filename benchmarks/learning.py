@@ -41,7 +41,7 @@ from pipeline import config as configuration
 from stages import train
 from stages.base import Split
 from stages.evaluate import nearest, thumbnail
-from stages.images import geometry
+from stages.images import geometry, pictures
 from stages.images.kinds import Array
 from stages.inference.translator import Translator
 from stages.models import step

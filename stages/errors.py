@@ -1,13 +1,15 @@
-"""Every error Pixloom raises on purpose.
+"""Every error Pixloom raises on purpose, and how any error becomes one line for a person.
 
 PixloomError
-├── UserError     the user's to mend: bad config, missing bucket, wrong credentials   exit 2, one line
-└── StageError    a stage failed on good input: worker lost, too many rejects         exit 1, cause shown
+├── UserError     the user can fix it: bad config, missing bucket, wrong credentials   exit 2, one line
+└── StageError    a stage failed on good input: worker lost, too many rejects          exit 1, cause shown
 """
 
 from __future__ import annotations
 
 import re
+
+from pydantic import ValidationError
 
 
 class PixloomError(Exception):
@@ -15,15 +17,68 @@ class PixloomError(Exception):
 
 
 class UserError(PixloomError):
-    """The user's to mend. The message names the file and the dotted key, or the object, to look at."""
+    """The user can fix it. The message names the file and the dotted key, or the object, to look at."""
 
 
 class StageError(PixloomError):
     """A stage failed. The message names the stage and what to look at; the cause is chained."""
 
 
+def one_line(error: BaseException, *, limit: int = 300, kind: bool = False) -> str:
+    """The first line of an error's text, at most `limit` characters; its type's name if it has no text.
+
+    kind   put the type's name in front: `TimeoutError: no answer`
+    """
+    name = type(error).__name__
+    text = next((" ".join(line.split()) for line in str(error).splitlines() if line.strip()), "")
+    if not text:
+        return name
+    return f"{name}: {text}"[:limit] if kind else text[:limit]
+
+
+def cause(error: BaseException) -> str:
+    """The innermost reason of an error that Ray wrapped, as `Type: text` in one line."""
+    if full := full_disk(error):
+        return full
+    failures = getattr(error, "worker_failures", None)  # of a Ray Train run
+    if failures:
+        rank, first = next(iter(failures.items()))
+        return f"worker {rank}: {cause(first)}"
+    error = innermost(error)
+    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+    text = lines[0].partition(". ")[0] if "actor is dead" in lines[0] else lines[-1]
+    text = text.partition("Worker exit detail")[0].strip()
+    return f"{type(error).__name__}: {text}".removesuffix(": ")[:300]
+
+
+def innermost(error: BaseException) -> BaseException:
+    """What an error was raised from, followed to its end. Ray keeps what a task raised in `cause`."""
+    while (inner := getattr(error, "cause", None) or error.__cause__) is not None and inner is not error:
+        error = inner
+    return error
+
+
+def first_invalid(error: ValidationError) -> str:
+    """The most useful of pydantic's errors as `key: reason (and N more)`.
+
+    Unknown keys come first: a misspelt key usually causes the missing-key errors.
+    """
+    errors = error.errors(include_url=False)
+    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
+    key = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = "there is no such key"
+    elif first["type"] == "missing":
+        message = "is required"
+    elif not isinstance(first["input"], dict | list) and first["type"] != "value_error":
+        message = f"{message}, got {first['input']!r}"
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return " ".join(f"{key + ': ' if key else ''}{message}{more}".split())
+
+
 def full_disk(error: BaseException) -> str:
-    """What to mend, if Ray says that it has no room: its object store is full and so is the disk; else "".
+    """What to do if Ray says that its object store and the disk it spills to are full; else "".
 
     Ray's own text, however deep it is wrapped, ends in advice to call `df` and does not say for which folder.
     """
@@ -33,7 +88,6 @@ def full_disk(error: BaseException) -> str:
     machines = re.findall(r"\bip=([\w.:]+)", text)
     where = f" on {machines[-1]}" if machines else ""
     return (
-        f"Ray's object store{where} is full, and so is the disk it spills to (/tmp/ray, unless told of "
-        "another): free some there, or start Ray with more --object-store-memory or another "
-        "--object-spilling-directory"
+        f"Ray's object store{where} is full, and so is the disk it spills to (/tmp/ray by default): free "
+        "some space there, or start Ray with more --object-store-memory or another --object-spilling-directory"
     )

@@ -6,7 +6,7 @@ out: metrics.parquet        a row an image: key, split, group, every metric, eve
      confusion.json         class by class, where a segmenter or a palette was given
      mean_target.png        the mean training target
 
-The images are another stage's (`inference.outputs` names them by key) or any other system's (`images`, `names`).
+The images are another stage's (`inference.outputs` names them) or any other system's (`images`, `names`).
 Units of work do not depend on how many processes do them, and their sums are added in unit order: one worker
 and many give the same numbers.
 """
@@ -47,7 +47,7 @@ from stages.models.architecture import build_encoder, build_generator
 from stages.models.fast.heap import keep_freed_memory
 from stages.models.files.saved import LoadedModel, Manifest
 from stages.objects.fetch import Object, Reader
-from stages.parallel import UNITS_AT_ONCE, failure, on_actors, pool_size, threads, uses_gpu
+from stages.parallel.cluster import UNITS_AT_ONCE, failure, on_actors, pool_size, threads, uses_gpu
 from stages.progress import Progress
 from stages.scoring import metrics
 from stages.scoring.metrics import MeanImage, Moments, Sums

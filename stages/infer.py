@@ -42,7 +42,7 @@ from stages.models.fast.process import tune_process
 from stages.models.files.saved import load_model
 from stages.objects.fetch import Object, Reader
 from stages.objects.patterns import compile_pattern
-from stages.parallel import on_actors, pool_size, threads, uses_gpu
+from stages.parallel.cluster import on_actors, pool_size, threads, uses_gpu
 from stages.progress import Progress
 from stages.shards import dataset
 

@@ -38,7 +38,7 @@ from ray.exceptions import RayError
 
 from stages.base import Config, Fraction, Outcome, Resources, Role, Split
 from stages.errors import StageError, UserError
-from stages.parallel import failure
+from stages.parallel.cluster import failure
 from stages.progress import Progress
 from stages.storage import filesystem, join, read_json, read_parquet, write_parquet
 

@@ -2,7 +2,7 @@
 
 PNGs are written here rather than by Pillow: every row as its differences from the row above, deflated by
 ISA-L. Pillow tries five filters a row and deflates with zlib: seven times the time for an eighth fewer bytes
- (`python -m benchmarks.data png`). Any PNG reader reads both.
+(`python -m benchmarks.data png`). Any PNG reader reads both.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from stages.images.kinds import ImageRejected
 from stages.objects import archives
 from stages.objects.listing import etag_of, local_etag
 from stages.storage import filesystem, patiently, s3, speaks
-from stages.storage.files import ATTEMPTS, FIRST_WAIT
+from stages.storage.retry import ATTEMPTS, FIRST_WAIT
 
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")

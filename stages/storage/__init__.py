@@ -10,12 +10,9 @@ from stages.storage.files import (
     join,
     list_names,
     parquet_parts,
-    passing,
-    patiently,
     read_bytes,
     read_json,
     read_parquet,
-    retried,
     speaks,
     worker_environment,
     write_bytes,
@@ -23,6 +20,7 @@ from stages.storage.files import (
     write_parquet,
     written,
 )
+from stages.storage.retry import passing, patiently, retried
 
 __all__ = [
     "absolute",

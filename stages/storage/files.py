@@ -12,11 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import random
-import tarfile
-import time
 import uuid
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,17 +26,14 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from stages.errors import PixloomError, StageError, UserError
+from stages.errors import StageError, UserError, one_line
 from stages.storage import s3
+from stages.storage.retry import passing, patiently
 
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
 
 UPLOAD_BYTES = 16 << 20  # of a growing file that are sent at once; S3 takes 10,000 such parts: 156 GiB
-ATTEMPTS = 8
-FIRST_WAIT = 0.25  # seconds; doubled each time, at most LONGEST_WAIT: about 40 s in all
-LONGEST_WAIT = 10.0
-PATIENCE = 300.0  # seconds after which no attempt is added: each may take as long as the client's timeouts
 
 
 def configure(options: Mapping[str, Mapping[str, Any]]) -> None:
@@ -150,7 +143,9 @@ def create(uri: str) -> Iterator[Any]:
         try:
             upload.commit()
         except FileNotFoundError as error:  # no such upload: an attempt without answer completed it
-            raise OSError(f"{uri}: whether it is written is not known ({line(error)})") from error
+            raise OSError(
+                f"{uri}: whether it is written is not known ({one_line(error, kind=True)})"
+            ) from error
     except BaseException:
         with suppress(Exception):  # the trouble that led here is what the user hears of
             upload.discard()
@@ -198,68 +193,7 @@ def parquet_parts(folder: str, prefix: str) -> Iterator[str]:
             yield join(folder, name)
 
 
-# -- again --------------------------------------------------------------------
-
-
-def refusal(error: BaseException) -> bool:
-    """Whether a store refuses these credentials: nothing that another attempt would change."""
-    return isinstance(error, PermissionError) or "Credential" in type(error).__name__
-
-
-def passing(error: BaseException) -> bool:
-    """Whether another attempt may succeed: the network's and the store's troubles, not their refusals."""
-    if refusal(error) or isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
-        return False
-    client = type(error).__module__.partition(".")[0]
-    return isinstance(error, OSError | EOFError | tarfile.TarError | zlib.error) or client in (
-        "botocore",
-        "aiobotocore",
-        "aiohttp",
-        "asyncio",
-        "urllib3",
-    )
-
-
-def retried(call: Callable[[], Value], *, attempts: int = ATTEMPTS, first_wait: float = FIRST_WAIT) -> Value:
-    """The call's value, tried again with growing, scattered waits while the store fails.
-
-    The clients retry too, for a few seconds; this is for a store that is away for longer.
-
-    Raises:
-        Exception: the last attempt's own, or the first that is no passing trouble.
-    """
-    started = time.monotonic()
-    for attempt in range(attempts - 1):
-        try:
-            return call()
-        except Exception as error:
-            if not passing(error) or time.monotonic() - started > PATIENCE:
-                raise
-            logger.info("%s, trying again", line(error))
-            wait = min(first_wait * 2**attempt, LONGEST_WAIT)
-            time.sleep(wait * random.uniform(0.5, 1))  # noqa: S311 - scatters retries, changes no result
-    return call()
-
-
-def patiently(
-    call: Callable[[], Value], uri: str, attempts: int = ATTEMPTS, first_wait: float = FIRST_WAIT
-) -> Value:
-    """As `retried`, with errors that name the location.
-
-    Raises:
-        FileNotFoundError: there is no such object.
-        UserError: the store refuses access. StageError: it failed at every attempt.
-    """
-    try:
-        return retried(call, attempts=attempts, first_wait=first_wait)
-    except PixloomError:
-        raise
-    except Exception as error:
-        if refusal(error):
-            raise UserError(f"{uri}: access denied, check the credentials ({line(error)})") from error
-        if passing(error):
-            raise StageError(f"{uri}: failed at each of {attempts} attempts ({line(error)})") from error
-        raise
+# -- errors -------------------------------------------------------------------
 
 
 def written(call: Callable[[], Value], uri: str) -> Value:
@@ -267,7 +201,7 @@ def written(call: Callable[[], Value], uri: str) -> Value:
     try:
         return _stored(call, uri)
     except FileNotFoundError as error:
-        raise UserError(f"{uri}: there is no such bucket ({line(error)})") from error
+        raise UserError(f"{uri}: there is no such bucket ({one_line(error, kind=True)})") from error
 
 
 def _stored(call: Callable[[], Value], uri: str) -> Value:
@@ -277,13 +211,10 @@ def _stored(call: Callable[[], Value], uri: str) -> Value:
     try:
         return call()
     except PermissionError as error:
-        raise UserError(f"{uri}: access denied, check the permissions ({line(error)})") from error
+        raise UserError(
+            f"{uri}: access denied, check the permissions ({one_line(error, kind=True)})"
+        ) from error
     except OSError as error:
         if passing(error):
-            raise StageError(f"{uri}: {line(error)}") from error
+            raise StageError(f"{uri}: {one_line(error, kind=True)}") from error
         raise
-
-
-def line(error: BaseException) -> str:
-    """An error's kind and text in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

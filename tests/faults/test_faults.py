@@ -28,7 +28,7 @@ from stages.shard import ShardConfig
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec
 from stages.shards.feed import Feed, read_here
-from stages.storage import files
+from stages.storage import retry
 from tests.stores.ceph import CephS3, missing
 from tests.stores.faults import Fault, FaultProxy
 from tests.stores.seaweed import SeaweedS3
@@ -234,7 +234,7 @@ def test_a_store_that_is_killed_and_comes_back_after_seconds_is_waited_for(
 def test_a_store_that_stays_away_is_one_error_and_nothing_is_taken_for_whole(
     store: Store, bucket: str, wanted: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "LONGEST_WAIT", 0.05)
+    monkeypatch.setattr(retry, "LONGEST_WAIT", 0.05)
     storage.configure({"s3": store.options()})
     parts = list_and_pair(bucket, f"s3://{bucket}/stays-away")
     output = f"s3://{bucket}/stays-away/shards"
@@ -334,7 +334,7 @@ def test_flips_that_stay_are_one_error_when_shards_are_read(
     store: Store, bucket: str, wanted: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A shard that is damaged in the store itself; its pairs are not dropped quietly."""
-    monkeypatch.setattr(files, "LONGEST_WAIT", 0.02)
+    monkeypatch.setattr(retry, "LONGEST_WAIT", 0.02)
     storage.configure({"s3": store.options()})
     client = store.client()
     client.cp(f"{bucket}/calm/shards", f"{bucket}/rotten", recursive=True)

@@ -14,7 +14,7 @@ import pytest
 from stages import storage
 from stages.objects import listing
 from stages.objects.listing import Page, Unit
-from stages.storage import files
+from stages.storage import retry
 from tests.stores.faults import Fault, FaultProxy
 from tests.stores.files import FileServer
 from tests.stores.seaweed import SeaweedS3
@@ -252,7 +252,7 @@ def test_what_the_user_has_to_mend_is_said_in_a_line(
     complaint: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(files, "LONGEST_WAIT", 0.05)
+    monkeypatch.setattr(retry, "LONGEST_WAIT", 0.05)
     given = dict(changes)
     uri = f"s3://{given.pop('bucket', s3_data)}/{given.pop('prefix', 'data')}"
     storage.configure({"s3": {**s3_store.options(), **given}})

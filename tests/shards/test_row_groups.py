@@ -11,7 +11,7 @@ import pytest
 from stages import storage
 from stages.errors import StageError
 from stages.shards.row_groups import read_row_group, read_unit
-from stages.storage import files
+from stages.storage import retry
 from tests.support.pairs import make_shards, photo_pairs
 
 COLUMNS = ["key", "target", "target_crc"]
@@ -40,7 +40,7 @@ def test_columns_with_lists_are_read_too(tmp_path: Path, shard_file: bytes) -> N
 def test_damage_in_any_column_is_found(
     tmp_path: Path, shard_file: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files.time, "sleep", lambda _: None)
+    monkeypatch.setattr(retry.time, "sleep", lambda _: None)
     data = bytearray(shard_file)
     data[data.index(b"train/0002") + 9] ^= 1  # a key, which has no checksum of its own
     storage.write_bytes("memory://row-groups/damaged.parquet", bytes(data))

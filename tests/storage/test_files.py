@@ -10,7 +10,7 @@ from botocore.exceptions import EndpointConnectionError, NoCredentialsError
 
 from stages import storage
 from stages.errors import StageError, UserError
-from stages.storage import files
+from stages.storage import files, retry
 from tests.stores.seaweed import SeaweedS3
 
 
@@ -50,22 +50,22 @@ def test_our_own_faults_are_not_mistaken_for_the_stores() -> None:
 
 def test_waits_grow_but_stay_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(files.time, "sleep", waits.append)
+    monkeypatch.setattr(retry.time, "sleep", waits.append)
 
     def away() -> None:
         raise ConnectionResetError("away")
 
     with pytest.raises(StageError, match="x: failed at each of 8 attempts"):
         storage.patiently(away, "x")
-    assert len(waits) == files.ATTEMPTS - 1
+    assert len(waits) == retry.ATTEMPTS - 1
     assert 10 < sum(waits) < 60  # longer than a server's restart, not for ever
 
 
 def test_attempts_end_with_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where every attempt takes its whole timeout, eight of them would take hours."""
     now = iter(range(0, 100_000, 200))
-    monkeypatch.setattr(files.time, "monotonic", lambda: next(now))
-    monkeypatch.setattr(files.time, "sleep", lambda _: None)
+    monkeypatch.setattr(retry.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(retry.time, "sleep", lambda _: None)
     calls = []
 
     def hangs() -> None:

@@ -154,7 +154,7 @@ def test_runs_of_a_killed_process_are_closed_by_the_next(parent: Run, workspace:
     child = parent.child("train")
     client = tracking._client(parent.uri)
     assert child.run_id()
-    client.set_tag(child.run_id(), run.PROCESS_TAG, f"{socket.gethostname()} 999999999 1")
+    client.set_tag(child.run_id(), tracking.PROCESS_TAG, f"{socket.gethostname()} 999999999 1")
     open_parent(TrackingConfig(), "again", None, workspace)
     assert client.get_run(child.run_id()).info.status == "KILLED"
     assert client.get_run(parent.run_id()).info.status == "RUNNING"

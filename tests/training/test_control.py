@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from stages.parallel import failure
+from stages.parallel.cluster import failure
 from stages.progress import Progress
 from stages.tracking.run import MetricRow, NullRun
 from stages.training.control import Event, Notices, Poster, cause

@@ -1,0 +1,89 @@
+"""One retry policy: calls to a store are repeated while it fails, and not where it refuses.
+
+A store that fails is asked again for about 40 s, longer than a restart takes.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import tarfile
+import time
+import zlib
+from collections.abc import Callable
+from typing import TypeVar
+
+from stages.errors import PixloomError, StageError, UserError, one_line
+
+logger = logging.getLogger(__name__)
+Value = TypeVar("Value")
+
+ATTEMPTS = 8
+FIRST_WAIT = 0.25  # seconds; doubled each time, at most LONGEST_WAIT: about 40 s in all
+LONGEST_WAIT = 10.0
+PATIENCE = 300.0  # seconds after which no attempt is added: each may take as long as the client's timeouts
+
+
+def refusal(error: BaseException) -> bool:
+    """Whether a store refuses these credentials: nothing that another attempt would change."""
+    return isinstance(error, PermissionError) or "Credential" in type(error).__name__
+
+
+def passing(error: BaseException) -> bool:
+    """Whether another attempt may succeed: the network's and the store's troubles, not their refusals."""
+    if refusal(error) or isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        return False
+    client = type(error).__module__.partition(".")[0]
+    return isinstance(error, OSError | EOFError | tarfile.TarError | zlib.error) or client in (
+        "botocore",
+        "aiobotocore",
+        "aiohttp",
+        "asyncio",
+        "urllib3",
+    )
+
+
+def retried(call: Callable[[], Value], *, attempts: int = ATTEMPTS, first_wait: float = FIRST_WAIT) -> Value:
+    """The call's value, tried again with growing, scattered waits while the store fails.
+
+    The clients retry too, for a few seconds; this is for a store that is away for longer.
+
+    Raises:
+        Exception: the last attempt's own, or the first that is no passing trouble.
+    """
+    started = time.monotonic()
+    for attempt in range(attempts - 1):
+        try:
+            return call()
+        except Exception as error:
+            if not passing(error) or time.monotonic() - started > PATIENCE:
+                raise
+            logger.info("%s, trying again", one_line(error, kind=True))
+            wait = min(first_wait * 2**attempt, LONGEST_WAIT)
+            time.sleep(wait * random.uniform(0.5, 1))  # noqa: S311 - scatters retries, changes no result
+    return call()
+
+
+def patiently(
+    call: Callable[[], Value], uri: str, attempts: int = ATTEMPTS, first_wait: float = FIRST_WAIT
+) -> Value:
+    """As `retried`, with errors that name the location.
+
+    Raises:
+        FileNotFoundError: there is no such object.
+        UserError: the store refuses access. StageError: it failed at every attempt.
+    """
+    try:
+        return retried(call, attempts=attempts, first_wait=first_wait)
+    except PixloomError:
+        raise
+    except Exception as error:
+        if refusal(error):
+            raise UserError(
+                f"{uri}: access denied, check the credentials ({one_line(error, kind=True)})"
+            ) from error
+        if passing(error):
+            raise StageError(
+                f"{uri}: failed at each of {attempts} attempts ({one_line(error, kind=True)})"
+            ) from error
+        raise
