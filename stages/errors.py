@@ -89,5 +89,6 @@ def full_disk(error: BaseException) -> str:
     where = f" on {machines[-1]}" if machines else ""
     return (
         f"Ray's object store{where} is full, and so is the disk it spills to (/tmp/ray by default): free "
-        "some space there, or start Ray with more --object-store-memory or another --object-spilling-directory"
+        "some space there, or start Ray with a larger --object-store-memory or another "
+        "--object-spilling-directory"
     )
