@@ -46,8 +46,9 @@ from stages.images.augment import AugmentConfig
 from stages.images.kinds import Encoding
 from stages.models.architecture import InputSpec, Pix2Pix
 from stages.models.fast.process import tune_process
+from stages.models.gan import build_gan
 from stages.models.losses import paper_weights
-from stages.models.step import Batch, build_gan, step
+from stages.models.step import Batch, step
 from stages.objects.fetch import Object, Reader
 from stages.objects.listing import etag_of, local_etag
 from stages.shards import dataset

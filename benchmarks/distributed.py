@@ -52,7 +52,8 @@ from stages.base import Resources, Role
 from stages.images import encode, geometry
 from stages.images.augment import AugmentConfig
 from stages.models.fast.process import tune_process
-from stages.models.step import Batch, build_gan, state_of, step
+from stages.models.gan import build_gan, state_of
+from stages.models.step import Batch, step
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec, RoleSpec, ShardFile
 from stages.tracking.run import NullRun
@@ -203,8 +204,8 @@ def _exchange(given: PhaseJob, spec: DatasetSpec, found: Any) -> None:
         if round_ == 1:
             dist.barrier()
             started = time.monotonic()
-        for arriving in [gradients.send(parameters, coming=False) for parameters in networks]:
-            for _ in arriving():
+        for averaged in [gradients.Exchange(p, during_backward=False) for p in networks]:
+            for _ in averaged:
                 pass
     seconds = (time.monotonic() - started) / 20
     found.put((sum(4 * p.numel() for parameters in networks for p in parameters), seconds))

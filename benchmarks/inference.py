@@ -50,7 +50,7 @@ from stages.models.architecture import InputSpec, Pix2Pix, build_generator
 from stages.models.fast import heap
 from stages.models.fast.process import keep_freed_memory, return_freed_memory
 from stages.models.files.saved import Picture, Preprocessing, load_model, save_model
-from stages.models.step import Precision
+from stages.models.gan import Precision
 from stages.parallel.cluster import own_cores
 from stages.storage import join, write_bytes
 from stages.tracking.run import NullRun

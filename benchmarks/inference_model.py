@@ -3,9 +3,9 @@
 python -m benchmarks.inference_model [--network g1] [--turns 5] [--settings fixed bf16 ...]
 
     published       eager float32, the layers of the published code
-    as-trained      our network, before its weights are laid out
-    channels-last   the layout that the trainer gives them
-    fixed           and known to change no more, as batch inference does it
+    plain           our network without `stages.models.fast`
+    trained         in the faster modules that training uses
+    frozen          in those for frozen weights, as batch inference does it
 """
 
 from __future__ import annotations
@@ -21,21 +21,16 @@ from torch import Tensor, nn
 
 from benchmarks.train_step import HD_INPUTS, Case, make_batch
 from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD, build_generator
+from stages.models.fast.accelerate import accelerate
 from stages.models.fast.process import keep_freed_memory, return_freed_memory
-from stages.models.layers import fix_weights
-from stages.models.step import make_condition
+from stages.models.inputs import make_condition
 from tests.reference.published_step import PlainGenerator, PlainUnet, copy_weights
 
 CASES = {
     "g1": (Case(Pix2PixHD(enhancers=0), (512, 256)), HD_INPUTS),
     "unet": (Case(Pix2Pix(dropout="none"), (256, 256)), InputSpec()),
 }
-SETTINGS = ("as-trained", "channels-last", "fixed", "bf16", "compiled", "compiled-bf16")
-
-
-def channels_last(network: nn.Module) -> nn.Module:
-    """Weights in the layout that the trainer gives them."""
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+SETTINGS = ("plain", "trained", "frozen", "bf16", "compiled", "compiled-bf16")
 
 
 def built(network: str) -> nn.Module:
@@ -51,12 +46,16 @@ def generator(
     network = built(name)
     network.load_state_dict(weights.state_dict())
     network.eval().requires_grad_(False)
-    run: Callable[[Tensor], Tensor] = network if setting == "as-trained" else channels_last(network)
-    if setting in ("fixed", "bf16"):
-        fix_weights(network, torch.bfloat16 if setting == "bf16" else torch.float32)
+    bf16 = setting.endswith("bf16")
+    if setting == "trained":
+        network = accelerate(network, device="cpu")
+    elif setting in ("frozen", "bf16"):
+        network = accelerate(network, device="cpu", frozen=torch.bfloat16 if bf16 else torch.float32)
+    run: Callable[[Tensor], Tensor] = network
     if setting.startswith("compiled"):
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         run = torch.compile(network, options={"freezing": True})
-    return run, torch.bfloat16 if setting.endswith("bf16") else None
+    return run, torch.bfloat16 if bf16 else None
 
 
 def main() -> None:
@@ -85,7 +84,7 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for setting in arguments.settings:
         run, dtype = generator(setting, ours, arguments.network)
-        x = condition if setting == "as-trained" else condition.contiguous(memory_format=torch.channels_last)
+        x = condition if setting == "plain" else condition.contiguous(memory_format=torch.channels_last)
         times: tuple[list[float], list[float]] = ([], [])
         with torch.inference_mode():
             for turn in range(arguments.turns + 2):

@@ -26,8 +26,10 @@ import torch
 
 from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD, condition_channels
 from stages.models.fast.process import return_freed_memory, tune_process
+from stages.models.gan import Precision, build_gan
+from stages.models.inputs import make_condition
 from stages.models.losses import paper_weights
-from stages.models.step import Batch, Precision, build_gan, make_condition, step
+from stages.models.step import Batch, step
 from tests.reference.published_step import (
     Plain,
     PlainGenerator,

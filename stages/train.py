@@ -155,7 +155,7 @@ def run(
         keep_checkpoints=resources.keep_checkpoints,
         checkpointing=resources.checkpointing,
         compiled=resources.compile,
-        pairs_at_once=resources.pairs_at_once,
+        micro_batch=resources.pairs_at_once,
     )
     gpu = resources.gpu if resources.gpu is not None else ray.cluster_resources().get("GPU", 0) >= 1
     setup = Setup(

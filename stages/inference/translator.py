@@ -9,22 +9,24 @@ Knows torch and numpy only: batch inference, the MLflow model and the evaluation
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from stages import seeding
 from stages.base import Kind
 from stages.images import kinds
 from stages.images.kinds import Array
 from stages.models.architecture import size_multiple, uses_edges
+from stages.models.fast.accelerate import accelerate
 from stages.models.files.saved import LoadedModel
-from stages.models.inputs import instance_edges, one_hot, padded_size, reflect_to
-from stages.models.layers import fix_weights, noise_sources
-from stages.models.styles import find_instances, from_reference, mean_features, paint
+from stages.models.inputs import make_condition, padded_size, reflect_to, translate, unit_range
+from stages.models.layers import noise_sources
+from stages.models.styles import find_instances, from_reference, mean_features, style_map
 
 StyleKind = Literal["random", "cluster", "reference"]
 
@@ -34,17 +36,14 @@ OVERLAP = 4
 
 def noise_seed(seed: int, key: str, sample: int = 0) -> int:
     """63 bits for the noise of one picture: a function of nothing but these."""
-    digest = hashlib.blake2b(
-        f"{seed}\0{sample}\0{key}".encode(errors="surrogatepass"), digest_size=8
-    ).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return seeding.number(seed, sample, key)
 
 
 class Translator:
-    """A model ready to be called with arrays, from any threads at once.
+    """A model to call with arrays, from any threads at once. The loaded model itself stays as it is.
 
-    stochastic    dropout as noise and batch statistics, as the Pix2Pix paper generates; one picture at a
-                  time, so that a picture depends on its seed alone
+    stochastic    with dropout as noise, as Isola et al. generate; one picture at a time, so that a picture
+                  depends on its seed alone
     tile          side of the tiles that larger pictures are cut into; None: always whole
     """
 
@@ -57,7 +56,10 @@ class Translator:
         stochastic: bool = False,
         tile: int | None = None,
     ) -> None:
-        self.model, self.device, self.precision = model, torch.device(device), precision
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        generator = accelerate(model.generator, device=device, frozen=dtype)
+        self.model = replace(model, generator=generator)
+        self.device, self.precision = torch.device(device), precision
         self.stochastic, self.tile = stochastic, tile
         self.multiple, self.minimum = size_multiple(model.architecture, enhancers=model.enhancers)
         pictures = model.preprocessing.pictures
@@ -67,12 +69,6 @@ class Translator:
         self.needs_instances = model.inputs.instances and (
             uses_edges(model.architecture, model.inputs) or model.encoder is not None
         )
-        model.generator.requires_grad_(requires_grad=False)
-        # The layout it was trained in; faster on CPUs and GPUs alike (benchmarks/README.md).
-        model.generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        fix_weights(model.generator, torch.bfloat16 if precision == "bf16" else torch.float32)
-        if stochastic:
-            _use_batch_statistics(model.generator)
 
     def padded(self, height: int, width: int) -> tuple[int, int]:
         """The size the network really works on for a picture of this size."""
@@ -98,8 +94,8 @@ class Translator:
         Returns arrays (H, W, C) of the target kind. Raises ValueError for input the model cannot take.
         """
         if self.needs_instances and instances is None:
-            raise ValueError("this model needs an instance map beside every source")
-        if self.stochastic and len(sources) > 1:  # batch statistics and noise of one picture each
+            raise ValueError("this model needs an instance map with every source")
+        if self.stochastic and len(sources) > 1:  # one at a time: the same bits whatever the batch
             return [
                 self.translate(
                     [source],
@@ -115,15 +111,15 @@ class Translator:
         with torch.inference_mode():
             source = self._stack(sources)
             instance = None if instances is None or not self.needs_instances else self._stack(instances)
-            given = list(seeds) if seeds is not None else [0] * len(sources)
+            seeds = seeds if seeds is not None else [0] * len(sources)
             features = None
             if self.model.encoder is not None:
                 assert instance is not None
-                features = self._features(source, instance, given, style, cluster, reference)
+                features = self._features(source, instance, seeds, style, cluster, reference)
             if self.tile is None or max(height, width) <= self.tile:
-                out = self._whole(source, instance, features, given)
+                out = self._whole(source, instance, features, seeds)
             else:
-                out = self._tiled(source, instance, features, given, self.tile)
+                out = self._tiled(source, instance, features, seeds, self.tile)
             return self._pictures(out.float().permute(0, 2, 3, 1))
 
     def _pictures(self, out: Tensor) -> list[Array]:
@@ -139,36 +135,23 @@ class Translator:
             batch = batch.astype(np.int32)
         return torch.from_numpy(np.ascontiguousarray(batch)).to(self.device)
 
-    def _condition(self, source: Tensor, instance: Tensor | None, features: Tensor | None) -> Tensor:
-        """What the generator sees: source (one-hot or in [-1, 1]), instance edges, style features."""
-        inputs = self.model.inputs
-        if inputs.source == "labels":
-            assert inputs.classes is not None
-            parts = [one_hot(source, inputs.classes)]
-        else:
-            parts = [normalised(source, self.source_kind)]
-        if uses_edges(self.model.architecture, inputs):
-            assert instance is not None
-            parts.append(instance_edges(instance))
-        if features is not None:
-            parts.append(features)
-        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-
     def _whole(
         self, source: Tensor, instance: Tensor | None, features: Tensor | None, seeds: Sequence[int]
     ) -> Tensor:
         height, width = source.shape[2:]
         size = self.padded(height, width)
-        condition = self._condition(
+        condition = make_condition(
             reflect_to(source, *size),
             None if instance is None else reflect_to(instance, *size),
-            None if features is None else reflect_to(features, *size),
-        )
-        condition = condition.contiguous(memory_format=torch.channels_last)
+            arch=self.model.architecture,
+            inputs=self.model.inputs,
+            kind=self.source_kind,
+        ).contiguous(memory_format=torch.channels_last)
+        style = None if features is None else reflect_to(features, *size)
         noise = noise_sources(seeds) if self.stochastic else None
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            out = self.model.generator(condition, noise)
-        return cast(Tensor, out)[:, :, :height, :width]
+            out = translate(self.model.generator, condition, style, noise)
+        return out[:, :, :height, :width]
 
     def _tiled(
         self,
@@ -180,8 +163,8 @@ class Translator:
     ) -> Tensor:
         """Overlapping tiles, blended linearly where they overlap.
 
-        Inexact: instance norm sees a tile's statistics instead of the picture's, and a tile knows nothing of
-        what lies beyond its border.
+        Inexact: instance norm takes a tile's statistics instead of the picture's, and a tile does not see
+        beyond its border.
         """
         height, width = source.shape[2:]
         channels = self.model.inputs.target_channels
@@ -211,43 +194,31 @@ class Translator:
         cluster: int,
         reference: tuple[Array, Array, Array] | None,
     ) -> Tensor:
-        """Style features (N, F, H, W): every instance painted with a style of its class."""
+        """Style features (N, F, H, W): for every instance a style of its class."""
         styles, encoder = self.model.styles, self.model.encoder
         assert encoder is not None
-        found = find_instances(instance, source)
+        instances = find_instances(instance, source)
         if style == "reference":
             if reference is None:
                 raise ValueError("a reference style needs a picture with its instance and label maps")
-            picture, its_instances, its_labels = (self._stack([array]) for array in reference)
-            theirs = find_instances(its_instances, its_labels)
-            features = encoder.features(normalised(picture, self.target_kind))
+            picture, instance_map, label_map = (self._stack([array]) for array in reference)
+            shown = find_instances(instance_map, label_map)
+            features = encoder.features(unit_range(picture, kind=self.target_kind))
             vectors = from_reference(
-                mean_features(features, theirs),
-                theirs,
-                found,
-                default=None if styles is None else styles.choose(found, 0),
+                mean_features(features, shown),
+                shown,
+                instances,
+                default=None if styles is None else styles.choose(instances, 0),
             )
         elif styles is None:
             raise ValueError("the model was saved without styles: give it a reference picture")
         elif style == "cluster":
-            vectors = styles.choose(found, cluster)
+            vectors = styles.choose(instances, cluster)
         else:
-            vectors = styles.sample(found, torch.tensor(list(seeds), dtype=torch.int64, device=self.device))
-        return paint(vectors, found)
-
-
-def normalised(source: Tensor, kind: Kind) -> Tensor:
-    """Amounts (N, C, H, W) as stored -> float32 as the networks see them, as `images.normalise` on arrays."""
-    wide = source.float()
-    match kind:
-        case "channels":
-            return wide
-        case "grey16":
-            return wide / 32767.5 - 1
-        case "lab_ab":
-            return (wide - 128) / 110
-        case _:
-            return wide / 127.5 - 1
+            vectors = styles.sample(
+                instances, torch.tensor(list(seeds), dtype=torch.int64, device=self.device)
+            )
+        return style_map(vectors, instances)
 
 
 def tile_starts(side: int, tile: int) -> list[int]:
@@ -264,11 +235,3 @@ def _ramp(length: int, tile: int, like: Tensor) -> Tensor:
     edge = max(1, tile // OVERLAP)
     rising = (torch.arange(length, device=like.device, dtype=like.dtype) + 1) / (edge + 1)
     return torch.minimum(torch.minimum(rising, rising.flip(0)), torch.ones((), device=like.device))
-
-
-def _use_batch_statistics(network: nn.Module) -> None:
-    """Batch norm on the picture's own statistics, the running ones left as they are."""
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.train()
-            module.momentum = 0.0

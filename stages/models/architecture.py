@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import nn
 
 from stages.models.layers import Upsampling, initialise
@@ -27,7 +27,6 @@ __all__ = [
     "Parts",
     "Pix2Pix",
     "Pix2PixHD",
-    "architecture_from_json",
     "build_discriminator",
     "build_encoder",
     "build_generator",
@@ -133,12 +132,6 @@ class Pix2PixHD(Frozen):
 Architecture = Annotated[Pix2Pix | Pix2PixHD, Field(discriminator="kind")]
 
 
-def architecture_from_json(text: str | bytes) -> Pix2Pix | Pix2PixHD:
-    """Read an architecture back; raises `pydantic.ValidationError`."""
-    adapter: TypeAdapter[Pix2Pix | Pix2PixHD] = TypeAdapter(Architecture)
-    return adapter.validate_json(text)
-
-
 # -- channels -----------------------------------------------------------------
 
 
@@ -178,7 +171,12 @@ def size_multiple(arch: Pix2Pix | Pix2PixHD, *, enhancers: int | None = None) ->
 
 
 def build_generator(
-    arch: Pix2Pix | Pix2PixHD, inputs: InputSpec, *, enhancers: int | None = None, seed: int = 0
+    arch: Pix2Pix | Pix2PixHD,
+    inputs: InputSpec,
+    *,
+    enhancers: int | None = None,
+    seed: int = 0,
+    checkpointing: bool = False,
 ) -> UNet | CoarseToFineGenerator:
     """The generator, initialised. `enhancers`: how many of the architecture's a phase has (None: all).
 
@@ -213,6 +211,7 @@ def build_generator(
             enhancers=active,
             enhancer_blocks=arch.enhancer_blocks,
             upsampling=arch.upsampling,
+            checkpointing=checkpointing,
         )
     initialise(network, seed=seed, role="generator")
     return network

@@ -1,13 +1,69 @@
-"""From what a pair holds to what the networks see: one-hot labels, instance edges, instance means, padding.
+"""From what a pair holds to what the networks see: [-1, 1], one-hot labels, instance edges, padding.
 
-Everything here is vectorised and stays on the device it was given; nothing waits for the device.
+Everything here is vectorised and stays on the device of its arguments; nothing waits for the device.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
+
+from stages.base import Kind
+from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD, uses_edges
+from stages.models.layers import Noise
+
+
+def unit_range(image: Tensor, dtype: torch.dtype = torch.float32, *, kind: Kind = "rgb") -> Tensor:
+    """Stored integer amounts (N, C, H, W) of a kind -> [-1, 1], as `stages.images.kinds.normalise` on arrays.
+
+    Floating images are in that range already.
+    """
+    values = image.to(dtype)
+    if image.is_floating_point():
+        return values
+    match kind:
+        case "grey16":
+            return values / 32767.5 - 1
+        case "lab_ab":
+            return (values - 128) / 110
+        case _:
+            return values / 127.5 - 1
+
+
+def make_condition(
+    source: Tensor,
+    instance: Tensor | None,
+    *,
+    arch: Pix2Pix | Pix2PixHD,
+    inputs: InputSpec,
+    dtype: torch.dtype = torch.float32,
+    kind: Kind = "rgb",
+) -> Tensor:
+    """The condition (N, condition_channels, H, W) of a source: the image, or one-hot labels; then edges.
+
+    source     (N, C, H, W) image of a kind, or (N, 1, H, W) integer class ids
+    instance   (N, 1, H, W) integer ids, where the architecture uses their edges
+    """
+    if inputs.source == "labels":
+        assert inputs.classes is not None
+        condition = one_hot(source, inputs.classes, dtype)
+    else:
+        condition = unit_range(source, dtype, kind=kind)
+    if uses_edges(arch, inputs):
+        assert instance is not None, "the input spec says that pairs carry instances"
+        condition = torch.cat([condition, instance_edges(instance, dtype)], 1)
+    return condition
+
+
+def translate(
+    generator: nn.Module, condition: Tensor, style: Tensor | None = None, noise: Noise | None = None
+) -> Tensor:
+    """Condition (N, C, H, W) and style features (N, F, H, W) -> generated images (N, C_out, H, W) in [-1, 1].
+
+    `noise`: one random source per sample for dropout, in any mode; None: dropout in training mode only.
+    """
+    image: Tensor = generator(condition if style is None else torch.cat([condition, style], 1), noise)
+    return image
 
 
 def one_hot(labels: Tensor, classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -22,44 +78,13 @@ def one_hot(labels: Tensor, classes: int, dtype: torch.dtype = torch.float32) ->
 def instance_edges(instance: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Ids (N, 1, H, W) -> (N, 1, H, W): 1 where any 4-neighbour has another id."""
     edges = torch.zeros(instance.shape, dtype=torch.bool, device=instance.device)
-    beside = instance[..., 1:] != instance[..., :-1]
-    edges[..., 1:] |= beside
-    edges[..., :-1] |= beside
+    across = instance[..., 1:] != instance[..., :-1]
+    edges[..., 1:] |= across
+    edges[..., :-1] |= across
     below = instance[..., 1:, :] != instance[..., :-1, :]
     edges[..., 1:, :] |= below
     edges[..., :-1, :] |= below
     return edges.to(dtype)
-
-
-def instance_mean(features: Tensor, instance: Tensor) -> Tensor:
-    """Mean of features (N, C, H, W) over each instance (ids (N, 1, H, W), any integers), broadcast back.
-
-    Ids are ranked first, so their size does not matter: Cityscapes has 33 000 and more.
-    """
-    samples, channels = features.shape[:2]
-    segments = instance_segments(instance).view(-1)  # (N*H*W,)
-    exact = torch.promote_types(features.dtype, torch.float32)  # sums over many pixels: never in bf16
-    pixels = features.permute(0, 2, 3, 1).reshape(-1, channels).to(exact)
-    # At most one segment per pixel: a bound that needs no look at the device's data.
-    sums = pixels.new_zeros(segments.numel(), channels).index_add_(0, segments, pixels)
-    counts = pixels.new_zeros(segments.numel()).index_add_(0, segments, torch.ones_like(pixels[:, 0]))
-    means = (sums / counts.clamp(min=1).unsqueeze(1))[segments]
-    height, width = features.shape[2:]
-    return means.view(samples, height, width, channels).permute(0, 3, 1, 2).to(features.dtype)
-
-
-def instance_segments(instance: Tensor) -> Tensor:
-    """Ids (N, 1, H, W) -> (N, H*W) int64 numbers, equal for pixels of one instance of one sample, else not.
-
-    Numbers lie in [0, N*H*W). Sorted ids change value at a segment's first pixel; the count of changes so far
-    is its number.
-    """
-    samples = instance.shape[0]
-    flat = instance.reshape(samples, -1).to(torch.int64)
-    values, order = flat.sort(dim=1)
-    starts = F.pad((values[:, 1:] != values[:, :-1]).to(torch.int64), (1, 0))
-    rank = starts.cumsum(1) + torch.arange(samples, device=flat.device).unsqueeze(1) * flat.shape[1]
-    return torch.empty_like(flat).scatter_(1, order, rank)
 
 
 def padded_size(size: int, *, multiple: int, minimum: int) -> int:

@@ -122,8 +122,8 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, noise: Noise | None = None) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H, W) in [-1, 1].
 
-        `noise`: one random source per sample for the dropout masks, on whatever the mode is. Without it
-        dropout is on in training mode only.
+        `noise`: one random source per sample for the dropout masks, in any mode; None: dropout in training
+        mode only.
         """
         skips = []
         for down in self.encoder:
@@ -145,7 +145,7 @@ def _dropout_levels(levels: int, placement: DropoutPlacement) -> set[int]:
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN: judges overlapping patches. Returns every layer's features, the patch predictions last.
+    """PatchGAN: classifies overlapping patches. Returns every layer's features, the patch predictions last.
 
     Padding is 1 in pix2pix and 2 in pix2pixHD. Weight names: `blocks.I.conv`, `blocks.I.norm`.
     """
@@ -185,7 +185,7 @@ class PatchDiscriminator(nn.Module):
 
 
 class PixelDiscriminator(nn.Module):
-    """PixelGAN: 1x1 convolutions 64-128-1, so every pixel is judged by its own value."""
+    """PixelGAN: 1x1 convolutions 64-128-1, so every pixel is classified by its own value."""
 
     def __init__(self, in_channels: int, *, width: int = 64, norm: NormKind = "batch") -> None:
         super().__init__()

@@ -20,15 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from stages.models.inputs import instance_mean
-from stages.models.layers import (
-    Conv,
-    InstanceNorm,
-    Noise,
-    Upsampling,
-    half_resolution,
-    up_conv,
-)
+from stages.models.layers import Conv, Noise, Upsampling, half_resolution, instance_mean, up_conv
 from stages.models.pix2pix import PatchDiscriminator
 
 
@@ -38,7 +30,7 @@ class ConvNormReLU(nn.Module):
     def __init__(self, conv: nn.Module, channels: int) -> None:
         super().__init__()
         self.conv = conv
-        self.norm = InstanceNorm(channels)
+        self.norm = nn.InstanceNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H', W')."""
@@ -69,9 +61,9 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv1 = Conv(channels, channels, 3, padding=1, reflect=True, inert_bias=True)
-        self.norm1 = InstanceNorm(channels)
+        self.norm1 = nn.InstanceNorm2d(channels)
         self.conv2 = Conv(channels, channels, 3, padding=1, reflect=True, inert_bias=True)
-        self.norm2 = InstanceNorm(channels)
+        self.norm2 = nn.InstanceNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> the same shape."""
@@ -113,7 +105,7 @@ class GlobalGenerator(nn.Module):
         self.up = nn.ModuleList(up(channels, upsampling) for channels in reversed(widths[1:]))
 
     def layers(self) -> list[nn.Module]:
-        """The layers in order."""
+        """All layers, from the input to the last feature map."""
         return [self.stem, *self.down, *self.blocks, *self.up]
 
     def forward(self, x: Tensor, run: Runner) -> Tensor:
@@ -142,7 +134,7 @@ class LocalEnhancer(nn.Module):
 
 
 Runner = Callable[[nn.Module, Tensor], Tensor]
-"""How to run a layer: plainly, or keeping only its input and computing it again in the backward pass."""
+"""Runs a layer: plainly, or keeping only its input and computing it again in the backward pass."""
 
 
 def _plain(layer: nn.Module, x: Tensor) -> Tensor:
@@ -156,7 +148,8 @@ def _checkpointed(layer: nn.Module, x: Tensor) -> Tensor:
 class CoarseToFineGenerator(nn.Module):
     """G1 inside any number of local enhancers. Sides: multiples of 2**(downsamplings + enhancers).
 
-    `checkpointing` (an attribute: it changes memory and time, no result) keeps only the layers' inputs.
+    checkpointing   keep only the layers' inputs for the backward pass and compute the rest again: less
+                    memory, more time, the same result
     """
 
     def __init__(
@@ -170,9 +163,10 @@ class CoarseToFineGenerator(nn.Module):
         enhancers: int = 0,
         enhancer_blocks: int = 3,
         upsampling: Upsampling = "transpose",
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.checkpointing = False
+        self.checkpointing = checkpointing
         self.enhancer_blocks = enhancer_blocks
         self.coarse = GlobalGenerator(
             in_channels,
@@ -225,7 +219,7 @@ class MultiScaleDiscriminator(nn.Module):
         return results
 
     def pyramid(self, condition: Tensor) -> list[Tensor]:
-        """What each scale sees of the condition (N, C, H, W)."""
+        """The condition (N, C, H, W) at the resolution of each scale, finest first."""
         levels = [condition]
         for _ in self.scales[1:]:
             levels.append(half_resolution(levels[-1]))

@@ -3,41 +3,30 @@
 pix2pixHD   one forward pass feeds both updates: both losses use the weights from before the step
 pix2pix     the discriminator steps first, the generator then faces the updated one
 
-What the published step computes for nothing is left out, with the same maths:
-- the fake is judged once for both updates, not once for each;
-- no weight gradients of the discriminator in the generator's backward pass;
-- no graph through frozen parts;
-- the discriminator's graph of the real image is gone before the generator's is made.
+A batch is a list of micro-batches, usually of one: their gradients add up to those of the batch, in the
+memory of one micro-batch (gradient accumulation).
 
-With several workers, a step can leave the generator's last means to arrive while pix2pixHD's next one judges
-its real images, for which it needs only the discriminator: no worker waits for one that is a little behind.
+The published step computes more; what does not change the result is left out here:
+- the fake is discriminated once for both of pix2pixHD's updates, not once for each;
+- the generator's backward pass computes no weight gradients of the discriminator;
+- frozen parts record no graph;
+- the discriminator's graph of the real image is freed before that of the generator is recorded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from stages.models.architecture import (
-    InputSpec,
-    Parts,
-    Pix2Pix,
-    Pix2PixHD,
-    build_discriminator,
-    build_encoder,
-    build_generator,
-    trainable_parts,
-    uses_edges,
-)
-from stages.models.ema import Ema
+from stages.models.architecture import Pix2PixHD
 from stages.models.fast.adam import Adam
-from stages.models.inputs import instance_edges, one_hot
+from stages.models.gan import GanState
+from stages.models.inputs import make_condition, translate, unit_range
 from stages.models.losses import (
     PERCEPTUAL_LAYERS,
     Features,
@@ -50,19 +39,21 @@ from stages.models.losses import (
 )
 from stages.models.pix2pixhd import MultiScaleDiscriminator
 
-Precision = Literal["float32", "bf16"]
-
-
-Arriving = Callable[[], Iterable[Sequence[nn.Parameter]]]
-"""Called once, when the gradients are made. Of what it returns, each waits for means of gradients, and gives
-parameters whose means are there."""
+Losses = dict[str, Tensor]
+"""Detached scalars by name, each as it enters the sum."""
 
 
 class Average(Protocol):
     """Replaces gradients by their mean over the workers, while something else is computed."""
 
-    def __call__(self, parameters: Sequence[nn.Parameter], *, coming: bool) -> Arriving:
-        """Begin; called once a network and step. `coming`: a backward pass is about to make the gradients."""
+    def __call__(
+        self, parameters: Sequence[nn.Parameter], *, during_backward: bool
+    ) -> Iterable[Sequence[nn.Parameter]]:
+        """Start to exchange gradients: now or, `during_backward`, as a backward pass completes them.
+
+        Iterating the result, after that pass, waits for each gradient bucket's all-reduce and yields the
+        parameters whose gradients are averaged. Called once a network and step, the discriminator first.
+        """
         ...
 
 
@@ -74,8 +65,8 @@ class Batch:
     target   (N, C, H, W)
     instance (N, 1, H, W) integer ids, or None
     label    (N, 1, H, W) class ids for evaluation, or None; a step does not read them
-    share    workers * N / (rows of this step over all workers): a worker whose batch is short, or empty,
-             counts for as much as it has, and the mean of the gradients is the mean over rows
+    share    workers * N / (rows of this step over all workers): the weight of this worker's gradients, such
+             that their mean over the workers is the mean over rows where batches are short or empty
     """
 
     source: Tensor
@@ -99,10 +90,10 @@ class Batch:
             label=move(self.label),
         )
 
-    def split(self, rows: int) -> list[Batch]:
-        """The same pairs in parts of at most `rows`, each counting for as much as it has."""
+    def split(self, rows: int | None) -> list[Batch]:
+        """Micro-batches of at most `rows` pairs (None: one of all), each with its part of the share."""
         count = self.source.shape[0]
-        if count <= rows:
+        if rows is None or count <= rows:
             return [self]
         return [
             replace(
@@ -118,354 +109,27 @@ class Batch:
         ]
 
 
-@dataclass(slots=True, kw_only=True)
-class GanState:
-    """Everything a step changes, and what it reads. Nothing else keeps a reference to its members."""
-
-    generator: nn.Module
-    generator_optimizer: Adam
-    discriminator: nn.Module | None  # None: no loss needs one
-    discriminator_optimizer: Adam | None
-    encoder: nn.Module | None = None  # trained by the generator's optimizer
-    ema: Ema | None = None
-    arch: Pix2Pix | Pix2PixHD
-    inputs: InputSpec
-    perceptual: nn.Module | None = None  # VGG19 up to relu5_1, frozen
-    precision: Precision = "float32"
-    unsettled: Callable[[], None] | None = None  # the generator's update, where a step left it to `settle`
-
-
-def build_gan(
-    arch: Pix2Pix | Pix2PixHD,
-    inputs: InputSpec,
-    *,
-    weights: LossWeights,
-    enhancers: int | None = None,
-    discriminators: int | None = None,
-    parts: Parts = "all",
-    learning_rate: float = 2e-4,
-    betas: tuple[float, float] = (0.5, 0.999),
-    ema_decay: float | None = None,
-    precision: Precision = "float32",
-    perceptual: nn.Module | None = None,
-    checkpointing: bool = False,
-    compiled: bool = False,
-    device: torch.device | str = "cpu",
-    seed: int = 0,
-) -> GanState:
-    """A fresh translator for one phase; `grow_generator` and `grow_discriminator` put in the phase before.
-
-    checkpointing   keep only the inputs of the generator's layers and compute the rest again: less memory
-    compiled        torch.compile both networks, for GPUs; CPUs are faster without (benchmarks/README.md)
-
-    Raises ValueError where the perceptual loss has no network.
-    """
-    if weights.perceptual > 0 and perceptual is None:
-        raise ValueError("the perceptual loss needs VGG19 weights")
-    generator = _placed(build_generator(arch, inputs, enhancers=enhancers, seed=seed), device)
-    encoder = build_encoder(arch, inputs, seed=seed)
-    trained = trainable_parts(generator, parts)
-    if not isinstance(arch, Pix2Pix):
-        generator.checkpointing = checkpointing
-    if encoder is not None:
-        trained += trainable_parts(_placed(encoder, device), "all") if parts == "all" else []
-        encoder.requires_grad_(requires_grad=parts == "all")
-    discriminator: nn.Module | None = None
-    discriminator_optimizer: Adam | None = None
-    if weights.uses_discriminator:
-        discriminator = _placed(
-            build_discriminator(arch, inputs, discriminators=discriminators, seed=seed), device
-        )
-        discriminator_optimizer = Adam(trainable_parts(discriminator, "all"), lr=learning_rate, betas=betas)
-    if compiled:
-        generator.compile()
-        if discriminator is not None:
-            discriminator.compile()
-    return GanState(
-        generator=generator.train(),
-        generator_optimizer=Adam(trained, lr=learning_rate, betas=betas),
-        discriminator=discriminator,
-        discriminator_optimizer=discriminator_optimizer,
-        encoder=encoder,
-        ema=None if ema_decay is None else Ema.of(generator, decay=ema_decay),
-        arch=arch,
-        inputs=inputs,
-        perceptual=perceptual,
-        precision=precision,
-    )
-
-
-Network = TypeVar("Network", bound=nn.Module)
-
-
-def _placed(network: Network, device: torch.device | str) -> Network:
-    """On the device, channels last: the faster layout on CPUs and GPUs alike (benchmarks/README.md)."""
-    network.to(device)
-    for parameter in network.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    return network
-
-
-def learning_rate_at(epoch: float, *, rate: float, epochs: int, decay_epochs: int) -> float:
-    """Constant for `epochs`, then linear to 0 over `decay_epochs` (0: no decay). Epochs count from 0."""
-    if decay_epochs == 0 or epoch <= epochs:
-        return rate
-    return rate * max(0.0, 1 - (epoch - epochs) / decay_epochs)
-
-
-def set_learning_rate(gan: GanState, rate: float) -> None:
-    """Of both optimizers, from the next step on."""
-    for optimizer in (gan.generator_optimizer, gan.discriminator_optimizer):
-        for group in optimizer.param_groups if optimizer is not None else ():
-            group["lr"] = rate
-
-
-def learning_rates(gan: GanState) -> dict[str, float]:
-    """The rates the optimizers will really use."""
-    rates = {"generator": float(gan.generator_optimizer.param_groups[0]["lr"])}
-    if gan.discriminator_optimizer is not None:
-        rates["discriminator"] = float(gan.discriminator_optimizer.param_groups[0]["lr"])
-    return rates
-
-
-# -- state --------------------------------------------------------------------
-
-
-def state_of(gan: GanState) -> dict[str, Any]:
-    """All that resuming needs, as nested dicts of tensors and numbers (references, not copies)."""
-    assert gan.unsettled is None, "an update is on its way"
-    state: dict[str, Any] = {
-        "generator": gan.generator.state_dict(),
-        "generator_optimizer": gan.generator_optimizer.state_dict(),
-    }
-    if gan.discriminator is not None and gan.discriminator_optimizer is not None:
-        state["discriminator"] = gan.discriminator.state_dict()
-        state["discriminator_optimizer"] = gan.discriminator_optimizer.state_dict()
-    if gan.encoder is not None:
-        state["encoder"] = gan.encoder.state_dict()
-    if gan.ema is not None:
-        state["ema"] = gan.ema.network.state_dict()
-        state["ema_updates"] = gan.ema.updates
-    return state
-
-
-def load_state(gan: GanState, state: Mapping[str, Any]) -> None:
-    """Put back what `state_of` gave for a translator built the same way."""
-    gan.generator.load_state_dict(state["generator"])
-    gan.generator_optimizer.load_state_dict(state["generator_optimizer"])
-    if gan.discriminator is not None and gan.discriminator_optimizer is not None:
-        gan.discriminator.load_state_dict(state["discriminator"])
-        gan.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
-    if gan.encoder is not None:
-        gan.encoder.load_state_dict(state["encoder"])
-    if gan.ema is not None:
-        gan.ema.network.load_state_dict(state["ema"])
-        gan.ema.updates = state["ema_updates"]
-
-
-# -- inputs -------------------------------------------------------------------
-
-
-def unit_range(image: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 [0, 255] -> [-1, 1]; floating images are in that range already."""
-    return image.to(dtype) if image.is_floating_point() else image.to(dtype) / 127.5 - 1
-
-
-def make_condition(
-    source: Tensor,
-    instance: Tensor | None,
-    *,
-    arch: Pix2Pix | Pix2PixHD,
-    inputs: InputSpec,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """What the networks see of the source: (N, condition_channels, H, W), one-hot labels then edges."""
-    if inputs.source == "labels":
-        assert inputs.classes is not None
-        condition = one_hot(source, inputs.classes, dtype)
-    else:
-        condition = unit_range(source, dtype)
-    if uses_edges(arch, inputs):
-        assert instance is not None, "the input spec says that pairs carry instances"
-        condition = torch.cat([condition, instance_edges(instance, dtype)], 1)
-    return condition
-
-
-# -- the step -----------------------------------------------------------------
-
-
 def step(
     gan: GanState,
     batch: Batch,
     *,
     weights: LossWeights,
     average: Average | None = None,
-    at_once: int | None = None,
-    leave: bool = False,
-) -> dict[str, Tensor]:
+    micro_batch: int | None = None,
+) -> Losses:
     """One update of both networks. Returns named, detached losses, each as it enters the sum.
 
     Never waits for the device. The caller looks at `all_finite(losses)` as often as it can afford to. A batch
-    without rows (a worker beyond the end of the data) takes part with zero gradients.
+    without rows (a worker beyond the end of the data) takes part with zero gradients and returns no losses.
 
-    at_once   pairs that are in memory at a time: a larger batch is done in turns whose gradients add up. The
-              same update but for batch norm and dropout, which then see the turns' pairs apart
-    leave     with `average`: leave the generator's update to the next step, or to `settle`
+    micro_batch   pairs in memory at a time; None: the whole batch. The update is the same except for batch
+                  norm and dropout, which see each micro-batch apart
     """
     if batch.source.shape[0] == 0:
-        settle(gan)
         _empty_step(gan, average)
         return {}
-    if at_once is not None and batch.source.shape[0] > at_once:
-        settle(gan)
-        losses = _step_in_turns(gan, batch.split(at_once), weights, average)
-    else:
-        losses = _step_at_once(gan, batch, weights, average)
-    if not leave:
-        settle(gan)
-    return losses
-
-
-def settle(gan: GanState) -> None:
-    """Make the generator's update that a step has left."""
-    if gan.unsettled is not None:
-        gan.unsettled()
-        gan.unsettled = None
-
-
-def _step_at_once(
-    gan: GanState, batch: Batch, weights: LossWeights, average: Average | None
-) -> dict[str, Tensor]:
-    condition, target = _inputs(gan, batch)
-    losses: dict[str, Tensor] = {}
-    layered = isinstance(gan.arch, Pix2PixHD)
-    with _autocast(gan.precision, target.device):
-        conditions = _conditions(gan, condition)
-        judge = partial(_judge_to_train, gan, conditions, share=batch.share, weights=weights, losses=losses)
-        if layered:
-            real_features = judge(target, real=True)
-    settle(gan)
-    with _autocast(gan.precision, target.device):
-        generated = _generate(gan, condition, target, batch.instance)
-        fake = generated.detach().requires_grad_()  # the losses end here; the generator's graph starts here
-        if layered:
-            fake_features = judge(fake, real=False, keep_graph=True)
-        else:  # batch norm's running statistics remember the order: the fake first, as published
-            judge(fake.detach(), real=False)
-            real_features = judge(target, real=True)
-            _step_discriminator(gan, average)
-            fake_features = _judge_frozen(gan, conditions, fake)
-        loss = _generator_loss(gan, fake_features, real_features, fake, target, weights, losses)
-    (fake_gradient,) = torch.autograd.grad(loss * batch.share, fake)
-    _finish(gan, generated, fake_gradient, average)
-    return {name: value.detach() for name, value in losses.items()}
-
-
-def _inputs(gan: GanState, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Condition and target as the networks see them."""
-    dtype = next(gan.generator.parameters()).dtype
-    target = unit_range(batch.target, dtype)
-    condition = make_condition(batch.source, batch.instance, arch=gan.arch, inputs=gan.inputs, dtype=dtype)
-    condition = condition.contiguous(memory_format=torch.channels_last)
-    return condition, target.contiguous(memory_format=torch.channels_last)
-
-
-def _step_in_turns(
-    gan: GanState, parts: Sequence[Batch], weights: LossWeights, average: Average | None
-) -> dict[str, Tensor]:
-    """The same step over parts of a batch, with the memory of one part.
-
-    pix2pix's discriminator steps before the generator is judged, so its generator runs twice: its graphs of
-    all parts would be what the turns are to save.
-    """
-    seed, layered = torch.initial_seed(), isinstance(gan.arch, Pix2PixHD)
-    total: dict[str, Tensor] = {}
-    whole = sum(part.share for part in parts)
-
-    def generated(index: int, condition: Tensor, target: Tensor) -> Tensor:
-        torch.manual_seed(seed + index)  # the same dropout whenever this part is generated
-        with _autocast(gan.precision, target.device):
-            return _generate(gan, condition, target, parts[index].instance)
-
-    def count(losses: Mapping[str, Tensor], part: Batch) -> None:
-        for name, value in losses.items():
-            held = value.detach() * (part.share / whole)
-            total[name] = total[name] + held if name in total else held
-
-    real_features: list[Features] = [[] for _ in parts]
-    if not layered and gan.discriminator is not None:
-        buffers = [buffer.clone() for buffer in gan.generator.buffers()]
-        for index, part in enumerate(parts):
-            condition, target = _inputs(gan, part)
-            losses: dict[str, Tensor] = {}
-            with torch.no_grad():
-                fake = generated(index, condition, target)
-            with _autocast(gan.precision, target.device):
-                conditions = _conditions(gan, condition)
-                judge = partial(
-                    _judge_to_train, gan, conditions, share=part.share, weights=weights, losses=losses
-                )
-                judge(fake, real=False)
-                real_features[index] = judge(target, real=True)
-            count(losses, part)
-        for buffer, before in zip(gan.generator.buffers(), buffers, strict=True):
-            buffer.copy_(before)  # running statistics count each picture once
-        _step_discriminator(gan, average)
-    for index, part in enumerate(parts):
-        condition, target = _inputs(gan, part)
-        losses = {}
-        with _autocast(gan.precision, target.device):
-            conditions = _conditions(gan, condition)
-            judge = partial(
-                _judge_to_train, gan, conditions, share=part.share, weights=weights, losses=losses
-            )
-            real = judge(target, real=True) if layered else real_features[index]
-        image = generated(index, condition, target)
-        fake = image.detach().requires_grad_()
-        with _autocast(gan.precision, target.device):
-            if layered:
-                fake_features = judge(fake, real=False, keep_graph=True)
-            else:
-                fake_features = _judge_frozen(gan, conditions, fake)
-            loss = _generator_loss(gan, fake_features, real, fake, target, weights, losses)
-        (fake_gradient,) = torch.autograd.grad(loss * part.share, fake)
-        if index < len(parts) - 1:
-            torch.autograd.backward(image, fake_gradient)
-        else:
-            _finish(gan, image, fake_gradient, average)
-        count(losses, part)
-    return total
-
-
-def _finish(gan: GanState, generated: Tensor, gradient: Tensor, average: Average | None) -> None:
-    """The last backward pass of a step, and the updates that wait for it; with `average`, see `settle`."""
-    # pix2pixHD's discriminator is not updated before: the fake's gradient went through its weights from
-    # before the step, and a fused optimizer changes them without autograd noticing.
-    left = gan.discriminator_optimizer if isinstance(gan.arch, Pix2PixHD) else None
-    if average is None:
-        if left is not None:
-            _update(left)
-        with gan.generator_optimizer.stepping_in_backward():
-            torch.autograd.backward(generated, gradient)
-        if gan.ema is not None:
-            gan.ema.update(gan.generator)
-        return
-    left_arriving = None if left is None else _averaging(left, average)
-    arriving = _averaging(gan.generator_optimizer, average, coming=True)
-    torch.autograd.backward(generated, gradient)
-    if left is not None:
-        _update(left, left_arriving)
-    means = arriving()
-    rate = learning_rates(gan)["generator"]  # the caller may set the next step's before
-
-    def update() -> None:
-        for parameters in means:
-            gan.generator_optimizer.update(parameters, rate)
-        if gan.ema is not None:
-            gan.ema.update(gan.generator)
-
-    gan.unsettled = update
+    update = _step_pix2pixhd if isinstance(gan.arch, Pix2PixHD) else _step_pix2pix
+    return update(gan, batch.split(micro_batch), weights, average)
 
 
 def all_finite(losses: Mapping[str, Tensor]) -> Tensor:
@@ -473,150 +137,228 @@ def all_finite(losses: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([value.float() for value in losses.values()]).isfinite().all()
 
 
-def _autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+# -- the order of updates, once an architecture ---------------------------------
 
 
-def _generate(gan: GanState, condition: Tensor, target: Tensor, instance: Tensor | None) -> Tensor:
-    if gan.encoder is not None:
-        assert instance is not None
-        condition = torch.cat([condition, gan.encoder(target, instance)], 1)
-    image: Tensor = gan.generator(condition)
-    return image
+def _step_pix2pixhd(
+    gan: GanState, micro_batches: Sequence[Batch], weights: LossWeights, average: Average | None
+) -> Losses:
+    """Both networks are updated after all forward passes: both losses use the weights from before."""
+    total: Losses = {}
+    for index, batch in enumerate(micro_batches):
+        with _autocast(gan):
+            pair = _Pair.of(gan, batch)
+            real, real_losses = _train_discriminator(gan, pair, pair.target, weights, real=True)
+            image = _generate(gan, pair)
+            fake = image.detach().requires_grad_()  # the losses' graph ends here, the generator's starts here
+            features, fake_losses = _train_discriminator(
+                gan, pair, fake, weights, real=False, keep_graph=True
+            )
+            loss, losses = _generator_loss(gan, pair, fake, features, real, weights)
+        (gradient,) = torch.autograd.grad(loss * batch.share, fake)
+        if index < len(micro_batches) - 1:
+            torch.autograd.backward(image, gradient)
+        else:
+            _finish(gan, image, gradient, average, discriminator_waits=True)
+        _add(total, real_losses | fake_losses | losses, micro_batches, index)
+    return total
 
 
-def _judge(gan: GanState, conditions: Sequence[Tensor] | None, image: Tensor) -> Features:
-    """The discriminator's features per scale; a single PatchGAN is one scale."""
+def _step_pix2pix(
+    gan: GanState, micro_batches: Sequence[Batch], weights: LossWeights, average: Average | None
+) -> Losses:
+    """The discriminator is updated on all micro-batches first; the generator faces the updated one.
+
+    So with several micro-batches the generator runs twice: keeping the graphs of all of them would need the
+    memory of the whole batch.
+    """
+    total: Losses = {}
+    several = len(micro_batches) > 1
+    seed = torch.initial_seed()
+    real: list[Features] = [[] for _ in micro_batches]
+    first: tuple[_Pair, Tensor] | None = None
+
+    def generated(index: int) -> tuple[_Pair, Tensor]:
+        if several:
+            torch.manual_seed(seed + index)  # the same dropout in both passes
+        pair = _Pair.of(gan, micro_batches[index])
+        return pair, _generate(gan, pair)
+
+    if gan.discriminator is not None:
+        statistics = [buffer.clone() for buffer in gan.generator.buffers()]
+        for index in range(len(micro_batches)):
+            with _autocast(gan):
+                with torch.set_grad_enabled(not several):
+                    first = pair, image = generated(index)
+                # batch norm's running statistics depend on the order: the fake first, as published
+                _, fake_losses = _train_discriminator(gan, pair, image.detach(), weights, real=False)
+                real[index], real_losses = _train_discriminator(gan, pair, pair.target, weights, real=True)
+            _add(total, fake_losses | real_losses, micro_batches, index)
+        if several:  # running statistics count each image once
+            for buffer, before in zip(gan.generator.buffers(), statistics, strict=True):
+                buffer.copy_(before)
+        assert gan.discriminator_optimizer is not None
+        _update(gan.discriminator_optimizer, average)
+    for index, batch in enumerate(micro_batches):
+        with _autocast(gan):
+            pair, image = generated(index) if several or first is None else first
+            fake = image.detach().requires_grad_()
+            features = _discriminate_frozen(gan, pair, fake)
+            loss, losses = _generator_loss(gan, pair, fake, features, real[index], weights)
+        (gradient,) = torch.autograd.grad(loss * batch.share, fake)
+        if index < len(micro_batches) - 1:
+            torch.autograd.backward(image, gradient)
+        else:
+            _finish(gan, image, gradient, average, discriminator_waits=False)
+        _add(total, losses, micro_batches, index)
+    return total
+
+
+def _finish(
+    gan: GanState, image: Tensor, gradient: Tensor, average: Average | None, *, discriminator_waits: bool
+) -> None:
+    """The step's last backward pass and the updates that wait for it.
+
+    Several workers exchange gradients during that pass: first the discriminator's, if its update waits.
+    """
+    # pix2pixHD's discriminator waits until here: the fake's gradient went through its weights from before
+    # the step, and a fused optimizer changes them without autograd noticing.
+    waiting = gan.discriminator_optimizer if discriminator_waits else None
+    optimizer = gan.generator_optimizer
+    if average is None:
+        if waiting is not None:
+            _update(waiting, None)
+        with optimizer.stepping_in_backward():
+            torch.autograd.backward(image, gradient)
+    else:
+        of_discriminator = () if waiting is None else average(_updated(waiting), during_backward=False)
+        of_generator = average(_updated(optimizer), during_backward=True)
+        torch.autograd.backward(image, gradient)
+        for parameters in of_discriminator:
+            assert waiting is not None
+            waiting.update(parameters)
+        for parameters in of_generator:
+            optimizer.update(parameters)
+    if gan.ema is not None:
+        gan.ema.update(gan.generator)
+
+
+def _empty_step(gan: GanState, average: Average | None) -> None:
+    """A worker without rows: it only takes part in the exchange, in the same order as the others."""
+    for optimizer in (gan.discriminator_optimizer, gan.generator_optimizer):
+        if optimizer is not None and average is not None:
+            _update(optimizer, average)
+    if gan.ema is not None:
+        gan.ema.update(gan.generator)
+
+
+def _update(optimizer: Adam, average: Average | None) -> None:
+    """Average the gradients over the workers, if there are several; step; free the gradients."""
+    if average is None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    else:
+        for parameters in average(_updated(optimizer), during_backward=False):
+            optimizer.update(parameters)
+
+
+def _updated(optimizer: Adam) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+# -- forward passes -----------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pair:
+    """A micro-batch as the networks see it.
+
+    condition    (N, C, H, W)
+    conditions   the discriminator's view of it, per scale; None: it sees the image alone
+    target       (N, C_out, H, W) in [-1, 1]
+    """
+
+    condition: Tensor
+    conditions: Sequence[Tensor] | None
+    target: Tensor
+    instance: Tensor | None
+    share: float
+
+    @classmethod
+    def of(cls, gan: GanState, batch: Batch) -> _Pair:
+        dtype = next(gan.generator.parameters()).dtype
+        target = unit_range(batch.target, dtype).contiguous(memory_format=torch.channels_last)
+        condition = make_condition(
+            batch.source, batch.instance, arch=gan.arch, inputs=gan.inputs, dtype=dtype
+        ).contiguous(memory_format=torch.channels_last)
+        conditions: Sequence[Tensor] | None = None
+        if gan.arch.conditional and gan.discriminator is not None:
+            conditions = [condition]
+            if isinstance(gan.discriminator, MultiScaleDiscriminator):
+                conditions = gan.discriminator.pyramid(condition)
+        return cls(
+            condition=condition,
+            conditions=conditions,
+            target=target,
+            instance=batch.instance,
+            share=batch.share,
+        )
+
+
+def _autocast(gan: GanState) -> AbstractContextManager[object]:
+    device = next(gan.generator.parameters()).device
+    return torch.autocast(device.type, torch.bfloat16) if gan.precision == "bf16" else nullcontext()
+
+
+def _generate(gan: GanState, pair: _Pair) -> Tensor:
+    style = None if gan.encoder is None else gan.encoder(pair.target, pair.instance)
+    return translate(gan.generator, pair.condition, style)
+
+
+def _discriminate(gan: GanState, pair: _Pair, image: Tensor) -> Features:
+    """The discriminator's features of an image, per scale; a single PatchGAN is one scale."""
     assert gan.discriminator is not None
     if isinstance(gan.discriminator, MultiScaleDiscriminator):
-        several: Features = gan.discriminator(image, conditions)
-        return several
-    return [gan.discriminator(image if conditions is None else torch.cat([conditions[0], image], 1))]
+        features: Features = gan.discriminator(image, pair.conditions)
+        return features
+    return [
+        gan.discriminator(image if pair.conditions is None else torch.cat([pair.conditions[0], image], 1))
+    ]
 
 
-def _conditions(gan: GanState, condition: Tensor) -> list[Tensor] | None:
-    """What the discriminator sees of the condition, per scale; None: it judges the image alone."""
-    if not gan.arch.conditional or gan.discriminator is None:
-        return None
-    if isinstance(gan.discriminator, MultiScaleDiscriminator):
-        return gan.discriminator.pyramid(condition)
-    return [condition]
+def _train_discriminator(
+    gan: GanState, pair: _Pair, image: Tensor, weights: LossWeights, *, real: bool, keep_graph: bool = False
+) -> tuple[Features, Losses]:
+    """Accumulate the discriminator's gradients of real or fake images; their features, and the losses.
 
-
-def _judge_to_train(
-    gan: GanState,
-    conditions: Sequence[Tensor] | None,
-    image: Tensor,
-    share: float,
-    weights: LossWeights,
-    losses: dict[str, Tensor],
-    *,
-    real: bool,
-    keep_graph: bool = False,
-) -> Features:
-    """An image kind's part of the discriminator's gradients; its features, if a loss uses them.
-
-    keep_graph   leave the features their graph, for the generator's loss; else they are detached
+    Features are detached, and left out where no loss compares them. `keep_graph`: they keep their graph, for
+    the generator's loss.
     """
     if gan.discriminator is None:
-        return []
-    features = _judge(gan, conditions, image)
-    loss = discriminator_losses(features, weights.gan, real=real)
-    total = torch.stack(loss).sum() * (0.5 * share)
-    torch.autograd.backward(total, inputs=_trained(gan.discriminator), retain_graph=keep_graph)
-    _note(losses, "discriminator/real" if real else "discriminator/fake", loss)
+        return [], {}
+    features = _discriminate(gan, pair, image)
+    scales = discriminator_losses(features, weights.gan, real=real)
+    total = torch.stack(scales).sum()
+    trained = _trained(gan.discriminator)
+    torch.autograd.backward(total * (0.5 * pair.share), inputs=trained, retain_graph=keep_graph)
+    losses = _by_scale("discriminator/real" if real else "discriminator/fake", scales)
     if keep_graph:
-        return features
+        return features, losses
     if weights.feature_matching == 0:
-        return []  # nothing compares them
-    return [[feature.detach() for feature in scale] for scale in features]
+        return [], losses
+    return [[feature.detach() for feature in scale] for scale in features], losses
 
 
-def _step_discriminator(gan: GanState, average: Average | None) -> None:
-    optimizer = gan.discriminator_optimizer
-    if optimizer is not None:
-        _update(optimizer, None if average is None else _averaging(optimizer, average))
-
-
-def _judge_frozen(gan: GanState, conditions: Sequence[Tensor] | None, fake: Tensor) -> Features:
+def _discriminate_frozen(gan: GanState, pair: _Pair, fake: Tensor) -> Features:
     """Features of the fake, with a graph that ends at the fake."""
     if gan.discriminator is None:
         return []
     with _frozen(gan.discriminator):
-        return _judge(gan, conditions, fake)
+        return _discriminate(gan, pair, fake)
 
 
 def _trained(network: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
-
-
-def _generator_loss(
-    gan: GanState,
-    fake_features: Features,
-    real_features: Features,
-    fake: Tensor,
-    target: Tensor,
-    weights: LossWeights,
-    losses: dict[str, Tensor],
-) -> Tensor:
-    """The weighted sum the generator minimises; its parts go into `losses`. No features: no such loss."""
-    total = fake.new_zeros((), dtype=torch.promote_types(fake.dtype, torch.float32))
-    if fake_features and weights.gan_weight > 0:
-        fooled = [weights.gan_weight * generator_gan_loss(scale[-1], weights.gan) for scale in fake_features]
-        _note(losses, "generator/gan", fooled)
-        total = total + losses["generator/gan"]
-    if fake_features and weights.feature_matching > 0:
-        matched = feature_matching_losses(fake_features, real_features)
-        table = weights.feature_matching * torch.stack([torch.stack(scale) for scale in matched])
-        losses["generator/feature_matching"] = table.sum()
-        for index, part in enumerate(table.sum(1)):
-            losses[f"generator/feature_matching/scale{index}"] = part
-        for index, part in enumerate(table.sum(0)):
-            losses[f"generator/feature_matching/layer{index}"] = part
-        total = total + losses["generator/feature_matching"]
-    if weights.l1 > 0:
-        losses["generator/l1"] = weights.l1 * mean_difference(fake, target)
-        total = total + losses["generator/l1"]
-    if weights.perceptual > 0:
-        assert gan.perceptual is not None
-        parts = perceptual_losses(fake, target, gan.perceptual)
-        for name, part in zip(PERCEPTUAL_LAYERS, parts, strict=True):
-            losses[f"generator/perceptual/{name}"] = weights.perceptual * part
-        losses["generator/perceptual"] = weights.perceptual * torch.stack(parts).sum()
-        total = total + losses["generator/perceptual"]
-    return total
-
-
-def _note(losses: dict[str, Tensor], name: str, scales: Sequence[Tensor]) -> None:
-    losses[name] = torch.stack(list(scales)).sum()
-    if len(scales) > 1:
-        for index, value in enumerate(scales):
-            losses[f"{name}/scale{index}"] = value
-
-
-def _averaging(optimizer: Adam, average: Average, *, coming: bool = False) -> Arriving:
-    """Begin to average the gradients of what an optimizer updates."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return average(parameters, coming=coming)
-
-
-def _update(optimizer: Adam, arriving: Arriving | None = None) -> None:
-    """Step, with means as they arrive, and drop the gradients: till the next step they only take memory."""
-    if arriving is None:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    else:
-        for parameters in arriving():
-            optimizer.update(parameters)
-
-
-def _empty_step(gan: GanState, average: Average | None) -> None:
-    """A worker without rows: it only takes part in the averages, in the same order as the others."""
-    for optimizer in (gan.discriminator_optimizer, gan.generator_optimizer):
-        if optimizer is not None and average is not None:
-            _update(optimizer, _averaging(optimizer, average))
-    if gan.ema is not None:
-        gan.ema.update(gan.generator)
 
 
 @contextmanager
@@ -630,3 +372,54 @@ def _frozen(network: nn.Module) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
+
+
+# -- losses -------------------------------------------------------------------
+
+
+def _generator_loss(
+    gan: GanState, pair: _Pair, fake: Tensor, fake_features: Features, real: Features, weights: LossWeights
+) -> tuple[Tensor, Losses]:
+    """The weighted sum that the generator minimises, and its parts. Without features: no such part."""
+    total = fake.new_zeros((), dtype=torch.promote_types(fake.dtype, torch.float32))
+    losses: Losses = {}
+    if fake_features and weights.gan_weight > 0:
+        scales = [weights.gan_weight * generator_gan_loss(scale[-1], weights.gan) for scale in fake_features]
+        losses |= _by_scale("generator/gan", scales)
+        total = total + losses["generator/gan"]
+    if fake_features and weights.feature_matching > 0:
+        matched = feature_matching_losses(fake_features, real)
+        table = weights.feature_matching * torch.stack([torch.stack(scale) for scale in matched])
+        losses["generator/feature_matching"] = table.sum()
+        for index, part in enumerate(table.sum(1)):
+            losses[f"generator/feature_matching/scale{index}"] = part
+        for index, part in enumerate(table.sum(0)):
+            losses[f"generator/feature_matching/layer{index}"] = part
+        total = total + losses["generator/feature_matching"]
+    if weights.l1 > 0:
+        losses["generator/l1"] = weights.l1 * mean_difference(fake, pair.target)
+        total = total + losses["generator/l1"]
+    if weights.perceptual > 0:
+        assert gan.perceptual is not None
+        parts = perceptual_losses(fake, pair.target, gan.perceptual)
+        for name, part in zip(PERCEPTUAL_LAYERS, parts, strict=True):
+            losses[f"generator/perceptual/{name}"] = weights.perceptual * part
+        losses["generator/perceptual"] = weights.perceptual * torch.stack(parts).sum()
+        total = total + losses["generator/perceptual"]
+    return total, losses
+
+
+def _by_scale(name: str, scales: Sequence[Tensor]) -> Losses:
+    """The sum over scales and, where there are several, each scale."""
+    losses = {name: torch.stack(list(scales)).sum()}
+    if len(scales) > 1:
+        losses |= {f"{name}/scale{index}": value for index, value in enumerate(scales)}
+    return losses
+
+
+def _add(total: Losses, losses: Losses, micro_batches: Sequence[Batch], index: int) -> None:
+    """Add a micro-batch's losses, weighted by its rows, to those of the batch."""
+    rows = [batch.source.shape[0] for batch in micro_batches]
+    for name, value in losses.items():
+        weighted = value.detach() * (rows[index] / sum(rows))
+        total[name] = total[name] + weighted if name in total else weighted

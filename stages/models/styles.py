@@ -16,8 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stages.models.inputs import unit_range
+from stages.models.layers import segment_means, spread
 from stages.models.pix2pixhd import FeatureEncoder
-from stages.models.step import Batch, unit_range
+from stages.models.step import Batch
 
 RADIX = 1 << 32
 """Ids are below this: two of them make one int64 key."""
@@ -65,15 +67,12 @@ def find_instances(instance: Tensor, label: Tensor) -> Instances:
 
 def mean_features(features: Tensor, instances: Instances) -> Tensor:
     """(M,F): the mean over each instance's pixels of (N,F,H,W) features."""
-    rows = features.float().permute(0, 2, 3, 1).reshape(-1, features.shape[1])
-    index = instances.index.reshape(-1)
-    sums = rows.new_zeros(len(instances.number), rows.shape[1]).index_add_(0, index, rows)
-    return sums / torch.bincount(index, minlength=len(sums)).unsqueeze(1)
+    return segment_means(features.float(), instances.index, len(instances.number))
 
 
-def paint(vectors: Tensor, instances: Instances) -> Tensor:
+def style_map(vectors: Tensor, instances: Instances) -> Tensor:
     """(N,F,H,W): every pixel carries the vector of its instance; `vectors` is (M,F)."""
-    return vectors[instances.index].permute(0, 3, 1, 2).contiguous()
+    return spread(vectors, instances.index).contiguous()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +145,7 @@ def from_reference(
 def instance_styles(
     encoder: FeatureEncoder, image: Tensor, instance: Tensor, label: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What `fit_styles` takes, of one batch, on the CPU: vectors (M,F) and classes (M,) of its instances.
+    """Vectors (M,F) and classes (M,) of a batch's instances, on the CPU, as `fit_styles` takes them.
 
     `image` (N,C,H,W) in [-1, 1], `instance` and `label` (N,1,H,W) integers.
     """

@@ -29,15 +29,16 @@ class Served(PythonModel):  # type: ignore[misc]
     def load_context(self, context: Any) -> None:
         """Load the model folder that was logged as the artifact `model`."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = load_model(Path(context.artifacts["model"]), device=device)
-        self.device = device
+        model = load_model(Path(context.artifacts["model"]), device=device)
+        self.translators = {
+            stochastic: Translator(model, device=device, stochastic=stochastic)
+            for stochastic in (False, True)
+        }
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: Any = None) -> pd.DataFrame:  # noqa: ARG002
         """Generate a picture for every row. Raises MlflowException for a row that is no image."""
         given = params or {}
-        translator = Translator(
-            self.model, device=self.device, stochastic=bool(given.get("stochastic", False))
-        )
+        translator = self.translators[bool(given.get("stochastic", False))]
         made = []
         for index, row in enumerate(model_input.to_dict("records")):
             try:

@@ -1,14 +1,14 @@
-"""Means over the workers of a training phase: of gradients, which all apply alike, and of losses.
+"""Means over the workers of a training phase: of gradients, which every worker then applies, and of losses.
 
-By hand rather than by `DistributedDataParallel`: the discriminator is used three times a step and the two
-networks are stepped one after the other, which its hooks do not allow for without several backward passes'
-worth of communication. Gradients travel in buckets, while the backward pass makes the next ones; those of the
-discriminator travel during the generator's, the generator's last ones while the next step judges real images.
+Not `DistributedDataParallel`: the discriminator runs three times a step and the two networks are updated one
+after the other, which its hooks allow only with several backward passes' worth of communication. Gradients
+are exchanged in gradient buckets while the backward pass computes the next ones; those of pix2pixHD's
+discriminator are exchanged during the generator's backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -22,75 +22,102 @@ CPU_BUCKET_BYTES = 4 << 20  # over gloo: what was packed is still in the cache w
 
 
 def buckets(tensors: Sequence[Weight], size: int) -> Iterator[list[Weight]]:
-    """Tensors of one dtype, in order, in groups of about `size` bytes."""
+    """Tensors in order, in groups of one dtype and about `size` bytes."""
     group: list[Weight] = []
-    held = 0
+    total = 0
     for tensor in tensors:
-        bytes_ = tensor.numel() * tensor.element_size()
-        if group and (held + bytes_ > size or tensor.dtype != group[0].dtype):
+        length = tensor.numel() * tensor.element_size()
+        if group and (total + length > size or tensor.dtype != group[0].dtype):
             yield group
-            group, held = [], 0
+            group, total = [], 0
         group.append(tensor)
-        held += bytes_
+        total += length
     if group:
         yield group
 
 
-def send(parameters: Sequence[nn.Parameter], *, coming: bool) -> Callable[[], Iterator[list[nn.Parameter]]]:
-    """Begin to replace gradients by their mean over all workers.
+class GradientAverager:
+    """Averages gradients over the workers, as `stages.models.step.Average`; on request keeps their norms."""
 
-    They travel at once or, where a backward pass is `coming`, each as soon as that has added its part. The
-    result is called when all gradients are made: where there is none then, this worker's share is zeros. What
-    that returns waits, bucket by bucket, and gives the parameters whose means are there. Every worker passes
-    equal shapes and waits.
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self.measure = False
+        """Whether to keep the norms of the averaged gradients of the next step."""
+        self._norms: list[Tensor] = []
+
+    def __call__(
+        self, parameters: Sequence[nn.Parameter], *, during_backward: bool
+    ) -> Iterable[Sequence[nn.Parameter]]:
+        """Start to average; iterating the result yields parameters whose gradients are averaged."""
+        averaged: Iterable[Sequence[nn.Parameter]] = [parameters]
+        if self.workers > 1:
+            averaged = Exchange(parameters, during_backward=during_backward)
+        return self._measured(averaged) if self.measure else averaged
+
+    def _measured(self, averaged: Iterable[Sequence[nn.Parameter]]) -> Iterator[Sequence[nn.Parameter]]:
+        norms: list[Tensor] = []
+        for parameters in averaged:
+            norms += torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
+            yield parameters
+        self._norms.append(torch.stack(norms).norm())
+
+    def take_norms(self) -> dict[str, float]:
+        """The norms of the last measured step, by curve; {} if there are none since the last call."""
+        names = ("discriminator", "generator")[-len(self._norms) :] if self._norms else ()
+        values = {f"gradient_norm/{n}": float(v) for n, v in zip(names, self._norms, strict=True)}
+        self._norms.clear()
+        return values
+
+
+class Exchange:
+    """The means of one network's gradients over all workers, on their way from construction on.
+
+    Gradient buckets are sent in one order on every worker: last parameters first, as a backward pass
+    completes those first. `during_backward`: each is sent as soon as its last gradient is complete; else all
+    are sent now. A missing gradient counts as zeros. Iterating after the backward pass sends the rest, waits
+    bucket by bucket, and yields the parameters whose gradients are averaged. All workers must iterate, over
+    parameters of equal shapes.
     """
-    return _Exchange(parameters, coming=coming).arrive
 
-
-class _Exchange:
-    """Buckets go in one order, last parameters first (a backward pass makes those first), on every worker."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter], *, coming: bool) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], *, during_backward: bool) -> None:
         size = CPU_BUCKET_BYTES if parameters and parameters[0].device.type == "cpu" else BUCKET_BYTES
         self.groups = list(buckets(parameters[::-1], size))
-        self.missing = [{id(p) for p in group if coming or p.grad is None} for group in self.groups]
-        self.missing_beside = {
-            id(p): missing for group, missing in zip(self.groups, self.missing, strict=True) for p in group
-        }
+        self.incomplete = [{id(parameter) for parameter in group} for group in self.groups]
+        self.bucket_of = {id(p): index for index, group in enumerate(self.groups) for p in group}
+        self.sent: list[tuple[Tensor, dist.Work]] = []
         self.hooks = [
-            p.register_post_accumulate_grad_hook(self._made)  # type: ignore[no-untyped-call]
-            for p in parameters
-            if coming
+            parameter.register_post_accumulate_grad_hook(self._complete)  # type: ignore[no-untyped-call]
+            for parameter in parameters
+            if during_backward
         ]
-        self.travelling: list[tuple[Tensor, dist.Work]] = []
-        self._send()
+        if not during_backward:
+            self._send_all()
 
-    def _made(self, parameter: Tensor) -> None:
-        self.missing_beside[id(parameter)].discard(id(parameter))
-        self._send()
+    def __iter__(self) -> Iterator[list[nn.Parameter]]:
+        for hook in self.hooks:
+            hook.remove()
+        self._send_all()
+        return self._averaged()
 
-    def _send(self) -> None:
-        """Those buckets that are next and complete."""
-        while len(self.travelling) < len(self.groups) and not self.missing[len(self.travelling)]:
-            group = self.groups[len(self.travelling)]
+    def _complete(self, parameter: Tensor) -> None:
+        """Note that a gradient is complete; send the buckets that are next and complete."""
+        self.incomplete[self.bucket_of[id(parameter)]].discard(id(parameter))
+        while len(self.sent) < len(self.groups) and not self.incomplete[len(self.sent)]:
+            group = self.groups[len(self.sent)]
             flat = torch.cat([gradient.reshape(-1) for gradient in _gradients(group)])
             work = dist.all_reduce(flat, async_op=True)
             assert work is not None
-            self.travelling.append((flat, work))
+            self.sent.append((flat, work))
 
-    def arrive(self) -> Iterator[list[nn.Parameter]]:
-        """Send what is not yet sent, now; the result waits."""
-        for hook in self.hooks:
-            hook.remove()
+    def _send_all(self) -> None:
         for parameter in (p for group in self.groups for p in group):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            self._made(parameter)
-        return self._arriving()
+            self._complete(parameter)
 
-    def _arriving(self) -> Iterator[list[nn.Parameter]]:
+    def _averaged(self) -> Iterator[list[nn.Parameter]]:
         world = dist.get_world_size()
-        for group, (flat, work) in zip(self.groups, self.travelling, strict=True):
+        for group, (flat, work) in zip(self.groups, self.sent, strict=True):
             work.wait()
             means = torch.split(flat.div_(world), [parameter.numel() for parameter in group])
             for parameter, mean in zip(group, means, strict=True):
@@ -99,7 +126,7 @@ class _Exchange:
 
 
 def _take(parameter: nn.Parameter, mean: Tensor) -> None:
-    """Make a packed mean the gradient: as it lies, where the weight's layout is that of packing."""
+    """Make a packed mean the gradient: a view of it where the weight's layout is that of packing."""
     assert parameter.grad is not None
     gradient = _pixels_last(parameter.grad)
     if gradient.is_contiguous():
@@ -122,9 +149,9 @@ def _pixels_last(tensor: Tensor) -> Tensor:
 
 def broadcast_object(value: Any) -> Any:
     """Rank 0's value, on every worker. For small plain values: positions, names."""
-    held = [value]
-    dist.broadcast_object_list(held, src=0)
-    return held[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def total_with_gradient(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -24,7 +24,6 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from stages import storage
 from stages.errors import StageError
@@ -34,27 +33,25 @@ from stages.models.ema import Ema
 from stages.models.fast.process import best_precision
 from stages.models.files.saved import MANIFEST, Preprocessing, load_discriminator, load_model, save_model
 from stages.models.files.vgg import load_vgg
-from stages.models.layers import synchronise_norms
-from stages.models.pix2pixhd import FeatureEncoder
-from stages.models.step import (
-    Arriving,
-    Batch,
+from stages.models.gan import (
     GanState,
     build_gan,
     learning_rate_at,
     learning_rates,
     load_state,
     set_learning_rate,
-    settle,
     state_of,
-    step,
 )
+from stages.models.layers import synchronise_batch_norms
+from stages.models.pix2pixhd import FeatureEncoder
+from stages.models.step import Batch, step
 from stages.models.styles import Styles, collect_styles
 from stages.tracking.run import system_metrics
 from stages.training import checkpoints, curves, gradients, phases
 from stages.training.checkpoints import Checkpoint, Position, Writer
 from stages.training.control import SAVE, Event, Poster
 from stages.training.curves import DivergedError, Point, Window
+from stages.training.gradients import GradientAverager
 from stages.training.phases import PhaseJob
 
 PICTURES = 20  # sample grids per phase, at most
@@ -79,7 +76,7 @@ class Task:
     keep_checkpoints: int = 2
     checkpointing: bool = False
     compiled: bool = False
-    pairs_at_once: int | None = None
+    micro_batch: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,16 +214,16 @@ class Loop:
         self.folder = storage.join(task.output, "checkpoints")
         self.gan = build(task, worker.device)
         self._counts = 1.0  # whether this worker's pictures count in synchronised norms
-        if task.job.synchronised_norms and worker.world > 1:
-            for network in (self.gan.generator, self.gan.discriminator):
-                if network is not None:
-                    synchronise_norms(network, self._over_all)
         self.position, self.points = Position(), list[Point]()
         self.losses: dict[str, float] = {}
         self.stopped = ""
         self.writer = Writer(self.folder, task.keep_checkpoints, self._tell)
         self._take_up()
-        self.norms = Norms(worker.world)
+        if task.job.synchronised_norms and worker.world > 1:  # last: averages copy the generator
+            for network in (self.gan.generator, self.gan.discriminator):
+                if network is not None:
+                    synchronise_batch_norms(network, self._over_all)
+        self.averager = GradientAverager(worker.world)
         several = worker.world > 1
         self.window = Window(
             worker.device,
@@ -254,9 +251,6 @@ class Loop:
                 grow(self.gan, self.task.before, self.worker.device)
             return
         load_state(self.gan, found.state)
-        for optimizer in (self.gan.generator_optimizer, self.gan.discriminator_optimizer):
-            if optimizer is not None:
-                lay_out(optimizer)
         self.position = found.position
         if self.leads:
             self.points = curves.from_table(found.curves)
@@ -290,21 +284,18 @@ class Loop:
         )
         set_learning_rate(self.gan, rate)
         torch.manual_seed(noise_seed(job.seed, phase.name, self.position.steps, self.worker.rank))
-        self.norms.wanted = (self.position.steps + 1) % job.log_every == 0
-        # Alone and unobserved, a gradient can be dropped as soon as its weight is updated.
-        seen = self.norms if self.norms.wanted or self.worker.world > 1 else None
+        self.averager.measure = (self.position.steps + 1) % job.log_every == 0
+        # With one worker and no norm to log, gradients are freed during the backward pass.
+        average = self.averager if self.averager.measure or self.worker.world > 1 else None
         batch = batch.to(self.worker.device, non_blocking=True)
         if job.synchronised_norms and self.worker.world > 1:
             batch, self._counts = takes_part(batch)
-        losses = step(
-            self.gan, batch, weights=job.losses, average=seen, at_once=task.pairs_at_once, leave=True
-        )
+        losses = step(self.gan, batch, weights=job.losses, average=average, micro_batch=task.micro_batch)
         before, self.position = self.position, advance(self.position, rows=task.rows, batch=phase.batch)
         self.window.add(self.position.steps, losses, batch.share)
         due = is_due(before, self.position, task.checkpoint_images)
         order = self._heed() if self.position.steps >= self._next_look else ""
         if due or order or self.position.steps % job.log_every == 0:
-            settle(self.gan)
             self._close_window(before.epoch, rate)
         if due or order:
             self._verify()
@@ -330,7 +321,7 @@ class Loop:
             "throughput/data_wait_fraction": self._waited / seconds if seconds > 0 else 0.0,
             "throughput/checkpoint_fraction": self._paused / seconds if seconds > 0 else 0.0,
             **curves.balance(values),
-            **self.norms.take(),
+            **self.averager.take_norms(),
             **system_metrics(),
             **gpu_metrics(self.worker.device),
         }
@@ -444,39 +435,6 @@ def takes_part(batch: Batch) -> tuple[Batch, float]:
     return replace(batch, source=source, target=target, instance=blank(batch.instance), share=0.0), 0.0
 
 
-@dataclass
-class Norms:
-    """Averages gradients over the workers; where wanted, keeps their norms (discriminator first)."""
-
-    world: int
-    wanted: bool = False
-    _norms: list[Tensor] = field(default_factory=list)
-
-    def __call__(self, parameters: Sequence[nn.Parameter], *, coming: bool) -> Arriving:
-        """Begin to average; see `step.Average`."""
-        sent = gradients.send(parameters, coming=coming) if self.world > 1 else None
-
-        def arriving() -> Iterable[Sequence[nn.Parameter]]:
-            means: Iterable[Sequence[nn.Parameter]] = [parameters] if sent is None else sent()
-            return self._measured(means) if self.wanted else means
-
-        return arriving
-
-    def _measured(self, means: Iterable[Sequence[nn.Parameter]]) -> Iterator[Sequence[nn.Parameter]]:
-        norms: list[Tensor] = []
-        for some in means:
-            norms += torch._foreach_norm([p.grad for p in some if p.grad is not None])
-            yield some
-        self._norms.append(torch.stack(norms).norm())
-
-    def take(self) -> dict[str, float]:
-        """The norms of the last step they were wanted for."""
-        names = ("discriminator", "generator")[-len(self._norms) :] if self._norms else ()
-        values = {f"gradient_norm/{n}": float(v) for n, v in zip(names, self._norms, strict=True)}
-        self._norms.clear()
-        return values
-
-
 def gpu_metrics(device: torch.device) -> dict[str, float]:
     """The load of a worker's GPU, under the names MLflow's page shows as system metrics; {} on a CPU."""
     if device.type != "cuda":
@@ -498,17 +456,6 @@ def all_finite(network: nn.Module | None) -> bool:
         return True
     trained = [parameter.detach() for parameter in network.parameters() if parameter.requires_grad]
     return not trained or bool(torch.stack(torch._foreach_norm(trained)).isfinite().all())
-
-
-def lay_out(optimizer: Optimizer) -> None:
-    """Give restored moments the memory layout of their weights: fused kernels walk both side by side.
-
-    Files hold tensors row by row; weights may be channels last.
-    """
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 # -- models -------------------------------------------------------------------

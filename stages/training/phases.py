@@ -20,8 +20,8 @@ from pydantic import Field, model_validator
 from stages.base import Config, Kind, Resources, Role
 from stages.images.augment import AugmentConfig
 from stages.models.architecture import Architecture, InputSpec, Parts, Pix2Pix, Pix2PixHD, size_multiple
+from stages.models.gan import Precision
 from stages.models.losses import LossWeights, paper_weights
-from stages.models.step import Precision
 from stages.shards.dataset import DatasetSpec
 
 PhaseKind = Literal["global", "local", "joint", "whole"]

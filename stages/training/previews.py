@@ -17,7 +17,8 @@ from torch import Tensor
 from stages.base import Role, Split
 from stages.images import geometry, kinds, pictures
 from stages.images.kinds import Array
-from stages.models.step import GanState, make_condition
+from stages.models.gan import GanState
+from stages.models.inputs import make_condition, translate
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec, Sample
 from stages.training import phases
@@ -121,10 +122,7 @@ def generate(gan: GanState, source: Tensor, target: Tensor, instance: Tensor | N
     try:
         with torch.inference_mode():
             condition = make_condition(source, instance, arch=gan.arch, inputs=gan.inputs)
-            if gan.encoder is not None:
-                assert instance is not None
-                condition = torch.cat([condition, gan.encoder(target, instance)], 1)
-            drawn: Tensor = network(condition)
+            style = None if gan.encoder is None else gan.encoder(target, instance)
+            return translate(network, condition, style)
     finally:
         network.train(training)
-    return drawn

@@ -11,7 +11,6 @@ from stages.models.architecture import (
     InputSpec,
     Pix2Pix,
     Pix2PixHD,
-    architecture_from_json,
     build_discriminator,
     build_encoder,
     build_generator,
@@ -93,11 +92,6 @@ def test_sizes_are_multiples_of_what_the_network_halves() -> None:
     assert size_multiple(Pix2Pix()) == (256, 256)
     assert size_multiple(Pix2PixHD()) == (32, 64)
     assert size_multiple(Pix2PixHD(), enhancers=0) == (16, 32)
-
-
-@pytest.mark.parametrize("arch", [Pix2Pix(levels=7, norm="instance"), Pix2PixHD(enhancers=2, width=16)])
-def test_an_architecture_reads_back_from_json(arch: Pix2Pix | Pix2PixHD) -> None:
-    assert architecture_from_json(arch.model_dump_json()) == arch
 
 
 def test_wrong_architectures_are_refused() -> None:

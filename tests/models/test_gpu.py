@@ -9,8 +9,9 @@ import torch
 
 from stages.models.architecture import InputSpec, Pix2PixHD
 from stages.models.fast.process import tune_process
+from stages.models.gan import GanState, Precision, build_gan
 from stages.models.losses import LossWeights
-from stages.models.step import Batch, GanState, Precision, all_finite, build_gan, step
+from stages.models.step import Batch, all_finite, step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,7 +39,7 @@ def _no_host_synchronisation_outlives_its_test() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-def translator(precision: Precision = "float32", *, compiled: bool = False) -> GanState:
+def build(precision: Precision = "float32", *, compiled: bool = False) -> GanState:
     tune_process("cuda")
     return build_gan(
         ARCH, INPUTS, weights=WEIGHTS, precision=precision, device="cuda", compiled=compiled, ema_decay=0.99
@@ -54,7 +55,7 @@ def batch() -> Batch:
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_a_step_never_waits_for_the_device(precision: Precision) -> None:
-    gan, pairs = translator(precision), batch()
+    gan, pairs = build(precision), batch()
     step(gan, pairs, weights=WEIGHTS)  # optimizers make their state, cuDNN its choices
     torch.cuda.set_sync_debug_mode("error")
     losses = step(gan, pairs, weights=WEIGHTS)
@@ -64,13 +65,13 @@ def test_a_step_never_waits_for_the_device(precision: Precision) -> None:
 
 
 def test_float32_products_use_tf32() -> None:
-    translator()
+    build()
     assert torch.backends.cudnn.allow_tf32
     assert torch.get_float32_matmul_precision() == "high"
 
 
 def test_weights_and_gradients_are_channels_last() -> None:
-    gan = translator()
+    gan = build()
     for _ in range(2):
         step(gan, batch(), weights=WEIGHTS)
     for parameter in gan.generator.parameters():
@@ -82,13 +83,13 @@ def test_weights_and_gradients_are_channels_last() -> None:
 
 
 def test_bf16_stays_close_to_float32() -> None:
-    exact, rough = (step(translator(p), batch(), weights=WEIGHTS) for p in ("float32", "bf16"))
+    exact, rough = (step(build(p), batch(), weights=WEIGHTS) for p in ("float32", "bf16"))
     for name, value in exact.items():
         assert rough[name].item() == pytest.approx(value.item(), rel=0.1, abs=0.05), name
 
 
 def test_a_compiled_step_gives_the_same_losses_and_compiles_once() -> None:
-    plain, compiled = translator(), translator(compiled=True)
+    plain, compiled = build(), build(compiled=True)
     pairs = batch()
     for _ in range(3):
         expected = step(plain, pairs, weights=WEIGHTS)
@@ -100,7 +101,7 @@ def test_a_compiled_step_gives_the_same_losses_and_compiles_once() -> None:
 
 
 def test_the_cpu_and_the_gpu_agree() -> None:
-    on_gpu = step(translator(), batch(), weights=WEIGHTS)
+    on_gpu = step(build(), batch(), weights=WEIGHTS)
     gan = build_gan(ARCH, INPUTS, weights=WEIGHTS)
     on_cpu = step(gan, batch().to("cpu"), weights=WEIGHTS)
     for name, value in on_cpu.items():

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
-from stages.models.inputs import (
-    instance_edges,
-    instance_mean,
-    instance_segments,
-    one_hot,
-    padded_size,
-    reflect_to,
-)
+from stages.images import kinds
+from stages.models.inputs import instance_edges, one_hot, padded_size, reflect_to, unit_range
+from stages.models.layers import instance_mean, instance_segments
 
 
 def ids(*shape: int, high: int = 5) -> torch.Tensor:
@@ -66,6 +62,15 @@ def test_segments_are_equal_exactly_within_an_instance_of_a_sample() -> None:
 def test_gradients_flow_through_the_means() -> None:
     features = torch.randn(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: instance_mean(x, ids(1, 1, 3, 3)), (features,))
+
+
+@pytest.mark.parametrize("kind", ["rgb", "grey", "grey16", "lab_l", "lab_ab"])
+def test_amounts_are_normalised_as_arrays_are(kind: kinds.Kind) -> None:
+    stored = np.arange(0, 256, dtype=np.uint8)
+    values = stored.astype(np.int32) * 257 if kind == "grey16" else stored
+    expected = torch.from_numpy(kinds.normalise(values, kind))
+    assert torch.equal(unit_range(torch.from_numpy(values), kind=kind), expected)
+    assert torch.equal(unit_range(expected, kind=kind), expected)
 
 
 def test_sizes_are_rounded_up_and_never_below_the_minimum() -> None:

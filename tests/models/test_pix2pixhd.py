@@ -87,8 +87,8 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradients() -> None:
     x = torch.rand(1, 3, 16, 16)
     gradients, kept = [], []
     for checkpointing in (False, True):
-        network, saved = generator(), list[int]()
-        network.checkpointing = checkpointing
+        network = build_generator(SMALL, InputSpec(), checkpointing=checkpointing)
+        saved = list[int]()
 
         def keep(tensor: Tensor, saved: list[int] = saved) -> Tensor:
             saved.append(tensor.numel())

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +20,12 @@ from stages.models.architecture import (
     grow_discriminator,
     grow_generator,
 )
-from stages.models.files.nvidia_names import layer_names, to_published
+from stages.models.files.nvidia_names import layer_names, to_nvidia
+from stages.models.gan import GanState, build_gan, learning_rates, load_state, set_learning_rate, state_of
+from stages.models.inputs import make_condition
 from stages.models.losses import LossWeights, paper_weights
 from stages.models.pix2pixhd import CoarseToFineGenerator, MultiScaleDiscriminator
-from stages.models.step import (
-    Arriving,
-    Batch,
-    GanState,
-    all_finite,
-    build_gan,
-    learning_rate_at,
-    learning_rates,
-    load_state,
-    make_condition,
-    set_learning_rate,
-    settle,
-    state_of,
-    step,
-    unit_range,
-)
+from stages.models.step import Batch, all_finite, step
 from tests.reference.published_step import (
     Plain,
     PlainGenerator,
@@ -59,7 +45,7 @@ def assert_after(reference: Reference, network: torch.nn.Module, prefix: str, bi
     So may a single weight: where its gradient is rounding noise, Adam still takes a full-size step. One in a
     thousand is allowed that, within twice the three steps of 2e-4.
     """
-    ours = to_published(network.state_dict(), layer_names(network))
+    ours = to_nvidia(network.state_dict(), layer_names(network))
     for name, expected in reference.state(prefix).items():
         if name.endswith("bias") and name not in biased:
             continue
@@ -169,21 +155,20 @@ class Captured:
     def __init__(self) -> None:
         self.networks: list[list[Tensor]] = []
 
-    def __call__(self, parameters: Sequence[nn.Parameter], *, coming: bool) -> Arriving:
-        def arriving() -> Iterator[Sequence[nn.Parameter]]:
-            whole = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-            for parameter, gradient in zip(parameters, whole, strict=True):
-                parameter.grad = gradient
-            self.networks.append([gradient.clone() for gradient in whole])
-            yield parameters[1::2]
-            yield parameters[::2]
-
-        return arriving
+    def __call__(
+        self, parameters: Sequence[nn.Parameter], *, during_backward: bool
+    ) -> Iterator[Sequence[nn.Parameter]]:
+        whole = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        for parameter, gradient in zip(parameters, whole, strict=True):
+            parameter.grad = gradient
+        self.networks.append([gradient.clone() for gradient in whole])
+        yield parameters[1::2]
+        yield parameters[::2]
 
 
 def assert_gradients(ours: Sequence[Tensor], network: nn.Module, plain: nn.Module) -> None:
     trained = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
-    published = to_published(dict(zip(trained, ours, strict=True)), layer_names(network))
+    published = to_nvidia(dict(zip(trained, ours, strict=True)), layer_names(network))
     assert published
     theirs = dict(plain.named_parameters())
     for name, gradient in published.items():
@@ -241,39 +226,6 @@ def test_updating_inside_the_backward_pass_gives_the_same_weights() -> None:
         step(inside, hd_batch(seed=seed), weights=weights)
         step(outside, hd_batch(seed=seed), weights=weights, average=Captured())
     assert_same_state(inside, outside)
-
-
-@pytest.mark.parametrize("arch", [HD, P2P])
-def test_an_update_that_is_left_is_made_before_the_next_step_generates(arch: Pix2Pix | Pix2PixHD) -> None:
-    """With the rate of its own step, and after pix2pixHD's real images are judged."""
-    inputs = HD_INPUTS if arch is HD else InputSpec()
-    weights = paper_weights(arch)
-    leaves, waits = (build_gan(arch, inputs, weights=weights, ema_decay=0.9) for _ in range(2))
-    order: list[str] = []
-
-    def told(update: Callable[[], None]) -> None:
-        order.append("update")
-        update()
-
-    for network, name in ((leaves.generator, "generate"), (leaves.discriminator, "judge")):
-        assert network is not None
-        network.register_forward_pre_hook(lambda *_, name=name: order.append(name))
-    for index in range(2):
-        for gan in (leaves, waits):
-            set_learning_rate(gan, 2e-4 / (index + 1))
-            torch.manual_seed(index)
-            batch = hd_batch(seed=index) if arch is HD else p2p_batch(seed=index)
-            step(gan, batch, weights=weights, average=Captured(), leave=gan is leaves)
-        assert waits.unsettled is None
-        assert leaves.unsettled is not None
-        leaves.unsettled = partial(told, leaves.unsettled)
-    with pytest.raises(AssertionError, match="on its way"):
-        state_of(leaves)
-    settle(leaves)
-    one_step = ["judge", "generate", "judge"] if arch is HD else ["generate", "judge", "judge", "judge"]
-    second = ["judge", "update", "generate", "judge"] if arch is HD else ["update", *one_step]
-    assert order == [*one_step, *second, "update"]
-    assert_same_state(leaves, waits)
 
 
 # -- phases ---------------------------------------------------------------------
@@ -344,12 +296,6 @@ def networks(gan: GanState) -> tuple[nn.Module, nn.Module]:
     return gan.generator, gan.discriminator
 
 
-def test_the_rate_is_constant_then_falls_to_zero() -> None:
-    rates = [learning_rate_at(epoch, rate=1.0, epochs=2, decay_epochs=2) for epoch in (0, 2, 3, 4, 5)]
-    assert rates == [1, 1, 0.5, 0, 0]
-    assert learning_rate_at(99, rate=1.0, epochs=2, decay_epochs=0) == 1
-
-
 def test_going_on_from_a_saved_state_gives_the_same_bits() -> None:
     weights = LossWeights()
 
@@ -399,31 +345,31 @@ def test_the_mean_over_workers_with_short_batches_is_the_mean_over_rows() -> Non
 
 
 @pytest.mark.parametrize("layered", [True, False])
-def test_a_batch_done_in_turns_is_the_same_step(layered: bool) -> None:
-    """Gradients and losses of five pairs at once, and of two, two and one, on one of two workers."""
+def test_accumulation_over_micro_batches_is_the_same_step(layered: bool) -> None:
+    """Gradients and losses of five pairs in one micro-batch and in three, on one of two workers."""
     arch = HD if layered else P2P.model_copy(update={"norm": "instance"})
     inputs = HD_INPUTS if layered else InputSpec()
     weights = paper_weights(arch)
     batch = hd_batch(rows=5) if layered else p2p_batch(rows=5)
     batch.share = 1.25
 
-    def outcome(at_once: int | None) -> tuple[list[list[Tensor]], dict[str, Tensor]]:
+    def outcome(micro_batch: int | None) -> tuple[list[list[Tensor]], dict[str, Tensor]]:
         captured = Captured()
         gan = in_double(build_gan(arch, inputs, weights=weights))
-        losses = step(gan, batch, weights=weights, average=captured, at_once=at_once)
+        losses = step(gan, batch, weights=weights, average=captured, micro_batch=micro_batch)
         return captured.networks, losses
 
-    (expected, losses), (turns, summed) = outcome(None), outcome(2)
+    (expected, losses), (accumulated, summed) = outcome(None), outcome(2)
     assert losses.keys() == summed.keys()
     for name, value in losses.items():
         assert summed[name].item() == pytest.approx(value.item(), rel=1e-9), name
-    for ours, theirs in zip(turns, expected, strict=True):
+    for ours, theirs in zip(accumulated, expected, strict=True):
         for gradient, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(gradient, other, rtol=1e-8, atol=1e-13)
 
 
-def test_turns_draw_the_same_noise_twice_and_count_each_picture_once() -> None:
-    """pix2pix's generator runs twice in turns: running statistics and dropout must not tell."""
+def test_micro_batches_draw_the_same_noise_twice_and_count_each_picture_once() -> None:
+    """pix2pix's generator runs twice: running statistics and dropout are those of one run."""
     arch = Pix2Pix(levels=4, width=4, discriminator_width=4)
     weights = LossWeights(gan="bce", gan_weight=0.0, feature_matching=0.0, l1=100.0)
     adversarial = paper_weights(arch)
@@ -431,7 +377,7 @@ def test_turns_draw_the_same_noise_twice_and_count_each_picture_once() -> None:
     def statistics(weights: LossWeights) -> list[Tensor]:
         gan = build_gan(arch, InputSpec(), weights=weights)
         torch.manual_seed(1)
-        step(gan, p2p_batch(rows=4), weights=weights, at_once=2)
+        step(gan, p2p_batch(rows=4), weights=weights, micro_batch=2)
         return [buffer.clone() for buffer in gan.generator.buffers()]
 
     for once, twice in zip(statistics(weights), statistics(adversarial), strict=True):
@@ -536,13 +482,6 @@ def test_a_loss_that_is_not_finite_is_seen() -> None:
     assert bool(all_finite(step(gan, hd_batch(), weights=weights)))
     next(gan.generator.parameters()).data.fill_(float("nan"))
     assert not bool(all_finite(step(gan, hd_batch(), weights=weights)))
-
-
-def test_bytes_and_floats_are_the_same_pictures() -> None:
-    batch = p2p_batch()
-    pictures = ((batch.source + 1) * 127.5).round().to(torch.uint8)
-    torch.testing.assert_close(unit_range(pictures), batch.source, atol=1 / 127, rtol=0)
-    assert unit_range(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
 
 
 # -- refactoring -----------------------------------------------------------------------

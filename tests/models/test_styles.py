@@ -19,7 +19,7 @@ from stages.models.styles import (
     instance_styles,
     k_means,
     mean_features,
-    paint,
+    style_map,
 )
 
 
@@ -34,13 +34,13 @@ def scene(pictures: int = 2, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 def test_means_equal_the_plain_loop_over_instances() -> None:
     features, instance, label = scene()
     instances = find_instances(instance, label)
-    painted = paint(mean_features(features, instances), instances)
+    spread = style_map(mean_features(features, instances), instances)
     expected = torch.empty_like(features)
     for n in range(len(features)):
         for number in instance[n].unique():
             where = instance[n, 0] == number
             expected[n, :, where] = features[n, :, where].mean(1, keepdim=True)
-    torch.testing.assert_close(painted, expected)
+    torch.testing.assert_close(spread, expected)
     assert instances.area.sum().item() == pytest.approx(2)
 
 
@@ -99,7 +99,7 @@ def test_the_encoder_gives_one_vector_an_instance() -> None:
     image, instance, label = scene()
     vectors, classes = instance_styles(encoder, image, instance, label)
     found = find_instances(instance, label)
-    torch.testing.assert_close(paint(vectors, found), encoder(image, instance).detach())
+    torch.testing.assert_close(style_map(vectors, found), encoder(image, instance).detach())
     assert torch.equal(classes, found.classes)
 
 
@@ -124,10 +124,10 @@ def test_styles_are_collected_over_batches_up_to_a_limit() -> None:
         collect_styles(encoder, [], num_classes=3)
 
 
-def test_a_chosen_cluster_is_painted_on_every_instance_of_its_class() -> None:
+def test_a_chosen_cluster_is_the_style_of_every_instance_of_its_class() -> None:
     _, instance, label = scene(1)
     instances = find_instances(instance, label)
-    chosen = paint(styles().choose(instances, 2), instances)
+    chosen = style_map(styles().choose(instances, 2), instances)
     expected = torch.tensor([3.0, 4.0, 0.0])[label.long()]  # class 1 has two clusters, class 2 none
     torch.testing.assert_close(chosen, expected)
 
@@ -136,9 +136,9 @@ def test_a_sample_does_not_depend_on_the_batch_it_is_drawn_in() -> None:
     _, instance, label = scene(3)
     seeds = torch.tensor([11, 22, 33])
     together = find_instances(instance, label)
-    whole = paint(styles().sample(together, seeds), together)
+    whole = style_map(styles().sample(together, seeds), together)
     alone = find_instances(instance[1:2], label[1:2])
-    torch.testing.assert_close(whole[1:2], paint(styles().sample(alone, seeds[1:2]), alone))
+    torch.testing.assert_close(whole[1:2], style_map(styles().sample(alone, seeds[1:2]), alone))
 
 
 def test_samples_take_every_cluster_about_as_often() -> None:

@@ -22,7 +22,7 @@ from stages.models.architecture import (
     build_discriminator,
     build_generator,
 )
-from stages.models.files.nvidia_names import layer_names, to_published
+from stages.models.files.nvidia_names import layer_names, to_nvidia
 from stages.models.files.saved import load_discriminator, load_model, save_model
 
 UNET = Pix2Pix(levels=3, width=4, dropout="common", discriminator_width=4)
@@ -31,7 +31,7 @@ LABELS = InputSpec(source="labels", classes=5, instances=True)
 
 
 def published(network: torch.nn.Module) -> dict[str, Tensor]:
-    return to_published(network.state_dict(), layer_names(network))
+    return to_nvidia(network.state_dict(), layer_names(network))
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
-"""Means over workers: every gradient, whatever its size and layout, by two real processes."""
+"""Means over workers: every gradient, of any size and layout, by two real processes."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from torch import nn
 from stages.training import gradients
 
 
-def test_buckets_keep_order_and_dtype_and_are_about_as_large_as_asked() -> None:
+def test_buckets_keep_order_and_dtype_and_are_of_about_the_given_size() -> None:
     tensors = [torch.zeros(n) for n in (3, 3, 10, 1)] + [torch.zeros(2, dtype=torch.float64)]
     groups = [[t.numel() for t in group] for group in gradients.buckets(tensors, size=24)]
     assert groups == [[3, 3], [10], [1], [2]]
@@ -31,30 +30,23 @@ def work(rank: int, world: int, folder: str) -> None:
     weights = [nn.Parameter(torch.zeros_like(one)) for one in (planar, last, scalar)]
     for weight, gradient in zip(weights, (planar, last, scalar), strict=True):
         weight.grad = gradient
-    assert [w for bucket in gradients.send(weights, coming=False)() for w in bucket] == weights[::-1]
+    averaged = gradients.Exchange(weights, during_backward=False)
+    assert [weight for bucket in averaged for weight in bucket] == weights[::-1]
     expected = torch.arange(24.0).view(1, 2, 3, 4) * 1.5
     for weight, mean in zip(weights, (expected, expected, torch.tensor(0.5)), strict=True):
         assert weight.grad is not None
         assert weight.grad.equal(mean)
-        assert weight.grad.stride() == weight.stride()  # a fused optimizer walks both side by side
+        assert weight.grad.stride() == weight.stride()  # a fused optimizer pairs elements by address
 
     first, unused, last = (nn.Parameter(torch.full((8,), value)) for value in (2.0, 3.0, 5.0))
-    arriving = gradients.send([first, unused, last], coming=True)
-    ((first * last).sum() * (rank + 1)).backward()  # made while it waits, the unused weight's never
-    assert sum(len(bucket) for bucket in arriving()) == 3
+    averaged = gradients.Exchange([first, unused, last], during_backward=True)
+    ((first * last).sum() * (rank + 1)).backward()  # the unused weight never has a gradient
+    assert sum(len(bucket) for bucket in averaged) == 3
     assert [None if p.grad is None else p.grad[0].item() for p in (first, unused, last)] == [7.5, 0.0, 3.0]
-    arriving = gradients.send([first, unused, last], coming=True)
-    (first * (rank + 1)).sum().backward()  # one turn more: the sum travels
-    assert sum(len(bucket) for bucket in arriving()) == 3
+    averaged = gradients.Exchange([first, unused, last], during_backward=True)
+    (first * (rank + 1)).sum().backward()  # accumulated: the sum is sent
+    assert sum(len(bucket) for bucket in averaged) == 3
     assert [None if p.grad is None else p.grad[0].item() for p in (first, unused, last)] == [9.0, 0.0, 3.0]
-    arriving = gradients.send([first, unused], coming=True)
-    first.sum().backward()
-    means = arriving()  # from here on the others need nothing of this worker
-    done = Path(folder, "first-has-its-means")
-    while rank == 1 and not done.exists():
-        time.sleep(0.01)
-    assert sum(len(bucket) for bucket in means) == 2
-    done.touch()
     assert gradients.broadcast_object({"rank": rank}) == {"rank": 0}
     assert gradients.total(torch.tensor([1.0])).item() == world
     dist.destroy_process_group()

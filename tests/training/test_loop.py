@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from stages.images.augment import AugmentConfig
 from stages.models.architecture import InputSpec
 from stages.models.files.saved import Preprocessing, load_model
-from stages.models.step import Batch, GanState
+from stages.models.gan import GanState
+from stages.models.step import Batch
 from stages.training import checkpoints, curves, loop
 from stages.training.checkpoints import Position
 from stages.training.control import Notices, Poster
@@ -298,17 +299,6 @@ def test_the_best_checkpoint_by_validation_stays_whatever_its_age(tmp_path: Path
         "step-00000012",
         "step-00000015",
     ]
-
-
-def test_restored_moments_lie_in_memory_as_their_weights_do() -> None:
-    """A fused optimizer pairs elements by address: in another layout, weights get one another's moments."""
-    weight = nn.Parameter(torch.rand(4, 3, 2, 2).contiguous(memory_format=torch.channels_last))
-    optimizer = torch.optim.Adam([weight], fused=True)
-    moments = torch.rand(4, 3, 2, 2)
-    optimizer.state[weight] = {"step": torch.tensor(1.0), "exp_avg": moments, "exp_avg_sq": moments.clone()}
-    loop.lay_out(optimizer)
-    assert optimizer.state[weight]["exp_avg"].stride() == weight.stride()
-    assert optimizer.state[weight]["exp_avg"].equal(moments)
 
 
 def test_health_is_in_the_curves(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import torch
 
 from stages.images.augment import AugmentConfig
 from stages.models.architecture import InputSpec, Pix2PixHD
+from stages.models.gan import GanState, build_gan
 from stages.models.losses import LossWeights
-from stages.models.step import GanState, build_gan
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec
 from stages.training import previews

@@ -1,1 +1,5 @@
-"""Faster ways to the same result, and settings of the process. Without them: a correct, slower program."""
+"""Faster ways to the same result, and settings of the process.
+
+Networks enter by one call, `accelerate`. Without this package (and with torch's Adam) the program is correct
+and slower.
+"""

@@ -1,4 +1,4 @@
-"""Products with weights that change no more, for generating on CPUs: the library's layout is made once.
+"""Matrix products with frozen weights, prepacked once in oneDNN's layout (CPU inference).
 
 A product with a plain matrix copies it into blocks first, at each call. Where rows are few, at the bottom
 of a generator, that takes as long as the product itself.
@@ -15,24 +15,11 @@ ROWS = 512
 """Rows that the layout is chosen for; any number may come."""
 
 
-def generates(x: Tensor) -> bool:
-    """Whether a layer is computed on a CPU without gradients, and not compiled."""
-    return (
-        not torch.compiler.is_compiling()  # first: an exported program knows no sizes to compare
-        and not torch.is_grad_enabled()
-        and x.device.type == "cpu"
-    )
-
-
-def working_dtype(x: Tensor) -> torch.dtype:
-    """What a layer on a CPU computes in."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-
-
-class FixedMatrix:
-    """A matrix (K, C) that rows are multiplied with. Takes its memory beside the weights it was made of."""
+class PackedMatrix:
+    """A frozen matrix (K, C) to multiply rows with; a copy of the weights it was made of."""
 
     def __init__(self, matrix: Tensor) -> None:
+        self.dtype = matrix.dtype
         self.packed = _has_library(matrix.dtype)
         self.matrix = matrix
         if self.packed:

@@ -1,13 +1,12 @@
 """Convolutions of many channels over few pixels, as matrix products: for CPUs.
 
-At the bottom of a generator a layer has 1024 x 1024 x 9 weights for 256 pixels. A library convolution first
-copies such weights into a layout of its own, three times a step, which costs as much as it computes. A matrix
-product over patches reads them as they lie. The maths are those of a convolution; only the order of summation
-differs.
+At the bottom of a generator a layer has 1024 x 1024 x 9 weights for 256 pixels. oneDNN's convolution first
+copies such weights into its own layout, three times a step, which costs as much as the computation. A matrix
+product over patches reads them in place. The sums are those of a convolution in another order.
 
     patches   (rows, kernel * kernel * C_in), one row per output pixel, channels last
     weights   (C_out, kernel * kernel * C_in), a view of channels-last weights
-    forward   patches @ weights.T;  input gradient: gradient @ weights, summed back into the picture
+    forward   patches @ weights.T;  input gradient: gradient @ weights, summed back into the image
     weight gradient   gradient.T @ patches, already in the layout of the weights
 
 A transposed convolution is the same with forward and input gradient exchanged.
@@ -23,56 +22,83 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from stages.models.fast.products import FixedMatrix
+from stages.models.fast.products import PackedMatrix
+from stages.models.layers import Conv, ResizeConv, TransposedConv
 
 MAX_ROWS = 1024
 MIN_WEIGHTS = 2**20
 
 
+class WideConv(Conv):
+    """A convolution that is a matrix product where that is faster."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) -> (N, C_out, H', W')."""
+        if not suits(x, self.weight, self.output_rows(x)):
+            return super().forward(x)
+        y = wide_conv(
+            x,
+            self.weight,
+            stride=self.stride[0],
+            padding=int(self.padding[0]),
+            reflect=self.padding_mode == "reflect",
+        )
+        return add_bias(y, None if self.inert_bias else self.bias)
+
+    def output_rows(self, x: Tensor) -> int:
+        """Pixels of the output, of all samples together."""
+        return x.shape[0] * (x.shape[2] // self.stride[0]) * (x.shape[3] // self.stride[0])
+
+
+class WideResizeConv(ResizeConv, WideConv):
+    """Nearest-neighbour doubling, then a wide convolution."""
+
+
+class WideTransposedConv(TransposedConv):
+    """A transposed convolution that is a matrix product where that is faster."""
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """(N, C_in, H, W) -> (N, C_out, 2H, 2W)."""
+        if not suits(x, self.weight, self.input_rows(x)):
+            return super().forward(x, output_size)
+        return add_bias(wide_transposed_conv(x, self.weight), None if self.inert_bias else self.bias)
+
+    def input_rows(self, x: Tensor) -> int:
+        """Pixels of the input, of all samples together."""
+        return x.shape[0] * x.shape[2] * x.shape[3]
+
+
 def suits(x: Tensor, weight: Tensor, rows: int) -> bool:
     """Whether a layer is faster this way: measured, see benchmarks/README.md."""
     return (
-        not torch.compiler.is_compiling()  # first: an exported program knows no sizes to compare
+        not torch.compiler.is_compiling()  # first: an exported program has no sizes to compare
         and x.device.type == "cpu"
         and rows <= MAX_ROWS
         and weight.numel() >= MIN_WEIGHTS
     )
 
 
-def wide_conv(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    stride: int,
-    padding: int,
-    reflect: bool,
-    matrix: FixedMatrix | None = None,
-) -> Tensor:
-    """(N, C_in, H, W) -> (N, C_out, H', W'), channels last. No bias.
+def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    """(N, C, H, W) plus (C,)."""
+    return y if bias is None else y + bias.view(1, -1, 1, 1)
 
-    matrix   `as_matrix` of weights that change no more, transposed; no gradients then
-    """
-    if matrix is not None:
-        return _fixed_conv(x.to(weight.dtype), matrix, weight.shape[2], stride, padding, reflect)
+
+def wide_conv(x: Tensor, weight: Tensor, *, stride: int, padding: int, reflect: bool) -> Tensor:
+    """(N, C_in, H, W) -> (N, C_out, H', W'), channels last. No bias."""
     x, weight = _cast(x, weight)
-    y: Tensor = _WideConv.apply(x, weight, stride, padding, reflect)  # type: ignore[no-untyped-call]
+    y: Tensor = _ConvByProduct.apply(x, weight, stride, padding, reflect)  # type: ignore[no-untyped-call]
     return y
 
 
-def wide_transposed_conv(x: Tensor, weight: Tensor, *, matrix: FixedMatrix | None = None) -> Tensor:
-    """(N, C_in, H, W), weights (C_in, C_out, k, k) -> (N, C_out, 2H, 2W): stride 2, padding 1. No bias.
-
-    matrix   `as_matrix` of weights that change no more; no gradients then
-    """
-    if matrix is not None:
-        return _doubled(matrix.product(_rows(x.to(weight.dtype))), x.shape, weight.shape[2])
+def wide_transposed_conv(x: Tensor, weight: Tensor) -> Tensor:
+    """(N, C_in, H, W), weights (C_in, C_out, k, k) -> (N, C_out, 2H, 2W): stride 2, padding 1. No bias."""
     x, weight = _cast(x, weight)
-    y: Tensor = _WideTransposedConv.apply(x, weight)  # type: ignore[no-untyped-call]
+    y: Tensor = _TransposedConvByProduct.apply(x, weight)  # type: ignore[no-untyped-call]
     return y
 
 
 def _cast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """What autocast does for a convolution."""
+    """Both as autocast casts the arguments of a convolution."""
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         return x.to(dtype), weight.to(dtype)
@@ -82,33 +108,40 @@ def _cast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _as_given(function: Function) -> Function:
-    """Autocast has nothing to do inside: it would take reflection padding back to float32."""
+def _without_autocast(function: Function) -> Function:
+    """Disable autocast inside: it would cast reflection padding back to float32."""
     return cast(Function, torch.autocast("cpu", enabled=False)(function))
 
 
-@_as_given
-def _fixed_conv(
-    x: Tensor, matrix: FixedMatrix, kernel: int, stride: int, padding: int, reflect: bool
+@_without_autocast
+def packed_conv(
+    x: Tensor, matrix: PackedMatrix, *, kernel: int, stride: int, padding: int, reflect: bool
 ) -> Tensor:
+    """`wide_conv` by the packed, transposed `as_matrix` of the weights; without gradients."""
+    x = x.to(matrix.dtype)
     patches, height, width = _patches(_pad(x, padding, reflect), kernel, stride)
     return matrix.product(patches).view(len(x), height, width, -1).permute(0, 3, 1, 2)
 
 
-class _WideConv(torch.autograd.Function):
+def packed_transposed_conv(x: Tensor, matrix: PackedMatrix, *, kernel: int) -> Tensor:
+    """`wide_transposed_conv` by the packed `as_matrix` of the weights; without gradients."""
+    return _doubled(matrix.product(_rows(x.to(matrix.dtype))), x.shape, kernel)
+
+
+class _ConvByProduct(torch.autograd.Function):
     @staticmethod
-    @_as_given
+    @_without_autocast
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: int, reflect: bool) -> Tensor:
         kernel = weight.shape[2]
         patches, height, width = _patches(_pad(x, padding, reflect), kernel, stride)
         y = _product(patches, as_matrix(weight).T, x.shape[0], height, width)
-        ctx.save_for_backward(x, weight)  # not the patches: nine times the size, and quickly made again
+        ctx.save_for_backward(x, weight)  # not the patches: nine times the size, and cheap to recompute
         ctx.stride, ctx.padding, ctx.reflect = stride, padding, reflect
         return y
 
     @staticmethod
     @once_differentiable
-    @_as_given
+    @_without_autocast
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         kernel, rows = weight.shape[2], _rows(gradient)
@@ -125,16 +158,16 @@ class _WideConv(torch.autograd.Function):
         return of_x, of_weight, None, None, None
 
 
-class _WideTransposedConv(torch.autograd.Function):
+class _TransposedConvByProduct(torch.autograd.Function):
     @staticmethod
-    @_as_given
+    @_without_autocast
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         return _doubled(_rows(x) @ as_matrix(weight), x.shape, weight.shape[2])
 
     @staticmethod
     @once_differentiable
-    @_as_given
+    @_without_autocast
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         kernel = weight.shape[2]
@@ -154,7 +187,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _product(rows: Tensor, matrix: Tensor, samples: int, height: int, width: int) -> Tensor:
-    """(N*H*W, K) @ (K, C) -> (N, C, H, W), channels last, and not a view: it may be changed in place."""
+    """(N*H*W, K) @ (K, C) -> (N, C, H, W), channels last; in-place operators may change it."""
     shape = (samples, matrix.shape[1], height, width)
     y = torch.empty(shape, dtype=rows.dtype, device=rows.device, memory_format=torch.channels_last)
     torch.mm(rows, matrix, out=y.permute(0, 2, 3, 1).view(rows.shape[0], -1))
@@ -164,7 +197,7 @@ def _product(rows: Tensor, matrix: Tensor, samples: int, height: int, width: int
 def _doubled(patches: Tensor, shape: torch.Size, kernel: int) -> Tensor:
     """Patches around the pixels of `shape` (N, C_in, H, W) -> (N, C_out, 2H, 2W), channels last."""
     height, width = (2 * side for side in shape[2:])
-    last = kernel - 3  # how far the outermost patches reach beyond the picture
+    last = kernel - 3  # how far the outermost patches reach beyond the image
     padded = _summed_patches(patches, shape, kernel, 2, (height + 1 + last, width + 1 + last))
     return padded[:, :, 1 : height + 1, 1 : width + 1].contiguous(memory_format=torch.channels_last)
 

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from stages.errors import one_line
 from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD, size_multiple, uses_edges
 from stages.models.files.saved import LoadedModel
-from stages.models.inputs import padded_size, reflect_to
-from stages.models.step import make_condition
+from stages.models.inputs import make_condition, padded_size, reflect_to, translate
 
 __all__ = [
     "TOLERANCE",
@@ -76,9 +76,7 @@ class ExportedTranslator(nn.Module):
         height, width = source.shape[2:]
         padded = None if instance is None else self._pad(instance)
         condition = make_condition(self._pad(source), padded, arch=self.architecture, inputs=self.inputs)
-        if style is not None:
-            condition = torch.cat([condition, self._pad(style)], 1)
-        image: Tensor = self.generator(condition)
+        image = translate(self.generator, condition, None if style is None else self._pad(style))
         # not a slice: that asks whether the size differs, which a graph of any size cannot answer
         for dim, side in ((2, height), (3, width)):
             image = image.index_select(dim, torch.arange(side, device=image.device))
@@ -154,7 +152,7 @@ def export_model(model: LoadedModel, *, width: int, height: int) -> Exported:
                 network, (), kwargs=values, dynamic_shapes=dict.fromkeys(values, dims), strict=False
             )
     except (RuntimeError, ValueError, torch._dynamo.exc.TorchDynamoException) as error:
-        raise ValueError(f"torch.export cannot trace this model: {_first_line(error)}") from error
+        raise ValueError(f"torch.export cannot trace this model: {one_line(error, limit=200)}") from error
     sides = f"above {multiple}" if any_size else f"{height} (H), {width} (W)"
     notice = {
         "format": "pixloom-export",
@@ -197,7 +195,7 @@ def onnx_bytes(exported: Exported) -> bytes:
             warnings.simplefilter("ignore")  # as above
             program = torch.onnx.export(exported.program, dynamo=True, verbose=False, output_names=["image"])
     except torch.onnx.OnnxExporterError as error:
-        raise ValueError(f"torch.onnx cannot convert this model: {_first_line(error)}") from error
+        raise ValueError(f"torch.onnx cannot convert this model: {one_line(error, limit=200)}") from error
     assert program is not None
     proto = program.model_proto
     if proto.ByteSize() > MAX_ONNX_BYTES:
@@ -236,7 +234,3 @@ def largest_difference(
             raise ValueError(f"the export's image differs by up to {difference:.4f}, more than {TOLERANCE}")
         worst = max(worst, difference)
     return worst
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

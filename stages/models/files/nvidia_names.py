@@ -135,12 +135,12 @@ def layer_names(network: nn.Module) -> dict[str, str]:
             raise TypeError(f"no published counterpart of {type(network).__name__}")
 
 
-def to_published(state: Mapping[str, Tensor], names: LayerNames) -> dict[str, Tensor]:
+def to_nvidia(state: Mapping[str, Tensor], names: LayerNames) -> dict[str, Tensor]:
     """Our state dict under published names. Parameters of layers not in the table are left out."""
     return _renamed(state, names)
 
 
-def from_published(state: Mapping[str, Tensor], names: LayerNames) -> dict[str, Tensor]:
+def from_nvidia(state: Mapping[str, Tensor], names: LayerNames) -> dict[str, Tensor]:
     """A published state dict under our names. Parameters of layers not in the table are left out.
 
     `load_state_dict(strict=True)` then names what is missing or has another shape.

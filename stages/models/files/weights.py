@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
+from stages.errors import one_line
+
 NOT_ONLY_TENSORS = "holds more than tensors (a pickled object), which could run code: refused"
 
 
@@ -40,7 +42,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load(path.read_bytes())  # not mapped: a file that changes later would kill the process
     except Exception as error:  # whatever the parser says of a damaged file, the user reads one line
-        raise ValueError(f"{path}: not a readable safetensors file ({_first_line(error)})") from error
+        raise ValueError(f"{path}: not a readable safetensors file ({one_line(error, limit=160)})") from error
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
@@ -56,7 +58,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         text = str(error)
         if "Weights only load failed" in text or "weights_only" in text:
             raise ValueError(f"{path}: {NOT_ONLY_TENSORS}") from error
-        raise ValueError(f"{path}: not a readable torch checkpoint ({_first_line(error)})") from error
+        raise ValueError(f"{path}: not a readable torch checkpoint ({one_line(error, limit=160)})") from error
     if isinstance(value, Mapping) and isinstance(value.get("state_dict"), Mapping):
         value = value["state_dict"]
     if not isinstance(value, Mapping):
@@ -68,7 +70,3 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             # strides of zero let a few bytes pose as a tensor of any size
             raise ValueError(f"{path}: {name[:80]!r} claims more data than the file holds")
     return {name: tensor.detach().contiguous() for name, tensor in value.items()}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:160]

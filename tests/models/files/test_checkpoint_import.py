@@ -22,7 +22,7 @@ from stages.models.architecture import (
     build_generator,
 )
 from stages.models.files.checkpoint_import import import_checkpoint
-from stages.models.files.nvidia_names import layer_names, to_published
+from stages.models.files.nvidia_names import layer_names, to_nvidia
 from stages.models.files.saved import load_discriminator, load_model, save_model
 from stages.models.files.weights import read_tensors
 
@@ -140,7 +140,7 @@ def test_the_published_feature_encoder_comes_along(reference_dir: Path, tmp_path
     arch = Pix2PixHD(enhancers=0, width=4, downsamplings=1, blocks=1, feature_encoder=True)
     inputs = InputSpec(source="labels", classes=5, instances=True)
     generator = build_generator(arch, inputs)
-    state = to_published(generator.state_dict(), layer_names(generator))
+    state = to_nvidia(generator.state_dict(), layer_names(generator))
     imported = import_checkpoint(state, encoder=part(tensors, "weights."))
     assert imported.inputs == inputs  # 9 channels: 5 classes, edges, 3 features
     assert isinstance(imported.architecture, Pix2PixHD)
@@ -175,11 +175,11 @@ def test_instance_norm_is_told_by_its_lack_of_weights() -> None:
     )
     inputs = InputSpec(channels=1, target_channels=2)
     network, judge = build_generator(arch, inputs), build_discriminator(arch, inputs)
-    state = to_published(network.state_dict(), layer_names(network))
+    state = to_nvidia(network.state_dict(), layer_names(network))
     # versions of torch before 0.4 kept statistics for instance norms too
     state["model.model.1.model.2.running_mean"] = torch.zeros(8)
     state["model.model.1.model.2.running_var"] = torch.ones(8)
-    imported = import_checkpoint(state, discriminator=to_published(judge.state_dict(), layer_names(judge)))
+    imported = import_checkpoint(state, discriminator=to_nvidia(judge.state_dict(), layer_names(judge)))
     assert (imported.architecture, imported.inputs) == (arch, inputs)
     x = torch.rand(1, 1, 32, 64)
     assert torch.equal(imported.generator(x), network.eval()(x))
@@ -188,9 +188,9 @@ def test_instance_norm_is_told_by_its_lack_of_weights() -> None:
 def test_an_unconditional_discriminator_is_told_by_its_channels() -> None:
     arch = Pix2Pix(levels=3, width=4, dropout="common", discriminator_width=4, conditional=False)
     network, judge = build_generator(arch, InputSpec()), build_discriminator(arch, InputSpec())
-    state = to_published(network.state_dict(), layer_names(network))
+    state = to_nvidia(network.state_dict(), layer_names(network))
     del state["model.model.1.model.2.num_batches_tracked"]  # torch before 0.4.1
-    imported = import_checkpoint(state, discriminator=to_published(judge.state_dict(), layer_names(judge)))
+    imported = import_checkpoint(state, discriminator=to_nvidia(judge.state_dict(), layer_names(judge)))
     assert imported.architecture == arch
 
 
@@ -199,7 +199,7 @@ HD = Pix2PixHD(enhancers=0, width=4, downsamplings=1, blocks=1, discriminators=2
 
 def published_hd(inputs: InputSpec) -> dict[str, Tensor]:
     network = build_generator(HD, inputs)
-    return to_published(network.state_dict(), layer_names(network))
+    return to_nvidia(network.state_dict(), layer_names(network))
 
 
 def test_what_the_channels_mean_can_be_told() -> None:
@@ -220,7 +220,7 @@ def test_a_discriminator_without_intermediate_features_is_read_too() -> None:
     inputs = InputSpec(source="labels", classes=5, instances=True)
     judge = build_discriminator(HD, inputs)
     names = pix2pixhd_discriminator_names(scales=2, layers=3, intermediate_features=False)
-    state = to_published(judge.state_dict(), names)
+    state = to_nvidia(judge.state_dict(), names)
     assert "layer0.0.weight" in state
     imported = import_checkpoint(published_hd(inputs), discriminator=state)
     assert imported.discriminator is not None
@@ -257,7 +257,7 @@ def test_what_does_not_fit_is_named(change: dict[str, Tensor | None], match: str
 
 def test_a_discriminator_of_another_model_is_refused() -> None:
     judge = build_discriminator(HD, InputSpec(channels=7))
-    state = to_published(judge.state_dict(), layer_names(judge))
+    state = to_nvidia(judge.state_dict(), layer_names(judge))
     with pytest.raises(ValueError, match="the discriminator takes 10 channels, the generator's make it 6"):
         import_checkpoint(published_hd(InputSpec()), discriminator=state)
 
@@ -343,6 +343,6 @@ def test_an_encoder_that_does_not_go_with_the_generator_is_refused() -> None:
         Pix2PixHD(feature_encoder=True, feature_width=4), InputSpec(instances=True, target_channels=1)
     )
     assert encoder is not None
-    state = to_published(encoder.state_dict(), layer_names(encoder))
+    state = to_nvidia(encoder.state_dict(), layer_names(encoder))
     with pytest.raises(ValueError, match="does not go with a generator"):
         import_checkpoint(published_hd(InputSpec(channels=9)), encoder=state)

@@ -1,0 +1,95 @@
+"""Instance norm of channels-last images that keeps their layout and stays exact on large maps.
+
+torch's instance norm copies channels-last images on every device and returns them contiguous; its batch norm
+does not, so each sample is a batch of its own here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from stages.models.layers import BatchNorm
+
+
+class ChannelsLastInstanceNorm(nn.InstanceNorm2d):
+    """`nn.InstanceNorm2d` without parameters, in the layout of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same shape and memory format."""
+        return instance_norm(x, None, None, self.eps)
+
+
+class ChannelsLastBatchNorm(BatchNorm):
+    """`BatchNorm` in the layout of its input, in evaluation mode too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> the same shape and memory format."""
+        return super().forward(x) if self.training else instance_norm(x, self.weight, self.bias, self.eps)
+
+
+def instance_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Each channel of each sample to mean 0 and variance 1, then times `weight` (C,) plus `bias` (C,)."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    if torch.compiler.is_compiling() or not channels_last:
+        return F.instance_norm(x, weight=weight, bias=bias, eps=eps)
+    if x.device.type == "cpu":
+        y: Tensor = _InstanceNorm.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
+        return y
+    samples = [
+        F.batch_norm(sample, None, None, weight, bias, training=True, eps=eps) for sample in torch.split(x, 1)
+    ]
+    return samples[0] if len(samples) == 1 else torch.cat(samples)
+
+
+class _InstanceNorm(torch.autograd.Function):
+    """torch's batch norm kernel sums a channel in one float32, and is 1e-2 off at 512x256 where means are far
+    from 0. Here it sums each column of the image (a view), and columns are combined in float64.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        samples, channels, height, width = x.shape
+        rows = x.permute(0, 2, 3, 1)
+        columns = rows.view(samples, 1, height, 1, width * channels).permute(0, 1, 4, 2, 3)
+        statistics = [torch.batch_norm_update_stats(sample, None, None, 0.0) for sample in columns]
+        means, variances = (
+            torch.stack(each).view(samples, width, channels).double()
+            for each in zip(*statistics, strict=True)
+        )
+        mean = means.mean(1)
+        variance = variances.add_((means - mean[:, None]).square_()).mean(1)
+        scale = (variance + eps).rsqrt_() if weight is None else (variance + eps).rsqrt_() * weight
+        shift = -mean * scale if bias is None else bias - mean * scale
+        exact = torch.promote_types(x.dtype, torch.float32)
+        y = torch.empty_like(x)
+        factor, summand = (each.to(exact)[:, None, None] for each in (scale, shift))
+        torch.addcmul(summand, rows, factor, out=y.permute(0, 2, 3, 1))
+        ctx.save_for_backward(x, weight, mean.to(exact), variance.to(exact))
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, means, variances = ctx.saved_tensors
+        scales, affine = (variances + ctx.eps).rsqrt(), weight is not None
+        gradients = [
+            torch.ops.aten.native_batch_norm_backward(
+                of_y, sample, weight, None, None, mean, scale, True, ctx.eps, [True, affine, affine]
+            )
+            for of_y, sample, mean, scale in zip(
+                torch.split(gradient, 1), torch.split(x, 1), means, scales, strict=True
+            )
+        ]
+        of_x = [each[0] for each in gradients]
+        return (
+            of_x[0] if len(of_x) == 1 else torch.cat(of_x),
+            torch.stack([each[1] for each in gradients]).sum(0) if affine else None,
+            torch.stack([each[2] for each in gradients]).sum(0) if affine else None,
+            None,
+        )

@@ -1,0 +1,177 @@
+"""Everything a training step changes, as one plain state object: built, saved and restored here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from stages.models.architecture import (
+    InputSpec,
+    Parts,
+    Pix2Pix,
+    Pix2PixHD,
+    build_discriminator,
+    build_encoder,
+    build_generator,
+    trainable_parts,
+)
+from stages.models.ema import Ema
+from stages.models.fast.accelerate import accelerate
+from stages.models.fast.adam import Adam
+from stages.models.losses import LossWeights
+
+Precision = Literal["float32", "bf16"]
+
+
+@dataclass(slots=True, kw_only=True)
+class GanState:
+    """Everything a step changes, and what it reads. Nothing else keeps a reference to its members."""
+
+    generator: nn.Module
+    generator_optimizer: Adam
+    discriminator: nn.Module | None  # None: no loss needs one
+    discriminator_optimizer: Adam | None
+    encoder: nn.Module | None = None  # trained by the generator's optimizer
+    ema: Ema | None = None
+    arch: Pix2Pix | Pix2PixHD
+    inputs: InputSpec
+    perceptual: nn.Module | None = None  # VGG19 up to relu5_1, frozen
+    precision: Precision = "float32"
+
+
+def build_gan(
+    arch: Pix2Pix | Pix2PixHD,
+    inputs: InputSpec,
+    *,
+    weights: LossWeights,
+    enhancers: int | None = None,
+    discriminators: int | None = None,
+    parts: Parts = "all",
+    learning_rate: float = 2e-4,
+    betas: tuple[float, float] = (0.5, 0.999),
+    ema_decay: float | None = None,
+    precision: Precision = "float32",
+    perceptual: nn.Module | None = None,
+    checkpointing: bool = False,
+    compiled: bool = False,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> GanState:
+    """A fresh state for one phase; `grow_generator` and `grow_discriminator` copy the previous phase into it.
+
+    checkpointing   keep only the inputs of the generator's layers and compute the rest again: less memory
+    compiled        torch.compile both networks, for GPUs; CPUs are faster without (benchmarks/README.md)
+
+    Raises ValueError if the perceptual loss has a weight and no network.
+    """
+    if weights.perceptual > 0 and perceptual is None:
+        raise ValueError("the perceptual loss needs VGG19 weights")
+    generator: nn.Module = build_generator(
+        arch, inputs, enhancers=enhancers, seed=seed, checkpointing=checkpointing
+    )
+    generator = accelerate(generator.to(device), device=device)
+    trained = trainable_parts(generator, parts)
+    encoder: nn.Module | None = build_encoder(arch, inputs, seed=seed)
+    if encoder is not None:
+        encoder = accelerate(encoder.to(device), device=device)
+        trained += trainable_parts(encoder, "all") if parts == "all" else []
+        encoder.requires_grad_(requires_grad=parts == "all")
+    discriminator: nn.Module | None = None
+    discriminator_optimizer: Adam | None = None
+    if weights.uses_discriminator:
+        discriminator = build_discriminator(arch, inputs, discriminators=discriminators, seed=seed)
+        discriminator = accelerate(discriminator.to(device), device=device)
+        discriminator_optimizer = Adam(trainable_parts(discriminator, "all"), lr=learning_rate, betas=betas)
+    if compiled:
+        generator.compile()
+        if discriminator is not None:
+            discriminator.compile()
+    return GanState(
+        generator=generator.train(),
+        generator_optimizer=Adam(trained, lr=learning_rate, betas=betas),
+        discriminator=discriminator,
+        discriminator_optimizer=discriminator_optimizer,
+        encoder=encoder,
+        ema=None if ema_decay is None else Ema.of(generator, decay=ema_decay),
+        arch=arch,
+        inputs=inputs,
+        perceptual=perceptual,
+        precision=precision,
+    )
+
+
+# -- learning rates -----------------------------------------------------------
+
+
+def learning_rate_at(epoch: float, *, rate: float, epochs: int, decay_epochs: int) -> float:
+    """Constant for `epochs`, then linear to 0 over `decay_epochs` (0: no decay). Epochs count from 0."""
+    if decay_epochs == 0 or epoch <= epochs:
+        return rate
+    return rate * max(0.0, 1 - (epoch - epochs) / decay_epochs)
+
+
+def set_learning_rate(gan: GanState, rate: float) -> None:
+    """Set the rate of both optimizers from the next step on."""
+    for optimizer in (gan.generator_optimizer, gan.discriminator_optimizer):
+        for group in optimizer.param_groups if optimizer is not None else ():
+            group["lr"] = rate
+
+
+def learning_rates(gan: GanState) -> dict[str, float]:
+    """The rates that the optimizers hold, by network."""
+    rates = {"generator": float(gan.generator_optimizer.param_groups[0]["lr"])}
+    if gan.discriminator_optimizer is not None:
+        rates["discriminator"] = float(gan.discriminator_optimizer.param_groups[0]["lr"])
+    return rates
+
+
+# -- checkpoints --------------------------------------------------------------
+
+
+def state_of(gan: GanState) -> dict[str, Any]:
+    """All that resuming needs, as nested dicts of tensors and numbers (references, not copies)."""
+    state: dict[str, Any] = {
+        "generator": gan.generator.state_dict(),
+        "generator_optimizer": gan.generator_optimizer.state_dict(),
+    }
+    if gan.discriminator is not None and gan.discriminator_optimizer is not None:
+        state["discriminator"] = gan.discriminator.state_dict()
+        state["discriminator_optimizer"] = gan.discriminator_optimizer.state_dict()
+    if gan.encoder is not None:
+        state["encoder"] = gan.encoder.state_dict()
+    if gan.ema is not None:
+        state["ema"] = gan.ema.network.state_dict()
+        state["ema_updates"] = gan.ema.updates
+    return state
+
+
+def load_state(gan: GanState, state: Mapping[str, Any]) -> None:
+    """Restore what `state_of` returned, into a state that was built with the same arguments."""
+    gan.generator.load_state_dict(state["generator"])
+    gan.generator_optimizer.load_state_dict(state["generator_optimizer"])
+    match_layout(gan.generator_optimizer)
+    if gan.discriminator is not None and gan.discriminator_optimizer is not None:
+        gan.discriminator.load_state_dict(state["discriminator"])
+        gan.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
+        match_layout(gan.discriminator_optimizer)
+    if gan.encoder is not None:
+        gan.encoder.load_state_dict(state["encoder"])
+    if gan.ema is not None:
+        gan.ema.network.load_state_dict(state["ema"])
+        gan.ema.updates = state["ema_updates"]
+
+
+def match_layout(optimizer: Optimizer) -> None:
+    """Copy restored moments into the memory layout of their weights: fused kernels pair elements by address.
+
+    Files hold tensors row by row; weights may be channels last.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

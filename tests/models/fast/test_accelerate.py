@@ -1,0 +1,85 @@
+"""Accelerated networks: the same names, weights and images, in faster modules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from stages.models.architecture import Architecture, InputSpec, Pix2Pix, Pix2PixHD, build_generator
+from stages.models.fast import wide, winograd
+from stages.models.fast.accelerate import accelerate
+from stages.models.fast.frozen import FrozenConv
+from stages.models.fast.norms import ChannelsLastBatchNorm, ChannelsLastInstanceNorm
+from stages.models.fast.wide import WideConv, WideTransposedConv
+from stages.models.layers import Conv, TransposedConv
+
+ARCHITECTURES = [
+    Pix2Pix(levels=4, width=4),
+    Pix2Pix(levels=4, width=4, norm="instance", upsampling="resize", generator="encoder_decoder"),
+    Pix2PixHD(enhancers=1, width=4, downsamplings=2, blocks=2),
+]
+
+
+@pytest.fixture
+def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of any size take the faster ways."""
+    monkeypatch.setattr(wide, "MIN_WEIGHTS", 0)
+    monkeypatch.setattr(winograd, "MIN_CHANNELS", 1)
+    monkeypatch.setattr(winograd, "MIN_OUTPUTS", 0)
+
+
+def image() -> torch.Tensor:
+    return torch.rand(3, 3, 32, 48).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.usefixtures("anywhere")
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("frozen", [None, torch.float32])
+def test_images_names_and_weights_stay_the_same(arch: Architecture, frozen: torch.dtype | None) -> None:
+    plain = build_generator(arch, InputSpec(channels=3)).eval()
+    weights = {name: value.clone() for name, value in plain.state_dict().items()}
+    network, x = accelerate(plain, device="cpu", frozen=frozen), image()
+    with torch.inference_mode():
+        torch.testing.assert_close(network(x), plain(x), rtol=1e-3, atol=1e-4)
+    assert list(network.state_dict()) == list(weights)
+    for state in (network.state_dict(), plain.state_dict()):
+        assert all(torch.equal(value, weights[name]) for name, value in state.items())
+    assert not any(isinstance(module, WideConv | WideTransposedConv) for module in plain.modules())
+    replaced = (WideConv, WideTransposedConv, ChannelsLastBatchNorm, ChannelsLastInstanceNorm)
+    for module in network.modules():
+        if isinstance(module, Conv | TransposedConv | nn.BatchNorm2d | nn.InstanceNorm2d):
+            assert isinstance(module, replaced)
+        assert isinstance(module, FrozenConv) == (frozen is not None and isinstance(module, Conv))
+
+
+def test_a_network_to_train_has_the_very_parameters_and_a_frozen_one_their_memory() -> None:
+    plain = build_generator(ARCHITECTURES[0], InputSpec(channels=3))
+    trained = accelerate(plain, device="cpu")
+    frozen = accelerate(plain, device="cpu", frozen=torch.float32)
+    for parameter, same, shared in zip(
+        plain.parameters(), trained.parameters(), frozen.parameters(), strict=True
+    ):
+        assert parameter is same
+        assert parameter.data_ptr() == shared.data_ptr()
+        assert not shared.requires_grad
+
+
+def test_other_devices_get_norms_only() -> None:
+    network = accelerate(build_generator(ARCHITECTURES[0], InputSpec(channels=3)), device="cuda")
+    assert any(isinstance(module, ChannelsLastBatchNorm) for module in network.modules())
+    assert not any(isinstance(module, WideConv | WideTransposedConv) for module in network.modules())
+
+
+@pytest.mark.usefixtures("anywhere")
+@pytest.mark.parametrize("arch", [ARCHITECTURES[0], ARCHITECTURES[2]])
+def test_bf16_weights_are_cast_once_and_multiplied_as_they_are(arch: Architecture) -> None:
+    """Sums of them would be too coarse: bf16 layers are packed only."""
+    plain = build_generator(arch, InputSpec(channels=3)).eval()
+    network, x = accelerate(plain, device="cpu", frozen=torch.bfloat16), image()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(network(x), plain(x), rtol=0, atol=0.03)
+    convolutions = [m for m in network.modules() if isinstance(m, Conv | TransposedConv)]
+    assert all(module.weight.dtype == torch.bfloat16 for module in convolutions)
+    assert any("_matrix" in vars(module) for module in convolutions)
+    assert not any("_filter" in vars(module) for module in convolutions)
