@@ -180,7 +180,7 @@ def draw_pictures(
     max_bytes: int,
     threads: int,
 ) -> list[PictureCard]:
-    """Source, generated and target of each pick, with its metrics of these names, in the order of the picks."""
+    """Source, generated and target of each pick, with its metrics of these names, in the picks' order."""
     spec = dataset.load(shards)
     by_file: dict[tuple[Split, str], set[str]] = defaultdict(set)
     for key, (row, _) in picks.items():
