@@ -34,7 +34,7 @@ from stages.progress import duration
 from stages.shard import role_specs
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec
-from stages.tracking.run import Run, open_parent
+from stages.tracking.run import Run, catch_up, open_parent
 from stages.training import phases
 from stages.training.memory import estimate_memory
 from stages.training.phases import PhaseJob
@@ -161,6 +161,7 @@ def run(options: argparse.Namespace, *, command: str) -> None:
     if all(p.done for p in chosen):
         logger.info("nothing to do: every step is done")
         finished.update({p.step.name: dict(p.marker) for p in chosen if p.marker is not None})
+        catch_up(config.tracking, config.workspace)
     else:
         _run(config, planned, chosen, finished, command, options.config)
     sys.stdout.write(summary(config, chosen, finished))

@@ -254,26 +254,9 @@ class Watched(Run):
     """A run whose curve of one name is also told to Tune, as a mean an epoch."""
 
     def __init__(self, inner: Run, curve: str, first_epochs: Mapping[str, int], before: int = 0) -> None:
-        super().__init__(inner.uri, inner.experiment, inner.key, inner.spool, inner.inherited)
-        told = {"inner": inner, "curve": curve, "first_epochs": first_epochs, "epochs": MeanByEpoch(before)}
-        for name, value in told.items():
-            object.__setattr__(self, name, value)  # as frozen as a Run is
-
-    inner: Run
-    curve: str
-    first_epochs: Mapping[str, int]
-    epochs: MeanByEpoch
-
-    def _queue(self, action: Any, **values: Any) -> None:
-        self.inner._queue(action, **values)
-
-    def run_id(self, wait: float = 20.0) -> str:
-        """As the run's."""
-        return self.inner.run_id(wait)
-
-    def flush(self, wait: float = 20.0) -> bool:
-        """As the run's."""
-        return self.inner.flush(wait)
+        super().__init__(inner.sender, inner.key)
+        self.inner, self.curve, self.first_epochs = inner, curve, first_epochs
+        self.epochs = MeanByEpoch(before)
 
     def child(self, name: str, tags: Mapping[str, str] | None = None, *, key: str | None = None) -> Run:
         """A stage's run; a phase's goes on telling."""

@@ -1,21 +1,21 @@
-"""One page a person can look at: what the run made, how good it is beside baselines, how it got there.
+"""One page a person can look at: the run's images, their metrics beside baselines, losses, data, times.
 
 in:  shards, generated images, metrics, the phases' curves, the markers of every step
 out: report.html, self-contained (`stages.reporting.page`)
 
-Of the images it picks at most `max_images`: the worst, the best, and a fixed random sample; it holds those
-few, and a table of numbers, however large the data set is.
+It shows at most `max_images`: the worst, the best, and a fixed random sample. Only those and their metrics
+are in memory, however large the data set is.
 """
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import logging
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import pyarrow as pa
@@ -23,13 +23,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from stages import storage
+from stages import seeding, storage
 from stages.base import Config, Outcome, Resources, Split
-from stages.errors import UserError
+from stages.errors import UserError, one_line
 from stages.images import decode, encode, geometry, pictures
 from stages.images.kinds import Array, ImageRejected
 from stages.inference import outputs
-from stages.reporting.page import Curve, Picture, Reject, ReportData, StepTime, data_uri, page
+from stages.reporting.page import Curve, PictureCard, RejectCount, ReportData, StepTime, data_uri, page
 from stages.scoring.metrics import PIXEL_METRICS, lower_is_better
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec, Sample
@@ -42,7 +42,11 @@ VERSION = 1
 EXAMPLES = 5  # of each reason in the quarantine
 QUARANTINE_FILES = 100  # looked through for examples
 BASE64 = 4 / 3
+SHEET_ROWS = 8  # of the overviews worst.png and best.png
 PAGE_BYTES = 300_000  # of style, script, curves and tables
+
+Picks = Mapping[str, tuple[Mapping[str, Any], tuple[str, ...]]]
+"""By key: the image's row of metrics, and why it was picked (worst, best, sample)."""
 
 logger = logging.getLogger(__name__)
 
@@ -61,56 +65,47 @@ class ReportConfig(Config):
 # -- rules -------------------------------------------------------------------------------------------
 
 
-def pick(
-    rows: Iterator[Mapping[str, Any]], *, most: int, metric: str, seed: int
-) -> dict[str, tuple[Mapping[str, Any], tuple[str, ...]]]:
-    """At most `most` rows by key, with why each was picked: worst, best, sample. Holds no more than it picks.
+def pick(rows: Iterator[Mapping[str, Any]], *, most: int, metric: str, seed: int) -> Picks:
+    """The at most `most` rows to show: the worst, the best and a sample. Holds no more rows than that.
 
-    No more than a third of the rows are called worst, or best. The sample is that of a hash of the key, so it
-    stays the same while the split does. Rows without the metric can only be in the sample.
+    No more than a third of the rows are called worst, or best. The sample depends on the seed and the key
+    only, so it stays the same while the split does. Rows without the metric can only be in the sample.
     """
     sign = 1 if lower_is_better(metric) else -1
-    worst: list[tuple[float, str, Mapping[str, Any]]] = []
-    best: list[tuple[float, str, Mapping[str, Any]]] = []
-    drawn: list[tuple[float, str, Mapping[str, Any]]] = []
-
-    def keep(heap: list[tuple[float, str, Mapping[str, Any]]], rank: float, row: Mapping[str, Any]) -> None:
-        heapq.heappush(heap, (rank, row["key"], row))
-        if len(heap) > most:
-            heapq.heappop(heap)
-
+    heaps: dict[str, list[tuple[float, str, Mapping[str, Any]]]] = {"worst": [], "best": [], "sample": []}
     scored = 0
     for row in rows:
-        digest = hashlib.blake2b(f"{seed}\0{row['key']}".encode(), digest_size=8).digest()
-        keep(drawn, int.from_bytes(digest, "little") / 2**64, row)
+        ranks = {"sample": seeding.share(seed, row["key"])}
         value = row.get(metric)
         if value is not None:
             scored += 1
-            keep(worst, sign * value, row)
-            keep(best, -sign * value, row)
+            ranks |= {"worst": sign * value, "best": -sign * value}
+        for name, rank in ranks.items():
+            heapq.heappush(heaps[name], (rank, row["key"], row))
+            if len(heaps[name]) > most:
+                heapq.heappop(heaps[name])
     third = max(1, min(most, scored) // 3)
-    found: dict[str, tuple[Mapping[str, Any], tuple[str, ...]]] = {}
-    for name, heap, count in (("worst", worst, third), ("best", best, third), ("sample", drawn, most)):
-        for _, key, row in sorted(heap, key=lambda entry: (-entry[0], entry[1]))[:count]:
-            if key in found:
-                found[key] = (found[key][0], (*found[key][1], name))
-            elif len(found) < most:
-                found[key] = (row, (name,))
-    return found
+    picks: dict[str, tuple[Mapping[str, Any], tuple[str, ...]]] = {}
+    for name, heap in heaps.items():
+        ranked = sorted(heap, key=lambda entry: (-entry[0], entry[1]))
+        for _, key, row in ranked[: most if name == "sample" else third]:
+            if key in picks:
+                picks[key] = (row, (*picks[key][1], name))
+            elif len(picks) < most:
+                picks[key] = (row, (name,))
+    return picks
 
 
 def curves(table: pa.Table, phase: str) -> list[Curve]:
     """The losses of a phase's metrics table {step, name, value}; those of single layers are left out."""
     names = table["name"].cast(pa.string())
-    found = []
+    losses = []
     for name in sorted(set(names.to_pylist())):
-        if name.count("/") > 1:
-            continue
-        rows = table.filter(pc.equal(names, name)).sort_by("step")
-        found.append(
-            Curve(phase=phase, name=name, steps=rows["step"].to_pylist(), values=rows["value"].to_pylist())
-        )
-    return found
+        if name.count("/") <= 1:
+            rows = table.filter(pc.equal(names, name)).sort_by("step")
+            steps, values = rows["step"].to_pylist(), rows["value"].to_pylist()
+            losses.append(Curve(phase=phase, name=name, steps=steps, values=values))
+    return losses
 
 
 def phase_name(folder: str) -> str:
@@ -119,40 +114,40 @@ def phase_name(folder: str) -> str:
     return name.removeprefix("train-").rpartition("-")[0] or name
 
 
-def card(spec: DatasetSpec, found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """The data card's lines: what the shards hold, and what the shard stage measured of it."""
+def card(spec: DatasetSpec, measured: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The data card's lines: the shards' contents, and what the shard stage `measured` of them."""
     lines = [("stored size", f"{spec.size[0]} x {spec.size[1]} pixels")]
     lines += [
         (f"{split} split", f"{spec.rows(split):,} pairs in {len(spec.splits[split]):,} shards")
         for split in get_args(Split)
         if split in spec.splits
     ]
-    for role, known in spec.roles.items():
-        classes = f", {known.classes} classes" if known.classes else ""
-        lines.append((role, f"{known.kind}{classes}, kept as {known.encoding}"))
-    for split, told in (found or {}).get("splits", {}).items():
-        for role, sums in told.get("roles", {}).items():
+    for role, stored in spec.roles.items():
+        classes = f", {stored.classes} classes" if stored.classes else ""
+        lines.append((role, f"{stored.kind}{classes}, kept as {stored.encoding}"))
+    for split, statistics in measured.get("splits", {}).items():
+        for role, sums in statistics.get("roles", {}).items():
             smallest, largest = ("x".join(map(str, sums.get(name, ()))) for name in ("smallest", "largest"))
             if smallest:
                 sizes = smallest if smallest == largest else f"{smallest} to {largest}"
                 lines.append((f"{split} {role}, as found", sizes))
-    leaks = (found or {}).get("leakage") or {}
+    leaks = measured.get("leakage") or {}
     if leaks.get("role"):
         alike = leaks.get("found", 0) + leaks.get("found_in_val", 0)
         lines.append(("near-duplicates between splits", f"{alike:,} of those compared"))
     return lines
 
 
-def rejects(steps: Sequence[Mapping[str, Any]], examples: Mapping[str, Sequence[str]]) -> list[Reject]:
-    """Reasons and counts out of the steps' markers (`reject_...`, `rejected_...`, `error_...`)."""
-    found = []
+def rejects(steps: Sequence[Mapping[str, Any]], examples: Mapping[str, Sequence[str]]) -> list[RejectCount]:
+    """Reasons and counts from the steps' markers (`reject_...`, `rejected_...`, `error_...`)."""
+    refused = []
     for marker in steps:
         for name, count in marker["counts"].items():
             head, _, reason = name.partition("_")
             if head in ("reject", "rejected", "error") and reason and count:
-                told = examples.get(f"{marker['step']}/{reason}", ())
-                found.append(Reject(stage=marker["step"], reason=reason, count=count, examples=told))
-    return sorted(found, key=lambda reject: (-reject.count, reject.stage, reject.reason))
+                keys = examples.get(f"{marker['step']}/{reason}", ())
+                refused.append(RejectCount(stage=marker["step"], reason=reason, count=count, examples=keys))
+    return sorted(refused, key=lambda reject: (-reject.count, reject.stage, reject.reason))
 
 
 def title(model: Mapping[str, Any], spec: DatasetSpec) -> str:
@@ -176,54 +171,48 @@ def metric_rows(uri: str) -> Iterator[dict[str, Any]]:
 
 
 def draw_pictures(
-    picked: Mapping[str, tuple[Mapping[str, Any], tuple[str, ...]]],
-    *,
+    picks: Picks,
     shards: str,
-    spec: DatasetSpec,
     folder: str,
     names: Sequence[str],
+    *,
     max_side: int,
     max_bytes: int,
     threads: int,
-) -> list[Picture]:
-    """Source, generated and target of the picked keys, in the order they were picked."""
+) -> list[PictureCard]:
+    """Source, generated and target of each pick, with its metrics of these names, in the picks' order."""
+    spec = dataset.load(shards)
     by_file: dict[tuple[Split, str], set[str]] = defaultdict(set)
-    for key, (row, _) in picked.items():
+    for key, (row, _) in picks.items():
         by_file[row["split"], row["file"]].add(key)
 
-    def one(sample: Sample) -> Picture:
-        row, picks = picked[sample.key]
+    def draw(sample: Sample) -> PictureCard:
+        row, reasons = picks[sample.key]
         generated, note = _generated(folder, row)
-        arrays: dict[str, Array | None] = {
-            "source": sample.picture(spec, "source"),
-            "generated": generated,
-            "target": sample.picture(spec, "target"),
-        }
-        shown = {
-            role: data_uri(array, max_side=max_side, max_bytes=max_bytes)
-            for role, array in arrays.items()
-            if array is not None
-        }
-        target = arrays["target"]
-        assert target is not None
-        return Picture(
+        target = sample.picture(spec, "target")
+        images = {"source": sample.picture(spec, "source"), "generated": generated, "target": target}
+        return PictureCard(
             key=sample.key,
             split=sample.split,
             group=sample.group,
             scores={name: row[name] for name in names if row.get(name) is not None},
-            images=shown,
+            images={
+                role: data_uri(image, max_side=max_side, max_bytes=max_bytes)
+                for role, image in images.items()
+                if image is not None
+            },
             width=target.shape[1],
             height=target.shape[0],
-            picks=picks,
+            picks=reasons,
             note=note,
         )
 
-    found: dict[str, Picture] = {}
+    drawn: dict[str, PictureCard] = {}
     with ThreadPoolExecutor(threads) as pool:  # Pillow and the stores let go of the GIL
         for (split, name), keys in by_file.items():
-            for picture in pool.map(one, dataset.read_file(shards, spec, split, name, keys)):
-                found[picture.key] = picture
-    return [found[key] for key in picked if key in found]
+            for picture in pool.map(draw, dataset.read_file(shards, spec, split, name, keys)):
+                drawn[picture.key] = picture
+    return [drawn[key] for key in picks if key in drawn]
 
 
 def _generated(folder: str, row: Mapping[str, Any]) -> tuple[Array | None, str]:
@@ -231,29 +220,27 @@ def _generated(folder: str, row: Mapping[str, Any]) -> tuple[Array | None, str]:
         return None, row["error"]
     try:
         return decode.decode_image(storage.read_bytes(storage.join(folder, row["generated"])), "rgb"), ""
-    except (OSError, ImageRejected) as why:
-        return None, f"the generated image is gone: {why}"
+    except (OSError, ImageRejected) as error:
+        return None, f"the generated image cannot be read: {one_line(error)}"
 
 
 def read_curves(phases: Sequence[str]) -> list[Curve]:
     """The losses of every phase that recorded any."""
-    found: list[Curve] = []
+    losses: list[Curve] = []
     for folder in phases:
         uri = storage.join(folder, "metrics.parquet")
         if storage.exists(uri):
-            found += curves(storage.read_parquet(uri, columns=["step", "name", "value"]), phase_name(folder))
-    return found
+            losses += curves(storage.read_parquet(uri, columns=["step", "name", "value"]), phase_name(folder))
+    return losses
 
 
 def reject_examples(shards: str, generated: str) -> dict[str, list[str]]:
     """A few keys for each reason, by "stage/reason"."""
-    found: dict[str, list[str]] = defaultdict(list)
-    seen: Counter[str] = Counter()
+    examples: dict[str, list[str]] = defaultdict(list)
 
     def add(name: str, text: str) -> None:
-        if seen[name] < EXAMPLES:
-            found[name].append(text)
-        seen[name] += 1
+        if len(examples[name]) < EXAMPLES:
+            examples[name].append(text)
 
     for _, uri in zip(range(QUARANTINE_FILES), storage.parquet_parts(shards, "quarantine-"), strict=False):
         for row in storage.read_parquet(uri).to_pylist():
@@ -265,7 +252,7 @@ def reject_examples(shards: str, generated: str) -> dict[str, list[str]]:
             for row in table.filter(table["error"].is_valid()).to_pylist():
                 reason, _, detail = row["error"].partition(": ")
                 add(f"infer/{reason}", row["key"] + (f" ({detail})" if detail else ""))
-    return dict(found)
+    return dict(examples)
 
 
 def _json(uri: str) -> dict[str, Any]:
@@ -296,80 +283,74 @@ def run(
     """Write `report.html` into `output`. Raises UserError if there are no metrics to show."""
     if not storage.exists(storage.join(metrics, "summary.json")):
         raise UserError(f"report: {metrics}: there is no summary.json, so nothing was evaluated")
-    spec = dataset.load(shards)
     summary = storage.read_json(storage.join(metrics, "summary.json"))
-    names = score_names(summary)
-    picked = pick(
-        metric_rows(storage.join(metrics, "metrics.parquet")),
-        most=config.max_images,
-        metric=config.order_by,
-        seed=config.seed,
-    )
-    shown = draw_pictures(
-        picked,
-        shards=shards,
-        spec=spec,
-        folder=summary.get("images") or images,
-        names=names,
+    generated = summary.get("images") or images
+    rows = metric_rows(storage.join(metrics, "metrics.parquet"))
+    picks = pick(rows, most=config.max_images, metric=config.order_by, seed=config.seed)
+    drawn = draw_pictures(
+        picks,
+        shards,
+        generated,
+        score_names(summary),
         max_side=config.max_side,
-        max_bytes=budget(config, len(picked)),
+        max_bytes=budget(config, len(picks)),
         threads=resources.io_threads,
     )
-    model = _json(storage.join(images, "model", "model.json"))
-    data = ReportData(
-        title=config.title or title(model, spec),
-        lede=lede(summary, spec, phases),
+    data = replace(
+        describe(summary, shards, images, phases, steps),
+        pictures=drawn,
         created=time.strftime("%Y-%m-%d %H:%M"),
+        config_text=config_text,
+        command=command,
+    )
+    html = page(replace(data, title=config.title or data.title)).encode()
+    storage.write_bytes(storage.join(output, "report.html"), html)
+    track.artifact("report.html", html)
+    for reason in ("worst", "best"):
+        keys = [key for key, (_, reasons) in picks.items() if reason in reasons][:SHEET_ROWS]
+        if png := sheet({key: picks[key] for key in keys}, shards, generated):
+            track.artifact(f"{reason}.png", png)
+    logger.info("report        %s", storage.join(output, "report.html"))
+    return Outcome(counts={"images": len(drawn), "bytes": len(html)})
+
+
+def describe(
+    summary: Mapping[str, Any],
+    shards: str,
+    images: str,
+    phases: Sequence[str],
+    steps: Sequence[Mapping[str, Any]],
+) -> ReportData:
+    """The page without its pictures: results, losses, the data set, rejects and times."""
+    spec = dataset.load(shards)
+    return ReportData(
+        title=title(_json(storage.join(images, "model", "model.json")), spec),
+        lede=lede(summary, spec, phases),
         scores=headline(summary),
         deviations=summary.get("deviations", {}),
         baselines=summary.get("baselines", {}),
         groups=summary.get("groups", {}),
         facts=facts(summary),
         num_images=summary["num_images"],
-        pictures=shown,
         curves=read_curves(phases),
         card=card(spec, _json(storage.join(shards, "card.json"))),
         rejects=rejects(steps, reject_examples(shards, images)),
         steps=[StepTime(name=m["step"], seconds=m["seconds"], counts=m["counts"]) for m in steps],
-        config_text=config_text,
-        command=command,
     )
-    html = page(data).encode()
-    storage.write_bytes(storage.join(output, "report.html"), html)
-    track.artifact("report.html", html)
-    for why in ("worst", "best"):
-        grid = sheet(
-            [key for key, (_, picks) in picked.items() if why in picks][:8],
-            picked,
-            shards,
-            spec,
-            data_folder=summary.get("images") or images,
-        )
-        if grid is not None:
-            track.artifact(f"{why}.png", grid)
-    logger.info("report        %s", storage.join(output, "report.html"))
-    return Outcome(counts={"images": len(shown), "bytes": len(html)})
 
 
 def budget(config: ReportConfig, rows: int) -> int:
-    """Bytes a picture may have, so that the page with three of them a row is as large as configured."""
+    """The size limit of a picture in bytes, so that `rows` of three fit `max_megabytes`."""
     whole = (config.max_megabytes * 1e6 - PAGE_BYTES) / BASE64
     return max(1500, int(whole / (3 * max(1, rows))))
 
 
-def sheet(
-    keys: Sequence[str],
-    picked: Mapping[str, tuple[Mapping[str, Any], tuple[str, ...]]],
-    shards: str,
-    spec: DatasetSpec,
-    *,
-    data_folder: str,
-) -> bytes | None:
-    """Source, generated and target of a few keys as one PNG; None if there are none."""
+def sheet(picks: Picks, shards: str, folder: str) -> bytes | None:
+    """Source, generated and target of the picked keys as one PNG; None if none was generated."""
+    spec = dataset.load(shards)
     rows = []
-    for key in keys:
-        row, _ = picked[key]
-        generated, _ = _generated(data_folder, row)
+    for key, (row, _) in picks.items():
+        generated, _ = _generated(folder, row)
         for sample in dataset.read_file(shards, spec, row["split"], row["file"], {key}):
             if generated is not None:
                 fake = geometry.resize(generated, spec.size, "rgb")
@@ -378,48 +359,47 @@ def sheet(
 
 
 def score_names(summary: Mapping[str, Any]) -> list[str]:
-    """The metrics an image has, the well-known ones first."""
-    known = [name for name in PIXEL_METRICS if name in summary]
+    """The metrics of single images, the pixel metrics first."""
+    names = [name for name in PIXEL_METRICS if name in summary]
     means = summary.get("deviations", {})
-    return known + [n for n in means if n not in known and not n.endswith("sharpness")]
+    return names + [n for n in means if n not in names and not n.endswith("sharpness")]
 
 
 def headline(summary: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of the tiles: per-image means, then those of the whole set."""
-    found = {name: summary[name] for name in score_names(summary) if name in summary}
-    for name, scores in summary.get("segmentation", {}).items():
+    scores = {name: summary[name] for name in score_names(summary) if name in summary}
+    for name, segmented in summary.get("segmentation", {}).items():
         if name in ("generated", "palette"):
-            found |= scores
-    return found | {n: v for n, v in summary.items() if n.split("_")[0] in ("fid", "kid")}
+            scores |= segmented
+    return scores | {n: v for n, v in summary.items() if n.split("_")[0] in ("fid", "kid")}
 
 
 def facts(summary: Mapping[str, Any]) -> list[str]:
-    """What is no contest, but worth a sentence."""
-    found = []
+    """Sentences about measurements that have no baseline to beat."""
+    sentences = []
     if "sharpness" in summary and summary.get("target_sharpness"):
         share = summary["sharpness"] / summary["target_sharpness"]
-        found.append(
+        sentences.append(
             f"Sharpness (mean gradient): {summary['sharpness']:.3g}, the targets have "
             f"{summary['target_sharpness']:.3g}: the generated pictures are {share:.0%} as sharp."
         )
     for name, scores in summary.get("segmentation", {}).items():
         if name == "target":
-            told = ", ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in scores.items())
-            found.append(f"The segmenter on the targets themselves: {told}.")
-    return found
+            values = ", ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in scores.items())
+            sentences.append(f"The segmenter on the targets themselves: {values}.")
+    return sentences
 
 
 def lede(summary: Mapping[str, Any], spec: DatasetSpec, phases: Sequence[str]) -> str:
     """The page's first sentence."""
-    trained = spec.rows("train")
-    parts = [f"{summary['num_images']:,} images judged against their targets"]
-    if phases and trained:
-        named = ", ".join(phase_name(folder) for folder in phases)
-        parts.append(
-            f"a model trained on {trained:,} pairs in {len(phases)} phase{'s'[: len(phases) > 1]} ({named})"
-        )
+    pairs = spec.rows("train")
+    sentence = f"{summary['num_images']:,} images evaluated against their targets"
+    if phases and pairs:
+        names = ", ".join(phase_name(folder) for folder in phases)
+        noun = "phase" if len(phases) == 1 else "phases"
+        sentence += f"; a model trained on {pairs:,} pairs in {len(phases)} {noun} ({names})"
     missing = f" {summary['num_missing']:,} targets have no image." if summary.get("num_missing") else ""
-    return "; ".join(parts) + "." + missing
+    return f"{sentence}.{missing}"
 
 
 __all__ = ["VERSION", "ReportConfig", "run"]

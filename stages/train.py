@@ -170,6 +170,7 @@ def run(
     seen = phases.phase_size(config.model, config.phase, phases.full_size(spec.size, config.augment))
     track.params(phases.compared(config, [config.phase], seen))
     track.tags({"pixloom.phase": config.phase.name})
+    track.curves(output)
     track.artifact("phase.json", config.model_dump_json(indent=1).encode())
     track.dataset("shards", uri=shards, digest=spec.digest(), context="training", counts=spec.counts())
     reader = Reader(label, rows * config.phase.epochs, track)

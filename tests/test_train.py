@@ -20,7 +20,7 @@ from stages.errors import StageError, UserError
 from stages.images.augment import AugmentConfig
 from stages.models.files.saved import load_model
 from stages.tracking.run import NullRun, TrackingConfig, open_parent
-from stages.tracking.run import _client as mlflow_client
+from stages.tracking.sender import connect
 from stages.training import checkpoints
 from stages.training.phases import PhaseJob, TrainConfig, jobs
 from tests.support.small import make_shards
@@ -77,7 +77,7 @@ def test_two_workers_train_as_one(ray_local: None, shards: str, tmp_path: Path) 
     assert load_model(tmp_path / "two" / "model").architecture == job.model
     assert len(list((tmp_path / "two" / "samples").iterdir())) == 8
     assert track.flush()
-    history = mlflow_client(track.uri).get_metric_history(track.run_id(), "generator/gan")
+    history = connect(track.uri).get_metric_history(track.run_id(), "generator/gan")
     assert sorted(m.step for m in history) == list(range(1, 25))
 
 

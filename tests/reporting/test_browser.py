@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages.reporting.page import Curve, Picture, ReportData, StepTime, data_uri, page
+from stages.reporting.page import Curve, PictureCard, ReportData, StepTime, data_uri, page
 
 HOSTILE = '"><img src=x onerror="window.pwned=1"><script>window.pwned=1</script><svg onload=window.pwned=1>'
 pytestmark = pytest.mark.browser
 
 
-def picture(index: int, key: str = "") -> Picture:
+def picture(index: int, key: str = "") -> PictureCard:
     def shade(value: int) -> str:
         return data_uri(np.full((64, 96, 3), value, np.uint8), max_side=96, max_bytes=9000)
 
-    return Picture(
+    return PictureCard(
         key=key or f"test/street {index:03d}",
         split="test" if index % 3 else "val",
         group="even" if index % 2 == 0 else "odd",

@@ -13,8 +13,8 @@ import pytest
 from stages.report import ReportConfig, budget
 from stages.reporting.page import (
     Curve,
-    Picture,
-    Reject,
+    PictureCard,
+    RejectCount,
     ReportData,
     StepTime,
     data_uri,
@@ -46,7 +46,7 @@ class Reader(html.parser.HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def picture(index: int = 0, key: str = "", **values: object) -> Picture:
+def picture(index: int = 0, key: str = "", **values: object) -> PictureCard:
     image = np.full((8, 8, 3), index % 256, np.uint8)
     uri = data_uri(image, max_side=8, max_bytes=4000)
     given: dict[str, object] = {
@@ -59,7 +59,7 @@ def picture(index: int = 0, key: str = "", **values: object) -> Picture:
         "height": 8,
         "picks": ("worst",) if index > 2 else ("best", "sample"),
     }
-    return Picture(**(given | values))  # type: ignore[arg-type]
+    return PictureCard(**(given | values))  # type: ignore[arg-type]
 
 
 def data(**values: object) -> ReportData:
@@ -71,7 +71,7 @@ def data(**values: object) -> ReportData:
         "pictures": [picture(i) for i in range(5)],
         "curves": [Curve(phase="global", name="loss", steps=[1, 2, 3], values=[3.0, 2.0, float("nan")])],
         "card": [("size", "8 x 8")],
-        "rejects": [Reject(stage="shard", reason="empty", count=3, examples=["a", "b"])],
+        "rejects": [RejectCount(stage="shard", reason="empty", count=3, examples=["a", "b"])],
         "steps": [StepTime(name="train", seconds=90, counts={"steps": 100})],
         "config_text": "a: 1\n",
         "command": "python -m pipeline.run",
@@ -95,7 +95,7 @@ def test_no_text_of_a_user_becomes_markup() -> None:
         pictures=[picture(0, key=HOSTILE, group=HOSTILE, split=HOSTILE, note=HOSTILE)],
         curves=[Curve(phase=HOSTILE, name=HOSTILE, steps=[1], values=[1.0])],
         card=[(HOSTILE, HOSTILE)],
-        rejects=[Reject(stage=HOSTILE, reason=HOSTILE, count=1, examples=[HOSTILE])],
+        rejects=[RejectCount(stage=HOSTILE, reason=HOSTILE, count=1, examples=[HOSTILE])],
         steps=[StepTime(name=HOSTILE, seconds=1, counts={HOSTILE: 1})],
         config_text=HOSTILE,
         command=HOSTILE,

@@ -24,7 +24,7 @@ from stages.images import encode
 from stages.inference.model_source import local_model
 from stages.inference.translator import Translator
 from stages.models.files.saved import DISCRIMINATOR, load_model
-from stages.tracking import run as tracking
+from stages.tracking import sender
 from stages.tracking.registry import publish
 from stages.tracking.run import TrackingConfig, open_parent
 from tests.stores.seaweed import free_ports
@@ -121,25 +121,28 @@ def _killed(*args: object, **kwargs: object) -> None:
     raise KeyboardInterrupt
 
 
+class Away:
+    """A tracking client without a server."""
+
+    def __getattr__(self, name: str) -> object:
+        raise ConnectionError("no route")
+
+
 def test_a_run_sends_its_model_and_an_outage_only_delays_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tracking, "RETRY_S", (0.05,))
+    monkeypatch.setattr(sender, "RETRY_S", (0.05,))
     model = make_model(tmp_path / "model")
     workspace = str(tmp_path / "workspace")
     parent = open_parent(TrackingConfig(), "run", None, workspace)
     assert parent.flush()
-    sender = tracking._sender(parent.uri, parent.experiment, parent.spool)
-    perform = sender._perform
-
-    def away(operation: object) -> None:
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(sender, "_perform", away)
+    client = parent.sender.client
+    parent.sender.client = Away()
+    parent.tags({"before": "the model"})
     parent.model(str(model), EXAMPLE, name="street", value=0.5, data="d")
     assert not parent.flush(wait=0.3)
-    assert list(Path(parent.spool).glob("*.jsonl"))
-    monkeypatch.setattr(sender, "_perform", perform)
+    assert list(Path(parent.sender.unsent).rglob("*.json"))
+    parent.sender.client = client
     caplog.set_level("INFO")
     assert parent.flush()
     assert "now champion (l1 0.5)" in caplog.text

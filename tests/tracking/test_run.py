@@ -15,11 +15,9 @@ import pytest
 
 from stages.errors import UserError
 from stages.tracking import run as tracking
-from stages.tracking.run import KEY_TAG, MetricRow, NullRun, Operation, Run, TrackingConfig, open_parent
-
-
-def metrics(key: str, *steps: int, once: bool = True) -> Operation:
-    return Operation("metrics", key, {"rows": [["loss", 1.0, step, 0] for step in steps], "once": once})
+from stages.tracking import sender
+from stages.tracking.run import MetricRow, NullRun, Run, TrackingConfig, open_parent
+from stages.tracking.sender import KEY_TAG, PROCESS_TAG
 
 
 def test_settings_become_dotted_names_and_fit_the_server() -> None:
@@ -29,29 +27,13 @@ def test_settings_become_dotted_names_and_fit_the_server() -> None:
     assert len(flat["text"]) == 6000
 
 
-def test_neighbouring_metrics_of_one_run_are_sent_as_one_request() -> None:
-    queue = [metrics("a", 1), metrics("a", 2), metrics("b", 1), metrics("a", 3), Operation("tags", "a", {})]
-    assert [(op.key, len(op.values.get("rows", [])), n) for op, n in tracking.merge(queue)] == [
-        ("a", 2, 2),
-        ("b", 1, 1),
-        ("a", 1, 1),
-        ("a", 0, 1),
-    ]
-    assert len(tracking.merge([metrics("a", 1), metrics("a", 2)], limit=1)) == 2
-
-
 def test_a_restarted_curve_goes_on_after_the_last_recorded_step() -> None:
-    rows = [["loss", 0.5, step, 0] for step in range(5)] + [["rate", 1.0, 0, 0]]
-    assert [(row[0], row[2]) for row in tracking.not_yet_there(rows, {"loss": 2})] == [
+    rows = [MetricRow("loss", 0.5, step, 0) for step in range(5)] + [MetricRow("rate", 1.0, 0, 0)]
+    assert [(row.name, row.step) for row in sender.missing(rows, {"loss": 2})] == [
         ("loss", 3),
         ("loss", 4),
         ("rate", 0),
     ]
-
-
-def test_a_spooled_operation_reads_back_equal() -> None:
-    operation = Operation("artifact", "k", {"name": "a/b.bin", "data": b"\x00\xff"})
-    assert Operation.from_json(operation.to_json()) == operation
 
 
 @pytest.mark.parametrize("uri", ["./mlruns", "file:///tmp/mlruns"])
@@ -87,7 +69,7 @@ def parent(workspace: str) -> Run:
 
 def stored(run: Run) -> Any:
     assert run.flush()
-    return tracking._client(run.uri).get_run(run.run_id())
+    return sender.connect(run.uri).get_run(run.run_id())
 
 
 def test_a_stage_leaves_its_params_metrics_pictures_and_files_in_mlflow(parent: Run) -> None:
@@ -101,7 +83,7 @@ def test_a_stage_leaves_its_params_metrics_pictures_and_files_in_mlflow(parent: 
             "shards", uri="s3://bucket/shards", digest="d" * 50, context="training", counts={"num_train": 3}
         )
     run = stored(child)
-    client = tracking._client(child.uri)
+    client = sender.connect(child.uri)
     assert run.info.status == "FINISHED"
     assert run.data.params == {"model.width": "8"}
     assert run.data.metrics["l1"] == 0.25
@@ -125,10 +107,9 @@ def test_a_child_with_the_same_key_is_taken_up_again_without_repeated_steps(pare
     first = parent.child("train", key="phase-1")
     first.metrics_batch(rows[:4])
     assert first.flush()
-    tracking._senders.pop(parent.uri)  # what a new process starts with
     again = pickle.loads(pickle.dumps(parent)).child("train", key="phase-1")  # noqa: S301
     again.metrics_batch(rows[2:])
-    history = tracking._client(again.uri).get_metric_history(stored(again).info.run_id, "loss")
+    history = sender.connect(again.uri).get_metric_history(stored(again).info.run_id, "loss")
     assert sorted(m.step for m in history) == [0, 1, 2, 3, 4, 5]
 
 
@@ -142,7 +123,7 @@ def test_a_param_keeps_its_first_value_when_a_run_is_taken_up_again(parent: Run)
 def test_a_value_the_server_refuses_is_dropped_and_said(
     parent: Run, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "GIVE_UP_S", 0.0)
+    monkeypatch.setattr(sender, "GIVE_UP_S", 0.0)
     child = parent.child("train")
     child.artifact("../outside", b"")
     child.metrics({"class: road*": 2.0})
@@ -152,9 +133,9 @@ def test_a_value_the_server_refuses_is_dropped_and_said(
 
 def test_runs_of_a_killed_process_are_closed_by_the_next(parent: Run, workspace: str) -> None:
     child = parent.child("train")
-    client = tracking._client(parent.uri)
+    client = sender.connect(parent.uri)
     assert child.run_id()
-    client.set_tag(child.run_id(), tracking.PROCESS_TAG, f"{socket.gethostname()} 999999999 1")
+    client.set_tag(child.run_id(), PROCESS_TAG, f"{socket.gethostname()} 999999999 1")
     open_parent(TrackingConfig(), "again", None, workspace)
     assert client.get_run(child.run_id()).info.status == "KILLED"
     assert client.get_run(parent.run_id()).info.status == "RUNNING"
@@ -174,15 +155,19 @@ class Gate:
 
 @pytest.fixture
 def gate(parent: Run, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    monkeypatch.setattr(tracking, "RETRY_S", (0.05,))
+    monkeypatch.setattr(sender, "RETRY_S", (0.05,))
     assert parent.flush()
-    sender = tracking._sender(parent.uri, parent.experiment, parent.spool)
-    original = sender._mlflow
-    sender._mlflow = gate = Gate(original)
+    client = parent.sender.client
+    parent.sender.client = gate = Gate(client)
     yield gate
     gate.open = True
     assert parent.flush()
-    sender._mlflow = original
+    parent.sender.client = client
+
+
+def unsent(run: Run) -> list[Path]:
+    """The documents of what MLflow has not taken."""
+    return list(Path(run.sender.unsent).rglob("*.json"))
 
 
 def test_an_outage_delays_nothing_and_loses_nothing(
@@ -194,11 +179,11 @@ def test_an_outage_delays_nothing_and_loses_nothing(
     assert not child.flush(wait=0.3)
     child.metrics_batch([MetricRow("loss", 1.0, step, step) for step in range(3, 6)])
     assert not child.flush(wait=0.3)
-    assert list(Path(parent.spool).glob("*.jsonl"))
+    assert unsent(parent)
     gate.open = True
-    history = tracking._client(child.uri).get_metric_history(stored(child).info.run_id, "loss")
+    history = sender.connect(child.uri).get_metric_history(stored(child).info.run_id, "loss")
     assert sorted(m.step for m in history) == list(range(6))
-    assert not list(Path(parent.spool).glob("*.jsonl"))
+    assert not unsent(parent)
     assert caplog.text.count("does not answer") == 1
     assert caplog.text.count("answers again") == 1
 
@@ -208,11 +193,9 @@ def test_what_a_process_could_not_send_the_next_one_sends(parent: Run, gate: Gat
     child = parent.child("train", key="left-behind")
     child.metrics({"loss": 2.0}, step=1)
     assert not child.flush(wait=0.3)
-    tracking._senders.pop(parent.uri)  # the process ends here
-    gate.open = False
-    open_parent(TrackingConfig(), "next", None, workspace).flush()
-    found = tracking._client(parent.uri).search_runs(
-        [parent.experiment], filter_string=f"tags.`{KEY_TAG}` = 'left-behind'"
+    open_parent(TrackingConfig(), "next", None, workspace).flush()  # with a sender of its own
+    found = sender.connect(parent.uri).search_runs(
+        [parent.sender.experiment], filter_string=f"tags.`{KEY_TAG}` = 'left-behind'"
     )
     assert [run.data.metrics for run in found] == [{"loss": 2.0}]
 

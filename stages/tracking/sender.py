@@ -1,0 +1,458 @@
+"""The thread that makes MLflow agree with what runs record: it looks up what MLflow holds and sends the rest.
+
+A fact has a name and is sent once; a later value replaces an unsent one. Of a curve, MLflow's last step says
+what is missing. What the server does not take is also written into a folder of the workspace until it takes
+it, for the next process in the workspace to send; curves are there already, in their phase's folder.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import os
+import socket
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import psutil
+
+from stages import storage
+from stages.errors import PixloomError, one_line
+
+logger = logging.getLogger(__name__)
+
+KEY_TAG, PROCESS_TAG, WORKSPACE_TAG = "pixloom.key", "pixloom.process", "pixloom.workspace"
+CURVES_TAG = "pixloom.curves"  # folder of the phase whose curves a run shows
+UNSENT, DOCUMENT = "mlflow-unsent", "facts.json"  # in the workspace: a folder, and in it one per process
+SMALL = ("param", "tag", "metric")  # kinds of facts of which one request takes many
+LINGER_S = 0.3  # how long facts are collected: one request instead of many
+RETRY_S = (1.0, 2.0, 5.0, 10.0, 15.0)
+GIVE_UP_S = 120.0  # what fails so long while the server answers is dropped
+MOST_ROWS = 100_000  # unsent values of a phase's curves in memory; its folder has the others at its end
+
+Fact = tuple[str | int, ...]
+"""A kind, and names within it: ("param", name), ("metric", name, step), ("artifact", name), ("end",) ..."""
+
+
+class MetricRow(NamedTuple):
+    """One value of one metric. `time_ms` is when it was measured, in milliseconds since 1970."""
+
+    name: str
+    value: float
+    step: int
+    time_ms: int
+
+
+@dataclass
+class Record:
+    """What MLflow may not hold yet of a run: facts, and values of curves in the order of their steps.
+
+    The value of an artifact is bytes, or the URI where the workspace keeps them. `curves` is the folder of
+    the phase that completes the curves when the run ends.
+    """
+
+    facts: dict[Fact, Any] = field(default_factory=dict)
+    rows: list[MetricRow] = field(default_factory=list)
+    curves: str = ""
+    is_full: bool = False
+
+
+@dataclass
+class Held:
+    """What MLflow holds of a run: the last step of each metric, and parameters."""
+
+    run_id: str
+    steps: dict[str, int] = field(default_factory=dict)
+    params: frozenset[str] = frozenset()
+
+
+def missing(rows: Iterable[MetricRow], last_steps: Mapping[str, int]) -> list[MetricRow]:
+    """The rows whose metric has no value yet at that step or a later one: a restart repeats steps."""
+    return [row for row in rows if row.step > last_steps.get(row.name, -1)]
+
+
+def curve_rows(folder: str) -> list[MetricRow]:
+    """The curves of a phase as MLflow shows them, from its result or else from its newest checkpoint."""
+    fs, path = storage.filesystem(folder)
+    fs.invalidate_cache()
+    places = [*fs.glob(f"{path}/metrics.parquet"), *fs.glob(f"{path}/checkpoints/*/curves.parquet")[::-1]]
+    for place in places:
+        with suppress(FileNotFoundError):  # a newer checkpoint has replaced it
+            points = storage.read_parquet(fs.unstrip_protocol(place)).to_pylist()
+            rows = [MetricRow(p["name"], p["value"], p["step"], p["time_ms"]) for p in points]
+            steps = {point["step"]: point for point in points}.values()
+            seen = [MetricRow(n, p[n], p["step"], p["time_ms"]) for p in steps for n in ("images", "epoch")]
+            return [row for row in rows if "/layer" not in row.name] + seen
+    return []
+
+
+def connect(uri: str) -> Any:
+    """An MLflow client that gives up soon: the sender retries by itself."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    # imported here: it takes 2-3 s, which workers, --help and a run with nothing to do need not pay
+    from mlflow.tracking import MlflowClient  # noqa: PLC0415
+
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=uri)
+
+
+def this_process() -> str:
+    """Host, process id and start time: no other process has the same."""
+    return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.0f}"
+
+
+def is_gone(process: str) -> bool:
+    """Whether the process of that `this_process` has ended; False for one of another machine."""
+    host, pid, started = process.split() if process.count(" ") == 2 else ("", "0", "")
+    if host != socket.gethostname():
+        return False
+    try:
+        return f"{psutil.Process(int(pid)).create_time():.0f}" != started
+    except psutil.NoSuchProcess:
+        return True
+
+
+def without_password(uri: str) -> str:
+    """The URI as it may be printed."""
+    head, _, tail = uri.partition("://")
+    return f"{head}://{tail.rsplit('@', 1)[-1]}" if tail else uri
+
+
+class Sender:
+    """Sends one process's records to one server. `client` is MLflow's, made when it is first needed."""
+
+    def __init__(self, uri: str, experiment: str, workspace: str) -> None:
+        self.uri, self.experiment, self.workspace = uri, experiment, workspace
+        self.unsent = storage.join(storage.absolute(workspace), UNSENT)
+        self.client: Any = None
+        self._folder = storage.join(self.unsent, uuid.uuid4().hex)
+        self._folders: list[str] = []  # this one and those of ended processes, while they hold facts
+        self._document = ""
+        self._records: dict[str, Record] = {}  # by key
+        self._changed, self._storing = threading.Condition(), threading.Lock()
+        self._hurry = self._uploads = False
+        self._ids: dict[str, str] = {}
+        self._held: dict[str, Held] = {}  # forgotten after an error: the server may have taken what failed
+        self._failing: dict[Any, float] = {}  # since when facts fail though the server answers
+        self._trouble: Exception | None = None
+        self._away_since: float | None = None
+        threading.Thread(target=self._work, name="mlflow-sender", daemon=True).start()
+        atexit.register(self.close)
+
+    def __reduce__(self) -> Any:
+        return Sender, (self.uri, self.experiment, self.workspace)
+
+    def put(
+        self, key: str, facts: Mapping[Fact, Any], rows: Iterable[MetricRow] = (), curves: str = ""
+    ) -> None:
+        """Add facts and values of curves to the run with this key. Of a parameter, the first value counts."""
+        with self._changed:
+            record = self._records.setdefault(key, Record())
+            if ("create",) in facts:
+                record.facts.pop(("end",), None)  # of the process that had the run before
+            record.facts |= {f: v for f, v in facts.items() if f[0] != "param" or f not in record.facts}
+            record.curves = curves or record.curves
+            record.is_full |= bool(record.curves) and len(record.rows) > MOST_ROWS
+            if not record.is_full:  # without gaps, so that the last step says what is missing
+                record.rows += rows
+            self._changed.notify_all()
+
+    def run_id(self, key: str, wait: float) -> str:
+        """MLflow's id of the run with this key; "" if it is unknown after `wait` seconds."""
+        self._wait(lambda: key in self._ids, wait)
+        return self._ids.get(key, "")
+
+    def flush(self, wait: float | None = None) -> bool:
+        """Wait until MLflow holds everything; if not after `wait` seconds, the workspace has the rest.
+
+        A model, which may be gigabytes, is waited for as long as the server takes it.
+        """
+        wait = wait if wait is not None else 20.0 if self._away_since is None else 2.0
+        done = self._wait(self._is_settled, wait)
+        while not done and self._uploads:
+            done = self._wait(self._is_settled, wait)
+        if not done:
+            self._store()
+        return done
+
+    def close(self) -> None:
+        """Send the rest when the process ends, or say where it is."""
+        if not self.flush():
+            where = without_password(self.uri)
+            logger.warning("MLflow at %s has no answer; the next run sends what is in %s", where, self.unsent)
+
+    def take_over(self) -> None:
+        """Complete the runs that ended processes left in this workspace; those still open end as KILLED."""
+        self.client = self.client or connect(self.uri)
+        killed: dict[Fact, Any] = {("end",): {"status": "KILLED", "end_time": int(time.time() * 1000)}}
+        workspace = self.workspace.replace("'", "")
+        where = f"attributes.status = 'RUNNING' and tags.`{WORKSPACE_TAG}` = '{workspace}'"
+        for run in self.client.search_runs([self.experiment], filter_string=where, max_results=1000):
+            if is_gone(run.data.tags.get(PROCESS_TAG, "")):
+                self.client.set_terminated(run.info.run_id, status="KILLED")
+                curves = run.data.tags.get(CURVES_TAG)
+                self.put(run.data.tags[KEY_TAG], killed, curve_rows(curves) if curves else ())
+        fs, path = storage.filesystem(self.unsent)
+        fs.invalidate_cache()
+        for place in fs.glob(f"{path}/*/{DOCUMENT}"):
+            uri = fs.unstrip_protocol(place)
+            document = storage.read_json(uri)
+            process = document["process"]
+            if (
+                process.split()[0] == socket.gethostname()
+                and process != this_process()
+                and not is_gone(process)
+            ):
+                continue  # it sends them itself
+            self._folders.append(uri.rpartition("/")[0])
+            for key, record in document["records"].items():
+                facts = {tuple(fact): value for fact, value in record["facts"]}
+                unfinished = ("create",) in facts and is_gone(process)
+                rows = curve_rows(record["curves"]) if record["curves"] else []
+                self.put(key, (killed if unfinished else {}) | facts, rows)
+
+    # -- the thread -----------------------------------------------------------
+
+    def _is_settled(self) -> bool:
+        return not (self._folders or any(record.facts or record.rows for record in self._records.values()))
+
+    def _wait(self, condition: Callable[[], bool], wait: float) -> bool:
+        with self._changed:
+            self._hurry = True
+            self._changed.notify_all()
+            try:
+                return self._changed.wait_for(condition, timeout=wait)
+            finally:
+                self._hurry = False
+
+    def _work(self) -> None:
+        attempt = 0
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._is_settled())
+                if not self._hurry:
+                    self._changed.wait_for(lambda: self._hurry, timeout=LINGER_S)
+                records = list(self._records.items())
+            self._trouble, complete = None, True
+            try:
+                self.client = self.client or connect(self.uri)
+                for key, record in records:
+                    complete &= self._send(key, record)
+            except Exception as error:  # every client library has its own; none may end training
+                self._trouble = error
+                self._failing.clear()
+            self._report()
+            attempt = 0 if complete and self._trouble is None else attempt + 1
+            if attempt:
+                with self._changed:
+                    self._changed.wait(timeout=RETRY_S[min(attempt, len(RETRY_S)) - 1])
+
+    def _send(self, key: str, record: Record) -> bool:
+        """Send what is missing of one run; False if another process is to create it and has not."""
+        if not (record.facts or record.rows):
+            return True
+        held = self._look_up(key, record.facts.get(("create",)))
+        if held is None:
+            return False
+        with self._changed:
+            record.facts.pop(("create",), None)
+            facts = list(record.facts)
+        small = [fact for fact in facts if fact[0] in SMALL]
+        for start in range(0, len(small), 100):
+            self._deliver(record, held, small[start : start + 100])
+        if ("end",) in facts and record.curves:
+            record.rows += curve_rows(record.curves)
+            record.curves = ""
+        self._send_rows(held, record.rows)
+        for kind in ("dataset", "artifact", "model", "end"):
+            for fact in facts:
+                if fact[0] == kind:
+                    self._deliver(record, held, [fact])
+        return True
+
+    def _look_up(self, key: str, create: Mapping[str, Any] | None = None) -> Held | None:
+        """What MLflow holds of a run, after creating it if that is a fact; None if the run is not there."""
+        if key in self._held and create is None:
+            return self._held[key]
+        where = f"tags.`{KEY_TAG}` = '{key}'"
+        runs = self.client.search_runs([self.experiment], filter_string=where, max_results=1)
+        if runs:
+            data, run_id = runs[0].data, runs[0].info.run_id
+            steps = {metric.key: metric.step for metric in data.to_proto().metrics}
+            held = Held(run_id, steps, frozenset(data.params))
+            if create is not None:
+                self.client.update_run(run_id, status="RUNNING")
+                self.client.set_tag(run_id, PROCESS_TAG, create["tags"][PROCESS_TAG])
+        elif create is None:
+            return None
+        else:
+            tags = {**create["tags"], KEY_TAG: key, WORKSPACE_TAG: self.workspace}
+            if create["parent"]:
+                parent = self._look_up(create["parent"])
+                if parent is None:
+                    return None
+                tags["mlflow.parentRunId"] = parent.run_id
+            held = Held(
+                self.client.create_run(
+                    self.experiment, start_time=create["start_time"], tags=tags, run_name=create["name"]
+                ).info.run_id
+            )
+        with self._changed:
+            self._held[key], self._ids[key] = held, held.run_id
+            self._changed.notify_all()
+        return held
+
+    def _send_rows(self, held: Held, rows: list[MetricRow]) -> None:
+        from mlflow.entities import Metric  # noqa: PLC0415 - see connect
+
+        while rows:
+            batch = rows[:1000]
+            if fresh := missing(batch, held.steps):
+                self.client.log_batch(
+                    held.run_id, [Metric(r.name, r.value, r.time_ms, r.step) for r in fresh]
+                )
+                held.steps |= {row.name: row.step for row in fresh}
+            with self._changed:
+                del rows[: len(batch)]
+                self._changed.notify_all()
+
+    def _deliver(self, record: Record, held: Held, facts: Sequence[Fact]) -> None:
+        """Send facts in one request. What the server refuses is dropped; what fails otherwise is kept."""
+        values = {fact: record.facts[fact] for fact in facts}
+        try:
+            if facts[0][0] in SMALL:
+                self._log_small(held, values)
+            else:
+                self._log_large(held.run_id, facts[0], values[facts[0]])
+        except Exception as error:
+            if not _is_refusal(error):
+                self.client.get_experiment(self.experiment)  # raises if the server is away
+                since = self._failing.setdefault((held.run_id, *facts), time.monotonic())
+                if time.monotonic() - since < GIVE_UP_S:
+                    self._trouble = error  # the other facts are sent nevertheless
+                    return
+            if len(facts) > 1:
+                for fact in facts:
+                    self._deliver(record, held, [fact])
+                return
+            logger.warning("MLflow refused %s: %s", " ".join(map(str, facts[0])), one_line(error))
+        with self._changed:
+            for fact, value in values.items():
+                if record.facts[fact] == value:
+                    del record.facts[fact]
+            self._changed.notify_all()
+
+    def _log_small(self, held: Held, values: Mapping[Fact, Any]) -> None:
+        from mlflow.entities import Metric, Param, RunTag  # noqa: PLC0415 - see connect
+
+        metrics = [Metric(f[1], *value, f[2]) for f, value in values.items() if f[0] == "metric"]
+        params = [
+            Param(f[1], value) for f, value in values.items() if f[0] == "param" and f[1] not in held.params
+        ]
+        tags = [RunTag(f[1], value) for f, value in values.items() if f[0] == "tag"]
+        self.client.log_batch(held.run_id, metrics=metrics, params=params, tags=tags)
+
+    def _log_large(self, run_id: str, fact: Fact, value: Any) -> None:
+        if fact[0] == "end":
+            self.client.set_terminated(run_id, **value)
+        elif fact[0] == "model":
+            self._log_model(run_id, **value)
+        elif fact[0] == "dataset":
+            from mlflow.entities import Dataset, DatasetInput, InputTag  # noqa: PLC0415 - see connect
+
+            context = InputTag("mlflow.data.context", str(fact[2]))
+            self.client.log_inputs(run_id, [DatasetInput(Dataset(**value), [context])])
+        else:
+            name = PurePosixPath(str(fact[1]))
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / name.name
+                path.write_bytes(value if isinstance(value, bytes) else storage.read_bytes(value))
+                parent = None if len(name.parts) == 1 else str(name.parent)
+                self.client.log_artifact(run_id, str(path), artifact_path=parent)
+
+    def _log_model(self, run_id: str, folder: str, example: Mapping[str, str], **registration: Any) -> None:
+        from stages.tracking.registry import publish  # noqa: PLC0415 - imports all of MLflow, see connect
+
+        contents = {name: bytes.fromhex(data) for name, data in example.items()}
+        self._uploads = True
+        try:
+            outcome = publish(folder, tracking_uri=self.uri, run_id=run_id, example=contents, **registration)
+            logger.info("model         %s", outcome)
+        finally:
+            self._uploads = False
+
+    # -- while the server is away ---------------------------------------------
+
+    def _report(self) -> None:
+        """Log that the server is away, or back; have the workspace hold what it does not."""
+        if self._trouble is not None:
+            self._held.clear()
+            if self._away_since is None:
+                self._away_since, where = time.monotonic(), without_password(self.uri)
+                reason = one_line(self._trouble, limit=200)
+                logger.warning(
+                    "MLflow at %s does not answer (%s): work goes on, it gets the rest later", where, reason
+                )
+            self._store()
+            return
+        if self._away_since is not None:
+            logger.warning("MLflow answers again after %.0f s", time.monotonic() - self._away_since)
+            self._away_since = None
+        if self._folders and not any(record.facts for record in self._records.values()):
+            self._clear()
+
+    def _store(self) -> None:
+        """Write unsent facts into the workspace; the bytes of artifacts leave the memory."""
+        with self._storing:
+            with self._changed:
+                records = [(key, record, list(record.facts.items())) for key, record in self._records.items()]
+            document: dict[str, Any] = {}
+            try:
+                for key, record, facts in records:
+                    for fact, value in facts:
+                        if isinstance(value, bytes):
+                            uri = storage.join(self._folder, uuid.uuid4().hex)
+                            storage.write_bytes(uri, value)
+                            with self._changed:
+                                record.facts[fact] = uri
+                    stored = [(fact, record.facts.get(fact, value)) for fact, value in facts]
+                    document[key] = {"curves": record.curves, "facts": stored}
+                text = json.dumps({"process": this_process(), "records": document})
+                if text != self._document:
+                    storage.write_bytes(storage.join(self._folder, DOCUMENT), text.encode())
+                    self._document = text
+                    self._folders = list({*self._folders, self._folder})
+            except (OSError, PixloomError) as error:
+                logger.warning("%s cannot be written: %s", self._folder, one_line(error))
+
+    def _clear(self) -> None:
+        """Remove the folders whose facts MLflow holds by now."""
+        with self._storing:
+            for folder in self._folders:
+                fs, path = storage.filesystem(folder)
+                try:
+                    with suppress(FileNotFoundError):
+                        fs.rm(path, recursive=True)
+                except OSError as error:
+                    logger.warning("%s cannot be removed, remove it: %s", folder, one_line(error))
+            with self._changed:
+                self._folders, self._document = [], ""
+                self._changed.notify_all()
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether trying again would not help: the server said no, or another process has sent and removed it."""
+    code = getattr(error, "error_code", "")
+    refusals = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "INVALID_STATE"}
+    return code in refusals or isinstance(error, FileNotFoundError)
