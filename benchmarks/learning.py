@@ -40,7 +40,6 @@ from PIL import Image
 from pipeline import config as configuration
 from stages import train
 from stages.base import Split
-from stages.evaluate import nearest, thumbnail
 from stages.images import geometry, pictures
 from stages.images.kinds import Array
 from stages.inference.translator import Translator
@@ -49,6 +48,7 @@ from stages.models.architecture import build_generator
 from stages.models.fast.process import tune_process
 from stages.models.files.saved import LoadedModel, load_model
 from stages.scoring import metrics
+from stages.scoring.baselines import nearest, thumbnail
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec, Sample
 from stages.training.phases import PhaseJob

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,24 +10,31 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import scipy.linalg
+import torch
 from PIL import Image
+from torch import nn
 
 from stages import evaluate, infer
 from stages.base import Outcome, Resources
 from stages.errors import StageError, UserError
-from stages.evaluate import EvaluateConfig, is_candidate, nearest, same_size, summarise
+from stages.evaluate import EvaluateConfig, same_size
 from stages.images import encode, geometry
 from stages.infer import InferConfig
 from stages.scoring import metrics
+from stages.scoring.lpips import LpipsScorer, lpips_name
+from stages.scoring.networks import LpipsConfig
 from stages.shards import dataset
 from stages.tracking.run import NullRun
+from tests.scoring.test_lpips import alexnet
+from tests.scoring.test_networks import script
 from tests.support.small import make_model, make_shards
 
 ONE = Resources(infer_actors=1, io_threads=4, threads_per_worker=1, gpu=False)
 TWO = Resources(infer_actors=2, io_threads=4, threads_per_worker=1, gpu=False)
 
 
-def judge(output: Path, resources: Resources, generated: str, shards: str, **config: Any) -> Outcome:
+def score(output: Path, resources: Resources, generated: str, shards: str, **config: Any) -> Outcome:
     return evaluate.run(
         EvaluateConfig(**config),
         resources,
@@ -47,41 +55,11 @@ def test_the_larger_picture_is_made_as_small_as_the_smaller() -> None:
     assert same_size(small, small)[0] is small
 
 
-def test_the_nearest_candidate_is_the_first_of_the_closest() -> None:
-    rng = np.random.default_rng(0)
-    candidates = rng.integers(0, 256, (5000, 12), np.uint8)
-    candidates[4500] = candidates[17]
-    assert nearest(candidates[4500], candidates) == 17
-    for _ in range(5):
-        vector = rng.integers(0, 256, 12, np.uint8)
-        distances = ((candidates.astype(float) - vector) ** 2).sum(1)
-        assert nearest(vector, candidates) == distances.argmin()
+class Corner(nn.Module):
+    """Two features: the means of red and blue in the corner that is at the top and at the left."""
 
-
-def test_candidates_are_a_share_of_the_keys_whoever_asks() -> None:
-    keys = [f"train/{i}" for i in range(4000)]
-    chosen = {key for key in keys if is_candidate(key, 0.25)}
-    assert 800 < len(chosen) < 1200
-    assert chosen <= {key for key in keys if is_candidate(key, 0.5)}
-    assert all(is_candidate(key, 1.0) for key in keys)
-
-
-def test_a_summary_counts_what_is_missing_and_means_what_is_there() -> None:
-    def row(group: str, l1: float | None, base: float | None = None) -> dict[str, Any]:
-        return {
-            "split": "test",
-            "group": group,
-            "error": None if l1 is not None else "missing",
-            "l1": l1,
-            "mean_target_l1": base,
-        }
-
-    summary = summarise(iter([row("a", 0.1, 0.4), row("b", 0.3, 0.2), row("b", None), row("", 0.2)]), ["l1"])
-    assert summary["l1"] == pytest.approx(0.2)
-    assert (summary["num_images"], summary["num_missing"]) == (3, 1)
-    assert summary["baselines"] == {"mean_target": {"l1": pytest.approx(0.3), "num_images": 2}}
-    assert summary["groups"]["test"]["num_images"] == 3
-    assert summary["groups"]["test/b"]["l1"] == 0.3
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, :, :16, :16].float().mean((2, 3))[:, [0, 2]]
 
 
 # -- runs ---------------------------------------------------------------------------------------------
@@ -106,7 +84,7 @@ def generated(ray_local: None, tmp_path_factory: pytest.TempPathFactory, shards:
 def test_scores_and_baselines_are_those_worked_out_here_on_one_worker_or_two(
     tmp_path: Path, shards: str, generated: str
 ) -> None:
-    outcome = judge(tmp_path / "one", ONE, generated, shards)
+    outcome = score(tmp_path / "one", ONE, generated, shards)
     assert outcome.counts == {"images": 71, "missing": 0}
     summary = json.loads((tmp_path / "one/summary.json").read_text())
     rows = {row["key"]: row for row in pq.read_table(tmp_path / "one/metrics.parquet").to_pylist()}
@@ -133,16 +111,16 @@ def test_scores_and_baselines_are_those_worked_out_here_on_one_worker_or_two(
     assert summary["baselines"]["untrained"]["num_images"] == 64  # whole units, at least as many as asked for
     assert set(summary["groups"]) == {"test", "test/even", "test/odd"}
 
-    judge(tmp_path / "two", TWO, generated, shards)
+    score(tmp_path / "two", TWO, generated, shards)
     assert json.loads((tmp_path / "two/summary.json").read_text()) == summary
-    (tmp_path / "two/parts/part-00001.parquet").unlink()  # as a kill leaves it
+    (tmp_path / "two/table/part-00001.parquet").unlink()  # as a kill leaves it
     (tmp_path / "two/summary.json").unlink()
-    judge(tmp_path / "two", ONE, generated, shards)
+    score(tmp_path / "two", ONE, generated, shards)
     assert json.loads((tmp_path / "two/summary.json").read_text()) == summary
 
 
 @pytest.mark.ray
-def test_images_of_another_system_are_judged_by_their_names(
+def test_images_of_another_system_are_scored_by_their_names(
     ray_local: None, tmp_path: Path, shards: str
 ) -> None:
     """Half as large and named its own way; two are not there."""
@@ -158,14 +136,14 @@ def test_images_of_another_system_are_judged_by_their_names(
         "names": "{name}_fake.png",
         "baselines": {"untrained": 0, "nearest": 0},
     }
-    outcome = judge(tmp_path / "out", ONE, "", shards, **settings)
+    outcome = score(tmp_path / "out", ONE, "", shards, **settings)
     assert outcome.counts == {"images": 69, "missing": 2}
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["l1"] == 0
     assert summary["psnr"] == metrics.PSNR_OF_IDENTICAL
     assert set(summary["baselines"]) == {"mean_target"}
     with pytest.raises(StageError, match="2 targets have no usable image"):
-        judge(tmp_path / "strict", ONE, "", shards, max_missing_fraction=0, **settings)
+        score(tmp_path / "strict", ONE, "", shards, max_missing_fraction=0, **settings)
 
 
 @pytest.mark.ray
@@ -179,7 +157,7 @@ def test_label_pictures_are_scored_by_the_palette(ray_local: None, tmp_path: Pat
         path = folder / f"{sample.key}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode.encode_png(exact))
-    judge(
+    score(
         tmp_path / "out",
         ONE,
         "",
@@ -193,6 +171,78 @@ def test_label_pictures_are_scored_by_the_palette(ray_local: None, tmp_path: Pat
     assert matrix.sum() == 71 * 32 * 32
     assert scores["pixel_accuracy"] == pytest.approx(np.trace(matrix) / matrix.sum())
     assert 0.9 < scores["pixel_accuracy"] < 1
+
+
+class ClassScores(nn.Module):
+    """Scores of the classes of `scene`: sky is blue, houses are red, the street is neither."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        red, blue = x[:, 0], x[:, 2]
+        return torch.stack([blue, torch.full_like(red, 0.6), red, torch.full_like(red, -1.0)], 1)
+
+
+@pytest.mark.ray
+def test_networks_score_the_images_as_they_do_one_by_one(
+    ray_local: None, tmp_path: Path, shards: str
+) -> None:
+    """Mirrored targets: feature distances, LPIPS and the segmenter's classes, each worked out here."""
+    spec = dataset.load(shards)
+    samples = list(dataset.read_split(shards, spec, "test"))
+    for sample in samples:
+        path = tmp_path / "theirs" / f"{sample.key}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode.encode_png(sample.images["target"][:, ::-1].copy()))
+    features = script(Corner(), tmp_path / "features.pt")
+    lpips = {"backbone": str(alexnet(tmp_path / "alex.safetensors"))}
+    inception = {
+        "weights": str(features),
+        "published": hashlib.sha256(features.read_bytes()).hexdigest(),
+    }
+    segmenter = {
+        "weights": str(script(ClassScores(), tmp_path / "classes.pt")),
+        "classes": 4,
+        "mean": (0, 0, 0),
+        "std": (1, 1, 1),
+    }
+    outcome = score(
+        tmp_path / "out",
+        TWO,
+        "",
+        shards,
+        images=str(tmp_path / "theirs"),
+        lpips=lpips,
+        inception=inception,
+        segmenter=segmenter,
+        baselines={"untrained": 0, "nearest": 0},
+    )
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    scorer, name = LpipsScorer(LpipsConfig(**lpips), "cpu"), lpips_name(LpipsConfig(**lpips))
+    targets = [sample.images["target"] for sample in samples]
+    mirrored = [target[:, ::-1] for target in targets]
+    distances = [scorer(fake, real) for fake, real in zip(mirrored, targets, strict=True)]
+    assert summary[name] == pytest.approx(np.mean(distances), rel=1e-4)
+
+    real, fake = (
+        np.array([x[:16, :16, [0, 2]].mean((0, 1), np.float64) for x in images])
+        for images in (targets, mirrored)
+    )
+    covariances = np.cov(fake.T), np.cov(real.T)
+    root = np.trace(scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real)
+    fid = ((fake.mean(0) - real.mean(0)) ** 2).sum() + sum(map(np.trace, covariances)) - 2 * root
+    assert summary["fid"] == pytest.approx(fid, rel=1e-3)
+    assert summary["kid"] == pytest.approx(metrics.kernel_distance(fake, real), rel=1e-3)
+    assert summary["feature_images"] == 71
+
+    expected = np.zeros((4, 4), np.int64)
+    for sample in samples:
+        labels = sample.images["source"][:, :, 0].astype(int)
+        np.add.at(expected, (labels, labels[:, ::-1]), 1)
+    matrices = json.loads((tmp_path / "out/confusion.json").read_text())
+    assert matrices["generated"] == expected.tolist()
+    assert matrices["target"] == np.diag(expected.sum(1)).tolist()
+    assert outcome.metrics["target_pixel_accuracy"] == 1
+    assert outcome.metrics["pixel_accuracy"] == pytest.approx(np.trace(expected) / expected.sum())
+    assert outcome.metrics["fid"] == summary["fid"]
 
 
 @pytest.mark.parametrize(
@@ -214,5 +264,5 @@ def test_what_is_absent_is_named_and_gives_no_number(
     if "lpips" in config:
         config = {**config, "images": str(tmp_path)}
     with pytest.raises(UserError, match=message):
-        judge(tmp_path / "out", ONE, "", shards, **config)
+        score(tmp_path / "out", ONE, "", shards, **config)
     assert not (tmp_path / "out/summary.json").exists()

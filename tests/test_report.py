@@ -15,11 +15,11 @@ import pytest
 from stages import report, storage
 from stages.base import Resources
 from stages.errors import UserError
-from stages.evaluate import summarise
 from stages.images import encode
 from stages.inference import outputs
 from stages.report import ReportConfig, curves, phase_name, pick, rejects
 from stages.scoring import metrics
+from stages.scoring.table import summarise
 from stages.shards import dataset
 from stages.tracking.run import NullRun
 from tests.support.small import make_shards

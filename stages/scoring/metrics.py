@@ -15,8 +15,7 @@ import numpy as np
 import torch
 import torchmetrics.functional as tm
 import torchmetrics.functional.image as tmi
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 PIXEL_METRICS = ("l1", "psnr", "ssim", "ms_ssim")
 LOWER_IS_BETTER = frozenset({"l1", "lpips", "fid", "kid"})
@@ -260,79 +259,3 @@ def kernel_distance(one: np.ndarray, other: np.ndarray) -> float:
         return float((values.sum() - np.trace(values)) / (len(x) * (len(x) - 1)))
 
     return within(one) + within(other) - 2 * float(kernel(one, other).mean())
-
-
-# -- LPIPS -------------------------------------------------------------------------------------------------
-
-_LPIPS_LAYERS: dict[str, tuple[tuple[object, ...], tuple[int, ...]]] = {
-    # convolution: (channels, kernel, stride, padding); "M2", "M3": max pooling; then the tapped activations
-    "alex": (
-        ((64, 11, 4, 2), "M3", (192, 5, 1, 2), "M3", (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1)),
-        (1, 2, 3, 4, 5),
-    ),
-    "vgg": (
-        (
-            *[(64, 3, 1, 1)] * 2,
-            "M2",
-            *[(128, 3, 1, 1)] * 2,
-            "M2",
-            *[(256, 3, 1, 1)] * 3,
-            "M2",
-            *[(512, 3, 1, 1)] * 3,
-            "M2",
-            *[(512, 3, 1, 1)] * 3,
-        ),
-        (2, 4, 7, 10, 13),
-    ),
-}
-
-
-class Lpips(nn.Module):
-    """Learned perceptual distance (Zhang et al. 2018, v0.1): weighted squared differences of unit features.
-
-    `backbone` holds torchvision's AlexNet or VGG16 weights (`features.N.weight` ...), `linear` the published
-    weights of the five tapped layers (`lin0.model.1.weight` ...). Raises KeyError for a missing tensor and
-    RuntimeError for one of a wrong shape.
-    """
-
-    shift: Tensor
-    scale: Tensor
-
-    def __init__(self, kind: str, backbone: Mapping[str, Tensor], linear: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        layers, self.taps = _LPIPS_LAYERS[kind]
-        self.features = nn.Sequential()
-        channels = 3
-        for layer in layers:
-            if isinstance(layer, tuple):
-                out, kernel, stride, padding = layer
-                self.features.append(nn.Conv2d(channels, out, kernel, stride, padding))
-                self.features.append(nn.ReLU())
-                channels = out
-            else:
-                self.features.append(nn.MaxPool2d(int(str(layer)[1:]), 2))
-        wanted = self.features.state_dict()
-        self.features.load_state_dict({name: backbone[f"features.{name}"] for name in wanted})
-        self.linear = [linear[f"lin{i}.model.1.weight"] for i in range(len(self.taps))]  # (1, C, 1, 1) each
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
-        self.eval().requires_grad_(requires_grad=False)
-
-    def tapped(self, image: Tensor) -> list[Tensor]:
-        """Unit-length features after the tapped activations; `image` (N, 3, H, W) in [-1, 1]."""
-        x, activations, found = (image - self.shift) / self.scale, 0, []
-        for layer in self.features:
-            x = layer(x)
-            if isinstance(layer, nn.ReLU):
-                activations += 1
-                if activations in self.taps:
-                    found.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10))
-        return found
-
-    def forward(self, generated: Tensor, target: Tensor) -> Tensor:
-        """(N,) distances of images (N, 3, H, W) in [-1, 1]."""
-        distances = [
-            F.conv2d((a - b).square(), weight).mean((1, 2, 3))
-            for a, b, weight in zip(self.tapped(generated), self.tapped(target), self.linear, strict=True)
-        ]
-        return torch.stack(distances).sum(0)

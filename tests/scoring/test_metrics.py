@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import scipy.linalg
-import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from stages.scoring import metrics
@@ -163,32 +162,6 @@ def test_the_kernel_distance_agrees_with_the_loop_over_all_pairs() -> None:
         - 2 * sum(k(a, b) for a in x for b in y) / 30
     )
     assert metrics.kernel_distance(x, y) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("kind", ["alex", "vgg"])
-def test_lpips_is_the_weighted_distance_of_unit_features(kind: str) -> None:
-    layers, taps = metrics._LPIPS_LAYERS[kind]
-    generator = torch.Generator().manual_seed(0)
-    backbone, index, channels, widths = {}, 0, 3, []
-    for layer in layers:
-        if isinstance(layer, tuple):
-            out, kernel = int(layer[0]), int(layer[1])
-            backbone[f"features.{index}.weight"] = (
-                torch.randn(out, channels, kernel, kernel, generator=generator) * 0.05
-            )
-            backbone[f"features.{index}.bias"] = torch.zeros(out)
-            widths.append(out)
-            channels, index = out, index + 2
-        else:
-            index += 1
-    linear = {f"lin{i}.model.1.weight": torch.ones(1, widths[t - 1], 1, 1) for i, t in enumerate(taps)}
-    model = metrics.Lpips(kind, backbone, linear)
-    a, b = torch.rand(2, 3, 64, 64, generator=generator).mul(2).sub(1).split(1)
-    assert float(model(a, a)[0]) == 0
-    expected = sum(
-        float((x - y).square().sum(1).mean()) for x, y in zip(model.tapped(a), model.tapped(b), strict=True)
-    )
-    assert float(model(a, b)[0]) == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_confusion_matrix_is_drawn_row_by_row() -> None:

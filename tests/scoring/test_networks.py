@@ -1,4 +1,4 @@
-"""Judges: what a number is called, and that absent or wrong weights give none."""
+"""Networks that score: what a number is called, and that absent or wrong weights give none."""
 
 from __future__ import annotations
 
@@ -9,31 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from stages.errors import UserError
 from stages.scoring import networks
-from stages.scoring.networks import Inception, InceptionConfig, LpipsConfig, Segmenter, SegmenterConfig
-from tests.scoring.test_metrics import pictures
-
-
-def alexnet(path: Path) -> Path:
-    """Random weights in the shapes of torchvision's AlexNet."""
-    generator, tensors = torch.Generator().manual_seed(0), {}
-    for index, (out, into, kernel) in {
-        0: (64, 3, 11),
-        3: (192, 64, 5),
-        6: (384, 192, 3),
-        8: (256, 384, 3),
-        10: (256, 256, 3),
-    }.items():
-        tensors[f"features.{index}.weight"] = (
-            torch.randn(out, into, kernel, kernel, generator=generator) * 0.05
-        )
-        tensors[f"features.{index}.bias"] = torch.zeros(out)
-    save_file(tensors, path)
-    return path
+from stages.scoring.networks import Inception, InceptionConfig, Segmenter, SegmenterConfig
 
 
 def script(module: nn.Module, path: Path) -> Path:
@@ -58,15 +38,9 @@ class Threshold(nn.Module):
         return torch.cat([1 - bright, bright], 1)
 
 
-def test_other_weights_than_the_published_give_a_number_of_another_name(tmp_path: Path) -> None:
-    weights = alexnet(tmp_path / "alex.safetensors")
+def test_other_weights_than_the_published_give_distances_of_another_name(tmp_path: Path) -> None:
+    weights = script(Means(), tmp_path / "means.pt")
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    config = LpipsConfig(backbone=str(weights))
-    assert networks.lpips_name(config) == f"lpips_alex_{digest[:8]}"
-    model = networks.load_lpips(config, tmp_path, "cpu")
-    one, other = (torch.from_numpy(p.transpose(2, 0, 1).copy())[None] / 127.5 - 1 for p in pictures(64))
-    assert float(model(one, one)) == 0
-    assert float(model(one, other)) > 0
     features = InceptionConfig(weights=str(weights))
     assert networks.feature_names(features) == (f"fid_{digest[:8]}", f"kid_{digest[:8]}")
     named = InceptionConfig(weights=str(weights), published=digest)
@@ -75,45 +49,42 @@ def test_other_weights_than_the_published_give_a_number_of_another_name(tmp_path
     assert networks.feature_names(resized) == ("fid_299px", "kid_299px")
 
 
-def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
-    save_file({"features.0.weight": torch.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match=r"evaluate\.lpips: these are no alex weights"):
-        networks.load_lpips(LpipsConfig(backbone=str(tmp_path / "x.safetensors")), tmp_path, "cpu")
+def test_a_file_that_is_no_network_is_refused_by_key_and_reason(tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_bytes(b"not a network")
     with pytest.raises(UserError, match=r"evaluate\.inception\.weights: .*neither TorchScript nor ONNX"):
-        Inception(InceptionConfig(weights=str(tmp_path / "x.pt")), tmp_path, "cpu")
+        Inception(InceptionConfig(weights=str(tmp_path / "x.pt")), "cpu")
     torch.save({"Mixed_7c.branch_pool.conv.weight": torch.zeros(2)}, tmp_path / "pt_inception.pth")
     with pytest.raises(UserError, match="1 weights without the network they belong to: neither TorchScript"):
-        Inception(InceptionConfig(weights=str(tmp_path / "pt_inception.pth")), tmp_path, "cpu")
+        Inception(InceptionConfig(weights=str(tmp_path / "pt_inception.pth")), "cpu")
     with pytest.raises(
         UserError, match=r"evaluate\.inception\.weights: gone\.pt: the weights cannot be read"
     ):
         networks.feature_names(InceptionConfig(weights="gone.pt"))
 
 
-class Asked(nn.Module):
-    """As NVIDIA's Inception: class scores, or features if asked for."""
+class ScoresOrFeatures(nn.Module):
+    """As NVIDIA's Inception: class scores, or features on request."""
 
     def forward(self, x: torch.Tensor, return_features: bool = False) -> torch.Tensor:
         means = x.float().mean((2, 3))
         return means if return_features else means.softmax(1)
 
 
-def test_an_inception_that_gives_scores_unless_asked_is_asked_for_features(tmp_path: Path) -> None:
-    config = InceptionConfig(weights=str(script(Asked(), tmp_path / "asked.pt")))
+def test_features_are_requested_of_an_inception_that_else_gives_class_scores(tmp_path: Path) -> None:
+    config = InceptionConfig(weights=str(script(ScoresOrFeatures(), tmp_path / "either.pt")))
     image = np.full((8, 8, 3), 50, np.uint8)
-    assert Inception(config, tmp_path, "cpu")(image).tolist() == [50, 50, 50]
+    assert Inception(config, "cpu")(image).tolist() == [50, 50, 50]
 
 
 def test_features_and_classes_come_from_the_users_networks(tmp_path: Path) -> None:
     image = np.zeros((8, 10, 3), np.uint8)
     image[:, 5:, 0] = 255
     means = script(Means(), tmp_path / "means.pt")
-    features = Inception(InceptionConfig(weights=str(means), size=None), tmp_path, "cpu")(image)
+    features = Inception(InceptionConfig(weights=str(means), size=None), "cpu")(image)
     assert features.tolist() == [127.5, 0]
     threshold = script(Threshold(), tmp_path / "threshold.pt")
     config = SegmenterConfig(weights=str(threshold), classes=2, train_ids={7: 0, 9: 1})
-    segmenter = Segmenter(config, tmp_path, "cpu")
+    segmenter = Segmenter(config, "cpu")
     ids = segmenter(image)
     assert ids.shape == (8, 10)
     assert (ids[:, 5:] == 1).all()
@@ -136,4 +107,4 @@ def test_a_segmenter_may_be_onnx(tmp_path: Path) -> None:
     config = SegmenterConfig(weights=str(tmp_path / "same.onnx"), classes=3, mean=(0, 0, 0), std=(1, 1, 1))
     image = np.zeros((2, 2, 3), np.uint8)
     image[0, :, 2] = 200
-    assert Segmenter(config, tmp_path, "cpu")(image).tolist() == [[2, 2], [0, 0]]
+    assert Segmenter(config, "cpu")(image).tolist() == [[2, 2], [0, 0]]

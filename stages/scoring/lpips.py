@@ -1,0 +1,147 @@
+"""LPIPS v0.1 (Zhang et al. 2018): the learned perceptual distance of two images. The backbone is the user's.
+
+`lpips_alex` and `lpips_vgg` name distances by the published weights only, which are known by their checksum.
+The name of any other weights carries the first digits of theirs, as in `lpips_alex_1f3a9c02`, so that two
+numbers of one name can always be compared.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stages.errors import UserError, one_line
+from stages.images.kinds import Array
+from stages.models.files.weights import read_tensors
+from stages.scoring.metrics import to_unit
+from stages.scoring.networks import LpipsConfig, checksum, weights_file
+
+PUBLISHED_BACKBONES = {"alex": "7be5be79", "vgg": "397923af"}
+"""First digits of the SHA-256 of torchvision's files, as in their names (alexnet-owt-7be5be79.pth)."""
+
+BACKBONE, LINEAR = "evaluate.lpips.backbone", "evaluate.lpips.linear"
+
+LAYERS: dict[str, tuple[tuple[object, ...], tuple[int, ...]]] = {
+    # convolution: (channels, kernel, stride, padding); "M2", "M3": max pooling; then the tapped activations
+    "alex": (
+        ((64, 11, 4, 2), "M3", (192, 5, 1, 2), "M3", (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1)),
+        (1, 2, 3, 4, 5),
+    ),
+    "vgg": (
+        (
+            *[(64, 3, 1, 1)] * 2,
+            "M2",
+            *[(128, 3, 1, 1)] * 2,
+            "M2",
+            *[(256, 3, 1, 1)] * 3,
+            "M2",
+            *[(512, 3, 1, 1)] * 3,
+            "M2",
+            *[(512, 3, 1, 1)] * 3,
+        ),
+        (2, 4, 7, 10, 13),
+    ),
+}
+
+
+class Lpips(nn.Module):
+    """Learned perceptual distance (Zhang et al. 2018, v0.1): weighted squared differences of unit features.
+
+    `backbone` holds torchvision's AlexNet or VGG16 weights (`features.N.weight` ...), `linear` the published
+    weights (1, C, 1, 1) of the five tapped layers (`lin0.model.1.weight` ...). Raises KeyError for a missing
+    tensor and RuntimeError for one of a wrong shape.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, kind: str, backbone: Mapping[str, Tensor], linear: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        layers, self.taps = LAYERS[kind]
+        self.features = nn.Sequential()
+        channels = 3
+        for layer in layers:
+            if isinstance(layer, tuple):
+                out, kernel, stride, padding = layer
+                self.features.append(nn.Conv2d(channels, out, kernel, stride, padding))
+                self.features.append(nn.ReLU())
+                channels = out
+            else:
+                self.features.append(nn.MaxPool2d(int(str(layer)[1:]), 2))
+        names = self.features.state_dict()
+        self.features.load_state_dict({name: backbone[f"features.{name}"] for name in names})
+        self.linear = nn.ParameterList(linear[f"lin{i}.model.1.weight"] for i in range(len(self.taps)))
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
+        self.eval().requires_grad_(requires_grad=False)
+
+    def tapped(self, image: Tensor) -> list[Tensor]:
+        """Unit-length features after the tapped activations; `image` (N, 3, H, W) in [-1, 1]."""
+        x, activations, features = (image - self.shift) / self.scale, 0, []
+        for layer in self.features:
+            x = layer(x)
+            if isinstance(layer, nn.ReLU):
+                activations += 1
+                if activations in self.taps:
+                    features.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10))
+        return features
+
+    def forward(self, generated: Tensor, target: Tensor) -> Tensor:
+        """(N,) distances of images (N, 3, H, W) in [-1, 1]."""
+        distances = [
+            F.conv2d((a - b).square(), weight).mean((1, 2, 3))
+            for a, b, weight in zip(self.tapped(generated), self.tapped(target), self.linear, strict=True)
+        ]
+        return torch.stack(distances).sum(0)
+
+
+class LpipsScorer:
+    """LPIPS of uint8 images (H, W, 3). Raises UserError for weights that are absent or another network's."""
+
+    def __init__(self, config: LpipsConfig, device: str) -> None:
+        self.device = device
+        with ExitStack() as stack:
+            backbone = stack.enter_context(weights_file(config.backbone, BACKBONE))
+            if config.linear is None:
+                linear = _published_linear(config.kind)
+            else:
+                linear = stack.enter_context(weights_file(config.linear, LINEAR))
+            try:
+                self.network = Lpips(config.kind, read_tensors(backbone), read_tensors(linear)).to(device)
+            except (ValueError, KeyError, RuntimeError) as error:
+                reason = one_line(error, limit=200)
+                raise UserError(f"evaluate.lpips: these are no {config.kind} weights: {reason}") from error
+
+    def __call__(self, generated: Array, target: Array) -> float:
+        """The distance of two images of one shape."""
+        one, other = (to_unit(image).to(self.device) * 2 - 1 for image in (generated, target))
+        with torch.inference_mode():
+            return float(self.network(one, other))
+
+    def diversity(self, samples: Sequence[Array]) -> float:
+        """Mean distance over all pairs of samples, as BicycleGAN measures diversity; 0 for fewer than two."""
+        distances = [self(samples[i], samples[j]) for i in range(len(samples)) for j in range(i)]
+        return sum(distances) / len(distances) if distances else 0.0
+
+
+def lpips_name(config: LpipsConfig) -> str:
+    """The name of the distance with these weights. Raises UserError where weights are absent."""
+    digest = checksum(config.backbone, BACKBONE)
+    published = digest.startswith(PUBLISHED_BACKBONES[config.kind])
+    if config.linear is not None:
+        digest, published = digest[:4] + checksum(config.linear, LINEAR)[:4], False
+    return f"lpips_{config.kind}" + ("" if published else f"_{digest[:8]}")
+
+
+def _published_linear(kind: str) -> Path:
+    """The published linear layers, which torchmetrics brings along."""
+    package = importlib.util.find_spec("torchmetrics.functional.image.lpips_models")
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    return Path(next(iter(package.submodule_search_locations))) / f"{kind}.pth"
