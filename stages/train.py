@@ -1,13 +1,15 @@
 """Train one phase on the cluster: a Ray Train run whose workers read shards and step the networks together.
 
-in:  shards   {split}-*.parquet and dataset.json (stages.dataset);   before: the folder of the phase before
-out: model/               weights, averages, discriminator, model.json (stages.models.saved)
+in:  shards   {split}-*.parquet and dataset.json (stages.shards.dataset)
+     before   the folder of the previous phase, "" for the first
+out: model/               weights, averages, discriminator, model.json (stages.models.files.saved)
      metrics.parquet      the curves: step, images, epoch, name, value, time_ms
      samples/             epoch-XXXX.png: source | generated | target of a few validation pairs
-     checkpoints/         what a killed phase goes on from (stages.checkpoints)
+     checkpoints/         from which a killed phase resumes (stages.training.checkpoints)
 
-The phase goes on where it was, whatever was killed: a worker (Ray starts the group again), a node, the
-driver (the same command again). Workers never wait for MLflow, nor the driver for workers (stages.board).
+A phase resumes from its newest checkpoint after a kill of a worker or a node (Ray restarts the workers) or of
+the driver (by the same command). Workers never wait for MLflow, nor the driver for workers
+(stages.training.control).
 """
 
 from __future__ import annotations
@@ -32,15 +34,15 @@ import torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from stages import storage
 from stages.base import Outcome, Resources
-from stages.errors import PixloomError, StageError, UserError
+from stages.errors import PixloomError, StageError, UserError, cause, one_line
 from stages.models.architecture import Pix2PixHD
 from stages.models.fast.process import tune_process
 from stages.models.files.saved import Picture, Preprocessing
+from stages.parallel.cluster import uses_gpu
+from stages.parallel.threads import own_cores
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec
 from stages.shards.feed import Feed
@@ -56,7 +58,7 @@ from stages.training.relay import Reader, reading
 __all__ = ["VERSION", "PhaseConfig", "PhaseJob", "TrainConfig", "jobs", "run"]
 
 VERSION = 1
-RESIZE_S = 30.0  # between two looks for machines that joined, where the number of workers may vary
+RESIZE_S = 30.0  # between two checks for machines that joined, if the number of workers may vary
 STOP_S = 25.0  # for a last checkpoint after SIGTERM; `ray job stop` kills after 30 s (cluster/)
 
 logger = logging.getLogger(__name__)
@@ -64,7 +66,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What every worker is sent."""
+    """What the driver sends to every worker."""
 
     task: Task
     shards: str
@@ -79,35 +81,31 @@ class Setup:
 
 
 def job_name(job: PhaseJob, shards: str, before: str) -> str:
-    """A digest of the phase's settings and inputs: a checkpoint of another digest is not gone on from."""
+    """A digest of the phase's settings and inputs; checkpoints with another digest are ignored."""
     text = "\n".join([job.model_dump_json(), shards.rstrip("/"), before.rstrip("/")])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def preprocessing(job: PhaseJob, spec: DatasetSpec) -> Preprocessing:
-    """What inference has to know of the pictures this phase saw."""
+    """How images have to be prepared for this phase's model."""
     full = phases.full_size(spec.size, job.augment)
     return Preprocessing(
         size=phases.phase_size(job.model, job.phase, full),
-        pictures={
-            role: Picture(kind=known.kind, classes=known.classes) for role, known in spec.roles.items()
-        },
+        pictures={name: Picture(kind=role.kind, classes=role.classes) for name, role in spec.roles.items()},
     )
 
 
 def threads(resources: Resources, workers_here: int, gpu: bool) -> int:
-    """Torch threads of a worker. Ray sets OMP_NUM_THREADS to 1, which torch would otherwise obey."""
+    """Torch threads of a worker; torch would otherwise take 1 from the OMP_NUM_THREADS that Ray sets."""
     if resources.threads_per_worker is not None:
         return resources.threads_per_worker
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 1 if gpu else max(1, cores // max(1, workers_here))
+    return 1 if gpu else max(1, own_cores() // max(1, workers_here))
 
 
 def out_of_memory(error: BaseException, job: PhaseJob) -> str:
-    """What to lower, if an error says that memory did not suffice; else ""."""
-    text = str(error)
-    known = ("can't allocate memory", "low on memory", "OutOfMemoryError")
-    if not isinstance(error, torch.OutOfMemoryError) and not any(words in text for words in known):
+    """Which settings to lower, if an error says that memory ran out; else ""."""
+    signs = ("can't allocate memory", "low on memory", "OutOfMemoryError")
+    if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in signs):
         return ""
     lower = ["resources.pairs_at_once"] if job.phase.batch > 1 else ["shard.size or augment.crop"]
     lower.append("train.model.width")
@@ -115,7 +113,7 @@ def out_of_memory(error: BaseException, job: PhaseJob) -> str:
         lower.append("set resources.checkpointing")
     if job.precision == "float32":
         lower.append("take train.precision: bf16")
-    return f"out of memory ({text.splitlines()[0][:160]}); lower {' or '.join(lower)}"
+    return f"out of memory ({one_line(error, limit=160)}); lower {' or '.join(lower)}"
 
 
 # -- wiring -------------------------------------------------------------------
@@ -157,7 +155,7 @@ def run(
         compiled=resources.compile,
         micro_batch=resources.pairs_at_once,
     )
-    gpu = resources.gpu if resources.gpu is not None else ray.cluster_resources().get("GPU", 0) >= 1
+    gpu = uses_gpu(resources)
     setup = Setup(
         task=task,
         shards=shards,
@@ -192,11 +190,11 @@ def run(
 
 
 def _fit(setup: Setup, resources: Resources, label: str) -> Ending:
-    """One Ray Train run; what happened to its workers becomes one line."""
+    """One Ray Train run. Raises StageError, in one line, if its workers failed too often."""
     most, least = resources.train_workers, resources.train_workers_min
     fs, path = storage.filesystem(storage.join(setup.task.output, "checkpoints", "ray"))
     local = storage.is_local(setup.task.output)
-    trainer = _Trainer(
+    trainer = TorchTrainer(
         _work,
         train_loop_config={"setup": setup},
         scaling_config=ScalingConfig(
@@ -216,7 +214,7 @@ def _fit(setup: Setup, resources: Resources, label: str) -> Ending:
             callbacks=[control.Teller(setup.board), control.Saver(setup.board)],
         ),
     )
-    # A worker whose process does not answer at all, not even to say that it hangs.
+    # How long Ray waits for a worker process that does not answer before it restarts the workers.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(resources.collective_timeout_s)
     fitting = _in_thread(trainer)
     try:
@@ -225,27 +223,15 @@ def _fit(setup: Setup, resources: Resources, label: str) -> Ending:
         _stop(setup.board, fitting, label)
         raise
     except ray.train.TrainingFailedError as error:
-        told = f"{label}: {control.cause(error)} (after {resources.max_failures} restarts)"
+        message = f"{label}: {cause(error)} (after {resources.max_failures} restarts)"
         lower = out_of_memory(error, setup.task.job)
-        raise StageError(f"{told}; {lower}" if lower else told) from error
+        raise StageError(f"{message}; {lower}" if lower else message) from error
     ending: Ending = result.return_value
     return ending
 
 
-class _Trainer(TorchTrainer):  # type: ignore[misc]
-    """Without two of Ray Train's actors, each of which wakes 100 times a second beside what trains.
-
-    One hands out Ray Data's datasets, the other frees workers whose controller died while the driver goes on:
-    here the driver ends with it.
-    """
-
-    def _create_default_callbacks(self) -> list[Any]:
-        needless = DatasetsCallback, PlacementGroupCleanerCallback
-        return [one for one in super()._create_default_callbacks() if not isinstance(one, needless)]
-
-
 def _in_thread(trainer: TorchTrainer) -> Future[Any]:
-    """`fit` in a thread: this one stays free for SIGTERM and Ctrl-C, which Ray Train answers by aborting."""
+    """`fit` in a thread, so that this one handles SIGTERM and Ctrl-C: Ray Train would abort on them."""
     fitting: Future[Any] = Future()
 
     def fit() -> None:
@@ -259,7 +245,7 @@ def _in_thread(trainer: TorchTrainer) -> Future[Any]:
 
 
 def _stop(notices: Any, fitting: Future[Any], label: str) -> None:
-    """Have the workers end with a checkpoint, and wait for them, but no longer than a scheduler would."""
+    """Order the workers to stop after a checkpoint; wait for them, but no longer than a scheduler would."""
     logger.warning("%-13s told to stop: makes a checkpoint first", label)
     with suppress(ray.exceptions.RayError, ray.train.TrainingFailedError, TimeoutError):
         ray.get(notices.stop.remote("told to stop"), timeout=STOP_S)
@@ -268,10 +254,10 @@ def _stop(notices: Any, fitting: Future[Any], label: str) -> None:
 
 
 def _work(config: dict[str, Any]) -> Ending:
-    """A worker's process: find out who and where it is, then train.
+    """Train, in a worker's process.
 
-    What would fail again after a restart (bad data, too little memory) is left on the board, where the next
-    attempt finds it and ends: a loop that returns is not started again, one that raises is.
+    An error that would come again after a restart (bad data, too little memory) is posted to the board, where
+    the next attempt reads it and returns: Ray Train restarts workers that raise, not workers that return.
     """
     setup: Setup = config["setup"]
     failure = ray.get(setup.board.why_not.remote())
@@ -318,10 +304,10 @@ def _train(setup: Setup) -> Ending:
 
 @contextmanager
 def _watched(poster: Poster, rank: int, seconds: float) -> Iterator[None]:
-    """End this process if the block makes no progress for so long: started again, it goes on.
+    """Kill this process if the block makes no progress for so many seconds; Ray restarts it, and it resumes.
 
-    Workers that wait for one another learn it from their collectives; one that waits for its data, or alone,
-    would wait for ever.
+    Workers that wait for one another have the timeout of their collectives; one that waits for its data, or
+    trains alone, would wait for ever.
     """
     over = threading.Event()
 
@@ -329,8 +315,8 @@ def _watched(poster: Poster, rank: int, seconds: float) -> Iterator[None]:
         while not over.wait(min(1.0, seconds / 4)):
             if time.monotonic() - poster.seen_alive > seconds:
                 poster.post(Event("note", f"worker {rank} has done nothing for {seconds:.0f} s: ends it"))
-                faulthandler.dump_traceback(all_threads=True)  # into the worker's log: what it hung in
-                over.wait(1)  # for the note to leave
+                faulthandler.dump_traceback(all_threads=True)  # where it hung, into the worker's log
+                over.wait(1)  # the poster sends the note meanwhile
                 os.kill(os.getpid(), signal.SIGKILL)
 
     poster.alive()

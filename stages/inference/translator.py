@@ -1,10 +1,10 @@
-"""A loaded model as a function from images to images, of any size and kind it was trained on.
+"""A loaded model as a function from images to images of any size.
 
     Translator(load_model(folder)).translate(sources, instances)  ->  generated images
 
-The source is made into the network's input as in training (one-hot labels, instance edges, [-1, 1]),
-padded by reflection to a size the network takes, and the result cropped back: output size = input size.
-Knows torch and numpy only: batch inference, the MLflow model and the evaluation's baseline share it.
+The source becomes the network's input as in training (one-hot labels, instance edges, [-1, 1]), padded by
+reflection to a size the network takes, and the result is cropped back to the input's size. Needs torch and
+numpy only: batch inference, the MLflow model and the evaluation's baseline share it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OVERLAP = 4
 
 
 def noise_seed(seed: int, key: str, sample: int = 0) -> int:
-    """63 bits for the noise of one picture: a function of nothing but these."""
+    """The seed, of 63 bits, for the noise of one picture."""
     return seeding.number(seed, sample, key)
 
 
@@ -71,7 +71,7 @@ class Translator:
         )
 
     def padded(self, height: int, width: int) -> tuple[int, int]:
-        """The size the network really works on for a picture of this size."""
+        """The size to which the network pads a picture of this size."""
         return (
             padded_size(height, multiple=self.multiple, minimum=self.minimum),
             padded_size(width, multiple=self.multiple, minimum=self.minimum),

@@ -1,8 +1,8 @@
-"""Which networks to build: frozen architectures, what goes into them, and the functions that build them.
+"""Which networks to build: frozen architectures, their inputs, and the functions that build them.
 
-A saved model is the JSON of one `Architecture` and one `InputSpec` beside its weights; nothing else is needed
-to build it again. What changes the picture is here; what only changes speed or memory (activation
-checkpointing, memory format, precision, compilation) is not.
+A saved model is its weights and the JSON of one `Architecture` and one `InputSpec`. Settings that change the
+image are here; those that only change speed or memory (activation checkpointing, memory format, precision,
+compilation) are not.
 
     arch = Pix2PixHD(enhancers=1)
     inputs = InputSpec(source="labels", classes=35, instances=True)

@@ -1,7 +1,6 @@
 """The exponential moving average of a generator: a second set of weights that trails the trained one.
 
-Averaged weights usually give better pictures (Yazici et al. 2018). They are evaluated and saved beside the
-raw ones.
+Averaged weights usually give better images (Yazici et al. 2018). Both are saved; the average is evaluated.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 @dataclass(slots=True, kw_only=True)
 class Ema:
-    """The averaged network (in evaluation mode, frozen), and how often it was updated."""
+    """The averaged network (in evaluation mode, frozen), and the number of its updates."""
 
     network: nn.Module
     decay: float
@@ -30,15 +29,16 @@ class Ema:
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
-        """average += (1 - decay) * (network - average), for what the phase trains; buffers are copied.
+        """average += (1 - decay) * (network - average), for trained parameters; buffers are copied.
 
         Early on the decay is (1 + n) / (10 + n): the average forgets where it started.
         """
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         pairs = zip(self.network.parameters(), network.parameters(), strict=True)
-        trained: list[tuple[Tensor, Tensor]] = [(mine, new) for mine, new in pairs if new.requires_grad]
+        trained: list[tuple[Tensor, Tensor]] = [pair for pair in pairs if pair[1].requires_grad]
         if trained:
-            torch._foreach_lerp_([mine for mine, _ in trained], [new for _, new in trained], 1 - decay)
-        for mine, new in zip(self.network.buffers(), network.buffers(), strict=True):
-            mine.copy_(new)
+            averages, weights = zip(*trained, strict=True)
+            torch._foreach_lerp_(averages, weights, 1 - decay)
+        for average, buffer in zip(self.network.buffers(), network.buffers(), strict=True):
+            average.copy_(buffer)
         self.updates += 1

@@ -1,7 +1,7 @@
 """The losses of both papers, per scale and layer, and how they are weighted.
 
-`real` and `fake` are what a discriminator returns: per scale (finest first) all feature maps, the patch
-predictions (logits) last. Every function returns named parts; a loss is the sum of its parts.
+`real` and `fake` are a discriminator's features: per scale (finest first) all feature maps, the patch
+predictions (logits) last.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def paper_weights(arch: Pix2Pix | Pix2PixHD) -> LossWeights:
 
 
 def gan_loss(logits: Tensor, kind: GanKind, *, real: bool) -> Tensor:
-    """How far logits (N, 1, h, w) are from calling every patch real (or fake): the discriminator's loss."""
+    """The discriminator's loss of logits (N, 1, h, w) whose patches are all real, or all fake."""
     logits = logits.float() if logits.dtype == torch.bfloat16 else logits
     match kind:
         case "least_squares":  # Mao et al. 2017
@@ -66,7 +66,7 @@ def gan_loss(logits: Tensor, kind: GanKind, *, real: bool) -> Tensor:
 
 
 def generator_gan_loss(logits: Tensor, kind: GanKind) -> Tensor:
-    """The non-saturating loss: how far the fake's patches are from being called real."""
+    """The generator's non-saturating loss: that of the fake's patches as if they were real."""
     if kind == "hinge":
         return -logits.mean(dtype=torch.promote_types(logits.dtype, torch.float32))
     return gan_loss(logits, kind, real=True)
@@ -86,15 +86,15 @@ def feature_matching_losses(fake: Features, real: Features) -> list[list[Tensor]
     """Per scale and layer: 1/num_D * 4/(n_layers+1) * L1 (Wang et al., eq. 4). `real` must be detached."""
     return [
         [
-            mean_difference(x, y) * (4 / (len(ours) - 1) / len(fake))
-            for x, y in zip(ours[:-1], theirs[:-1], strict=True)
+            mean_difference(x, y) * (4 / (len(fake_scale) - 1) / len(fake))
+            for x, y in zip(fake_scale[:-1], real_scale[:-1], strict=True)
         ]
-        for ours, theirs in zip(fake, real, strict=True)
+        for fake_scale, real_scale in zip(fake, real, strict=True)
     ]
 
 
 def perceptual_losses(fake: Tensor, real: Tensor, vgg: nn.Module) -> list[Tensor]:
-    """sum_i w_i * L1 of VGG19's relu1_1 ... relu5_1, both images as they are in [-1, 1].
+    """sum_i w_i * L1 of VGG19's relu1_1 ... relu5_1, both images in [-1, 1].
 
     `vgg` maps an image to those five feature maps; it is frozen.
     """

@@ -1,4 +1,4 @@
-"""One training step: a batch in, both networks updated, named losses out. It knows nothing of distribution.
+"""One training step: a batch in, both networks updated, named losses out. It is independent of distribution.
 
 pix2pixHD   one forward pass feeds both updates: both losses use the weights from before the step
 pix2pix     the discriminator steps first, the generator then faces the updated one
@@ -120,7 +120,7 @@ def step(
     """One update of both networks. Returns named, detached losses, each as it enters the sum.
 
     Never waits for the device. The caller looks at `all_finite(losses)` as often as it can afford to. A batch
-    without rows (a worker beyond the end of the data) takes part with zero gradients and returns no losses.
+    without rows (a worker past the end of the data) joins the exchange with zero gradients and has no losses.
 
     micro_batch   pairs in memory at a time; None: the whole batch. The update is the same except for batch
                   norm and dropout, which see each micro-batch apart
@@ -244,7 +244,7 @@ def _finish(
 
 
 def _empty_step(gan: GanState, average: Average | None) -> None:
-    """A worker without rows: it only takes part in the exchange, in the same order as the others."""
+    """A worker without rows only joins the exchange, in the same order as the others."""
     for optimizer in (gan.discriminator_optimizer, gan.generator_optimizer):
         if optimizer is not None and average is not None:
             _update(optimizer, average)

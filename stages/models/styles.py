@@ -1,11 +1,11 @@
-"""Styles: what the feature encoder saw of each instance, clustered by class (Pix2PixHD, section 3.4).
+"""Styles: the feature vectors of instances, clustered by class (Wang et al. 2018, section 3.4).
 
 The encoder gives every instance one feature vector. After training, k-means over the vectors of all instances
-of a class leaves a few typical ones (10 in the paper): at inference an instance is painted with one of its
-class's clusters, sampled or chosen, or with the style of a reference picture.
+of a class leaves a few typical ones (10 in the paper): at inference an instance is generated in one of its
+class's clusters, sampled or chosen, or in the style of a reference image.
 
-Shapes: N pictures, F feature channels, M instances in all N pictures together, L classes, K clusters a class.
-Nothing here loops over instances.
+Shapes: N images, F feature channels, M instances in all N images together, L classes, K clusters a class.
+Nothing here loops over instances. k-means is written out here because this package needs torch only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RADIX = 1 << 32
 """Ids are below this: two of them make one int64 key."""
 
 RESTARTS = 4
-"""k-means is run this often from different starts; the tightest clustering is kept."""
+"""Runs of k-means from different starts, of which the tightest clustering counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,13 +35,13 @@ class Instances:
     index: Tensor
     """(N,H,W) int64: which instance, 0 .. M-1, a pixel belongs to."""
     picture: Tensor
-    """(M,) int64: the instance's picture in the batch."""
+    """(M,) int64: the instance's image in the batch."""
     number: Tensor
     """(M,) int64: its id in the instance map."""
     classes: Tensor
     """(M,) int64: the class most of its pixels have."""
     area: Tensor
-    """(M,) float32: its share of the picture, 0-1."""
+    """(M,) float32: its share of the image, 0-1."""
 
 
 def find_instances(instance: Tensor, label: Tensor) -> Instances:
@@ -49,17 +49,17 @@ def find_instances(instance: Tensor, label: Tensor) -> Instances:
     count, _, height, width = instance.shape
     picture = torch.arange(count, device=instance.device).view(-1, 1, 1).expand(count, height, width)
     pixels = picture * RADIX + instance[:, 0].long() % RADIX  # one key: sorting pairs is far slower
-    found, index, areas = torch.unique(pixels, return_inverse=True, return_counts=True)
+    keys, index, areas = torch.unique(pixels, return_inverse=True, return_counts=True)
     # One vote per (instance, class); the most pixels win, the lower class on a tie.
     votes, size = torch.unique(index * RADIX + label[:, 0].long() % RADIX, return_counts=True)
     voter, vote = votes // RADIX, votes % RADIX
-    most = torch.zeros_like(found).scatter_reduce_(0, voter, size, "amax", include_self=False)
+    most = torch.zeros_like(keys).scatter_reduce_(0, voter, size, "amax", include_self=False)
     wins = size == most[voter]
-    classes = torch.full_like(found, RADIX).scatter_reduce_(0, voter[wins], vote[wins], "amin")
+    classes = torch.full_like(keys, RADIX).scatter_reduce_(0, voter[wins], vote[wins], "amin")
     return Instances(
         index=index,
-        picture=found // RADIX,
-        number=found % RADIX,
+        picture=keys // RADIX,
+        number=keys % RADIX,
         classes=classes,
         area=areas.float() / (height * width),
     )
@@ -82,10 +82,10 @@ class Styles:
     centers: Tensor
     """(L,K,F) float32; zero where a class has fewer clusters."""
     counts: Tensor
-    """(L,K) int64: how many instances a cluster stands for; 0: no such cluster."""
+    """(L,K) int64: instances in a cluster; 0: no such cluster."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is saved."""
+        """The tensors to save, by name."""
         return {"centers": self.centers.contiguous(), "counts": self.counts.contiguous()}
 
     @classmethod
@@ -107,25 +107,25 @@ class Styles:
         return self._take(instances, torch.full_like(instances.number, cluster))
 
     def sample(self, instances: Instances, seeds: Tensor) -> Tensor:
-        """(M,F): every instance takes a random cluster of its class, all alike likely.
+        """(M,F): every instance takes a random cluster of its class, each with the same probability.
 
-        `seeds` is (N,) int64, one per picture. The draw is a function of (seed, instance id) alone, so a
-        picture looks the same whatever batch it is in.
+        `seeds` is (N,) int64, one per image. The draw is a function of (seed, instance id) alone, so an image
+        does not depend on its batch.
         """
         draws = _mix(_mix(seeds.to(instances.number.device)[instances.picture]) ^ instances.number)
         return self._take(instances, draws)
 
     def _take(self, instances: Instances, draws: Tensor) -> Tensor:
-        """Draws (any integers) to vectors; zeros for a class that was never seen, as published."""
+        """Draws (any integers) to vectors; zeros for a class without clusters, as in NVIDIA's code."""
         classes = instances.classes.clamp(0, len(self.counts) - 1)
-        known = (self.counts > 0).sum(1)[classes] * (classes == instances.classes)
-        return self.centers[classes, draws % known.clamp(min=1)] * (known > 0).unsqueeze(1)
+        clusters = (self.counts > 0).sum(1)[classes] * (classes == instances.classes)
+        return self.centers[classes, draws % clusters.clamp(min=1)] * (clusters > 0).unsqueeze(1)
 
 
 def from_reference(
     features: Tensor, reference: Instances, instances: Instances, *, default: Tensor | None = None
 ) -> Tensor:
-    """(M,F): every instance takes the mean style its class has in a reference picture.
+    """(M,F): every instance takes the mean style its class has in a reference image.
 
     `features` (R,F) are the vectors of the `reference`'s instances. A class the reference does not show takes
     its row of `default` (M,F), or the mean of the whole reference.
@@ -176,9 +176,9 @@ def collect_styles(
             continue
         assert batch.instance is not None, "an encoder is trained on pairs with instances"
         label = batch.source if batch.label is None else batch.label
-        vectors, their_classes = instance_styles(encoder, unit_range(batch.target), batch.instance, label)
+        vectors, of_vectors = instance_styles(encoder, unit_range(batch.target), batch.instance, label)
         features.append(vectors)
-        classes.append(their_classes)
+        classes.append(of_vectors)
         seen += len(vectors)
         if seen >= limit:
             break
@@ -206,9 +206,9 @@ def fit_styles(
         if not 0 <= number < num_classes:
             continue
         generator = torch.Generator().manual_seed(seed * 65_537 + number)
-        found, sizes = k_means(features[classes == number], clusters, generator)
-        centers[number, : len(found)] = found.float()
-        counts[number, : len(found)] = sizes
+        means, sizes = k_means(features[classes == number], clusters, generator)
+        centers[number, : len(means)] = means.float()
+        counts[number, : len(means)] = sizes
     return Styles(centers=centers, counts=counts)
 
 
@@ -218,13 +218,13 @@ def k_means(points: Tensor, clusters: int, generator: torch.Generator) -> tuple[
     `points` is (n,F), n >= 1, float64; k is `clusters`, or the number of distinct points if that is less.
     """
     clusters = min(clusters, len(torch.unique(points, dim=0)))
-    runs = [_lloyd(points, _spread(points, clusters, generator)) for _ in range(RESTARTS)]
+    runs = [_lloyd(points, _seeded_centers(points, clusters, generator)) for _ in range(RESTARTS)]
     _, centers, sizes = min(runs, key=lambda run: run[0])
     order = torch.argsort(sizes, descending=True, stable=True)
     return centers[order], sizes[order]
 
 
-def _spread(points: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
+def _seeded_centers(points: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
     """k-means++ (Arthur & Vassilvitskii 2007): centres drawn by squared distance to those before."""
     chosen = points[torch.randint(len(points), (1,), generator=generator)]
     distance = (points - chosen).square().sum(1)
@@ -232,7 +232,7 @@ def _spread(points: Tensor, clusters: int, generator: torch.Generator) -> Tensor
         # a cumulative draw: torch.multinomial takes no more than 2^24 points
         mark = torch.rand(1, dtype=torch.float64, generator=generator) * distance.sum()
         position = torch.searchsorted(distance.cumsum(0), mark, right=True).clamp(max=len(points) - 1)
-        if distance[position] == 0:  # a rounding hit on a point already chosen
+        if distance[position] == 0:  # rounding chose a point a second time
             position = distance.argmax().view(1)
         chosen = torch.cat([chosen, points[position]])
         distance = torch.minimum(distance, (points - points[position]).square().sum(1))

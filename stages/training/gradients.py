@@ -140,9 +140,9 @@ def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _pixels_last(tensor: Tensor) -> Tensor:
-    """A view in the order in which channels-last weights lie in memory: packing is a plain copy then.
+    """A view in the memory order of channels-last weights, so that packing is a plain copy.
 
-    Always that order, whatever a worker's layout, so that all workers send the same.
+    All workers use that order, whatever their layout, so that they send the same.
     """
     return tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor
 
@@ -155,7 +155,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def total_with_gradient(tensor: Tensor) -> Tensor:
-    """The sum over all workers; its gradient is the sum of theirs. Every worker runs it and its backward."""
+    """The sum over all workers, and of their gradients. Every worker runs it and its backward pass."""
     summed: Tensor = _Total.apply(tensor)  # type: ignore[no-untyped-call]
     return summed
 

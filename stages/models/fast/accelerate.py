@@ -26,7 +26,7 @@ def accelerate(network: Network, *, device: torch.device | str, frozen: torch.dt
     """A copy of the network in faster modules, under the same names: for training, or frozen for inference.
 
     The copy shares the weights' memory. They become channels last: the faster layout on CPUs and GPUs alike
-    (benchmarks/README.md). A network to train has the very parameters of the one it was made of.
+    (benchmarks/README.md). A network to train has the very parameters of the original.
 
     frozen   the weights never change again: those of convolutions in this dtype, in which the network will be
              run. On CPUs, wide layers keep a second, prepacked copy from their first batch on
@@ -42,7 +42,7 @@ def accelerate(network: Network, *, device: torch.device | str, frozen: torch.dt
         kind = kinds.get(type(module))
         if kind is None:
             return None
-        other = kind.__new__(kind)  # a subclass without settings of its own: takes those of the module
+        other = kind.__new__(kind)  # a subclass with the same settings
         other.__dict__.update(module.__dict__)
         return other
 

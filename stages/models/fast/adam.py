@@ -1,4 +1,4 @@
-"""Adam (Kingma and Ba 2015) in one pass over the memory, for all weights at once or for some as they come."""
+"""Adam (Kingma and Ba 2015) that updates all weights at once, or each when its gradient is complete."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 
 class Adam(torch.optim.Adam):
-    """torch's fused Adam that can also update weights as their gradients come, or in the backward pass.
+    """torch's fused Adam that can also update weights during the backward pass.
 
-    A gradient is freed with the update: never are there gradients of all weights at once (730 MB for G1), and
+    A gradient is freed with the update: the gradients of all weights (730 MB for G1) never exist at once, and
     each is read while it is still in the cache. The numbers are those of `step`, bit for bit.
     """
 
@@ -33,11 +33,8 @@ class Adam(torch.optim.Adam):
                 hook.remove()
 
     @torch.no_grad()
-    def update(self, parameters: Sequence[Tensor], rate: float | None = None) -> None:
-        """Update some weights, once a step each, and free their gradients. One without a gradient stays.
-
-        rate   the step's learning rate, where another has been set since
-        """
+    def update(self, parameters: Sequence[Tensor]) -> None:
+        """Update some weights and free their gradients; weights without a gradient stay. Once a step each."""
         (group,) = self.param_groups
         pairs = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
         if not pairs:
@@ -53,7 +50,7 @@ class Adam(torch.optim.Adam):
             [],
             [state["step"] for state in states],
             amsgrad=False,
-            lr=group["lr"] if rate is None else rate,
+            lr=group["lr"],
             beta1=group["betas"][0],
             beta2=group["betas"][1],
             weight_decay=0.0,
@@ -65,7 +62,7 @@ class Adam(torch.optim.Adam):
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[parameter]
-        if not state:  # as torch's own
+        if not state:  # the state that torch.optim.Adam creates
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)

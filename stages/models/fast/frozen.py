@@ -1,6 +1,6 @@
-"""Convolutions whose weights never change again, for CPU inference: same sums, weights prepared once.
+"""Convolutions with frozen weights, for CPU inference: the same sums from weights that are prepared once.
 
-What a layer prepares from its weights is made at the first batch that needs it, and kept.
+A layer prepares its weights at the first batch that needs it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Instance norm of channels-last images that keeps their layout and stays exact on large maps.
 
 torch's instance norm copies channels-last images on every device and returns them contiguous; its batch norm
-does not, so each sample is a batch of its own here.
+does not, so each sample is one batch here.
 """
 
 from __future__ import annotations

@@ -10,12 +10,12 @@ import torch
 from stages.models.fast.heap import keep_freed_memory, return_freed_memory
 
 SWITCH_SECONDS = 0.0005
-"""How long a thread that decodes or sends may keep the interpreter while the network's thread, back from an
-operator, waits for it to start the next: Python's own 5 ms are many operators long."""
+"""Seconds that a thread that decodes or sends may hold the interpreter while the network's thread waits to
+start its next operator: Python's default of 5 ms is as long as many operators."""
 
 
 def tune_process(device: torch.device | str, *, save_memory: bool = False) -> None:
-    """Make this process fast for a network on `device`; `save_memory`, on a CPU, gives up speed for it."""
+    """Tune this process for a network on `device`. `save_memory`: on a CPU, less memory and more time."""
     sys.setswitchinterval(SWITCH_SECONDS)
     if torch.device(device).type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
@@ -28,7 +28,7 @@ def tune_process(device: torch.device | str, *, save_memory: bool = False) -> No
 
 
 def best_precision(device: torch.device | str) -> Literal["float32", "bf16"]:
-    """bf16 where there are matrix units for it: GPUs, and CPUs with AMX. Others have it at half the rate."""
+    """bf16 on GPUs and on CPUs with AMX; else float32: without matrix units bf16 has half its rate."""
     if torch.device(device).type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     return "bf16" if torch.cpu._is_amx_tile_supported() else "float32"

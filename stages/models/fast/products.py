@@ -16,7 +16,7 @@ ROWS = 512
 
 
 class PackedMatrix:
-    """A frozen matrix (K, C) to multiply rows with; a copy of the weights it was made of."""
+    """A frozen matrix (K, C) to multiply rows with. Where oneDNN packs it, it is a copy of the weights."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.dtype = matrix.dtype

@@ -1,7 +1,7 @@
-"""Published checkpoints to our networks: the architecture is read off the tensors' names and shapes.
+"""Published checkpoints to our networks: the tensors' names and shapes give the architecture.
 
-NVIDIA/pix2pixHD (`latest_net_G.pth`, `_D`, `_E`) and junyanz/pytorch-CycleGAN-and-pix2pix. What tensors do
-not tell is assumed the way those repositories default, and said in `Imported.notes`.
+NVIDIA/pix2pixHD (`latest_net_G.pth`, `_D`, `_E`) and junyanz/pytorch-CycleGAN-and-pix2pix. For settings that
+leave no tensors the defaults of those repositories are assumed; `Imported.notes` says which.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from stages.errors import first_invalid
 from stages.models.architecture import (
     InputSpec,
     Pix2Pix,
@@ -35,7 +36,7 @@ COUNTERS = ("running_mean", "running_var", "num_batches_tracked")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Imported:
-    """A published model as ours, ready for `save_model`."""
+    """A published model in our networks, for `save_model`."""
 
     architecture: Pix2Pix | Pix2PixHD
     inputs: InputSpec
@@ -43,7 +44,7 @@ class Imported:
     discriminator: nn.Module | None
     encoder: nn.Module | None
     notes: tuple[str, ...]
-    """What the tensors left open and was assumed, one sentence each."""
+    """Assumptions about settings that leave no tensors, one sentence each."""
 
 
 def import_checkpoint(
@@ -55,13 +56,13 @@ def import_checkpoint(
     classes: int | None = None,
     instances: bool | None = None,
 ) -> Imported:
-    """Build our networks from published state dicts (see `weights.read_tensors`), every tensor accounted for.
+    """Build our networks from published state dicts (see `weights.read_tensors`). No tensor may be left over.
 
     `source`, `classes` and `instances` say what the input channels mean where the assumption would be wrong:
     up to 4 channels are an image (the 4th of an HD model: instance edges), more are one-hot labels and, for
     an HD model, one channel of edges.
 
-    Raises ValueError, one line, if the tensors are no such network or do not fit together.
+    Raises ValueError, one line, if the tensors are of another network or do not fit together.
     """
     generator = _tidy(generator)
     discriminator = None if discriminator is None else _tidy(discriminator)
@@ -92,7 +93,7 @@ def import_checkpoint(
 
     enhancers = architecture.enhancers if isinstance(architecture, Pix2PixHD) else None
     network_d, network_e = None, None
-    with torch.device("meta"):  # the weights come from the files: none are drawn
+    with torch.device("meta"):  # without initial weights: all of them come from the files
         network_g = build_generator(architecture, inputs, enhancers=enhancers)
         if discriminator is not None:
             network_d = build_discriminator(architecture, inputs)
@@ -113,7 +114,7 @@ def import_checkpoint(
     )
 
 
-# -- what the tensors tell ----------------------------------------------------
+# -- architectures ------------------------------------------------------------
 
 
 def _pix2pix(generator: State, discriminator: State | None, notes: list[str]) -> tuple[Pix2Pix, int, int]:
@@ -162,7 +163,7 @@ def _pix2pixhd(
     values: dict[str, Any] = {
         "enhancers": enhancers,
         "width": width // 2**enhancers,
-        "downsamplings": (plain - 1 - (enhancers == 0)) // 2,
+        "downsamplings": (plain - (1 if enhancers else 2)) // 2,
         "blocks": _count(generator, r"model\.(\d+)\.conv_block\.1\.weight"),
         "enhancer_blocks": enhancer_blocks,
     }
@@ -216,10 +217,7 @@ def _validated(kind: type[Choice], values: dict[str, Any]) -> Choice:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(
-            f"{first['loc'][0]}: {first['msg']}, the tensors make it {first['input']}"
-        ) from error
+        raise ValueError(f"the tensors give {first_invalid(error)}") from error
 
 
 def _inputs(
@@ -232,7 +230,7 @@ def _inputs(
     *,
     hd: bool,
 ) -> InputSpec:
-    """What the condition's channels mean: as told, else as the published defaults would have it."""
+    """The meaning of the condition's channels: as requested, else by the published defaults."""
     if source is None:
         source = "labels" if classes is not None or channels > 4 else "image"
         notes.append(f"{channels} input channels: assumed to be {_meaning(source)} (--source)")
@@ -241,10 +239,11 @@ def _inputs(
         if hd:
             what = "the last input channel is instance edges" if instances else "no channel of instance edges"
             notes.append(f"assumed that {what} (--instances, --no-instances)")
-    rest = channels - (instances and hd)
+    edges = instances and hd
+    rest = channels - 1 if edges else channels
     if rest < 1 or (classes is not None and classes != rest):
-        told = source if classes is None else f"{classes} classes"
-        raise ValueError(f"{channels} input channels cannot be {told}" + " and edges" * instances)
+        meaning = (source if classes is None else f"{classes} classes") + (" and edges" if edges else "")
+        raise ValueError(f"{channels} input channels cannot be {meaning}")
     if source == "labels":
         return InputSpec(source="labels", classes=rest, instances=instances, target_channels=target)
     return InputSpec(source="image", channels=rest, instances=instances, target_channels=target)
@@ -258,7 +257,7 @@ def _meaning(source: str) -> str:
 
 
 def _tidy(state: State) -> dict[str, Tensor]:
-    """Floats as float32; without the statistics that old versions kept for instance norms."""
+    """Floats as float32; without the statistics that old versions saved for instance norms."""
     return {
         name: tensor.float() if tensor.is_floating_point() else tensor
         for name, tensor in state.items()
@@ -307,9 +306,9 @@ def _discriminator_names(architecture: Pix2Pix | Pix2PixHD, state: State) -> dic
 def _fill(network: nn.Module, state: State, role: str, names: dict[str, str] | None = None) -> None:
     """Give a network built without memory its weights. Raises ValueError if one is missing or left over."""
     names = names or nvidia_names.layer_names(network)
-    known = set(names.values())
+    layers = set(names.values())
     for name in sorted(state):
-        if name.rpartition(".")[0] not in known:
+        if name.rpartition(".")[0] not in layers:
             hint = " (batch norm in a pix2pixHD network is not supported)" if state[name].dim() == 1 else ""
             raise ValueError(f"{role}: {name[:80]} has no place in the network{hint}")
     ours = nvidia_names.from_nvidia(state, names)

@@ -1,6 +1,6 @@
 """A saved model as one file for other runtimes: ONNX, or a `torch.export` program.
 
-The exported graph holds what surrounds the generator too, so that no caller has to rebuild it:
+The exported graph includes conditioning and padding:
 
     source     (N,C,H,W) float32 in [-1, 1], or (N,1,H,W) uint8 class ids (int32 beyond 256 classes)
     instance   (N,1,H,W) int32 ids, where the model looks at instance edges
@@ -8,8 +8,8 @@ The exported graph holds what surrounds the generator too, so that no caller has
     image      (N,C,H,W) float32 in [-1, 1], of the source's size
 
 The source is padded by reflection to a size the network takes and the image cropped back. Generation is
-deterministic (no dropout; batch norms take each picture's own statistics). Nothing is written here: the bytes
-are for the caller to check (`largest_difference`) and to keep.
+deterministic (no dropout; batch norms take each image's own statistics). Nothing is written here: callers
+check the bytes (`largest_difference`) and write them.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ TOLERANCE = 0.002
 """Images in [-1, 1] may differ by a quarter of one of 256 levels: other runtimes sum in another order."""
 
 MAX_BATCH, MAX_SIDE = 1024, 16384
-"""Bounds of a graph of any size; torch.export wants some."""
+"""Bounds of a graph of any size, which torch.export needs."""
 
 MAX_ONNX_BYTES = (1 << 31) - 1
-"""One protobuf message holds no more."""
+"""The largest protobuf message."""
 
 
 class ExportedTranslator(nn.Module):
     """Source to image, padding and conditioning included: what is exported.
 
     `any_size`: written so that one graph serves every size above the network's multiple. Below that, padding
-    may reflect more than once, and the innermost map can be a single pixel, which torch.export must know.
+    may reflect more than once, and the innermost map can be a single pixel: torch.export needs the size.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class ExportedTranslator(nn.Module):
         padded = None if instance is None else self._pad(instance)
         condition = make_condition(self._pad(source), padded, arch=self.architecture, inputs=self.inputs)
         image = translate(self.generator, condition, None if style is None else self._pad(style))
-        # not a slice: that asks whether the size differs, which a graph of any size cannot answer
+        # not a slice: it branches on whether the size differs, which a graph of any size cannot
         for dim, side in ((2, height), (3, width)):
             image = image.index_select(dim, torch.arange(side, device=image.device))
         return image
@@ -98,7 +98,7 @@ class ExportedTranslator(nn.Module):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """A traced model and what a user of it has to know."""
+    """A traced model and its contract."""
 
     program: ExportedProgram
     any_size: bool
@@ -147,7 +147,7 @@ def export_model(model: LoadedModel, *, width: int, height: int) -> Exported:
         }
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own deprecations, nothing a caller could mend
+            warnings.simplefilter("ignore")  # torch's own deprecations
             program = torch.export.export(
                 network, (), kwargs=values, dynamic_shapes=dict.fromkeys(values, dims), strict=False
             )
@@ -167,7 +167,7 @@ def export_model(model: LoadedModel, *, width: int, height: int) -> Exported:
 
 
 def translator(model: LoadedModel, *, any_size: bool = False) -> ExportedTranslator:
-    """The plain module an export is held against."""
+    """The plain module, for `largest_difference`."""
     return ExportedTranslator(
         model.generator,
         architecture=model.architecture,
@@ -192,7 +192,7 @@ def onnx_bytes(exported: Exported) -> bytes:
     """
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # as above
+            warnings.simplefilter("ignore")  # torch's own deprecations
             program = torch.onnx.export(exported.program, dynamo=True, verbose=False, output_names=["image"])
     except torch.onnx.OnnxExporterError as error:
         raise ValueError(f"torch.onnx cannot convert this model: {one_line(error, limit=200)}") from error

@@ -1,8 +1,8 @@
-"""Our layer names and those of the published checkpoints, both ways.
+"""Our layer names and those of NVIDIA's and junyanz's checkpoints, both ways.
 
 NVIDIA/pix2pixHD and junyanz/pytorch-CycleGAN-and-pix2pix number the entries of `nn.Sequential`; the tables
 here follow their layout. Keys are our layers, values the published ones; parameters keep their last word
-(weight, bias, running_mean ...). Published instance norms have no parameters, so they appear nowhere.
+(weight, bias, running_mean ...). Instance norms have no parameters, so they are not in the tables.
 """
 
 from __future__ import annotations

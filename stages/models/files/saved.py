@@ -2,14 +2,14 @@
 
     model.json                  format, architecture, inputs, preprocessing, size and SHA-256 of every file
     weights.safetensors         the generator, as trained
-    ema.safetensors             the moving average of its weights (if one was kept)
-    discriminator.safetensors   what a next phase or a fine-tuning goes on from (optional)
+    ema.safetensors             the moving average of its weights (optional)
+    discriminator.safetensors   for a next phase or fine-tuning (optional)
     encoder.safetensors         the feature encoder (optional)
     styles.safetensors          the encoder's clusters per class (optional)
 
-`model.json` is written last: a folder without it is no model. Nothing here unpickles. A folder may come from
-anybody: names are fixed, sizes are bounded before they are read, checksums are verified, and a network is
-only built once its tensors are known to have the size of the file.
+`model.json` is written last: a folder without it is not a model. Nothing here unpickles. A folder is not
+trusted: names are fixed, sizes are bounded before files are read, checksums are verified, and a network is
+built only after its tensors' sizes are compared with the file's.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Annotated, Final, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import Field, PositiveInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
+from stages.base import Config
+from stages.errors import first_invalid, one_line
 from stages.models.architecture import (
     Architecture,
     InputSpec,
@@ -77,11 +79,7 @@ FileName = Literal[
 # -- the manifest -------------------------------------------------------------
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Picture(_Frozen):
+class Picture(Config):
     """How the images of one role are read."""
 
     kind: Annotated[
@@ -90,27 +88,27 @@ class Picture(_Frozen):
     classes: PositiveInt | None = None
 
 
-class Preprocessing(_Frozen):
-    """What the pictures were made into before the network saw them, so that inference needs no flags."""
+class Preprocessing(Config):
+    """How images were prepared for training, so that inference needs no flags."""
 
     size: Annotated[
         tuple[PositiveInt, PositiveInt] | None,
         Field(description="width and height trained on, after the crop"),
     ] = None
-    pictures: Annotated[
-        dict[Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}$")], Picture], Field(description="per role")
-    ] = {}
+    pictures: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}$")], Picture] = Field(
+        default_factory=dict, description="per role"
+    )
     ignore_label: Annotated[int | None, Field(ge=0, description="the id that was mapped to no class")] = None
 
 
-class File(_Frozen):
+class File(Config):
     """One file of the folder."""
 
     size: Annotated[int, Field(ge=8, le=MAX_FILE_BYTES)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class Manifest(_Frozen):
+class Manifest(Config):
     """`model.json`."""
 
     format: Literal["pixloom-model"] = "pixloom-model"
@@ -122,7 +120,7 @@ class Manifest(_Frozen):
         int, Field(ge=0, le=8, description="scales of the saved discriminator; 0: none is saved")
     ] = 0
     preprocessing: Preprocessing = Preprocessing()
-    extra: dict[str, str | int | float | bool | None] = {}
+    extra: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
     files: dict[FileName, File]
 
 
@@ -138,9 +136,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise ValueError(f"{path}: {where[:120]}: {first['msg'][:160]}") from error
+        raise ValueError(f"{path}: {first_invalid(error)[:300]}") from error
     if WEIGHTS not in manifest.files:
         raise ValueError(f"{path}: files: {WEIGHTS} is missing")
     return manifest
@@ -165,10 +161,10 @@ def save_model(
     """Write a model folder on this machine; a folder that is there already is replaced, `model.json` last.
 
     How many enhancers and scales are active is read off the modules. `ema` names the generator's tensors;
-    those it leaves out (frozen parts, counters) are saved as they are in the generator. `extra` is for a
-    reader's eyes: plain values such as the phase, the epoch, the run.
+    those it leaves out (frozen parts, counters) are saved as they are in the generator. `extra` holds plain
+    values for a reader: the phase, the epoch, the run.
 
-    Raises ValueError if the modules are not what the architecture builds: nothing unloadable is saved.
+    Raises ValueError if the architecture builds other modules than these, before anything is saved.
     """
     active = _count(generator, "enhancers")
     scales = _count(discriminator, "scales") or int(discriminator is not None)
@@ -218,7 +214,7 @@ def save_model(
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As they are stored: on the CPU, contiguous, float32 (or the integers they are)."""
+    """Copies to store: on the CPU, contiguous, float32 (integers as they are)."""
     return {
         name: (tensor.detach().float() if tensor.is_floating_point() else tensor.detach())
         .to("cpu", memory_format=torch.contiguous_format)
@@ -237,7 +233,7 @@ def _count(module: nn.Module | None, children: str) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A model folder's content, ready to use: modules in evaluation mode on the device asked for."""
+    """A model folder's content: modules in evaluation mode on the requested device."""
 
     generator: Generator
     encoder: FeatureEncoder | None
@@ -283,7 +279,7 @@ def load_model(
 
 
 def load_discriminator(folder: Path, *, device: torch.device | str = "cpu") -> Discriminator:
-    """The discriminator saved beside a generator, for a next phase. Raises ValueError as `load_model`."""
+    """The discriminator of a model folder, for a next phase. Raises ValueError as `load_model` does."""
     manifest = read_manifest(folder)
     if DISCRIMINATOR not in manifest.files:
         raise ValueError(f"{folder}: the model was saved without its discriminator")
@@ -320,7 +316,7 @@ def _load(folder: Path, manifest: Manifest, name: FileName, device: torch.device
         network = _empty(manifest, name)
         _check_shapes(name, network, shapes)
     except (ValueError, RuntimeError, OverflowError, TypeError) as error:  # sizes that overflow in torch
-        raise ValueError(f"{path}: {str(error).splitlines()[0][:160]}") from error
+        raise ValueError(f"{path}: {one_line(error, limit=160)}") from error
     network = network.to_empty(device=device)  # only now is memory taken, as much as the file is long
     network.load_state_dict(load_file(path, device="cpu"))  # copied: the mapped file may change later
     return network.eval()
@@ -360,11 +356,11 @@ def _header(path: Path) -> dict[str, list[int]]:
                     raise ValueError(f"{path}: {name[:80]} is {piece.get_dtype()}, not F32 or I64")
             return {name: list(piece.get_shape()) for name, piece in slices.items()}
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file ({str(error)[:120]})") from error
+        raise ValueError(f"{path}: not a safetensors file ({one_line(error, limit=120)})") from error
 
 
 def _check_shapes(name: str, network: nn.Module, shapes: Mapping[str, list[int]]) -> None:
-    """Raises ValueError with the first tensor that the network has not, or has otherwise."""
+    """Raises ValueError naming the first tensor that is missing, unexpected, or of another shape."""
     expected = {key: list(value.shape) for key, value in network.state_dict().items()}
     for key in sorted(expected.keys() | shapes.keys()):
         if key not in shapes:

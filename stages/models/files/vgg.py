@@ -1,7 +1,7 @@
-"""VGG19 as far as the perceptual loss looks: the 13 convolutions up to relu5_1.
+"""VGG19 up to relu5_1, 13 convolutions: the features of the perceptual loss.
 
-Simonyan & Zisserman 2014 (arXiv:1409.1556), configuration E. The weights are not ours to ship: they come from
-a file in torchvision's layout (`features.0.weight` ...) or the plain one without the prefix (`0.weight` ...).
+Simonyan & Zisserman 2014 (arXiv:1409.1556), configuration E. The weights are not part of Pixloom: they come
+from a file in torchvision's layout (`features.0.weight` ...) or the plain one without prefix (`0.weight`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stages.models.files.weights import read_tensors
 
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256, 256), (512, 512, 512, 512), (512,))
-"""Output channels of each block's convolutions; a 2x2 max pool lies between two blocks."""
+"""Output channels of each block's convolutions; a 2x2 max pool is between two blocks."""
 
 _NAME = re.compile(r"(?:features\.|slice\d\.)?(\d+)\.(weight|bias)")
 
@@ -37,9 +37,9 @@ POSITIONS = _positions()
 
 
 class VGG19Features(nn.Module):
-    """(N,3,H,W) pictures in [-1, 1], fed as they are -> the five feature maps relu1_1 .. relu5_1.
+    """(N,3,H,W) images in [-1, 1] -> the five feature maps relu1_1 .. relu5_1.
 
-    One lightness channel is repeated to three. Its parameters are frozen; gradients still reach the pictures.
+    One lightness channel is repeated to three. Parameters are frozen; gradients still reach the images.
     """
 
     def __init__(self) -> None:
@@ -70,24 +70,24 @@ class VGG19Features(nn.Module):
 
 
 def build_vgg(tensors: Mapping[str, Tensor]) -> VGG19Features:
-    """The network with the weights of a torchvision or plain VGG19 state dict; others are left.
+    """The network with the weights of a torchvision or plain VGG19 state dict; other tensors are ignored.
 
     Raises ValueError naming the first tensor that is missing or has another shape than VGG19's.
     """
-    found: dict[tuple[int, str], Tensor] = {}
+    parameters: dict[tuple[int, str], Tensor] = {}
     for name, tensor in tensors.items():
         if match := _NAME.fullmatch(name):
-            found[int(match[1]), match[2]] = tensor
-    with torch.device("meta"):  # no time for initial weights: all of them are replaced
+            parameters[int(match[1]), match[2]] = tensor
+    with torch.device("meta"):  # without initial weights: all of them are replaced
         network = VGG19Features()
     convs = [conv for block in network.blocks for conv in block.children()]
     for position, conv in zip(POSITIONS, convs, strict=True):
         assert isinstance(conv, nn.Conv2d)
         for part in ("weight", "bias"):
             target = conv.get_parameter(part)
-            if (position, part) not in found:
+            if (position, part) not in parameters:
                 raise ValueError(f"not VGG19: no tensor features.{position}.{part} (or {position}.{part})")
-            tensor = found[position, part]
+            tensor = parameters[position, part]
             if tensor.shape != target.shape:
                 raise ValueError(
                     f"not VGG19: features.{position}.{part} is {tuple(tensor.shape)}, "
@@ -98,9 +98,9 @@ def build_vgg(tensors: Mapping[str, Tensor]) -> VGG19Features:
 
 
 def load_vgg(path: Path) -> VGG19Features:
-    """The frozen network out of a weights file (`.safetensors`, or torchvision's `vgg19-*.pth`).
+    """The frozen network from a weights file (`.safetensors`, or torchvision's `vgg19-*.pth`).
 
-    Raises ValueError naming the file, and what is wrong with it.
+    Raises ValueError naming the file and what is wrong.
     """
     tensors = read_tensors(path)
     try:

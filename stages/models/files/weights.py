@@ -1,7 +1,7 @@
-"""Tensors out of somebody else's weights file: safetensors, or a torch checkpoint of plain tensors.
+"""Tensors from an untrusted weights file: safetensors, or a torch checkpoint of plain tensors.
 
-Nothing in such a file is trusted: no pickled object is ever built but a tensor, no tensor may claim more
-memory than the file is long, and every failure of a parser is one ValueError that names the file.
+No pickled object other than a tensor is ever built, no tensor may claim more memory than the file is long,
+and every failure of a parser is one ValueError that names the file.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load(path.read_bytes())  # not mapped: a file that changes later would kill the process
-    except Exception as error:  # whatever the parser says of a damaged file, the user reads one line
+    except Exception as error:  # parsers raise anything for a damaged file
         raise ValueError(f"{path}: not a readable safetensors file ({one_line(error, limit=160)})") from error
 
 
@@ -51,7 +51,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if sum(entry.file_size for entry in archive.infolist()) > size:
-                    # torch.save compresses nothing; entries that unfold or overlap could fill the memory
+                    # torch.save does not compress; entries that unfold or overlap could fill the memory
                     raise ValueError("its entries unfold to more than the file: not written by torch.save")
         value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler meets arbitrary bytes and raises arbitrary errors
@@ -67,6 +67,6 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise ValueError(f"{path}: {str(name)[:80]!r} is a {type(tensor).__name__}, not a named tensor")
         if tensor.layout != torch.strided or tensor.nbytes > size:
-            # strides of zero let a few bytes pose as a tensor of any size
+            # with strides of zero a few bytes are a tensor of any size
             raise ValueError(f"{path}: {name[:80]!r} claims more data than the file holds")
     return {name: tensor.detach().contiguous() for name, tensor in value.items()}

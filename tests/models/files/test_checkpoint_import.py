@@ -131,8 +131,8 @@ def test_published_patch_discriminators_judge_the_same(
         discriminator=imported.discriminator,
     )
     if "output" in tensors:
-        judged = load_discriminator(tmp_path).train()(tensors["input"])[-1]
-        close(judged, tensors["output"])
+        predictions = load_discriminator(tmp_path).train()(tensors["input"])[-1]
+        close(predictions, tensors["output"])
 
 
 def test_the_published_feature_encoder_comes_along(reference_dir: Path, tmp_path: Path) -> None:
@@ -169,28 +169,30 @@ def test_networks_in_the_middle_of_training_are_imported_whole(reference_dir: Pa
 # -- what has no reference file ------------------------------------------------------------------------
 
 
-def test_instance_norm_is_told_by_its_lack_of_weights() -> None:
+def test_missing_weights_mean_instance_norm() -> None:
     arch = Pix2Pix(
         generator="unet", levels=5, width=4, norm="instance", dropout="common", discriminator_width=4
     )
     inputs = InputSpec(channels=1, target_channels=2)
-    network, judge = build_generator(arch, inputs), build_discriminator(arch, inputs)
+    network, discriminator = build_generator(arch, inputs), build_discriminator(arch, inputs)
     state = to_nvidia(network.state_dict(), layer_names(network))
-    # versions of torch before 0.4 kept statistics for instance norms too
+    # versions of torch before 0.4 saved statistics for instance norms too
     state["model.model.1.model.2.running_mean"] = torch.zeros(8)
     state["model.model.1.model.2.running_var"] = torch.ones(8)
-    imported = import_checkpoint(state, discriminator=to_nvidia(judge.state_dict(), layer_names(judge)))
+    of_discriminator = to_nvidia(discriminator.state_dict(), layer_names(discriminator))
+    imported = import_checkpoint(state, discriminator=of_discriminator)
     assert (imported.architecture, imported.inputs) == (arch, inputs)
     x = torch.rand(1, 1, 32, 64)
     assert torch.equal(imported.generator(x), network.eval()(x))
 
 
-def test_an_unconditional_discriminator_is_told_by_its_channels() -> None:
+def test_the_channels_of_a_discriminator_say_whether_it_is_conditional() -> None:
     arch = Pix2Pix(levels=3, width=4, dropout="common", discriminator_width=4, conditional=False)
-    network, judge = build_generator(arch, InputSpec()), build_discriminator(arch, InputSpec())
+    network, discriminator = build_generator(arch, InputSpec()), build_discriminator(arch, InputSpec())
     state = to_nvidia(network.state_dict(), layer_names(network))
     del state["model.model.1.model.2.num_batches_tracked"]  # torch before 0.4.1
-    imported = import_checkpoint(state, discriminator=to_nvidia(judge.state_dict(), layer_names(judge)))
+    of_discriminator = to_nvidia(discriminator.state_dict(), layer_names(discriminator))
+    imported = import_checkpoint(state, discriminator=of_discriminator)
     assert imported.architecture == arch
 
 
@@ -202,13 +204,13 @@ def published_hd(inputs: InputSpec) -> dict[str, Tensor]:
     return to_nvidia(network.state_dict(), layer_names(network))
 
 
-def test_what_the_channels_mean_can_be_told() -> None:
+def test_the_meaning_of_channels_is_assumed_or_given() -> None:
     state = published_hd(InputSpec(channels=36))
     assumed = import_checkpoint(state)
     assert assumed.inputs == InputSpec(source="labels", classes=35, instances=True)
     assert any("instance edges" in note for note in assumed.notes)
-    told = import_checkpoint(state, classes=36)
-    assert told.inputs == InputSpec(source="labels", classes=36)
+    imported = import_checkpoint(state, classes=36)
+    assert imported.inputs == InputSpec(source="labels", classes=36)
     assert import_checkpoint(state, source="image", instances=False).inputs == InputSpec(channels=36)
     with pytest.raises(ValueError, match="36 input channels cannot be 12 classes"):
         import_checkpoint(state, classes=12)
@@ -218,14 +220,14 @@ def test_a_discriminator_without_intermediate_features_is_read_too() -> None:
     from stages.models.files.nvidia_names import pix2pixhd_discriminator_names
 
     inputs = InputSpec(source="labels", classes=5, instances=True)
-    judge = build_discriminator(HD, inputs)
+    network = build_discriminator(HD, inputs)
     names = pix2pixhd_discriminator_names(scales=2, layers=3, intermediate_features=False)
-    state = to_nvidia(judge.state_dict(), names)
+    state = to_nvidia(network.state_dict(), names)
     assert "layer0.0.weight" in state
     imported = import_checkpoint(published_hd(inputs), discriminator=state)
     assert imported.discriminator is not None
     for name, tensor in imported.discriminator.state_dict().items():
-        assert torch.equal(tensor, judge.state_dict()[name]), name
+        assert torch.equal(tensor, network.state_dict()[name]), name
 
 
 @pytest.mark.parametrize(
@@ -237,7 +239,7 @@ def test_a_discriminator_without_intermediate_features_is_read_too() -> None:
             {"model.4.weight": torch.zeros(9, 4, 3, 3)},
             r"model\.4\.weight is \[9, 4, 3, 3\], the other tensors",
         ),
-        ({"model.4.weight": None}, "downsamplings: .* the tensors make it 0"),
+        ({"model.4.weight": None}, "the tensors give downsamplings: .*, got 0"),
         ({"model.1.weight": torch.zeros(4)}, "not a convolution's"),
         ({"model.1.weight": torch.zeros(4, 3, 3, 3)}, "no 7x7"),
         ({"model.1.weight": None}, "neither a pix2pix U-Net"),
@@ -256,8 +258,8 @@ def test_what_does_not_fit_is_named(change: dict[str, Tensor | None], match: str
 
 
 def test_a_discriminator_of_another_model_is_refused() -> None:
-    judge = build_discriminator(HD, InputSpec(channels=7))
-    state = to_nvidia(judge.state_dict(), layer_names(judge))
+    network = build_discriminator(HD, InputSpec(channels=7))
+    state = to_nvidia(network.state_dict(), layer_names(network))
     with pytest.raises(ValueError, match="the discriminator takes 10 channels, the generator's make it 6"):
         import_checkpoint(published_hd(InputSpec()), discriminator=state)
 
