@@ -305,20 +305,16 @@ def _rejects(table: pa.Table, key_of_row: Ints, reasons: np.ndarray[Any, Any]) -
     return taken.append_column("reason", pa.array(reason_of_row[rows], pa.string()))
 
 
-def runs(numbers: Ints) -> list[tuple[int, int, int]]:
-    """Runs of equal numbers in a sorted array: (number, start, stop)."""
-    starts = np.flatnonzero(np.diff(numbers, prepend=-1))
-    return [
-        (int(numbers[start]), int(start), int(stop))
-        for start, stop in zip(starts, np.append(starts, len(numbers))[1:], strict=True)
-    ]
-
-
 def cut(rows: pa.Table, numbers: Ints) -> list[tuple[int, pa.Table]]:
     """The rows of each number, with the number; rows of one number keep their order."""
     order = np.argsort(numbers, kind="stable")
     ordered = rows.take(pa.array(order))
-    return [(number, ordered.slice(start, stop - start)) for number, start, stop in runs(numbers[order])]
+    values, starts = np.unique(numbers[order], return_index=True)
+    counts = np.diff(starts, append=len(order))
+    return [
+        (int(value), ordered.slice(start, count))
+        for value, start, count in zip(values, starts, counts, strict=True)
+    ]
 
 
 # -- the shuffle, without Ray -------------------------------------------------

@@ -147,9 +147,12 @@ def _region(fs: S3FileSystem, bucket: str) -> str:
     """The region a bucket says it is in, or "". s3fs follows a bucket to another region, obstore does not."""
     try:
         answer = fs.call_s3("head_bucket", Bucket=bucket)
-    except PermissionError as error:  # may read and write objects, but not list them
-        answer = getattr(error.__cause__, "response", {})
-    return str(answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("x-amz-bucket-region", ""))
+    except OSError as error:
+        answer = getattr(error.__cause__, "response", None)
+        if answer is None or answer["ResponseMetadata"]["HTTPStatusCode"] >= 500:
+            raise
+        # Some may read and write but not list. If more is wrong, the request for the object shows it.
+    return str(answer["ResponseMetadata"]["HTTPHeaders"].get("x-amz-bucket-region", ""))
 
 
 def _credentials(fs: S3FileSystem) -> S3Credential:
@@ -200,10 +203,10 @@ def _errors() -> Iterator[None]:
         yield
     except (BaseError, FileNotFoundError) as error:
         text = str(error).partition("\n\n")[0]
-        code, message = (re.search(rf"<{tag}>([^<]*)", text) for tag in ("Code", "Message"))
-        kind = ERROR_CODE_TO_EXCEPTION.get(code[1] if code else "")
+        code, message = (re.findall(rf"<{tag}>([^<]*)", text) for tag in ("Code", "Message"))
+        kind = ERROR_CODE_TO_EXCEPTION.get(code[0]) if code else None
         if kind is None and isinstance(error, PermissionDeniedError | UnauthenticatedError):
             kind = PermissionError
         elif kind is None:
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
-        raise kind(message[1] if code and message else text) from error
+        raise kind(": ".join(code + message) or text) from error
