@@ -36,7 +36,7 @@ WALL = ("list_seconds", "pair_seconds")
 
 
 class SyntheticFileSystem(AbstractFileSystem):
-    """`synthetic://N/role`: N/2 images in folders by city, made up as they are asked for."""
+    """`synthetic://N/role`: N/2 images in folders by city, invented as they are listed."""
 
     protocol = "synthetic"
     cachable = False

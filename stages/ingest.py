@@ -5,35 +5,33 @@ out: objects-*.parquet  {key, role, split, group, x, y, uri, size, etag, locatio
      rejects-*.parquet  {key, role, uri, reason}   bad_key, link, encrypted; of tables: outside, bad_row
      _listing.json      the objects' files that count, and how many objects each role has
 
-A location is cut into units that are listed by parallel tasks; each writes its own files of at most
+A location is cut into units, which tasks list in parallel. Each unit has its own files of about
 `ROWS_PER_FILE` rows, named by unit and number, so that a rerun overwrites what a killed run left.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import numpy as np
-import pandas as pd  # type: ignore[import-untyped]
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray.data
 from pydantic import Field, field_validator, model_validator
 
 from stages.base import Config, Outcome, Resources
 from stages.errors import UserError
 from stages.objects import archives, tables
+from stages.objects.digest import Uint64s, no_rows, row_sums, spell
 from stages.objects.listing import Page, Unit, describe, etag_of, pages, split_location
 from stages.objects.patterns import bad_keys, canonical_splits, compile_pattern, match
-from stages.objects.tables import format_of
+from stages.objects.tables import REJECTS, format_of
+from stages.parallel.cluster import each
 from stages.progress import Progress
 from stages.storage import absolute, filesystem, join, list_names, write_json, write_parquet
 
@@ -44,9 +42,7 @@ VERSION = 1
 ROWS_PER_BATCH = 16_000
 ROWS_PER_FILE = 256_000
 UNITS_PER_LOCATION = 64
-LISTING_THREADS = 8  # units listed at once by the planner, and by each task
-
-logger = logging.getLogger(__name__)
+LISTING_THREADS = 8  # units that the planner, and each task, lists at the same time
 
 OBJECTS = pa.schema(
     {
@@ -62,7 +58,6 @@ OBJECTS = pa.schema(
         "location": pa.int32(),
     }
 )
-REJECTS = pa.schema({"key": pa.string(), "role": pa.string(), "uri": pa.string(), "reason": pa.string()})
 
 
 class LocationConfig(Config):
@@ -109,11 +104,11 @@ class IngestConfig(Config):
 # -- rules: a page of objects in, rows out ------------------------------------
 
 
-def rows(location: LocationConfig, index: int, found: Page) -> tuple[pa.Table, pa.Table, int]:
-    """Objects and rejects of a page, and how many objects the pattern does not speak of."""
-    found = escape(found)
-    captured = match(compile_pattern(location.pattern), pa.array(found.paths, pa.string()))
-    count = len(found)
+def rows(location: LocationConfig, index: int, page: Page) -> tuple[pa.Table, pa.Table, int]:
+    """Objects and rejects of a page, and how many objects the pattern does not match."""
+    page = escape(page)
+    captured = match(compile_pattern(location.pattern), pa.array(page.paths, pa.string()))
+    count = len(page)
     table = pa.table(
         {
             "key": captured["key"],
@@ -122,75 +117,45 @@ def rows(location: LocationConfig, index: int, found: Page) -> tuple[pa.Table, p
             "group": captured["group"],
             "x": captured["x"],
             "y": captured["y"],
-            "uri": pa.array(found.uris, pa.string()),
-            "size": pa.array(found.sizes, pa.int64()),
-            "etag": pa.array(found.etags, pa.string()),
+            "uri": pa.array(page.uris, pa.string()),
+            "size": pa.array(page.sizes, pa.int64()),
+            "etag": pa.array(page.etags, pa.string()),
             "location": pa.array(np.full(count, index, np.int32)),
         },
         schema=OBJECTS,
-    ).append_column("reason", pa.array(found.faults, pa.string()))
+    ).append_column("reason", pa.array(page.faults, pa.string()))
     table = table.filter(pc.is_valid(table["key"]))
-    ignored = count - table.num_rows
-    bad = pc.or_(bad_keys(table["key"]), pc.match_substring(table["uri"], "::"))
-    if found.chained:
-        bad = bad_keys(table["key"])
+    bad = bad_keys(table["key"])
+    if not page.chained:
+        bad = pc.or_(bad, pc.match_substring(table["uri"], "::"))
     reason = pc.if_else(pc.not_equal(table["reason"], ""), table["reason"], pc.if_else(bad, "bad_key", ""))
     table = table.set_column(table.num_columns - 1, "reason", reason)
     good = pc.equal(reason, "")
     objects, rejects = table.filter(good), table.filter(pc.invert(good))
-    return objects.select(OBJECTS.names), rejects.select(REJECTS.names), ignored
+    return objects.select(OBJECTS.names), rejects.select(REJECTS.names), count - table.num_rows
 
 
-def escape(found: Page) -> Page:
-    """The same page in valid Unicode; names that are not (a file system's raw bytes) are written out."""
+def escape(page: Page) -> Page:
+    """The same page in valid Unicode: bytes of a name that are not become backslash escapes."""
     try:
-        "".join(found.paths).encode()
+        "".join(page.paths).encode()
     except UnicodeEncodeError:
-        clean = Page(chained=found.chained)
-        for path, uri, size, etag, fault in found.rows():
+        clean = Page(chained=page.chained)
+        for path, uri, size, etag, fault in page.rows():
             escaped = path.encode(errors="backslashreplace").decode()
             address = uri.encode(errors="backslashreplace").decode()
             clean.add(escaped, address, size, etag, fault if escaped == path else "bad_key")
         return clean
-    return found
-
-
-def fold(objects: pa.Table, rejects: pa.Table) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """Two 64-bit sums over rows of (uri, size, etag), the same in whatever order they are added up."""
-    total = np.zeros(2, np.uint64)
-    text = pc.binary_join_element_wise(
-        objects["uri"], objects["size"].cast(pa.string()), objects["etag"], "\n"
-    )
-    for array in (text, rejects["uri"]):
-        values = np.asarray(array.to_pandas(), dtype=object)
-        if len(values):
-            for lane, key in enumerate(("pixloom-listing0", "pixloom-listing1")):
-                hashed = pd.util.hash_array(values, hash_key=key, categorize=False)
-                total[lane : lane + 1] += hashed.sum(dtype=np.uint64)  # as an array, which wraps around
-    return total
-
-
-def fold_table(uri: str) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """The sums of a table's file, as of one object."""
-    fs, path = filesystem(uri)
-    fs.invalidate_cache()
-    info = fs.info(path)
-    row = pa.table({"uri": [uri], "size": [info["size"]], "etag": [etag_of(info)]})
-    return fold(row, REJECTS.empty_table())
-
-
-def spell(sums: np.ndarray[Any, np.dtype[np.uint64]], count: int) -> str:
-    """A digest's text."""
-    return f"{int(sums[0]):016x}{int(sums[1] ^ np.uint64(count)):016x}"
+    return page
 
 
 def table_rows(
     location: LocationConfig, index: int, table: pa.Table, broken: list[str]
 ) -> tuple[pa.Table, pa.Table]:
-    """Objects and rejects of a batch of a table's rows, and of lines that are no rows."""
+    """Objects and rejects of a batch of a table's rows; lines that are no rows are rejects."""
     within = [absolute(uri) for uri in location.within]
-    named = tables.objects(table, root(location), within)
-    good = named.filter(pc.equal(named["reason"], ""))
+    candidates = tables.objects(table, root(location), within)
+    good = candidates.filter(pc.equal(candidates["reason"], ""))
     count = good.num_rows
     unknown = {
         "x": pa.nulls(count, pa.float64()),
@@ -200,7 +165,7 @@ def table_rows(
         "location": pa.array(np.full(count, index, np.int32)),
     }
     objects = pa.table({**{name: good[name] for name in good.column_names if name != "reason"}, **unknown})
-    rejects = named.filter(pc.not_equal(named["reason"], "")).select(REJECTS.names)
+    rejects = candidates.filter(pc.not_equal(candidates["reason"], "")).select(REJECTS.names)
     lines = [line.encode(errors="backslashreplace").decode()[:200] for line in broken]
     no_rows = pa.table(
         {
@@ -214,13 +179,71 @@ def table_rows(
     return objects.select(OBJECTS.names), pa.concat_tables([rejects, no_rows])
 
 
-# -- listing, with or without Ray ---------------------------------------------
+def sums_of(objects: pa.Table, rejects: pa.Table) -> Uint64s:
+    """The part of the digest that these rows add."""
+    return row_sums(objects["uri"], objects["size"], objects["etag"]) + row_sums(rejects["uri"])
 
 
-def batches(found: Iterable[Page]) -> Iterator[Page]:
+def counts_of(objects: pa.Table, rejects: pa.Table, ignored: int) -> Counter[str]:
+    """The counts that these rows add."""
+    counts = Counter(
+        listed=objects.num_rows + rejects.num_rows + ignored,
+        ignored=ignored,
+        objects=objects.num_rows,
+        rejected=rejects.num_rows,
+    )
+    for prefix, column in (("role_", objects["role"]), ("reject_", rejects["reason"])):
+        counts.update(
+            {f"{prefix}{row['values']}": row["counts"] for row in column.value_counts().to_pylist()}
+        )
+    return counts
+
+
+# -- listing, without Ray -----------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LocationUnit:
+    """A unit of a location, and its number among the units of all locations."""
+
+    number: int
+    location: int
+    unit: Unit
+
+
+@dataclass(frozen=True, slots=True)
+class ListingTask:
+    """The units that one task lists."""
+
+    units: Sequence[LocationUnit]
+
+
+@dataclass(slots=True)
+class Listing:
+    """The files that listing some units wrote, with their rows, and the counts and sums of each location."""
+
+    files: dict[str, int] = field(default_factory=dict)
+    counts: defaultdict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    sums: defaultdict[int, Uint64s] = field(default_factory=lambda: defaultdict(no_rows))
+
+    def add(self, other: Listing) -> None:
+        """Add the listing of other units."""
+        self.files |= other.files
+        for location, counts in other.counts.items():
+            self.counts[location].update(counts)
+        for location, sums in other.sums.items():
+            self.sums[location] += sums
+
+    @property
+    def total(self) -> Counter[str]:
+        """The counts of all locations."""
+        return sum(self.counts.values(), Counter[str]())
+
+
+def batches(listed: Iterable[Page]) -> Iterator[Page]:
     """Pages put together, so that the rules work on long columns."""
     batch: Page | None = None
-    for page in found:
+    for page in listed:
         if batch is None:
             batch = Page(chained=page.chained)
         batch.extend(page)
@@ -238,7 +261,7 @@ def place(config: IngestConfig, index: int) -> str:
 
 @contextmanager
 def explained(config: IngestConfig, index: int) -> Iterator[None]:
-    """Turns the errors of a location that are the user's to mend into a UserError that names it."""
+    """Raises a UserError that names the location for errors that the user can fix."""
     try:
         yield
     except Exception as error:
@@ -254,21 +277,21 @@ def root(location: LocationConfig) -> str:
     return head + chained + absolute(outer)
 
 
-def units(config: IngestConfig) -> list[tuple[int, Unit]]:
+def units(config: IngestConfig) -> list[LocationUnit]:
     """The units of all locations: parts of a listing, or a Parquet table's row groups.
 
     Raises:
-        UserError: a location is not there, or not to be had.
+        UserError: there is no such location, or it cannot be read.
     """
-    found: list[tuple[int, Unit]] = []
+    numbered: list[LocationUnit] = []
     for index, location in enumerate(config.locations):
         with explained(config, index):
             if location.role == "table":
                 cut = [Unit("table", row_group=n) for n in range(tables.count_row_groups(root(location)))]
             else:
                 cut = split_location(root(location), want=UNITS_PER_LOCATION)
-        found += [(index, unit) for unit in cut]
-    return found
+        numbered += [LocationUnit(number, index, unit) for number, unit in enumerate(cut, len(numbered))]
+    return numbered
 
 
 def unit_rows(
@@ -284,144 +307,97 @@ def unit_rows(
 
 
 def digest(config: IngestConfig) -> str:
-    """What the locations hold now: a hash of every matching object's (uri, size, etag), in no order.
+    """A hash of every matching object's (uri, size, etag), in no order: it changes if a location's data do.
 
-    Constant memory and no Ray: the planner asks this on every run, to notice changed input. Objects that no
-    pattern speaks of do not count; a note beside the images must not train a model anew.
+    The planner computes it in every run, in constant memory and without Ray. Objects that no pattern matches
+    do not count: a note next to the images must not train a model again.
 
     Raises:
-        UserError: a location is not there, or not to be had.
+        UserError: there is no such location, or it cannot be read.
     """
 
-    def of_unit(item: tuple[int, Unit]) -> tuple[np.ndarray[Any, np.dtype[np.uint64]], int]:
-        index, unit = item
-        location, total, count = config.locations[index], np.zeros(2, np.uint64), 0
+    def of_unit(item: LocationUnit) -> tuple[Uint64s, int]:
+        index, location = item.location, config.locations[item.location]
+        sums, count = no_rows(), 0
         with explained(config, index):
-            if unit.kind == "table":  # the file itself stands for its rows
-                return fold_table(root(location)), 1
-            for objects, rejects, _ in unit_rows(location, index, unit, requests=LISTING_THREADS):
-                total += fold(objects, rejects)
+            if item.unit.kind == "table":  # its rows change only if the file does
+                return table_sums(root(location)), 1
+            for objects, rejects, _ in unit_rows(location, index, item.unit, requests=LISTING_THREADS):
+                sums += sums_of(objects, rejects)
                 count += objects.num_rows + rejects.num_rows
-        return total, count
+        return sums, count
 
-    total, count = np.zeros(2, np.uint64), 0
+    total, total_count = no_rows(), 0
     with ThreadPoolExecutor(LISTING_THREADS) as threads:
-        for part, number in threads.map(of_unit, units(config)):
-            total += part
-            count += number
-    return spell(total, count)
+        for sums, count in threads.map(of_unit, units(config)):
+            total += sums
+            total_count += count
+    return spell(total, total_count)
 
 
-def counted(good: pa.Table, bad: pa.Table, ignored: int) -> Counter[str]:
-    """What a batch adds to the counts."""
-    counts = Counter(
-        listed=good.num_rows + bad.num_rows + ignored,
-        ignored=ignored,
-        objects=good.num_rows,
-        rejected=bad.num_rows,
-    )
-    for prefix, column in (("role_", good["role"]), ("reject_", bad["reason"])):
-        counts.update(
-            {f"{prefix}{row['values']}": row["counts"] for row in column.value_counts().to_pylist()}
-        )
-    return counts
+def table_sums(uri: str) -> Uint64s:
+    """The part of the digest that a table's file adds, as one object."""
+    fs, path = filesystem(uri)
+    fs.invalidate_cache()
+    info = fs.info(path)
+    return row_sums(pa.array([uri]), pa.array([info["size"]]), pa.array([etag_of(info)]))
 
 
-def list_unit(item: Mapping[str, Any], *, config: IngestConfig, output: str, requests: int) -> dict[str, Any]:
-    """List one unit into its files. Returns {location, counts (JSON), files (JSON), sums, error}."""
-    index, unit = int(item["location"]), Unit(**json.loads(item["spec"]))
-    location = config.locations[index]
-    counts: Counter[str] = Counter()
-    files: dict[str, int] = {}
-    sums = np.zeros(2, np.uint64)
-
-    def write(kind: str, tables: list[pa.Table]) -> None:
-        table = pa.concat_tables(tables)
-        del tables[1:]
-        if table.num_rows:
-            number = sum(name.startswith(kind) for name in files)
-            name = f"{kind}-{int(item['unit']):05d}-{number:04d}.parquet"
-            write_parquet(join(output, name), table, compression="zstd")
-            files[name] = table.num_rows
-
-    objects, rejects = [OBJECTS.empty_table()], [REJECTS.empty_table()]
-    error_text = ""
-    try:
-        with explained(config, index):
-            for good, bad, ignored in unit_rows(location, index, unit, requests=requests):
-                objects.append(good)
-                rejects.append(bad)
-                sums += fold(good, bad)
-                counts.update(counted(good, bad, ignored))
-                for kind, waiting in (("objects", objects), ("rejects", rejects)):
-                    if sum(table.num_rows for table in waiting) >= ROWS_PER_FILE:
-                        write(kind, waiting)
-        write("objects", objects)
-        write("rejects", rejects)
-    except UserError as error:  # carried as a value: Ray would wrap it in its own
-        error_text = str(error)
-    return {
-        "location": index,
-        "counts": json.dumps(counts),
-        "files": json.dumps(files),
-        "sums": json.dumps([int(value) for value in sums]),
-        "error": error_text,
-    }
-
-
-def list_units(item: Mapping[str, Any], **settings: Any) -> list[dict[str, Any]]:
-    """`list_unit` of the units of one task, at once.
-
-    In threads, since tasks of a fraction of a core made Ray start more workers than the machine has cores
-    and end them again: 16 s more for any listing on two cores.
-    """
-    with ThreadPoolExecutor(LISTING_THREADS) as threads:
-        return list(threads.map(partial(list_unit, **settings), item["units"]))
-
-
-def run(config: IngestConfig, resources: Resources, *, output: str, track: Run) -> Outcome:
-    """List all locations into `output`, an absolute folder URI.
+def list_unit(item: LocationUnit, *, config: IngestConfig, output: str, requests: int) -> Listing:
+    """List one unit into its files.
 
     Raises:
-        UserError: a location is missing, empty or not to be had, or its pattern matches nothing.
+        UserError: the location cannot be read, or the output not be written.
     """
-    items = [
-        {"unit": number, "location": index, "spec": json.dumps(asdict(unit))}
-        for number, (index, unit) in enumerate(units(config))
-    ]
-    counts = [Counter[str]() for _ in config.locations]
-    sums = np.zeros((len(config.locations), 2), np.uint64)
-    files: dict[str, int] = {}
-    tasks = [{"units": items[n : n + LISTING_THREADS]} for n in range(0, len(items), LISTING_THREADS)]
-    listed = ray.data.from_items(tasks, override_num_blocks=len(tasks)).flat_map(
-        partial(list_units, config=config, output=output, requests=resources.io_threads)
-    )
-    with Progress("ingest", total=None, unit="objects") as progress:
-        for row in listed.iter_rows():
-            index = row["location"]
-            if row["error"]:
-                raise UserError(row["error"])
-            found = json.loads(row["counts"])
-            counts[index].update(found)
-            sums[index] += np.array(json.loads(row["sums"]), np.uint64)
-            files.update(json.loads(row["files"]))
-            progress.advance(found.get("objects", 0))
-    check(config, counts)
-    finish(config, output, counts, files)
-    for location, total, count in zip(config.locations, sums, counts, strict=True):
-        version = spell(total, count["objects"] + count["rejected"])
-        told = {"num_objects": count["objects"], "num_rejected": count["rejected"]}
-        track.dataset(location.role, uri=location.uri, digest=version, context="ingest", counts=told)
-    return Outcome(counts={"locations": len(counts), **sum(counts, Counter[str]())})
+    index, location = item.location, config.locations[item.location]
+    listing = Listing()
+    waiting = {"objects": [OBJECTS.empty_table()], "rejects": [REJECTS.empty_table()]}
+    written = Counter[str]()
+
+    def write(kind: str, at_least: int) -> None:
+        """Write the rows that wait to a file if they are as many."""
+        if sum(table.num_rows for table in waiting[kind]) >= at_least:
+            table = pa.concat_tables(waiting[kind])
+            name = f"{kind}-{item.number:05d}-{written[kind]:04d}.parquet"
+            write_parquet(join(output, name), table, compression="zstd")
+            listing.files[name] = table.num_rows
+            written[kind] += 1
+            del waiting[kind][1:]
+
+    with explained(config, index):
+        for objects, rejects, ignored in unit_rows(location, index, item.unit, requests=requests):
+            listing.sums[index] += sums_of(objects, rejects)
+            listing.counts[index].update(counts_of(objects, rejects, ignored))
+            for kind, table in (("objects", objects), ("rejects", rejects)):
+                waiting[kind].append(table)
+                write(kind, at_least=ROWS_PER_FILE)
+    for kind in waiting:
+        write(kind, at_least=1)
+    return listing
 
 
-def check(config: IngestConfig, counts: list[Counter[str]]) -> None:
-    """Every location must have given something.
+def list_units(task: ListingTask, *, config: IngestConfig, output: str, requests: int) -> Listing:
+    """List the units of one task in threads.
+
+    Threads, since tasks of a fraction of a core made Ray start more workers than the machine has cores and
+    end them again: 16 s more for any listing on two cores.
+    """
+    total = Listing()
+    with ThreadPoolExecutor(LISTING_THREADS) as threads:
+        call = partial(list_unit, config=config, output=output, requests=requests)
+        for listing in threads.map(call, task.units):
+            total.add(listing)
+    return total
+
+
+def check(config: IngestConfig, listing: Listing) -> None:
+    """Every location must have an object that its pattern matches.
 
     Raises:
         UserError: a location is empty, or its pattern matches nothing.
     """
-    for index, (location, count) in enumerate(zip(config.locations, counts, strict=True)):
+    for index, location in enumerate(config.locations):
+        count = listing.counts[index]
         if not count["listed"]:
             raise UserError(f"{place(config, index)}: there is nothing in it")
         if not count["objects"] + count["rejected"]:
@@ -431,23 +407,50 @@ def check(config: IngestConfig, counts: list[Counter[str]]) -> None:
             )
 
 
-def finish(config: IngestConfig, output: str, counts: list[Counter[str]], files: Mapping[str, int]) -> None:
-    """Write `_listing.json`, and remove files that a killed run of another cut has left."""
-    total = sum(counts, Counter[str]())
+def finish(config: IngestConfig, output: str, listing: Listing) -> None:
+    """Write `_listing.json`, and remove files that a killed run with other units left."""
+    total = listing.total
     write_json(
         join(output, "_listing.json"),
         {
-            "files": {name: n for name, n in sorted(files.items()) if name.startswith("objects-")},
+            "files": {name: n for name, n in sorted(listing.files.items()) if name.startswith("objects-")},
             "roles": {name.removeprefix("role_"): n for name, n in total.items() if name.startswith("role_")},
             "rejected": total["rejected"],
             "locations": [
-                {"uri": location.uri, "role": location.role, **count}
-                for location, count in zip(config.locations, counts, strict=True)
+                {"uri": location.uri, "role": location.role, **listing.counts[index]}
+                for index, location in enumerate(config.locations)
             ],
         },
     )
     fs, path = filesystem(output)
     for name in list_names(output):
-        if name.startswith(("objects-", "rejects-")) and name not in files:
-            with suppress(FileNotFoundError):  # a driver beside this one may tidy up too
+        if name.startswith(("objects-", "rejects-")) and name not in listing.files:
+            with suppress(FileNotFoundError):  # another driver may remove it too
                 fs.rm_file(f"{path}/{name}")
+
+
+# -- wiring: the only function here that needs Ray ----------------------------
+
+
+def run(config: IngestConfig, resources: Resources, *, output: str, track: Run) -> Outcome:
+    """List all locations into `output`, an absolute folder URI.
+
+    Raises:
+        UserError: a location is missing, empty or cannot be read, or its pattern matches nothing.
+    """
+    items = units(config)
+    tasks = [ListingTask(items[n : n + LISTING_THREADS]) for n in range(0, len(items), LISTING_THREADS)]
+    call = partial(list_units, config=config, output=output, requests=resources.io_threads)
+    listing = Listing()
+    with Progress("ingest", total=None, unit="objects") as progress:
+        for part in each(call, tasks, stage="ingest"):
+            listing.add(part)
+            progress.advance(part.total["objects"])
+    check(config, listing)
+    finish(config, output, listing)
+    for index, location in enumerate(config.locations):
+        count = listing.counts[index]
+        version = spell(listing.sums[index], count["objects"] + count["rejected"])
+        counts = {"num_objects": count["objects"], "num_rejected": count["rejected"]}
+        track.dataset(location.role, uri=location.uri, digest=version, context="ingest", counts=counts)
+    return Outcome(counts={"locations": len(config.locations), **listing.total})

@@ -4,41 +4,41 @@ in:  objects-*.parquet   {key, role, split, group, x, y, uri, size, etag}   one 
 out: part-*.parquet      {key, split, group, and per role R: R_uri, R_size, R_etag, R_crop, R_derive}
      rejects-*.parquet   {key, role, uri, reason}
 
-A key's objects meet by a hash shuffle, so no side is ever held whole: a bucket is the hash of the key, a
-task gets all rows of a run of buckets, joins them with Arrow and numpy and writes each bucket's part. The
-hash is of the key in lower case, so that keys that differ only in case meet too, and are told apart with a
-reason of their own. A part holds about `pairs_per_shard` pairs and becomes one shard per split.
+The objects of a key meet by a hash shuffle, so no side is ever in memory as a whole. The hash of a key is
+its partition. A first set of tasks (`scatter`) writes each object to the task that joins its partition; a
+second set (`gather`) joins the rows of a run of partitions and writes a part for each. The hash is of the key
+in lower case: keys that differ only in case meet too, and get a reject reason that says so. A part has about
+`pairs_per_shard` pairs and becomes one shard per split.
 
-The shuffle goes through Parquet files in the output folder and not through Ray Data's `groupby`, which took
-34 s for 1 M objects and 19 s for 10 k on 2 cores (workers' start included) where files took 15 s and 6 s,
-and which holds all rows in its aggregators' memory. Ray Data deals out the tasks.
+The shuffle goes through Parquet files in the output folder. Ray Data's `groupby` took 34 s for 1 M objects
+and 19 s for 10 k on 2 cores (workers' start included) where files took 15 s and 6 s, and it holds all rows in
+the memory of its aggregators.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
-import pandas as pd  # type: ignore[import-untyped]
 import pyarrow as pa
 import pyarrow.compute as pc
-import ray.data
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
-from ray.exceptions import RayError
 
 from stages.base import Config, Fraction, Outcome, Resources, Role, Split
 from stages.errors import StageError, UserError
-from stages.parallel.cluster import failure
+from stages.images.kinds import Half
+from stages.objects.digest import key_hashes
+from stages.objects.tables import ROLES
+from stages.parallel.cluster import each
 from stages.progress import Progress
 from stages.storage import filesystem, join, read_json, read_parquet, write_parquet
 
@@ -48,21 +48,17 @@ if TYPE_CHECKING:
 VERSION = 1
 ROWS_PER_TASK = (128_000, 1_000_000)  # least, most
 SPLIT_BINS = 1 << 16
-EXCHANGE = "_exchange-"  # then the second it was begun, and a name of its own
-EXCHANGE_KEPT = 24 * 3600.0  # seconds: what a killed run has exchanged is removed by a later run after these
+EXCHANGE = "_exchange-"  # folder of the shuffle's files; followed by its start in seconds and a random name
+EXCHANGE_KEPT = 24 * 3600.0  # seconds; a later run deletes exchange folders that are older
 
 logger = logging.getLogger(__name__)
 
-Half = Literal["left", "right", "top", "bottom"]
 Derivation = Literal["grey", "lab_lightness", "edges", "sketch", "inpaint", "downscale"]
-Uint64s = np.ndarray[Any, np.dtype[np.uint64]]
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
-ROLES: tuple[Role, ...] = get_args(Role)
 OTHER_HALF: Mapping[str, str] = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
-REJECTS = pa.schema({"key": pa.string(), "role": pa.string(), "uri": pa.string(), "reason": pa.string()})
 
 
 class Region(Config):
@@ -119,35 +115,27 @@ class PairConfig(Config):
 # -- rules: hashes and splits -------------------------------------------------
 
 
-def hashes(text: pa.Array | pa.ChunkedArray, seed: int = 0) -> Uint64s:
-    """A stable 64-bit hash of each string (SipHash), uniform and the same on every machine."""
-    values = np.asarray(text.to_pandas(), dtype=object)
-    key = f"pixloom {seed % 10**8:08d}"
-    hashed: Uint64s = pd.util.hash_array(values, hash_key=key, categorize=False)
-    return hashed
-
-
-def buckets(keys: pa.Array | pa.ChunkedArray, count: int) -> Ints:
-    """The bucket of each key, 0 .. count - 1; keys that differ only in case share one."""
-    return (hashes(pc.utf8_lower(keys)) % np.uint64(count)).astype(np.int64)
+def partition_of(keys: pa.Array | pa.ChunkedArray, partitions: int) -> Ints:
+    """The partition of each key, 0 .. partitions - 1; keys that differ only in case share one."""
+    return (key_hashes(pc.utf8_lower(keys)) % np.uint64(partitions)).astype(np.int64)
 
 
 def split_bins(table: pa.Table, seed: int) -> Ints:
-    """Where each row lies on the line that the splits cut: its group's, or else its key's hash, as a bin."""
-    return (hashes(pc.coalesce(table["group"], table["key"]), seed) >> np.uint64(48)).astype(np.int64)
+    """The bin of each row, 0 .. SPLIT_BINS - 1: of the hash of its group or, if it has none, its key."""
+    return (key_hashes(pc.coalesce(table["group"], table["key"]), seed) >> np.uint64(48)).astype(np.int64)
 
 
 def split_histogram(table: pa.Table, seed: int) -> Ints:
-    """How many rows without a split lie in each of the `SPLIT_BINS` bins."""
+    """The number of rows without a split in each of the `SPLIT_BINS` bins."""
     loose = table.filter(pc.is_null(table["split"]))
     return np.bincount(split_bins(loose, seed), minlength=SPLIT_BINS)
 
 
 def split_cuts(histogram: Ints, config: SplitConfig) -> tuple[int, int]:
-    """Bins below the first cut are val, below the second test, the others train.
+    """Two bins: rows in bins below the first are val, below the second test, the others train.
 
-    Cutting by the counts and not by the hash's value keeps the shares exact up to one group or bin, where
-    chance would be off by 1.3 % with 500 pairs. No group is ever torn, since a group has one hash.
+    The cuts follow the counts and not the hash's value, so shares are exact up to one group or bin; by the
+    hash's value they were off by 1.3 % with 500 pairs. All rows of a group have one hash, so one split.
     """
     total = np.concatenate([[0], np.cumsum(histogram)])
     cuts = [
@@ -170,7 +158,7 @@ def _by_position(table: pa.Table, config: SplitConfig) -> np.ndarray[Any, Any]:
     positions = {axis: table[axis].to_numpy() for axis in ("x", "y")}
     split = np.full(table.num_rows, "train", object)
     distances = []
-    for region in reversed(config.regions):  # the first region that holds a position is the one that counts
+    for region in reversed(config.regions):  # the first region that holds a position counts
         away = np.zeros(table.num_rows)
         for axis, span in (("x", region.x), ("y", region.y)):
             if span is not None:
@@ -222,10 +210,10 @@ def _with(table: pa.Table, **values: str) -> pa.Table:
 def join_roles(
     objects: pa.Table, roles: Sequence[Role], config: PairConfig, cuts: tuple[int, int]
 ) -> tuple[pa.Table, pa.Table]:
-    """Pairs, sorted by key, and rejects, of objects that hold all rows of each key they hold.
+    """Pairs, sorted by key, and rejects.
 
     Args:
-        objects: rows of ingest's schema.
+        objects: rows of ingest's schema; of each key all rows or none.
         roles: the roles that the data set has; the columns of the pairs.
         config: what makes a pair.
         cuts: from `split_cuts`.
@@ -242,10 +230,10 @@ def join_roles(
     row_of: dict[Role, Ints] = {}  # per role: the row of each key, -1 where it has none
     reasons = np.full(len(order), "", object)
     for number, role in enumerate(ROLES):
-        mine = np.flatnonzero(role_of_row == number)
+        rows = np.flatnonzero(role_of_row == number)
         row_of[role] = np.full(len(order), -1, np.int64)
-        row_of[role][key_of_row[mine]] = mine
-        twice = np.bincount(key_of_row[mine], minlength=len(order)) > 1
+        row_of[role][key_of_row[rows]] = rows
+        twice = np.bincount(key_of_row[rows], minlength=len(order)) > 1
         reasons[twice & (reasons == "")] = f"duplicate_{role}"
     lacking = np.zeros(len(order), bool)
     for role in roles:
@@ -274,7 +262,7 @@ def join_roles(
 
 
 def _case_twins(names: pa.Array) -> Mask:
-    """Which keys equal another one but for their case."""
+    """Whether each key differs from another one only in case."""
     lower = pc.utf8_lower(names).dictionary_encode().indices.to_numpy()
     twins: Mask = np.bincount(lower, minlength=1)[lower] > 1 if len(lower) else np.zeros(0, bool)
     return twins
@@ -283,9 +271,9 @@ def _case_twins(names: pa.Array) -> Mask:
 def _shared_columns(
     table: pa.Table, key_of_row: Ints, row_of: Mapping[Role, Ints], count: int, reasons: np.ndarray[Any, Any]
 ) -> dict[str, pa.Array]:
-    """What a pair has once: its split, group and position, from the first role that says so.
+    """Split, group and position of each pair, from the first role that has them.
 
-    Roles that name different splits give the reason `bad_split`.
+    Roles that name different splits get the reason `bad_split`.
     """
     shared: dict[str, pa.Array] = {}
     for name, kind in (
@@ -317,89 +305,217 @@ def _rejects(table: pa.Table, key_of_row: Ints, reasons: np.ndarray[Any, Any]) -
     return taken.append_column("reason", pa.array(reason_of_row[rows], pa.string()))
 
 
-# -- wiring -------------------------------------------------------------------
+def cut(rows: pa.Table, numbers: Ints) -> list[tuple[int, pa.Table]]:
+    """The rows of each number, with the number; rows of one number keep their order."""
+    order = np.argsort(numbers, kind="stable")
+    ordered = rows.take(pa.array(order))
+    values, starts = np.unique(numbers[order], return_index=True)
+    counts = np.diff(starts, append=len(order))
+    return [
+        (int(value), ordered.slice(start, count))
+        for value, start, count in zip(values, starts, counts, strict=True)
+    ]
 
 
-def scatter(
-    item: Mapping[str, Any], *, objects: str, exchange: str, parts: int, parts_per_task: int, seed: int
-) -> dict[str, Any]:
-    """Deal some of the objects' files to the tasks that join them.
+# -- the shuffle, without Ray -------------------------------------------------
 
-    Returns {number, tasks (JSON): which tasks have a file of it, histogram: bytes of int64}.
-    """
-    names = json.loads(item["files"])
-    table = pa.concat_tables(read_parquet(join(objects, name)) for name in names)
-    task = buckets(table["key"], parts) // parts_per_task
-    order = np.argsort(task, kind="stable")
-    ordered = table.take(pa.array(order))
-    dealt = runs(task[order])
-    for number, start, stop in dealt:
-        uri = exchanged(exchange, number, int(item["number"]))
-        write_parquet(uri, ordered.slice(start, stop - start), compression="lz4")
+
+@dataclass(frozen=True, slots=True)
+class Shuffle:
+    """Where and how the tasks exchange rows. Only `partitions` shows in the output."""
+
+    objects: str  # folder of ingest's files
+    exchange: str  # folder of the files between the tasks
+    partitions: int
+    partitions_per_task: int
+    seed: int
+
+    def file(self, gather: int, scatter: int) -> str:
+        """The file that one scattering task writes for one gathering task."""
+        return join(self.exchange, f"{gather:05d}", f"{scatter:05d}.parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class ScatterTask:
+    """Files of objects that one task reads, and the task's number."""
+
+    number: int
+    files: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Scattered:
+    """The gathering tasks that a scattering task wrote a file for, and its part of the split histogram."""
+
+    number: int
+    gathers: Sequence[int]
+    histogram: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class GatherTask:
+    """One run of partitions to join, and the scattering tasks that wrote a file for it."""
+
+    number: int
+    scatters: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """The files that a gathering task wrote, and its counts of pairs by split and of rejected keys."""
+
+    files: Sequence[str]
+    counts: Counter[str]
+
+
+def scatter(task: ScatterTask, *, shuffle: Shuffle) -> Scattered:
+    """Write some of the objects to the tasks that join them."""
+    table = pa.concat_tables(read_parquet(join(shuffle.objects, name)) for name in task.files)
+    gathers = cut(table, partition_of(table["key"], shuffle.partitions) // shuffle.partitions_per_task)
+    for number, rows in gathers:
+        write_parquet(shuffle.file(number, task.number), rows, compression="lz4")
     anchors = table.filter(pc.is_in(table["role"], pa.array(["pair", "target"])))
-    return {
-        "number": item["number"],
-        "tasks": json.dumps([number for number, _, _ in dealt]),
-        "histogram": split_histogram(anchors, seed).tobytes(),
-    }
-
-
-def exchanged(exchange: str, task: int, scatter: int) -> str:
-    """Where a scattering task leaves what a joining task takes."""
-    return join(exchange, f"{task:05d}", f"{scatter:05d}.parquet")
+    histogram = split_histogram(anchors, shuffle.seed)
+    return Scattered(task.number, [number for number, _ in gathers], histogram)
 
 
 def gather(
-    item: Mapping[str, Any],
+    task: GatherTask,
     *,
-    exchange: str,
+    shuffle: Shuffle,
     output: str,
     roles: Sequence[Role],
     config: PairConfig,
     cuts: tuple[int, int],
-    parts: int,
     threads: int,
-) -> dict[str, Any]:
-    """Join the objects dealt to a task and write its parts. Returns {counts (JSON), files (JSON)}.
+) -> Gathered:
+    """Join the objects of a run of partitions and write their parts and rejects.
 
     Raises:
-        StageError: something has removed what was exchanged.
+        StageError: the exchanged files were removed.
     """
-    dealt = [exchanged(exchange, int(item["task"]), number) for number in json.loads(item["scatters"])]
+    exchanged = [shuffle.file(task.number, number) for number in task.scatters]
     with ThreadPoolExecutor(threads) as pool:
         try:
-            tables = list(pool.map(read_parquet, dealt))
+            tables = list(pool.map(read_parquet, exchanged))
         except FileNotFoundError as error:
-            raise StageError(f"pair: {exchange} was removed while it was in use: run again") from error
+            raise StageError(
+                f"pair: {shuffle.exchange} was removed while it was in use: run again"
+            ) from error
         pairs, rejects = join_roles(pa.concat_tables(tables), roles, config, cuts)
         del tables
         files = {
-            f"{kind}-{bucket:05d}.parquet": table
+            f"{kind}-{partition:05d}.parquet": table
             for kind, rows in (("part", pairs), ("rejects", rejects))
-            for bucket, table in by_bucket(rows, parts)
+            for partition, table in cut(rows, partition_of(rows["key"], shuffle.partitions))
         }
         list(pool.map(lambda name: write_parquet(join(output, name), files[name], compression="zstd"), files))
     counts = Counter(pairs["split"].to_pylist())
     reasons = rejects.group_by("reason").aggregate([("key", "count_distinct")])
     counts.update({f"reject_{row['reason']}": row["key_count_distinct"] for row in reasons.to_pylist()})
-    return {"counts": json.dumps(counts), "files": json.dumps(list(files))}
+    return Gathered(list(files), counts)
 
 
-def runs(numbers: Ints) -> list[tuple[int, int, int]]:
-    """Runs of equal numbers in a sorted array: (number, start, stop)."""
-    starts = np.flatnonzero(np.diff(numbers, prepend=-1))
-    return [
-        (int(numbers[start]), int(start), int(stop))
-        for start, stop in zip(starts, np.append(starts, len(numbers))[1:], strict=True)
-    ]
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the work is cut into tasks; of these numbers only `partitions` shows in the output."""
+
+    scatters: Sequence[ScatterTask]
+    partitions: int
+    partitions_per_task: int
+
+    @classmethod
+    def of(cls, config: PairConfig, listing: Mapping[str, Any]) -> Layout:
+        """The layout for a listing of ingest's."""
+        roles, files = listing["roles"], listing["files"]
+        total = sum(files.values())
+        pairs = roles.get("pair", 0) + max(roles.get("source", 0), roles.get("target", 0))
+        partitions = max(1, -(-pairs // config.pairs_per_shard))
+        # Tasks exchange (total / rows) squared files, so large data get larger tasks: up to 300 MB each.
+        rows = min(max(total // 64, ROWS_PER_TASK[0]), ROWS_PER_TASK[1])
+        groups: list[list[str]] = []
+        group_rows = 0
+        for name, count in sorted(files.items()):
+            if not groups or group_rows + count > rows:
+                groups.append([])
+                group_rows = 0
+            groups[-1].append(name)
+            group_rows += count
+        scatters = [ScatterTask(number, names) for number, names in enumerate(groups)]
+        gathers = min(partitions, max(1, -(-total // rows)))
+        return cls(scatters, partitions, partitions_per_task=-(-partitions // gathers))
+
+    @property
+    def gathers(self) -> int:
+        """The number of tasks that join."""
+        return -(-self.partitions // self.partitions_per_task)
 
 
-def by_bucket(rows: pa.Table, parts: int) -> list[tuple[int, pa.Table]]:
-    """Rows cut by the bucket of their key; those of a bucket stay in the order they were in."""
-    bucket = buckets(rows["key"], parts)
-    order = np.argsort(bucket, kind="stable")
-    ordered = rows.take(pa.array(order))
-    return [(number, ordered.slice(start, stop - start)) for number, start, stop in runs(bucket[order])]
+def check_roles(config: PairConfig, objects: Mapping[str, int]) -> tuple[Role, ...]:
+    """The roles of every pair, from the number of listed objects of each role.
+
+    Raises:
+        UserError: source or target cannot come from them.
+    """
+    roles = {role for role, count in objects.items() if count}
+    if "pair" in roles:
+        if config.source_half is None:
+            raise UserError("pair.source_half: locations have the role pair, so say which half is the source")
+        roles |= {"source", "target"}
+    if config.derive_source:
+        if "source" in roles:
+            raise UserError("pair.derive_source: locations already give sources; it needs targets alone")
+        roles.add("source")
+    for role in ("source", "target"):
+        if role not in roles:
+            raise UserError(f"ingest.locations: none gives an object of role {role} (or pair)")
+    return tuple(role for role in ROLES if role in roles)
+
+
+def outcome(config: PairConfig, counts: Mapping[str, int], unusable: int, output: str) -> Outcome:
+    """The stage's counts; `unusable` objects were rejected when they were listed.
+
+    Raises:
+        StageError: more was rejected than the config allows.
+    """
+    pairs: dict[str, int] = {split: counts.get(split, 0) for split in SPLITS}
+    reasons = {name: n for name, n in sorted(counts.items()) if name.startswith("reject_")}
+    buffer = reasons.pop("reject_buffer", 0)  # left out by the config, so not a fault of the data
+    rejected = sum(reasons.values()) + unusable
+    total = sum(pairs.values()) + rejected
+    text = ", ".join(f"{name.removeprefix('reject_')} {n:,}" for name, n in reasons.items())
+    text += f", not usable by name {unusable:,}" if unusable else ""
+    if rejected > config.max_reject_fraction * total or not any(pairs.values()):
+        raise StageError(
+            f"pair: {rejected:,} of {total:,} pairs rejected, pair.max_reject_fraction allows "
+            f"{config.max_reject_fraction:.3g} ({text or 'there was nothing to pair'}); "
+            f"they are listed in {output}/rejects-*.parquet"
+        )
+    if rejected:
+        logger.warning("pair: %d of %d pairs rejected: %s", rejected, total, text)
+    return Outcome(
+        counts={"pairs": sum(pairs.values()), **pairs, "rejected": rejected, **reasons, "buffer": buffer}
+    )
+
+
+def tidy(output: str, exchange: str, files: set[str]) -> None:
+    """Remove the exchanged files, and what killed runs left: parts of another layout, old exchanges."""
+    fs, path = filesystem(output)
+    fs.invalidate_cache()
+    for entry in fs.ls(path, detail=True):
+        name = entry["name"].rstrip("/").rpartition("/")[2]
+        start = name.removeprefix(EXCHANGE).partition("-")[0]
+        if name == exchange.rpartition("/")[2] or (
+            start.isdigit() and time.time() - int(start) > EXCHANGE_KEPT
+        ):
+            with suppress(FileNotFoundError):  # another driver may remove it too
+                fs.rm(f"{path}/{name}", recursive=True)
+        elif name.startswith(("part-", "rejects-")) and name not in files:
+            with suppress(FileNotFoundError):
+                fs.rm_file(f"{path}/{name}")
+
+
+# -- wiring: the only function here that needs Ray ----------------------------
 
 
 def run(
@@ -419,151 +535,32 @@ def run(
     listing = read_json(join(objects, "_listing.json"))
     roles = check_roles(config, listing["roles"])
     layout = Layout.of(config, listing)
-    # A name of its own, so that two drivers at once keep apart; the parts they write are the same.
+    # A random name keeps two drivers apart; the parts they write are the same.
     exchange = join(output, f"{EXCHANGE}{int(time.time())}-{uuid.uuid4().hex}")
+    shuffle = Shuffle(objects, exchange, layout.partitions, layout.partitions_per_task, config.split.seed)
     histogram = np.zeros(SPLIT_BINS, np.int64)
-    scatters: list[list[int]] = [[] for _ in range(layout.tasks)]  # of each joining task: who dealt to it
+    scatters: defaultdict[int, list[int]] = defaultdict(list)  # of each gathering task
     counts: Counter[str] = Counter()
     files: set[str] = set()
-    deal = partial(
-        scatter,
-        objects=objects,
-        exchange=exchange,
-        parts=layout.parts,
-        parts_per_task=layout.parts_per_task,
-        seed=config.split.seed,
-    )
-    with Progress("pair", total=layout.scatters + layout.tasks, unit="tasks") as progress:
-        for row in each(deal, layout.items):
-            histogram += np.frombuffer(row["histogram"], np.int64)
-            for task in json.loads(row["tasks"]):
-                scatters[task].append(row["number"])
+    with Progress("pair", total=len(layout.scatters) + layout.gathers, unit="tasks") as progress:
+        for part in each(partial(scatter, shuffle=shuffle), layout.scatters, stage="pair"):
+            histogram += part.histogram
+            for number in part.gathers:
+                scatters[number].append(part.number)
             progress.advance()
-        joining = partial(
+        call = partial(
             gather,
-            exchange=exchange,
+            shuffle=shuffle,
             output=output,
             roles=roles,
             config=config,
             cuts=split_cuts(histogram, config.split),
-            parts=layout.parts,
             threads=resources.io_threads,
         )
-        items = [{"task": n, "scatters": json.dumps(who)} for n, who in enumerate(scatters) if who]
-        for row in each(joining, items):
-            counts.update(json.loads(row["counts"]))
-            files.update(json.loads(row["files"]))
+        tasks = [GatherTask(number, sorted(scatters[number])) for number in sorted(scatters)]
+        for done in each(call, tasks, stage="pair"):
+            counts.update(done.counts)
+            files.update(done.files)
             progress.advance()
     tidy(output, exchange, files)
     return outcome(config, counts, listing["rejected"], output)
-
-
-def each(task: Callable[[dict[str, Any]], dict[str, Any]], items: list[dict[str, Any]]) -> Iterator[Any]:
-    """The task's row for each item, in no order. Raises the task's own error."""
-    try:
-        yield from ray.data.from_items(items, override_num_blocks=len(items)).map(task).iter_rows()
-    except RayError as error:
-        raise failure("pair", error) from error
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How the work is cut; of these numbers only `parts` shows in the output."""
-
-    items: list[dict[str, Any]]  # the objects' files each scattering task reads
-    parts: int
-    parts_per_task: int
-
-    @classmethod
-    def of(cls, config: PairConfig, listing: Mapping[str, Any]) -> Layout:
-        """The layout for what ingest listed."""
-        roles, files = listing["roles"], listing["files"]
-        total = sum(files.values())
-        pairs = roles.get("pair", 0) + max(roles.get("source", 0), roles.get("target", 0))
-        parts = max(1, -(-pairs // config.pairs_per_shard))
-        # Tasks exchange (total / rows) squared files, so large data gets larger tasks: up to 300 MB each.
-        rows = min(max(total // 64, ROWS_PER_TASK[0]), ROWS_PER_TASK[1])
-        groups: list[list[str]] = []
-        held = 0
-        for name, count in sorted(files.items()):
-            if not groups or held + count > rows:
-                groups.append([])
-                held = 0
-            groups[-1].append(name)
-            held += count
-        items = [{"number": number, "files": json.dumps(names)} for number, names in enumerate(groups)]
-        tasks = min(parts, max(1, -(-total // rows)))
-        return cls(items=items, parts=parts, parts_per_task=-(-parts // tasks))
-
-    @property
-    def scatters(self) -> int:
-        """Tasks that deal objects out."""
-        return len(self.items)
-
-    @property
-    def tasks(self) -> int:
-        """Tasks that join."""
-        return -(-self.parts // self.parts_per_task)
-
-
-def check_roles(config: PairConfig, found: Mapping[str, int]) -> tuple[Role, ...]:
-    """The roles every pair has, out of the roles that were listed.
-
-    Raises:
-        UserError: source or target cannot come from them.
-    """
-    there = {role for role, count in found.items() if count}
-    if "pair" in there:
-        if config.source_half is None:
-            raise UserError("pair.source_half: locations have the role pair, so say which half is the source")
-        there |= {"source", "target"}
-    if config.derive_source:
-        if "source" in there:
-            raise UserError("pair.derive_source: locations already give sources; it needs targets alone")
-        there.add("source")
-    for role in ("source", "target"):
-        if role not in there:
-            raise UserError(f"ingest.locations: none gives an object of role {role} (or pair)")
-    return tuple(role for role in ROLES if role in there)
-
-
-def outcome(config: PairConfig, counts: Mapping[str, int], unusable: int, output: str) -> Outcome:
-    """What the stage says of itself. `unusable` objects were rejected when they were listed.
-
-    Raises:
-        StageError: more was rejected than the config allows.
-    """
-    pairs: dict[str, int] = {split: counts.get(split, 0) for split in SPLITS}
-    reasons = {name: n for name, n in sorted(counts.items()) if name.startswith("reject_")}
-    left_out = reasons.pop("reject_buffer", 0)  # asked for, so not a fault of the data
-    rejected = sum(reasons.values()) + unusable
-    total = sum(pairs.values()) + rejected
-    said = ", ".join(f"{name.removeprefix('reject_')} {n:,}" for name, n in reasons.items())
-    said += f", not usable by name {unusable:,}" if unusable else ""
-    if rejected > config.max_reject_fraction * total or not any(pairs.values()):
-        raise StageError(
-            f"pair: {rejected:,} of {total:,} pairs rejected, pair.max_reject_fraction allows "
-            f"{config.max_reject_fraction:.3g} ({said or 'there was nothing to pair'}); "
-            f"they are listed in {output}/rejects-*.parquet"
-        )
-    if rejected:
-        logger.warning("pair: %d of %d pairs rejected: %s", rejected, total, said)
-    return Outcome(
-        counts={"pairs": sum(pairs.values()), **pairs, "rejected": rejected, **reasons, "buffer": left_out}
-    )
-
-
-def tidy(output: str, exchange: str, files: set[str]) -> None:
-    """Remove the exchanged files, and what killed runs have left: parts of another layout, old exchanges."""
-    fs, path = filesystem(output)
-    mine = exchange.rpartition("/")[2]
-    fs.invalidate_cache()
-    for entry in fs.ls(path, detail=True):
-        name = entry["name"].rstrip("/").rpartition("/")[2]
-        begun = name.removeprefix(EXCHANGE).partition("-")[0]
-        if name == mine or (begun.isdigit() and time.time() - int(begun) > EXCHANGE_KEPT):
-            with suppress(FileNotFoundError):  # a driver beside this one may tidy up too
-                fs.rm(f"{path}/{name}", recursive=True)
-        elif name.startswith(("part-", "rejects-")) and name not in files:
-            with suppress(FileNotFoundError):
-                fs.rm_file(f"{path}/{name}")

@@ -38,7 +38,8 @@ from stages.images import colour, decode, encode, geometry, kinds
 from stages.images.derive import derive
 from stages.images.kinds import Array, Encoding, ImageRejected
 from stages.models.fast.heap import keep_freed_memory
-from stages.objects.fetch import Object, Reader, in_order
+from stages.objects.fetch import Object, Reader
+from stages.parallel.threads import prefetch_map
 from stages.progress import Progress
 from stages.shards import card, dataset
 from stages.shards.card import Statistics
@@ -435,7 +436,7 @@ def _make(
     with ExitStack() as stack:
         threads = stack.enter_context(ThreadPoolExecutor(io_threads, thread_name_prefix="shard"))
         writers: dict[Split, ShardWriter] = {}
-        for made in in_order(threads, Maker(config, specs, reader), rows, ahead=2 * io_threads):
+        for made in prefetch_map(threads, Maker(config, specs, reader), rows, ahead=2 * io_threads):
             if isinstance(made, Reject):
                 rejects.append(made)
                 continue

@@ -1,4 +1,4 @@
-"""Rows made of what is listed, the digest of it, and the wiring."""
+"""Rows from listed objects, their digest, and the wiring."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from pydantic import ValidationError
 from stages import ingest, pair, storage
 from stages.base import Resources
 from stages.errors import UserError
-from stages.ingest import IngestConfig, LocationConfig
+from stages.ingest import IngestConfig, LocationConfig, LocationUnit
 from stages.objects.listing import Page, Unit
 from stages.tracking.run import NullRun
 from tests.stores.faults import Fault, FaultProxy
 from tests.stores.files import FileServer
 from tests.stores.seaweed import SeaweedS3
+from tests.support.pairs import scatter_and_gather
 
 
 def config(*locations: dict[str, Any]) -> IngestConfig:
@@ -33,10 +34,10 @@ def location(**values: Any) -> LocationConfig:
 
 
 def page(*paths: str, **fault: str) -> Page:
-    made = Page()
+    page = Page()
     for path in paths:
-        made.add(path, f"/data/{path}", 5, "v1", fault.get("fault", ""))
-    return made
+        page.add(path, f"/data/{path}", 5, "v1", fault.get("fault", ""))
+    return page
 
 
 def make_files(folder: Path, *names: str) -> None:
@@ -162,14 +163,10 @@ def test_a_location_that_is_not_there_is_named(tmp_path: Path) -> None:
 # -- one unit -----------------------------------------------------------------
 
 
-def list_all(listed: IngestConfig, output: str) -> list[dict[str, Any]]:
+def list_all(listed: IngestConfig, output: str) -> ingest.Listing:
     """What the tasks do, in this process."""
-    found = []
-    for number, (index, unit) in enumerate(ingest.units(listed)):
-        item = {"unit": number, "location": index, "spec": json.dumps(ingest.asdict(unit))}
-        found.append(ingest.list_unit(item, config=listed, output=output, requests=4))
-    assert [row["error"] for row in found] == [""] * len(found)
-    return found
+    task = ingest.ListingTask(ingest.units(listed))
+    return ingest.list_units(task, config=listed, output=output, requests=4)
 
 
 def read(folder: Path, prefix: str) -> pa.Table:
@@ -181,10 +178,10 @@ def test_a_unit_writes_files_of_bounded_length(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(ingest, "ROWS_PER_BATCH", 4)
     monkeypatch.setattr("stages.objects.listing.PAGE", 4)
     make_files(tmp_path / "data", *(f"{number}.png" for number in range(30)))
-    item = {"unit": 7, "location": 0, "spec": json.dumps(ingest.asdict(Unit("tree")))}
+    unit = LocationUnit(7, 0, Unit("tree"))
     listed = config({"uri": f"{tmp_path}/data", "role": "target"})
-    row = ingest.list_unit(item, config=listed, output=str(tmp_path / "out"), requests=1)
-    assert json.loads(row["files"]) == {
+    listing = ingest.list_unit(unit, config=listed, output=str(tmp_path / "out"), requests=1)
+    assert listing.files == {
         f"objects-00007-{number:04d}.parquet": rows for number, rows in enumerate((12, 12, 6))
     }
     assert sorted(read(tmp_path / "out", "objects")["key"].to_pylist()) == sorted(map(str, range(30)))
@@ -193,13 +190,13 @@ def test_a_unit_writes_files_of_bounded_length(tmp_path: Path, monkeypatch: pyte
 def test_a_table_gives_objects_of_several_roles(tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text("key,source,target\nk,a.png,../b.png\nbroken\n")
     listed = config({"uri": f"{tmp_path}/pairs.csv", "role": "table"})
-    (row,) = list_all(listed, str(tmp_path / "out"))
-    assert json.loads(row["counts"]) == {
+    listing = list_all(listed, str(tmp_path / "out"))
+    assert listing.counts[0] == {
         "listed": 3, "ignored": 0, "objects": 1, "rejected": 2,
         "role_source": 1, "reject_outside": 1, "reject_bad_row": 1,
     }  # fmt: skip
-    (found,) = read(tmp_path / "out", "objects").to_pylist()
-    assert (found["key"], found["uri"], found["size"], found["etag"]) == ("k", f"{tmp_path}/a.png", -1, "")
+    (row,) = read(tmp_path / "out", "objects").to_pylist()
+    assert (row["key"], row["uri"], row["size"], row["etag"]) == ("k", f"{tmp_path}/a.png", -1, "")
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -210,11 +207,11 @@ def test_a_published_archive_loads_by_its_url(tmp_path: Path, ranges: bool) -> N
     with FileServer(tmp_path, ranges=ranges) as server:
         uri = f"tar://facades::{server.url}/facades.tar.gz"
         list_all(config({"uri": uri, "role": "pair", "pattern": "{split}/{key}.jpg"}), str(tmp_path / "out"))
-    found = {row["key"]: row for row in read(tmp_path / "out", "objects").to_pylist()}
-    assert set(found) == {"train/1", "train/2", "val/3"}
-    assert found["val/3"]["uri"] == f"tar://facades/val/3.jpg::{server.url}/facades.tar.gz"
-    assert found["val/3"]["split"] == "val"
-    assert "@" in found["val/3"]["etag"]
+    rows = {row["key"]: row for row in read(tmp_path / "out", "objects").to_pylist()}
+    assert set(rows) == {"train/1", "train/2", "val/3"}
+    assert rows["val/3"]["uri"] == f"tar://facades/val/3.jpg::{server.url}/facades.tar.gz"
+    assert rows["val/3"]["split"] == "val"
+    assert "@" in rows["val/3"]["etag"]
 
 
 def test_an_archive_that_is_damaged_is_named(tmp_path: Path) -> None:
@@ -244,26 +241,15 @@ def test_a_bucket_is_listed_and_paired_in_the_bucket_through_faults(
     work = f"s3://{s3_bucket}/work"
     with FaultProxy(s3_store.address, faults, seed=3) as proxy:
         storage.configure({"s3": s3_store.options(endpoint=proxy.url)})
-        files: dict[str, int] = {}
-        for row in list_all(listed, work):
-            files.update(json.loads(row["files"]))
-        shuffle = {"exchange": f"{work}/x", "parts": 1}
-        item = {"number": 0, "files": json.dumps(sorted(files))}
-        pair.scatter(item, objects=work, parts_per_task=1, seed=0, **shuffle)
-        joined = pair.gather(
-            {"task": 0, "scatters": "[0]"},
-            output=work,
-            roles=("source", "target"),
-            config=pair.PairConfig(),
-            cuts=(0, 0),
-            threads=4,
-            **shuffle,
+        files = sorted(list_all(listed, work).files)
+        joined = scatter_and_gather(
+            files, work, work, partitions=1, roles=("source", "target"), config=pair.PairConfig()
         )
         print(f"faults: {proxy.counts}")
         assert proxy.counts["status"]
         assert proxy.counts["status_after"]
         pairs = storage.read_parquet(f"{work}/part-00000.parquet")
-    assert json.loads(joined["counts"]) == {"train": 40}
+    assert joined.counts == {"train": 40}
     assert pairs["key"].to_pylist() == names
     assert pairs["source_size"].to_pylist() == [5] * 40
     etags = {client.info(f"{s3_bucket}/data/00_photo.png")["ETag"].strip('"')}
@@ -277,9 +263,9 @@ def test_a_place_that_cannot_be_written_is_an_error_not_a_loss(
     make_files(tmp_path, "a.png")
     storage.configure({"s3": s3_store.options(read_only=True)})
     listed = config({"uri": str(tmp_path), "role": "target"})
-    item = {"unit": 0, "location": 0, "spec": json.dumps(ingest.asdict(Unit("tree")))}
-    row = ingest.list_unit(item, config=listed, output=f"s3://{s3_bucket}/work", requests=1)
-    assert row["error"].startswith(f"s3://{s3_bucket}/work/objects-00000-0000.parquet: access denied")
+    complaint = rf"^s3://{s3_bucket}/work/objects-00000-0000\.parquet: access denied"
+    with pytest.raises(UserError, match=complaint):
+        list_all(listed, f"s3://{s3_bucket}/work")
 
 
 # -- wiring -------------------------------------------------------------------
@@ -331,7 +317,7 @@ def test_locations_are_listed_and_again_to_the_same_end(ray_local: None, tmp_pat
         ),
     ],
 )
-def test_a_location_that_gives_nothing_is_the_users_to_mend(
+def test_a_location_that_gives_nothing_is_the_users_error(
     ray_local: None, tmp_path: Path, files: list[str], pattern: str, complaint: str
 ) -> None:
     make_files(tmp_path / "data", "x", *files)

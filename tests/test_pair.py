@@ -90,7 +90,7 @@ def test_keys_that_differ_only_in_case_are_reported_as_such() -> None:
     pairs, rejects = join(table)
     assert not pairs
     assert rejects == {"case_differs": {"Img", "img"}, "no_target": {"c"}}
-    assert len(set(pair.buckets(pa.array(["Img", "img", "IMG"]), 97).tolist())) == 1
+    assert len(set(pair.partition_of(pa.array(["Img", "img", "IMG"]), 97).tolist())) == 1
 
 
 def test_keys_that_differ_in_case_pair_when_each_is_whole() -> None:
@@ -153,17 +153,17 @@ def test_every_object_is_in_one_pair_or_among_the_rejects(rows: list[tuple[str, 
     table = objects(*({"key": key, "role": role} for key, role in rows))
     config = PairConfig(source_half="left", optional=("instance", "label"))
     pairs, rejects = pair.join_roles(table, ("source", "target", "label", "instance"), config, (0, 0))
-    held = Counter[tuple[str, str]]()
+    placed = Counter[tuple[str, str]]()
     for row in pairs.to_pylist():
         for role in ("source", "target", "label", "instance"):
             if row[f"{role}_uri"] is not None:
-                held[(row["key"], role)] += 1
-    assert set(held.values()) <= {1}
-    held.update((row["key"], row["role"]) for row in rejects.to_pylist())
+                placed[(row["key"], role)] += 1
+    assert set(placed.values()) <= {1}
+    placed.update((row["key"], row["role"]) for row in rejects.to_pylist())
     expected = Counter[tuple[str, str]]()
     for key, role in rows:
         expected.update([(key, "source"), (key, "target")] if role == "pair" else [(key, role)])
-    assert held == expected
+    assert placed == expected
     assert not {row["key"] for row in pairs.to_pylist()} & {row["key"] for row in rejects.to_pylist()}
     assert all(rejects["reason"].to_pylist())
 
@@ -215,10 +215,6 @@ def test_the_seed_alone_moves_the_splits() -> None:
     assert (dealt(table.take(pa.array(order)), SplitConfig(seed=1)) == first[order]).all()
 
 
-def test_hashes_are_the_same_in_every_release() -> None:
-    assert pair.hashes(pa.array(["a", "é/😀"]), 3).tolist() == [16450672117849719392, 14399020511253034552]
-
-
 def test_a_region_is_held_out_and_what_is_near_it_left_out() -> None:
     config = SplitConfig(
         regions=[{"split": "test", "x": [40, 49]}, {"split": "val", "x": [90, 99]}], buffer=2
@@ -266,7 +262,7 @@ def test_splits_that_make_no_sense_are_refused(config: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "config", "complaint"),
+    ("objects", "config", "complaint"),
     [
         ({"pair": 3}, {}, "pair.source_half"),
         ({"source": 3}, {}, "role target"),
@@ -274,16 +270,16 @@ def test_splits_that_make_no_sense_are_refused(config: dict[str, Any]) -> None:
         ({"source": 3, "target": 3}, {"derive_source": "edges"}, "pair.derive_source"),
     ],
 )
-def test_roles_that_make_no_pairs_are_the_users_to_mend(
-    found: dict[str, int], config: dict[str, Any], complaint: str
+def test_roles_that_make_no_pairs_are_the_users_error(
+    objects: dict[str, int], config: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(UserError, match=complaint):
-        pair.check_roles(PairConfig(**config), found)
+        pair.check_roles(PairConfig(**config), objects)
 
 
 def test_roles_keep_their_order() -> None:
-    found = {"instance": 1, "target": 1, "source": 1}
-    assert pair.check_roles(PairConfig(), found) == ("source", "target", "instance")
+    counts = {"instance": 1, "target": 1, "source": 1}
+    assert pair.check_roles(PairConfig(), counts) == ("source", "target", "instance")
     assert pair.check_roles(PairConfig(derive_source="grey"), {"target": 1}) == BOTH
 
 
@@ -305,17 +301,17 @@ def test_what_a_buffer_leaves_out_is_no_fault() -> None:
 
 @settings(deadline=None)
 @given(st.integers(0, 10**9), st.integers(1, 5000), st.integers(1, 400))
-def test_every_part_belongs_to_one_task(count: int, per_shard: int, files: int) -> None:
+def test_every_partition_belongs_to_one_task(count: int, per_shard: int, files: int) -> None:
     listing = {
         "roles": {"source": count, "target": count},
         "files": {f"objects-{n}": 2 * count // files for n in range(files)},
     }
     layout = pair.Layout.of(PairConfig(pairs_per_shard=per_shard), listing)
-    assert layout.parts == max(1, -(-count // per_shard))
-    assert 1 <= layout.tasks <= layout.parts
-    assert (layout.parts - 1) // layout.parts_per_task == layout.tasks - 1
-    dealt_names = [name for item in layout.items for name in json.loads(item["files"])]
-    assert sorted(dealt_names) == sorted(listing["files"])
+    assert layout.partitions == max(1, -(-count // per_shard))
+    assert 1 <= layout.gathers <= layout.partitions
+    assert (layout.partitions - 1) // layout.partitions_per_task == layout.gathers - 1
+    names = [name for task in layout.scatters for name in task.files]
+    assert sorted(names) == sorted(listing["files"])
 
 
 # -- wiring -------------------------------------------------------------------
@@ -361,7 +357,7 @@ def test_whole_groups_meet_whatever_file_they_came_in(ray_local: None, tmp_path:
     for path in (tmp_path / "pairs").glob("part-*"):
         keys = pq.read_table(path)["key"]
         assert keys.to_pylist() == sorted(keys.to_pylist())
-        assert set(pair.buckets(keys, 9).tolist()) == {int(path.stem.removeprefix("part-"))}
+        assert set(pair.partition_of(keys, 9).tolist()) == {int(path.stem.removeprefix("part-"))}
     assert not [path for path in (tmp_path / "pairs").iterdir() if path.name.startswith("_exchange")]
 
     first = {path.name: path.read_bytes() for path in (tmp_path / "pairs").iterdir()}
@@ -388,24 +384,23 @@ def test_two_drivers_at_once_come_to_the_same_pairs(ray_local: None, tmp_path: P
 
 
 def test_another_drivers_exchange_is_left_alone(tmp_path: Path) -> None:
-    mine, other, old = (
+    own, other, old = (
         str(tmp_path / f"{pair.EXCHANGE}{name}") for name in (f"{NOW}-a", f"{NOW}-b", "1000-c")
     )
-    for folder in (mine, other, old):
+    for folder in (own, other, old):
         Path(folder).mkdir()
-    pair.tidy(str(tmp_path), mine, set())
+    pair.tidy(str(tmp_path), own, set())
     assert [str(path) for path in tmp_path.iterdir()] == [other]
 
 
 def test_an_exchange_that_was_removed_is_an_error_and_no_loss(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="removed while it was in use"):
         pair.gather(
-            {"task": 0, "scatters": "[0, 1]"},
-            exchange=str(tmp_path / "gone"),
+            pair.GatherTask(0, [0, 1]),
+            shuffle=pair.Shuffle(str(tmp_path), str(tmp_path / "gone"), 1, 1, seed=0),
             output=str(tmp_path),
             roles=BOTH,
             config=PairConfig(),
             cuts=(0, 0),
-            parts=1,
             threads=2,
         )

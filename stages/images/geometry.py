@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
@@ -10,7 +12,7 @@ from stages.base import Kind
 from stages.images.kinds import IDS, Array, Half, ImageRejected, settled
 
 
-def crop_half(array: Array, half: Half) -> Array:
+def crop_half(array: Array, half: Half | Literal[""]) -> Array:
     """One half of a side-by-side image; all of it for "". An odd line in the middle belongs to neither."""
     height, width = array.shape[:2]
     if (half in ("left", "right") and width < 2) or (half in ("top", "bottom") and height < 2):

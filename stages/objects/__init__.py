@@ -1,1 +1,1 @@
-"""What lies in a bucket: list it, match it, read it whole and verified."""
+"""The objects of a bucket: listed, matched, read and verified."""

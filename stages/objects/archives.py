@@ -3,10 +3,10 @@
 in:  tar://::https://host/facades.tar.gz, zip://train::s3://bucket/x.zip, or just a location that ends so
 out: members {path below the location, uri, size, etag}, in the archive's order
 
-A member's URI is fsspec's chain (`tar://train/1.jpg::https://host/facades.tar.gz`). Its etag says where its
-bytes lie in which version of the archive, so that a reader need not look through the archive again.
-Members are data from strangers: links, devices and encrypted members are no images, and a name that leads
-out of the archive is only ever a name, since nothing is written where a member says.
+A member's URI is fsspec's chain (`tar://train/1.jpg::https://host/facades.tar.gz`). Its etag holds the place
+of its bytes and the archive's version, so that a reader need not search the archive again. Members are data
+from strangers: links, devices and encrypted members are no images, and a name that leads out of the archive
+does no harm, since nothing is ever written to a member's path.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ZIP_SUFFIXES = (".zip",)
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A file in an archive. `fault` says why it cannot be an object: "link", "encrypted", or ""."""
+    """A file in an archive. `fault` says why it cannot be an image: "link", "encrypted", or ""."""
 
     path: str
     uri: str
@@ -67,17 +67,17 @@ def _file_name(uri: str) -> str:
 
 
 def info(uri: str) -> dict[str, Any]:
-    """What the store says of the archive itself.
+    """fsspec's info of the archive itself.
 
     Raises:
-        FileNotFoundError, PermissionError, OSError: it is not there or not to be had.
+        FileNotFoundError, PermissionError, OSError: there is none, or it cannot be read.
     """
     fs, path = filesystem(parts(uri)[2])
     fs.invalidate_cache()
-    found: dict[str, Any] = fs.info(path)
-    if found["type"] == "directory":
+    entry: dict[str, Any] = fs.info(path)
+    if entry["type"] == "directory":
         raise FileNotFoundError(uri)
-    return found
+    return entry
 
 
 def members(uri: str, version: str) -> Iterator[Member]:
@@ -95,8 +95,8 @@ def members(uri: str, version: str) -> Iterator[Member]:
     fs, path = filesystem(outer)
     try:
         with fs.open(path, "rb") as file:
-            found = _tar_members(file, _file_name(outer)) if protocol == "tar" else _zip_members(file)
-            for name, size, place, fault in found:
+            entries = _tar_members(file, _file_name(outer)) if protocol == "tar" else _zip_members(file)
+            for name, size, place, fault in entries:
                 clean = name.removeprefix("./")
                 if clean.startswith(below):
                     address = f"{protocol}://{name}::{outer}"
@@ -114,7 +114,7 @@ def _tar_members(file: IO[bytes], name: str) -> Iterator[tuple[str, int, str, st
             if not member.isdir():
                 fault = "" if member.isreg() and not member.issparse() else "link"
                 yield member.name, member.size, f"{member.offset_data}+{member.size}", fault
-    # tarfile takes the end of what it can read for the end of the archive, which would lose the rest quietly.
+    # tarfile stops without an error where an archive is cut off.
     while stream.read(1 << 20):
         pass
     if stream.tail.strip(b"\0"):
@@ -132,7 +132,7 @@ def _unpacked(file: IO[bytes], name: str) -> IO[bytes]:
 
 
 class _Stream:
-    """Reads on, and remembers the last block: a whole tar ends with one of zeros."""
+    """A file that remembers the last block it read: a whole tar ends with a block of zeros."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.tail = file, b"\1"

@@ -1,11 +1,11 @@
-"""Read objects whole: again when the store fails, never another object than the one that was listed.
+"""Read whole objects, in the version that was listed, with retries while the store fails.
 
 in:  an object {uri, size, etag} as ingest listed it
-out: its bytes; ImageRejected `missing` or `changed` if that version is no longer there
+out: its bytes; ImageRejected `missing` or `changed` if the store no longer has that version
 
-A store that stays away, or refuses, ends the stage with one clear error: nothing is quarantined for a fault
-of the network. Where the store keeps an MD5 (S3's etag of objects put in one piece), the bytes are compared
-with it, since not every client notices a flipped bit.
+A store that stays away or refuses access ends the stage with one error: no image is rejected because the
+network failed. If the store keeps an MD5 (S3's etag of an object written by one request), the bytes are
+compared with it, since not every client notices a flipped bit.
 """
 
 from __future__ import annotations
@@ -18,15 +18,13 @@ import struct
 import tarfile
 import threading
 import zlib
-from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator
-from concurrent.futures import Executor, Future
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
-import fsspec.asyn
+from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
@@ -37,12 +35,8 @@ from stages.storage import filesystem, patiently, s3, speaks
 from stages.storage.retry import ATTEMPTS, FIRST_WAIT
 
 logger = logging.getLogger(__name__)
-Value = TypeVar("Value")
-Item = TypeVar("Item")
 
-TIMEOUT = 300.0  # seconds for one object; the clients' own timeouts come first where they are set
-
-AGREEING_READS = 3  # one more could be damaged in the same place by the same fault
+AGREEING_READS = 3  # after the first: a fault may damage two reads in the same place, but hardly four
 _MD5 = re.compile(r"[0-9a-f]{32}")
 _TAR_PLACE = re.compile(r"(\d+)\+(\d+)@(.*)", re.DOTALL)
 _ZIP_PLACE = re.compile(r"(\d+)\+(\d+)\.(\d+)\.([0-9a-fA-F]{8})@(.*)", re.DOTALL)
@@ -51,7 +45,7 @@ _COMPRESSED = (".gz", ".tgz", ".bz2", ".xz")
 
 @dataclass(frozen=True, slots=True)
 class Object:
-    """An object as it was listed. Size -1 and etag "" are unknown."""
+    """An object as it was listed. A size of -1 and an etag of "" are unknown."""
 
     uri: str
     size: int = -1
@@ -59,11 +53,11 @@ class Object:
 
 
 class _DamagedError(OSError):
-    """Bytes that differ from what the store says they are: worth another read."""
+    """The bytes are not those the store keeps: another read may be right."""
 
 
 class Reader:
-    """Reads objects for one task, from many threads at once."""
+    """Reads the objects of one task. Threads may share it."""
 
     def __init__(self, *, attempts: int = ATTEMPTS, first_wait: float = FIRST_WAIT) -> None:
         self.attempts, self.first_wait = attempts, first_wait
@@ -77,7 +71,7 @@ class Reader:
 
         Raises:
             ImageRejected: `missing` or `changed` since it was listed.
-            UserError: the store refuses access. StageError: it stayed away through every attempt.
+            UserError: the store refuses access. StageError: it failed at every attempt.
         """
         if wanted.uri in self._members:
             return self._members[wanted.uri]
@@ -87,19 +81,19 @@ class Reader:
             raise ImageRejected("missing", wanted.uri) from error
 
     def stream_archives(self, wanted: Iterable[Object]) -> None:
-        """Take members of compressed tars out of them in one pass each; `read` then has them in memory.
+        """Unpack each compressed tar once and keep the wanted members in memory, for `read` to return.
 
-        A gzip stream has no way in but from its start: reading member by member would unpack the archive
-        once an image.
+        A gzip stream can only be read from its start: reading member by member would unpack the whole archive
+        for every image.
         """
-        inside: dict[str, dict[str, Object]] = {}
-        for one in wanted:
-            if one.uri.startswith("tar://"):
-                _, _, outer = archives.parts(one.uri)
+        members_of: dict[str, dict[str, Object]] = {}
+        for member in wanted:
+            if member.uri.startswith("tar://"):
+                _, _, outer = archives.parts(member.uri)
                 if outer.split("?")[0].lower().endswith(_COMPRESSED):
-                    inside.setdefault(outer, {})[one.uri] = one
-        for outer, members in inside.items():
-            with suppress(FileNotFoundError):  # `read` says so of each member
+                    members_of.setdefault(outer, {})[member.uri] = member
+        for outer, members in members_of.items():
+            with suppress(FileNotFoundError):  # `read` reports each member as missing
                 self._members |= patiently(
                     lambda o=outer, m=members: self._pass_through(o, m),  # type: ignore[misc]
                     outer,
@@ -116,13 +110,12 @@ class Reader:
         if isinstance(fs, LocalFileSystem):
             return _read_local(path, wanted)
         if speaks(fs, "s3"):
-            quick = s3.get(fs, path) if self._has_md5(wanted) and wanted.size <= s3.MOST_BYTES else None
-            data, etag = quick or _run(fs, _get_s3(fs, path))
+            data, etag = s3.get(fs, path, size=wanted.size, verify=not self._has_md5(wanted))
             _same_version(wanted, len(data), etag)
-            self._check_md5(wanted, data, lambda: _run(fs, _get_s3(fs, path))[0])
+            self._check_md5(wanted, data, lambda: s3.get(fs, path)[0])
             return data
         if speaks(fs, "http"):
-            data, etag = _run(fs, _get_http(fs, path))
+            data, etag = cast(tuple[bytes, str], sync(fs.loop, _get_http, fs, path, timeout=s3.TIMEOUT))
             _same_version(wanted, len(data), etag if wanted.etag else "")
             return data
         data = cast(bytes, fs.cat_file(path))
@@ -135,10 +128,10 @@ class Reader:
         return self._etag_is_md5 and _MD5.fullmatch(wanted.etag) is not None
 
     def _check_md5(self, wanted: Object, data: bytes, read: Callable[[], bytes]) -> None:
-        """Compare with the etag where that is an MD5.
+        """Compare the bytes with the etag if that is an MD5. Raises _DamagedError.
 
-        It has the form of one but is none in buckets encrypted with customers' keys. Reads that all agree
-        tell that case from damage; then the comparison is left off for the rest of the task.
+        With SSE-C or SSE-KMS the etag looks like an MD5 but is not one. Several more reads that all give the
+        same bytes show that case; then the rest of the task compares no object with its etag.
         """
         if not self._has_md5(wanted):
             return
@@ -146,14 +139,14 @@ class Reader:
             return
         if any(read() != data for _ in range(AGREEING_READS)):
             raise _DamagedError(f"{wanted.uri}: bytes differ from the store's MD5")
-        logger.info("%s: its etag is no MD5, reads are not compared with etags", wanted.uri)
+        logger.info("%s: its etag is not an MD5, so objects are not compared with their etags", wanted.uri)
         self._etag_is_md5 = False
 
     def _read_member(self, wanted: Object) -> bytes:
         protocol, _, outer = archives.parts(wanted.uri)
         place = (_TAR_PLACE if protocol == "tar" else _ZIP_PLACE).fullmatch(wanted.etag)
         if place is None or outer.split("?")[0].lower().endswith(_COMPRESSED):
-            fs, path = filesystem(wanted.uri)  # no place known: fsspec looks through the archive
+            fs, path = filesystem(wanted.uri)  # the place is unknown: fsspec searches the archive
             return cast(bytes, fs.cat_file(path))
         if self._version(outer) != place[place.lastindex or 0]:
             raise ImageRejected("changed", f"{outer} is another version than the one listed")
@@ -174,8 +167,8 @@ class Reader:
             return self._versions[outer]
 
     def _pass_through(self, outer: str, wanted: dict[str, Object]) -> dict[str, bytes]:
-        found: dict[str, bytes] = {}
-        left = set(wanted)
+        contents: dict[str, bytes] = {}
+        missing = set(wanted)
         fs, path = filesystem(outer)
         with (
             fs.open(path, "rb") as file,
@@ -185,34 +178,14 @@ class Reader:
                 archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it read
                 uri = f"tar://{member.name}::{outer}"
                 # Of members with one name, the place in the etag says which was listed.
-                if uri in left and wanted[uri].etag.startswith(f"{member.offset_data}+{member.size}@"):
+                if uri in missing and wanted[uri].etag.startswith(f"{member.offset_data}+{member.size}@"):
                     content = archive.extractfile(member)
                     if content is not None:
-                        found[uri] = content.read()
-                        left.discard(uri)
-                if not left:
+                        contents[uri] = content.read()
+                        missing.discard(uri)
+                if not missing:
                     break
-        return found
-
-
-# -- many --------------------------------------------------------------------
-
-
-def in_order(
-    threads: Executor, call: Callable[[Item], Value], items: Iterable[Item], *, ahead: int
-) -> Iterator[Value]:
-    """`call` of each item, by threads, in the items' order, with at most `ahead` results waiting."""
-    waiting: deque[Future[Value]] = deque()
-    try:
-        for item in items:
-            waiting.append(threads.submit(call, item))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
+        return contents
 
 
 # -- one kind of store each ---------------------------------------------------
@@ -229,19 +202,6 @@ def _read_local(path: str, wanted: Object) -> bytes:
     return data
 
 
-async def _get_s3(fs: Any, path: str) -> tuple[bytes, str]:
-    """Body and etag of one GET, so that the tag speaks of these very bytes."""
-    bucket, key, _ = fs.split_path(path)
-    answer = await fs._call_s3("get_object", Bucket=bucket, Key=key)
-    try:
-        data: bytes = await answer["Body"].read()
-    finally:
-        answer["Body"].close()
-    if len(data) != int(answer["ContentLength"]):
-        raise _DamagedError(f"s3://{path}: {len(data)} bytes of {answer['ContentLength']}")
-    return data, etag_of(answer)
-
-
 async def _get_http(fs: Any, url: str) -> tuple[bytes, str]:
     session = await fs.set_session()
     async with session.get(fs.encode_url(url), headers={"Accept-Encoding": "identity"}) as answer:
@@ -252,13 +212,6 @@ async def _get_http(fs: Any, url: str) -> tuple[bytes, str]:
         answer.raise_for_status()
         data: bytes = await answer.read()
         return data, etag_of(answer.headers)
-
-
-def _run(fs: AbstractFileSystem, call: Coroutine[Any, Any, Value]) -> Value:
-    async def forward() -> Value:
-        return await call
-
-    return cast(Value, fsspec.asyn.sync(fs.loop, forward, timeout=TIMEOUT))
 
 
 def _same_version(wanted: Object, size: int, etag: str) -> None:

@@ -1,11 +1,11 @@
-"""List what lies at a location, page by page, in pieces that can be listed at the same time.
+"""List the objects of a location, page by page, in units that can be listed in parallel.
 
 in:  a location (any fsspec URI)
-out: `split_location`: units of work, few and small; `pages`: a unit's objects, some thousand at a time
+out: `split_location`: a few small units; `pages`: the objects of a unit, some thousand at a time
 
-No caller ever holds more than a page. How a location is cut depends on what can be asked of it:
+No caller needs more than a page in memory. How a location is cut depends on what its store can list:
 
-    s3://           ranges of keys; S3 lists in key order from any key, so any cut gives each object once
+    s3://           ranges of keys; S3 lists in key order from any key, so any cuts list each object once
     local, others   folders, opened level by level until there are enough of them
     http(s)://      the index pages a file server writes, followed below the location only
     archives        one unit each, read from start to end (see `stages.objects.archives`)
@@ -28,7 +28,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from stages.objects import archives
-from stages.storage import filesystem, passing, retried, speaks
+from stages.storage import filesystem, passing, retried, s3, speaks
 
 PAGE = 1000  # objects an S3 listing returns at once; the other stores are read in pages of the same size
 
@@ -37,9 +37,12 @@ PAGE = 1000  # objects an S3 listing returns at once; the other stores are read 
 class Unit:
     """A part of a location that one task lists.
 
-    `tree` lists the folders `paths` (below the location) with all that is in them, `folder` without their own
-    folders, `range` the keys after `after` up to and including `until` ("" is open), `index` a server's
-    pages, `archive` its members. A `table` is not listed: it is read by row group (`objects.tables`).
+    tree      the folders `paths` (below the location) and all folders in them
+    folder    the folders `paths` without the folders in them
+    range     S3 keys after `after` up to and including `until` ("" is open)
+    index     a server's pages
+    archive   an archive's members
+    table     a row group of a table, which is read and not listed (`objects.tables`)
     """
 
     kind: Literal["tree", "folder", "range", "index", "archive", "table"]
@@ -51,9 +54,9 @@ class Unit:
 
 @dataclass(slots=True)
 class Page:
-    """Objects found: path below the location, URI, size in bytes (-1: unknown), etag ("": unknown).
+    """Listed objects: path below the location, URI, size in bytes (-1: unknown), etag ("": unknown).
 
-    `faults` says why one cannot be an image's object ("link", "encrypted"); "" for the others.
+    `faults` says why an object cannot be an image ("link", "encrypted"); "" if it can.
     """
 
     paths: list[str] = field(default_factory=list)
@@ -88,14 +91,14 @@ class Page:
 
 
 def etag_of(info: Mapping[str, Any]) -> str:
-    """What tells one version of an object from another, out of fsspec's `info`; "" if the store has nothing.
+    """The version of an object, from fsspec's `info`; "" if the store has none.
 
-    The store's own tag or checksum; for files the modification time in nanoseconds.
+    The store's tag or checksum; for files the modification time in nanoseconds.
     """
     for name in ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "crc32c", "generation"):
         if info.get(name):
             return str(info[name]).strip('"')
-    if "ino" in info:  # a local file: fsspec rounds its time to what a float holds, so the stat is asked
+    if "ino" in info:  # a local file: fsspec rounds its time to a float
         return local_etag(os.stat(info["name"]))  # noqa: PTH116
     changed = info.get("Last-Modified") or info.get("mtime") or info.get("LastModified")
     return "" if changed is None else str(changed)
@@ -107,7 +110,7 @@ def local_etag(stat: os.stat_result) -> str:
 
 
 def describe(error: BaseException) -> str | None:
-    """One line about an error that is the user's to mend at a location; None if it is of another sort."""
+    """One line about a location's error that the user can fix; None for any other error."""
     text = " ".join(str(error).split())[:300] or type(error).__name__
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return "there is no such bucket, folder or file"
@@ -126,10 +129,10 @@ def describe(error: BaseException) -> str | None:
 
 
 def split_location(uri: str, *, want: int) -> list[Unit]:
-    """Cut a location into about `want` units that together hold each of its objects once.
+    """Cut a location into about `want` units; each object is in one of them.
 
     Raises:
-        FileNotFoundError, PermissionError, OSError: the location is not there or not to be had.
+        FileNotFoundError, PermissionError, OSError: there is no such location, or it cannot be read.
     """
     if archives.is_archive(uri):
         retried(lambda: archives.info(uri))
@@ -145,7 +148,7 @@ def split_location(uri: str, *, want: int) -> list[Unit]:
 
 
 def _folders(fs: AbstractFileSystem, base: str, want: int) -> list[Unit]:
-    """Folders opened level by level until there are `want`, dealt to about as many units."""
+    """Open folders level by level until there are `want`, and spread them over about as many units."""
     opened: list[str] = []
     closed = deque([""])
     while closed and len(opened) + len(closed) < want:
@@ -165,18 +168,18 @@ def _subfolders(fs: AbstractFileSystem, base: str, path: str) -> Iterator[str]:
 
 
 def _key_ranges(fs: Any, base: str, want: int) -> list[Unit]:
-    """Ranges of S3 keys, cut where the first character changes after a prefix that many keys share.
+    """Ranges of S3 keys, cut where the character after a shared prefix changes.
 
-    A flat prefix is cut as well as folders are. The cuts need not be even, nor exact: ranges between any
-    cuts hold each key once, whatever is written meanwhile. They are keys that were found and not prefixes,
-    because SeaweedFS takes "start after `a`" to mean after all of folder `a/`.
+    This cuts a flat prefix as well as folders. The cuts need not be even: ranges between any cuts list each
+    key once, whatever is written meanwhile. A cut is a key and not a prefix, because SeaweedFS takes "start
+    after `a`" to mean after all of folder `a/`.
     """
     bucket, prefix = _s3_base(base)
     first = _s3_page(fs, bucket, prefix)
     if not first.get("KeyCount"):
         raise FileNotFoundError(f"s3://{base}")
     keys = [info["Key"].encode() for info in first["Contents"]]
-    ordered = keys == sorted(keys)  # S3's directory buckets list as they please, so they are not cut
+    ordered = keys == sorted(keys)  # S3's directory buckets list in no order, so they are not cut
     cuts: set[str] = set()
     level = deque([prefix] if first.get("IsTruncated") and ordered else [])
     for _ in range(want):  # opens at most as many prefixes, so the requests are bounded too
@@ -191,7 +194,7 @@ def _key_ranges(fs: Any, base: str, want: int) -> list[Unit]:
 
 
 def _next_characters(fs: Any, bucket: str, prefix: str, limit: int) -> Iterator[tuple[str, str]]:
-    """Prefixes one character longer under which there are keys, each with the first key, at most `limit`."""
+    """Prefixes of keys, one character longer, each with its first key; at most `limit`."""
     after = ""
     for _ in range(limit):
         page = _s3_page(fs, bucket, prefix, size=1, after=after)
@@ -200,19 +203,19 @@ def _next_characters(fs: Any, bucket: str, prefix: str, limit: int) -> Iterator[
         key: str = page["Contents"][0]["Key"]
         longer = key[: len(prefix) + 1]
         if after and key.encode() <= after.encode():
-            return  # a store that does not list in the order of keys: whatever was found so far will do
+            return  # a store that does not list in the order of keys: the cuts so far are enough
         yield longer, key
         after = longer + "\U0010fffd"
 
 
-# -- what is in a unit --------------------------------------------------------
+# -- the objects of a unit --------------------------------------------------------
 
 
 def pages(uri: str, unit: Unit, *, requests: int = 16) -> Iterator[Page]:
-    """The objects of a unit, in pages of at most some thousand; at most `requests` in flight at once.
+    """The objects of a unit, in pages of at most some thousand, with at most `requests` requests in flight.
 
     Raises:
-        FileNotFoundError, PermissionError, OSError: the location is gone, or not to be had.
+        FileNotFoundError, PermissionError, OSError: there is no such location, or it cannot be read.
     """
     if unit.kind == "archive":
         yield from _archive_pages(uri)
@@ -235,7 +238,7 @@ class _Entry:
 
 
 def _entries(fs: AbstractFileSystem, base: str, path: str) -> Iterator[_Entry]:
-    """What lies directly in a folder."""
+    """The files and folders directly in a folder."""
     if isinstance(fs, LocalFileSystem):
         yield from _local_entries(base, path)
         return
@@ -249,7 +252,7 @@ def _entries(fs: AbstractFileSystem, base: str, path: str) -> Iterator[_Entry]:
 
 
 def _local_entries(base: str, path: str) -> Iterator[_Entry]:
-    """As `_entries`, one directory entry at a time. Links are followed, but never to a folder above them."""
+    """As `_entries`, one directory entry at a time. A link to a folder above it is left out."""
     with os.scandir(Path(base) / path) as scan:
         for entry in scan:
             below = f"{path}/{entry.name}" if path else entry.name
@@ -260,7 +263,7 @@ def _local_entries(base: str, path: str) -> Iterator[_Entry]:
                 else:
                     stat = entry.stat()
                     yield _Entry(below, False, stat.st_size, local_etag(stat))
-            except OSError:  # a link to nowhere: listed all the same, its reader will say that it is missing
+            except OSError:  # a link to nowhere: its reader reports that it is missing
                 yield _Entry(below, False, -1, "")
 
 
@@ -295,12 +298,7 @@ def _s3_base(base: str) -> tuple[str, str]:
 def _s3_page(
     fs: Any, bucket: str, prefix: str, *, size: int | None = None, after: str = "", token: str = ""
 ) -> dict[str, Any]:
-    """One page of a listing, in key order. s3fs's own `find` would keep all pages in memory."""
-    start = {"ContinuationToken": token} if token else {"StartAfter": after} if after else {}
-    page: dict[str, Any] = retried(
-        lambda: fs.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=size or PAGE, **start)
-    )
-    return page
+    return retried(lambda: s3.list_page(fs, bucket, prefix, size=size or PAGE, after=after, token=token))
 
 
 def _range_pages(fs: Any, base: str, unit: Unit) -> Iterator[Page]:
@@ -326,7 +324,7 @@ def _range_pages(fs: Any, base: str, unit: Unit) -> Iterator[Page]:
 
 
 def _index_pages(fs: Any, base: str, requests: int) -> Iterator[Page]:
-    """Follow a file server's index pages. Links that lead out of the location or to queries are not taken."""
+    """The files that a server's index pages link to. Links out of the location and to queries are ignored."""
     base = base.rstrip("/") + "/"
     seen = {base}
     folders = deque([base])

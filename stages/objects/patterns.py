@@ -1,4 +1,4 @@
-"""Key patterns: which objects of a location count, and what pairs them.
+"""Key patterns: which objects of a location are images of the data set, and their keys.
 
 in:  paths below a location                     "aachen/aachen_000001_leftImg8bit.png"
 out: per path, null where it does not match     {key, split, group, x, y}
@@ -29,7 +29,7 @@ MAX_KEY_BYTES = 512
 
 _NUMBER = r"-?[0-9]{1,15}(?:\.[0-9]{1,9})?"
 _CAPTURES = {"key": r"(?s:.+)", "split": r"[^/]+", "group": r"[^/]+", "x": _NUMBER, "y": _NUMBER}
-_HIDDEN = r"(?:\A|/)\.[^./]"  # .DS_Store, and the ._twins that macOS puts beside files in archives
+_HIDDEN = r"(?:\A|/)\.[^./]"  # .DS_Store, and the ._ files that macOS adds to archives
 _TOKEN = re.compile(r"\{([^{}]*)\}|(\*\*)|(\*)|([^{}*]+)|(.)", re.DOTALL)
 
 
@@ -39,7 +39,7 @@ class Pattern:
 
     regex: str
     names: tuple[str, ...]
-    images_only: bool  # the suffix is left open, so the path itself has to say that it is an image
+    images_only: bool  # the pattern has no suffix, so the path must have an image's
 
 
 def compile_pattern(text: str) -> Pattern:
@@ -87,11 +87,11 @@ def match(pattern: Pattern, paths: pa.Array) -> pa.Table:
         decomposed. Hidden files never match; a pattern that leaves the suffix open matches images only.
     """
     paths = compose(paths)
-    found = pc.extract_regex(paths, pattern.regex)
-    counts = pc.and_(found.is_valid(), pc.invert(pc.match_substring_regex(paths, _HIDDEN)))
+    groups = pc.extract_regex(paths, pattern.regex)
+    counts = pc.and_(groups.is_valid(), pc.invert(pc.match_substring_regex(paths, _HIDDEN)))
     if pattern.images_only:
         counts = pc.and_(counts, pc.match_substring_regex(paths, _IMAGE))
-    captured = {name: pc.if_else(counts, found.field(name), None) for name in pattern.names}
+    captured = {name: pc.if_else(counts, groups.field(name), None) for name in pattern.names}
     columns = list(captured.values())
     key = columns[0] if len(columns) == 1 else pc.binary_join_element_wise(*columns, "/")
     none = pa.nulls(len(paths), pa.string())
@@ -122,7 +122,7 @@ def compose(text: pa.Array | pa.ChunkedArray) -> pa.Array:
 
 
 def bad_keys(keys: pa.Array) -> pa.Array:
-    """Which keys must not name anything: a boolean per key.
+    """Whether each key is unsafe as a name.
 
     A key becomes part of paths and of reports, so it may hold no empty, `.` or `..` segment, no control
     character, no "::" (fsspec would read a chain of file systems into it), and at most 512 bytes.
@@ -136,7 +136,7 @@ SPLITS = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-"""What a path or a table may call a split."""
+"""Names of splits in paths and tables."""
 
 
 def canonical_splits(splits: pa.Array) -> pa.Array:

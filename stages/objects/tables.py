@@ -1,10 +1,10 @@
-"""Pairs written down in a table: CSV, TSV, JSON lines or Parquet.
+"""Pairs from a table: CSV, TSV, JSON lines or Parquet.
 
 in:  rows {source, target[, label, instance, features][, key, split, group]}   URIs of images, by column name
-out: objects {key, role, split, group, uri, ...} and rejects, as ingest has them
+out: objects {key, role, split, group, uri, ...} and rejects, as ingest writes them
 
-A URI without a scheme is relative to the table's folder. A table may come from strangers, so it can only name
-what lies in its own folder or below one of the location's `within`; other rows are rejects (`outside`).
+A URI without a scheme is relative to the table's folder. A table may come from strangers, so it may only name
+files in its own folder or below one of the location's `within`; other rows are rejects (`outside`).
 """
 
 from __future__ import annotations
@@ -28,14 +28,17 @@ ROLES: tuple[Role, ...] = get_args(Role)
 COLUMNS = (*ROLES, "key", "split", "group")
 FORMATS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 
+REJECTS = pa.schema({"key": pa.string(), "role": pa.string(), "uri": pa.string(), "reason": pa.string()})
+"""Objects that cannot be in a pair, and why, as ingest and pair write them."""
+
 _TEXT = pa.schema({name: pa.string() for name in COLUMNS})
 
 
 def format_of(uri: str) -> str:
-    """How a table is written, by its suffix; csv, tsv and json may be compressed (`.csv.gz`).
+    """The format of a table, by its suffix; csv, tsv and json may be compressed (`.csv.gz`).
 
     Raises:
-        ValueError: no suffix that is known.
+        ValueError: an unknown suffix.
     """
     name = uri.partition("?")[0].lower().removesuffix(".gz")
     for suffix, kind in FORMATS.items():
@@ -45,10 +48,10 @@ def format_of(uri: str) -> str:
 
 
 def count_row_groups(uri: str) -> int:
-    """How many parts of a table can be read at once: a Parquet file's row groups, else one.
+    """How many parts of a table can be read in parallel: a Parquet file's row groups, else one.
 
     Raises:
-        FileNotFoundError, PermissionError, OSError, ValueError: not there, not to be had, or damaged.
+        FileNotFoundError, PermissionError, OSError, ValueError: missing, not readable, or damaged.
     """
     fs, path = filesystem(uri)
     if format_of(uri) != "parquet":
@@ -67,7 +70,7 @@ def read(uri: str, row_groups: Sequence[int] = (0,)) -> Iterator[tuple[pa.Table,
         row_groups: the part of a Parquet file.
 
     Raises:
-        OSError, ValueError: not to be had; not a table of this kind; no column `source` or `target`.
+        OSError, ValueError: not readable; not a table of this kind; no column `source` or `target`.
     """
     fs, path = filesystem(uri)
     kind = format_of(uri)
@@ -138,8 +141,8 @@ def objects(table: pa.Table, uri: str, within: Sequence[str]) -> pa.Table:
         within: locations it may name images in, besides its folder.
 
     Returns:
-        Rows with `reason` "" or "outside" or "bad_key". A cell that is empty gives no row, so that the pair
-        stage finds its role missing.
+        Rows with `reason` "" or "outside" or "bad_key". An empty cell gives no row; the pair stage then
+        reports its role as missing.
     """
     roots = [folder_of(uri) + "/", *(root.rstrip("/") + "/" for root in within)]
     addresses = {role: _address(table[role], roots) for role in ROLES}

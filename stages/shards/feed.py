@@ -37,7 +37,7 @@ from stages.images import geometry, kinds
 from stages.images.augment import NONE, AugmentConfig, apply, draw
 from stages.images.kinds import ImageRejected
 from stages.models.step import Batch
-from stages.objects.fetch import in_order
+from stages.parallel.threads import prefetch_map
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec, RoleSpec
 from stages.shards.order import WINDOW, Plan, num_steps, plan_epoch
@@ -249,7 +249,7 @@ class Feed:
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         steps = self._steps(self._plans(epoch, start_step))
         with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as threads:
-            for batch in in_order(threads, self._make, steps, ahead=self.threads + 1):
+            for batch in prefetch_map(threads, self._make, steps, ahead=self.threads + 1):
                 yield (batch, None) if stream is None else _send(batch, self.device, stream)
 
     def _plans(self, epoch: int, start_step: int) -> Iterator[tuple[int, int, Plan]]:

@@ -1,4 +1,4 @@
-"""Files and folders at any fsspec URI: read, written whole or not at all, tried again while a store fails."""
+"""Files and folders at any fsspec URI: read and written whole, with retries while a store fails."""
 
 from stages.storage.files import (
     absolute,

@@ -1,16 +1,14 @@
-"""Files and folders at any fsspec URI, written so that no reader ever sees half a file.
+"""Files and folders at any fsspec URI. A reader sees a file whole or not at all.
 
 A location is a local path or a URI that fsspec knows (`s3://bucket/prefix`, `tar://::https://host/a.tar`).
 Credentials come from the environment (for S3, the AWS chain); endpoints and client settings come from the
-`storage:` section of the config through `configure`, which also reaches Ray workers (`worker_environment`).
-
-A store that fails is asked again for about 40 s, longer than a restart takes; one that refuses is not.
+`storage:` section of the config through `configure`, and reach Ray workers by `worker_environment`. Every
+call is repeated while the store fails (`stages.storage.retry`).
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -26,14 +24,13 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from stages.errors import StageError, UserError, one_line
+from stages.errors import UserError, one_line
 from stages.storage import s3
-from stages.storage.retry import passing, patiently
+from stages.storage.retry import ATTEMPTS, patiently
 
-logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
 
-UPLOAD_BYTES = 16 << 20  # of a growing file that are sent at once; S3 takes 10,000 such parts: 156 GiB
+UPLOAD_BYTES = 16 << 20  # in each part that `create` sends; S3 takes 10,000 parts: 156 GiB
 
 
 def configure(options: Mapping[str, Mapping[str, Any]]) -> None:
@@ -54,12 +51,12 @@ def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
 
 
 def speaks(fs: AbstractFileSystem, protocol: str) -> bool:
-    """Whether a file system is one for this protocol, e.g. "s3"."""
+    """Whether a file system serves this protocol, e.g. "s3"."""
     return protocol in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
 
 
 def is_local(uri: str) -> bool:
-    """Whether a location is a folder or file of this machine."""
+    """Whether a location is on this machine."""
     return isinstance(filesystem(uri)[0], LocalFileSystem)
 
 
@@ -74,18 +71,18 @@ def join(uri: str, *parts: str) -> str:
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or folder is there, asked of the store anew."""
+    """Whether there is such a file or folder; never from a cache."""
     fs, path = filesystem(uri)
     fs.invalidate_cache()
-    return bool(_stored(lambda: fs.exists(path), uri))
+    return bool(call_store(lambda: fs.exists(path), uri))
 
 
 def list_names(uri: str) -> list[str]:
-    """Names of the files directly in a folder, sorted; none if there is no folder. For folders we write."""
+    """Names of the files directly in a folder, sorted; none if there is no folder. For small folders."""
     fs, path = filesystem(uri)
     fs.invalidate_cache()
     try:
-        entries = _stored(lambda: fs.ls(path, detail=True), uri)
+        entries = call_store(lambda: fs.ls(path, detail=True), uri)
     except FileNotFoundError:
         return []
     return sorted(e["name"].rsplit("/", 1)[-1] for e in entries if e["type"] == "file")
@@ -94,11 +91,11 @@ def list_names(uri: str) -> list[str]:
 def read_bytes(uri: str) -> bytes:
     """A whole file. Raises FileNotFoundError if there is none."""
     fs, path = filesystem(uri)
-    return cast(bytes, _stored(lambda: fs.cat_file(path), uri))
+    return cast(bytes, call_store(lambda: fs.cat_file(path), uri))
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write a whole file at once: a reader sees the old content, none, or all of the new."""
+    """Write a whole file: a reader sees the old content, none, or all of the new."""
     fs, path = filesystem(uri)
     whole = bytes(data)  # S3 clients take no buffers
 
@@ -106,21 +103,23 @@ def write_bytes(uri: str, data: bytes) -> None:
         if isinstance(fs, LocalFileSystem):
             with create(uri) as file:
                 file.write(whole)
-        elif not (speaks(fs, "s3") and s3.put(fs, path, whole)):
-            fs.pipe_file(path, whole)  # one PUT, or a multipart upload that appears when it is completed
+        elif speaks(fs, "s3"):
+            s3.put(fs, path, whole)
+        else:
+            fs.pipe_file(path, whole)
 
     written(write, uri)
 
 
 @contextmanager
 def create(uri: str) -> Iterator[Any]:
-    """A binary file to write that appears under its name, whole, if the block ends without an error.
+    """A binary file to write, which appears under its name if the block ends without an error.
 
-    On this machine it grows beside its place and is renamed. To a store it is sent while it grows, in parts
-    that become an object in the end: no disk holds it, and after an error what was sent is dropped.
+    On this machine a temporary file in the same folder is renamed. To a store the bytes are sent in parts
+    while they are written; the parts become an object in the end, and an error drops them.
 
     Raises:
-        Exception: the client's own. Nothing is tried again here, the block may be: see `written`.
+        Exception: the client's own. Nothing is retried here; a caller may repeat the block with `written`.
     """
     fs, path = filesystem(uri)
     if isinstance(fs, LocalFileSystem):
@@ -142,12 +141,10 @@ def create(uri: str) -> Iterator[Any]:
         upload.close()
         try:
             upload.commit()
-        except FileNotFoundError as error:  # no such upload: an attempt without answer completed it
-            raise OSError(
-                f"{uri}: whether it is written is not known ({one_line(error, kind=True)})"
-            ) from error
+        except FileNotFoundError as error:  # no such upload: an attempt whose answer was lost completed it
+            raise OSError(f"{uri}: may or may not be written ({one_line(error, kind=True)})") from error
     except BaseException:
-        with suppress(Exception):  # the trouble that led here is what the user hears of
+        with suppress(Exception):  # the first error is the one to report
             upload.discard()
         upload.closed = True  # to close it would send the rest
         raise
@@ -159,12 +156,12 @@ def read_json(uri: str) -> Any:
 
 
 def write_json(uri: str, value: Any) -> None:
-    """Write a JSON file at once, readable by a person."""
+    """Write a JSON file, indented."""
     write_bytes(uri, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n")
 
 
 def write_parquet(uri: str, table: pa.Table, *, row_group_rows: int | None = None, **options: Any) -> int:
-    """Write a Parquet file at once; returns its size in bytes. `options` go to pyarrow's writer."""
+    """Write a whole Parquet file; returns its size in bytes. `options` go to pyarrow's writer."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, row_group_size=row_group_rows, write_page_checksum=True, **options)
     data = sink.getvalue()
@@ -180,10 +177,10 @@ def read_parquet(uri: str, columns: list[str] | None = None) -> pa.Table:
         try:
             with fs.open(path, "rb") as file:
                 return pq.read_table(file, columns=columns, page_checksum_verification=True)
-        except pa.ArrowInvalid as error:  # a footer that came over damaged, or is
+        except pa.ArrowInvalid as error:  # a damaged footer, perhaps only on its way here
             raise OSError(str(error)) from error
 
-    return _stored(read, uri)
+    return call_store(read, uri)
 
 
 def parquet_parts(folder: str, prefix: str) -> Iterator[str]:
@@ -197,24 +194,16 @@ def parquet_parts(folder: str, prefix: str) -> Iterator[str]:
 
 
 def written(call: Callable[[], Value], uri: str) -> Value:
-    """As `_stored`, for what writes: where there is nothing to write to, the user has to make it."""
+    """The value of a call that writes to a location, repeated while the store fails.
+
+    Raises as `patiently` does, and UserError if there is no such bucket.
+    """
     try:
-        return _stored(call, uri)
+        return call_store(call, uri)
     except FileNotFoundError as error:
         raise UserError(f"{uri}: there is no such bucket ({one_line(error, kind=True)})") from error
 
 
-def _stored(call: Callable[[], Value], uri: str) -> Value:
-    """`patiently`; but a file of this machine once, where trouble (a full disk) does not pass."""
-    if not is_local(uri):
-        return patiently(call, uri)
-    try:
-        return call()
-    except PermissionError as error:
-        raise UserError(
-            f"{uri}: access denied, check the permissions ({one_line(error, kind=True)})"
-        ) from error
-    except OSError as error:
-        if passing(error):
-            raise StageError(f"{uri}: {one_line(error, kind=True)}") from error
-        raise
+def call_store(call: Callable[[], Value], uri: str) -> Value:
+    """`patiently`; a file of this machine is tried once, since its trouble (a full disk) does not pass."""
+    return patiently(call, uri, attempts=1 if is_local(uri) else ATTEMPTS)

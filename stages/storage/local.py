@@ -1,40 +1,57 @@
 """Whole files and folders between this machine and any location: one download, one upload.
 
-Each file is tried again while the store fails (`stages.storage.retry`).
+Each file is retried while the store fails (`stages.storage.retry`), and appears under its name when it is
+whole.
 """
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from stages.storage.files import filesystem, is_local, join, list_names, write_bytes
-from stages.storage.retry import patiently
+from stages.errors import UserError
+from stages.storage.files import (
+    UPLOAD_BYTES,
+    call_store,
+    create,
+    exists,
+    filesystem,
+    is_local,
+    join,
+    list_names,
+    write_bytes,
+    written,
+)
+
+NAME_BYTES = 240  # in a local file name: file systems take 255, and a temporary name is longer
 
 
 @contextmanager
 def local_file(uri: str) -> Iterator[Path]:
-    """A file on this machine, copied for as long as it is needed if it is elsewhere.
+    """A file's path on this machine; the file is copied for the block if it is elsewhere.
 
     Raises FileNotFoundError if there is none; UserError or StageError as `patiently` does.
     """
     _, path = filesystem(uri)
     if is_local(uri):
+        if not Path(path).exists():
+            raise FileNotFoundError(path)
         yield Path(path)
         return
     with tempfile.TemporaryDirectory(prefix="pixloom-") as temporary:
-        local = Path(temporary) / path.rsplit("/", 1)[-1]
+        local = _place(Path(temporary), path.rsplit("/", 1)[-1], uri)
         download(uri, local)
         yield local
 
 
 @contextmanager
 def local_folder(uri: str, *, leave_out: Collection[str] = ()) -> Iterator[Path]:
-    """The files directly in a folder, on this machine for as long as they are needed.
+    """A folder on this machine with the files directly in `uri`, copied as by `local_file`.
 
-    leave_out   names that are not needed, so not copied
+    leave_out   names of files that need not be copied
     """
     _, path = filesystem(uri)
     if is_local(uri):
@@ -43,32 +60,51 @@ def local_folder(uri: str, *, leave_out: Collection[str] = ()) -> Iterator[Path]
     with tempfile.TemporaryDirectory(prefix="pixloom-") as temporary:
         for name in list_names(uri):
             if name not in leave_out:
-                download(join(uri, name), Path(temporary) / name)
+                download(join(uri, name), _place(Path(temporary), name, uri))
         yield Path(temporary)
+
+
+def _place(folder: Path, name: str, uri: str) -> Path:
+    """The path of a store's file in a local folder. Raises UserError if no local file can have its name."""
+    if name in ("", ".", "..") or "\0" in name or len(name.encode(errors="replace")) > NAME_BYTES:
+        raise UserError(f"{uri}: {name[:NAME_BYTES]!r} cannot be a file on this machine: rename the object")
+    return folder / name
 
 
 def download(uri: str, path: Path) -> None:
     """Copy a file to this machine. Raises as `local_file` does."""
-    fs, there = filesystem(uri)
-    patiently(lambda: fs.get_file(there, str(path)), uri)
+    fs, remote = filesystem(uri)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        call_store(lambda: fs.get_file(remote, str(partial)), uri)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def upload(path: Path, uri: str) -> None:
-    """Copy a file of this machine to a location, where it appears whole or not at all."""
-    fs, there = filesystem(uri)
-    patiently(lambda: fs.put_file(str(path), there), uri)
+    """Copy a file of this machine to a location. Raises as `written` does."""
+
+    with path.open("rb") as source:
+
+        def send() -> None:
+            source.seek(0)
+            with create(uri) as target:
+                shutil.copyfileobj(source, target, UPLOAD_BYTES)
+
+        written(send, uri)
 
 
 def upload_folder(path: Path, uri: str, *, last: str) -> None:
-    """Copy a folder's files to a location; the file `last` makes the folder whole, and is written last.
+    """Copy a folder's files to a location. The file `last` marks the folder as whole, and is written last.
 
-    An older `last` is removed first, so that at no time a reader takes old and new files for one folder.
+    An older `last` is removed first, so that no reader takes a mixture of old and new files for a folder.
     """
-    fs, there = filesystem(join(uri, last))
-    fs.invalidate_cache()
-    if patiently(lambda: fs.exists(there), uri):
-        patiently(lambda: fs.rm_file(there), uri)
+    marker = join(uri, last)
+    if exists(marker):
+        fs, remote = filesystem(marker)
+        call_store(lambda: fs.rm_file(remote), marker)
     for file in sorted(path.iterdir()):
         if file.name != last:
             upload(file, join(uri, file.name))
-    write_bytes(join(uri, last), (path / last).read_bytes())
+    write_bytes(marker, (path / last).read_bytes())

@@ -1,6 +1,6 @@
-"""One retry policy: calls to a store are repeated while it fails, and not where it refuses.
+"""The one retry policy: a call to a store is repeated while the store fails, not where it refuses.
 
-A store that fails is asked again for about 40 s, longer than a restart takes.
+Attempts are spread over about 40 s, longer than a server's restart takes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Value = TypeVar("Value")
 ATTEMPTS = 8
 FIRST_WAIT = 0.25  # seconds; doubled each time, at most LONGEST_WAIT: about 40 s in all
 LONGEST_WAIT = 10.0
-PATIENCE = 300.0  # seconds after which no attempt is added: each may take as long as the client's timeouts
+PATIENCE = 300.0  # seconds after which no new attempt starts: each may take as long as the client's timeouts
 
 
 def refusal(error: BaseException) -> bool:
@@ -30,7 +30,7 @@ def refusal(error: BaseException) -> bool:
 
 
 def passing(error: BaseException) -> bool:
-    """Whether another attempt may succeed: the network's and the store's troubles, not their refusals."""
+    """Whether another attempt may succeed: the network or the store failed, and did not refuse."""
     if refusal(error) or isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
         return False
     client = type(error).__module__.partition(".")[0]
@@ -44,12 +44,10 @@ def passing(error: BaseException) -> bool:
 
 
 def retried(call: Callable[[], Value], *, attempts: int = ATTEMPTS, first_wait: float = FIRST_WAIT) -> Value:
-    """The call's value, tried again with growing, scattered waits while the store fails.
-
-    The clients retry too, for a few seconds; this is for a store that is away for longer.
+    """The call's value; the call is repeated after growing, random waits while the store fails.
 
     Raises:
-        Exception: the last attempt's own, or the first that is no passing trouble.
+        Exception: the last attempt's own, or the first one that no other attempt would change.
     """
     started = time.monotonic()
     for attempt in range(attempts - 1):
@@ -58,7 +56,7 @@ def retried(call: Callable[[], Value], *, attempts: int = ATTEMPTS, first_wait: 
         except Exception as error:
             if not passing(error) or time.monotonic() - started > PATIENCE:
                 raise
-            logger.info("%s, trying again", one_line(error, kind=True))
+            logger.info("%s; retrying", one_line(error, kind=True))
             wait = min(first_wait * 2**attempt, LONGEST_WAIT)
             time.sleep(wait * random.uniform(0.5, 1))  # noqa: S311 - scatters retries, changes no result
     return call()
@@ -78,12 +76,10 @@ def patiently(
     except PixloomError:
         raise
     except Exception as error:
+        text = one_line(error, kind=True)
         if refusal(error):
-            raise UserError(
-                f"{uri}: access denied, check the credentials ({one_line(error, kind=True)})"
-            ) from error
+            raise UserError(f"{uri}: access denied, check credentials and permissions ({text})") from error
         if passing(error):
-            raise StageError(
-                f"{uri}: failed at each of {attempts} attempts ({one_line(error, kind=True)})"
-            ) from error
+            tried = f"failed at each of {attempts} attempts ({text})" if attempts > 1 else text
+            raise StageError(f"{uri}: {tried}") from error
         raise

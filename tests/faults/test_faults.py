@@ -1,7 +1,7 @@
 """The data's whole way, ingest to batches, on a real S3 server in trouble: the same rows, or one clear error.
 
-Each stage's tasks run in this process, without Ray, so that one fault is one test of a few seconds; that the
-stages deal their tasks out through Ray is tested beside them. `pytest -s` shows how many requests were made
+Each stage's tasks run in this process, without Ray, so that one fault is one test of a few seconds; the
+stages' tests run them through Ray. `pytest -s` shows how many requests were made
 and how many of them were spoiled.
 """
 
@@ -193,12 +193,12 @@ def test_trouble_that_passes_changes_nothing(
         storage.configure({"s3": {**store.options(endpoint=proxy.url), **HASTY}})
         parts = list_and_pair(bucket, work)
         spec = make(parts, output)
-        made = dict(proxy.counts)
-        found = batches(output, spec)
-        print(f"\n{name}: {dict(proxy.counts)} in all, {made} until the shards were there")
+        shard_requests = dict(proxy.counts)
+        read = batches(output, spec)
+        print(f"\n{name}: {dict(proxy.counts)} in all, {shard_requests} until the shards were there")
         assert proxy.counts[fault.action]
     assert contents(store, output.removeprefix("s3://") + "/") == wanted[0]
-    assert same_batches(found, wanted[1])
+    assert same_batches(read, wanted[1])
 
 
 def test_a_store_that_is_killed_and_comes_back_after_seconds_is_waited_for(
@@ -225,10 +225,10 @@ def test_a_store_that_is_killed_and_comes_back_after_seconds_is_waited_for(
     spec = make(parts, output)
     thread.join()
     thread = away(1.0)
-    found = batches(output, spec)
+    read = batches(output, spec)
     thread.join()
     assert contents(store, output.removeprefix("s3://") + "/") == wanted[0]
-    assert same_batches(found, wanted[1])
+    assert same_batches(read, wanted[1])
 
 
 def test_a_store_that_stays_away_is_one_error_and_nothing_is_taken_for_whole(

@@ -140,7 +140,7 @@ def test_hostile_archives_give_sound_pairs_and_named_rejects(tmp_path: Path, nam
     output = str(tmp_path / "work" / "shards")
     for part in parts:
         done.add(shard.shard_part(part, output=output, config=config, specs=specs, io_threads=4))
-    found = rejects(tmp_path / "work", "objects/rejects-*") | rejects(
+    reasons = rejects(tmp_path / "work", "objects/rejects-*") | rejects(
         tmp_path / "work", "shards/quarantine-*"
     )
     protocol = "zip" if name.endswith("zip") else "tar"
@@ -148,7 +148,7 @@ def test_hostile_archives_give_sound_pairs_and_named_rejects(tmp_path: Path, nam
     def uri(member: str) -> str:
         return f"{protocol}://{member}::{tmp_path / name}"
 
-    assert found == {uri(member): reason for member, reason in fates.items() if reason}
+    assert reasons == {uri(member): reason for member, reason in fates.items() if reason}
     spec = DatasetSpec(size=SIZE, roles=specs, splits=done.splits())
     used = {
         sample.uris["target"]: sample.images["target"] for sample in dataset.read_split(output, spec, "train")

@@ -37,10 +37,10 @@ def test_a_tar_is_listed_in_place(tmp_path: Path, name: str) -> None:
     mode = {"gz": "w:gz", "tgz": "w:gz", "bz2": "w:bz2", "xz": "w:xz"}.get(name.rpartition(".")[2], "w")
     uri = make_tar(tmp_path / name, ["train/1.jpg", "./train/2.jpg", "notes.md"], mode)
     assert archives.is_archive(uri)
-    found = members(uri)
-    assert [member.path for member in found] == ["train/1.jpg", "train/2.jpg", "notes.md"]
-    assert found[0].uri == f"tar://train/1.jpg::{uri}"
-    assert found[0].etag == "512+11@v1"
+    listed = members(uri)
+    assert [member.path for member in listed] == ["train/1.jpg", "train/2.jpg", "notes.md"]
+    assert listed[0].uri == f"tar://train/1.jpg::{uri}"
+    assert listed[0].etag == "512+11@v1"
 
 
 def test_the_place_in_the_etag_is_where_the_bytes_are(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import tarfile
 import threading
 import zipfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from stages import storage
 from stages.errors import StageError, UserError
 from stages.images.kinds import ImageRejected
 from stages.objects import archives
-from stages.objects.fetch import Object, Reader, in_order
+from stages.objects.fetch import Object, Reader
 from stages.objects.listing import etag_of, local_etag
 
 BODY = bytes(range(256)) * 8
@@ -137,7 +136,7 @@ def test_a_server_that_stays_away_is_one_clear_error(server: FaultyServer):
     assert server.requests == 4
 
 
-def test_a_refusal_is_the_users_to_mend_and_is_not_tried_again(server: FaultyServer):
+def test_a_refusal_is_the_users_error_and_is_not_tried_again(server: FaultyServer):
     server.faults = itertools.repeat("403")
     with pytest.raises(UserError, match="credentials"):
         quick().read(Object(server.url))
@@ -195,54 +194,30 @@ def members(path: Path) -> dict[str, Object]:
 def test_members_of_archives_are_read_in_place(tmp_path: Path, kind: str):
     path = tmp_path / f"a.{kind}"
     path.write_bytes(packed(kind))
-    found = members(path)
+    listed = members(path)
     reader = quick()
-    reader.stream_archives(found.values())
-    assert {name: reader.read(one) for name, one in found.items()} == files()
+    reader.stream_archives(listed.values())
+    assert {name: reader.read(one) for name, one in listed.items()} == files()
 
 
 @pytest.mark.parametrize("kind", ["tar", "zip"])
 def test_an_archive_that_was_replaced_is_noticed(tmp_path: Path, kind: str):
     path = tmp_path / f"a.{kind}"
     path.write_bytes(packed(kind))
-    found = members(path)
+    listed = members(path)
     path.write_bytes(packed(kind) + b"\0" * 512)
-    assert rejected(quick(), found["train/1.png"]) == "changed"
+    assert rejected(quick(), listed["train/1.png"]) == "changed"
 
 
 def test_a_damaged_zip_member_is_not_passed_on(tmp_path: Path):
     path = tmp_path / "a.zip"
     path.write_bytes(packed("zip"))
-    found = members(path)["train/3.png"]
+    member = members(path)["train/3.png"]
     data = bytearray(path.read_bytes())
-    start = int(found.etag.split("+")[0])
+    start = int(member.etag.split("+")[0])
     data[start + 30 + len("train/3.png") + 4] ^= 255
     stamp = path.stat()
     path.write_bytes(data)
     os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     with pytest.raises(StageError):
-        quick(2).read(found)
-
-
-# -- in order -----------------------------------------------------------------
-
-
-def test_results_come_in_order_and_only_so_many_are_begun():
-    begun: list[int] = []
-    go = threading.Event()
-
-    def work(n: int) -> int:
-        go.wait(10)
-        return -n
-
-    def numbers() -> Iterator[int]:
-        for n in range(20):
-            begun.append(n)
-            yield n
-
-    with ThreadPoolExecutor(4) as threads:
-        results = in_order(threads, work, numbers(), ahead=6)
-        go.set()
-        assert next(results) == 0
-        assert len(begun) == 7
-        assert list(results) == [-n for n in range(1, 20)]
+        quick(2).read(member)

@@ -20,7 +20,7 @@ from tests.stores.files import FileServer
 from tests.stores.seaweed import SeaweedS3
 
 
-def found(uri: str, want: int = 8) -> list[str]:
+def list_paths(uri: str, want: int = 8) -> list[str]:
     """Paths of all units, in the order of the units."""
     units = listing.split_location(uri, want=want)
     return [path for unit in units for page in listing.pages(uri, unit) for path in page.paths]
@@ -47,13 +47,13 @@ NAMES = ["a.png", "x/b.png", "x/y/c.png", "x/y/z/d.png", "e f.png", "ü/😀.png
 @pytest.mark.parametrize("want", [1, 2, 3, 5, 100])
 def test_a_folder_holds_each_file_once_however_it_is_cut(tmp_path: Path, want: int) -> None:
     make_files(tmp_path, *NAMES)
-    assert sorted(found(str(tmp_path), want)) == sorted(NAMES)
+    assert sorted(list_paths(str(tmp_path), want)) == sorted(NAMES)
 
 
 def test_a_folder_of_many_folders_is_no_more_units_than_asked_for(tmp_path: Path) -> None:
     make_files(tmp_path, *(f"{number}/a.png" for number in range(100)))
     assert len(listing.split_location(str(tmp_path), want=8)) <= 9
-    assert len(found(str(tmp_path), 8)) == 100
+    assert len(list_paths(str(tmp_path), 8)) == 100
 
 
 def test_pages_say_where_an_object_is_how_long_and_which_version(tmp_path: Path) -> None:
@@ -78,12 +78,12 @@ def test_links_are_followed_but_never_in_circles(tmp_path: Path) -> None:
     (tmp_path / "data" / "more").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "data" / "round").symlink_to(tmp_path / "data")
     (tmp_path / "data" / "gone.png").symlink_to(tmp_path / "nowhere")
-    assert sorted(found(str(tmp_path / "data"))) == ["a.png", "gone.png", "more/b.png"]
+    assert sorted(list_paths(str(tmp_path / "data"))) == ["a.png", "gone.png", "more/b.png"]
 
 
 def test_a_name_that_is_no_unicode_is_listed(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")).write_bytes(b"x")
-    assert found(str(tmp_path)) == ["caf\udce9.png"]
+    assert list_paths(str(tmp_path)) == ["caf\udce9.png"]
 
 
 def test_a_missing_folder_and_a_file_are_no_locations(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_any_other_fsspec_file_system_is_a_location() -> None:
     for name in NAMES:
         fs.pipe_file(f"/images/{name}", b"x")
     try:
-        assert sorted(found("memory://images", 3)) == sorted(NAMES)
+        assert sorted(list_paths("memory://images", 3)) == sorted(NAMES)
         (page, *_) = listing.pages("memory://images", Unit("tree", ("w",)))
         assert fsspec.filesystem("memory").cat_file(page.uris[0]) == b"x"
     finally:
@@ -139,7 +139,7 @@ def test_index_pages_are_followed_below_the_location_only(tmp_path: Path) -> Non
 
 def test_an_http_location_that_is_not_there_is_said_so(tmp_path: Path) -> None:
     with FileServer(tmp_path) as server, pytest.raises(FileNotFoundError):
-        found(f"{server.url}/nothing")
+        list_paths(f"{server.url}/nothing")
 
 
 # -- S3 -----------------------------------------------------------------------
@@ -177,7 +177,7 @@ def test_a_bucket_holds_each_key_once_however_it_is_cut(
     s3_store: SeaweedS3, s3_data: str, s3_options: None, want: int
 ) -> None:
     storage.configure({"s3": s3_store.options()})
-    paths = found(f"s3://{s3_data}/data", want)
+    paths = list_paths(f"s3://{s3_data}/data", want)
     assert paths == sorted((key.removeprefix("data/") for key in KEYS), key=str.encode)
 
 
@@ -207,7 +207,7 @@ def test_a_store_in_trouble_gives_the_same_listing(
 ) -> None:
     with FaultProxy(s3_store.address, [fault], seed=1) as proxy:
         storage.configure({"s3": s3_store.options(endpoint=proxy.url)})
-        paths = found(f"s3://{s3_data}/data", 8)
+        paths = list_paths(f"s3://{s3_data}/data", 8)
         print(f"{fault.action}: {proxy.counts}")
         assert proxy.counts[fault.action]
     assert sorted(paths) == sorted(key.removeprefix("data/") for key in KEYS)
@@ -221,7 +221,7 @@ def test_a_store_that_is_away_for_a_while_is_waited_for(
     storage.configure({"s3": s3_store.options()})
     s3_store.kill()
     with ThreadPoolExecutor(1) as threads:
-        listed = threads.submit(found, f"s3://{s3_bucket}")
+        listed = threads.submit(list_paths, f"s3://{s3_bucket}")
         time.sleep(1.0)  # it is refused meanwhile
         s3_store.start()
         assert listed.result(timeout=60) == ["a.png"]
@@ -266,7 +266,7 @@ def test_what_the_user_has_to_mend_is_said_in_a_line(
 @pytest.mark.s3
 def test_reading_needs_no_more_than_reading(s3_store: SeaweedS3, s3_data: str, s3_options: None) -> None:
     storage.configure({"s3": s3_store.options(read_only=True)})
-    assert len(found(f"s3://{s3_data}/data")) == len(KEYS)
+    assert len(list_paths(f"s3://{s3_data}/data")) == len(KEYS)
 
 
 def test_pages_can_be_put_together() -> None:

@@ -6,7 +6,7 @@ import unicodedata
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.objects.patterns import bad_keys, canonical_splits, compile_pattern, match
@@ -32,8 +32,8 @@ def test_names_that_differ_in_their_fixed_parts_meet_under_one_key() -> None:
 
 
 def test_the_default_pattern_takes_images_of_any_suffix_at_any_depth() -> None:
-    found = keys("{key}.*", "a.jpg", "deep/er/b.PNG", "c.tar.webp", "notes.md", "no_suffix", ".jpg")
-    assert found == ["a", "deep/er/b", "c.tar", None, None, None]
+    captured = keys("{key}.*", "a.jpg", "deep/er/b.PNG", "c.tar.webp", "notes.md", "no_suffix", ".jpg")
+    assert captured == ["a", "deep/er/b", "c.tar", None, None, None]
 
 
 def test_a_suffix_that_is_written_out_is_taken_at_its_word() -> None:
@@ -79,6 +79,7 @@ def test_a_pattern_that_cannot_work_is_refused(pattern: str, complaint: str) -> 
         compile_pattern(pattern)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_any_text_compiles_or_is_refused_as_a_value(text: str) -> None:
     try:
@@ -88,12 +89,13 @@ def test_any_text_compiles_or_is_refused_as_a_value(text: str) -> None:
     match(pattern, pa.array(["a/b/c.png"]))
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=("Cs",)), max_size=60), max_size=20))
-def test_any_name_can_be_matched_and_judged(names: list[str]) -> None:
-    found = match(compile_pattern("{key}.*"), pa.array(names, pa.string()))
-    assert found.num_rows == len(names)
-    bad = bad_keys(found["key"]).to_pylist()
-    for key, fault in zip(found["key"].to_pylist(), bad, strict=True):
+def test_any_name_can_be_matched_and_checked(names: list[str]) -> None:
+    captured = match(compile_pattern("{key}.*"), pa.array(names, pa.string()))
+    assert captured.num_rows == len(names)
+    bad = bad_keys(captured["key"]).to_pylist()
+    for key, fault in zip(captured["key"].to_pylist(), bad, strict=True):
         if key is not None and not fault:
             assert not {"", ".", ".."} & set(key.split("/"))
             assert not any(unicodedata.category(letter) == "Cc" for letter in key)

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.objects import tables
@@ -45,18 +45,18 @@ def named(uri: str, *within: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.jsonl", "t.ndjson", "t.parquet", "t.csv.gz"])
 def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
-    found = named(written(tmp_path, name, ROWS))
-    assert sorted((row["key"], row["role"], row["uri"]) for row in found) == [
+    rows = named(written(tmp_path, name, ROWS))
+    assert sorted((row["key"], row["role"], row["uri"]) for row in rows) == [
         ("0001", "source", f"{tmp_path}/a/1.png"),
         ("0001", "target", f"{tmp_path}/b/1.png"),
         ("0002", "source", f"{tmp_path}/a/2.png"),
         ("0002", "target", f"{tmp_path}/b/2.png"),
     ]
-    assert {(row["key"], row["split"], row["group"]) for row in found} == {
+    assert {(row["key"], row["split"], row["group"]) for row in rows} == {
         ("0001", "train", "g"),
         ("0002", None, None),
     }
-    assert {row["reason"] for row in found} == {""}
+    assert {row["reason"] for row in rows} == {""}
 
 
 def test_a_parquet_table_is_read_by_row_groups(tmp_path: Path) -> None:
@@ -68,8 +68,8 @@ def test_a_parquet_table_is_read_by_row_groups(tmp_path: Path) -> None:
 
 def test_without_keys_the_path_of_the_source_is_the_key(tmp_path: Path) -> None:
     uri = written(tmp_path, "t.csv", [{"source": "a/1.png", "target": "/elsewhere/x.png"}])
-    found = named(uri, "/elsewhere")
-    assert [(row["key"], row["uri"], row["reason"]) for row in found] == [
+    rows = named(uri, "/elsewhere")
+    assert [(row["key"], row["uri"], row["reason"]) for row in rows] == [
         ("a/1", f"{tmp_path}/a/1.png", ""),
         ("a/1", "/elsewhere/x.png", ""),
     ]
@@ -128,6 +128,7 @@ def test_an_unknown_suffix_is_refused() -> None:
 CELLS = st.one_of(st.none(), st.text(st.characters(exclude_categories=("Cs",)), max_size=30))
 
 
+@settings(deadline=None)
 @given(st.lists(st.fixed_dictionaries(dict.fromkeys(tables.COLUMNS, CELLS)), min_size=1, max_size=8))
 def test_any_text_in_any_cell_stays_inside(rows: list[dict[str, str | None]]) -> None:
     table = pa.Table.from_pylist(rows, schema=pa.schema({name: pa.string() for name in tables.COLUMNS}))

@@ -1,4 +1,4 @@
-"""Files at any location: whole or not at all, and again while a store fails."""
+"""Files at any location are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,75 +6,11 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from botocore.exceptions import EndpointConnectionError, NoCredentialsError
 
 from stages import storage
-from stages.errors import StageError, UserError
-from stages.storage import files, retry
+from stages.errors import StageError
+from stages.storage import files
 from tests.stores.seaweed import SeaweedS3
-
-
-def test_an_error_that_passes_is_tried_again_and_a_refusal_is_not() -> None:
-    calls = []
-
-    def fails_twice() -> int:
-        calls.append(1)
-        if len(calls) < 3:
-            raise OSError("busy")
-        return 7
-
-    assert storage.retried(fails_twice, first_wait=0) == 7
-
-    def refuses() -> int:
-        calls.append(1)
-        raise PermissionError
-
-    calls.clear()
-    with pytest.raises(UserError, match="s3://b/x: access denied"):
-        storage.patiently(refuses, "s3://b/x", first_wait=0)
-    assert len(calls) == 1
-
-
-def test_missing_credentials_are_no_passing_trouble() -> None:
-    assert not storage.passing(NoCredentialsError())
-    assert storage.passing(EndpointConnectionError(endpoint_url="http://x"))
-
-
-def test_our_own_faults_are_not_mistaken_for_the_stores() -> None:
-    def wrong() -> None:
-        raise KeyError("a bug")
-
-    with pytest.raises(KeyError):
-        storage.patiently(wrong, "x", 5, 0.001)
-
-
-def test_waits_grow_but_stay_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    waits: list[float] = []
-    monkeypatch.setattr(retry.time, "sleep", waits.append)
-
-    def away() -> None:
-        raise ConnectionResetError("away")
-
-    with pytest.raises(StageError, match="x: failed at each of 8 attempts"):
-        storage.patiently(away, "x")
-    assert len(waits) == retry.ATTEMPTS - 1
-    assert 10 < sum(waits) < 60  # longer than a server's restart, not for ever
-
-
-def test_attempts_end_with_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where every attempt takes its whole timeout, eight of them would take hours."""
-    now = iter(range(0, 100_000, 200))
-    monkeypatch.setattr(retry.time, "monotonic", lambda: next(now))
-    monkeypatch.setattr(retry.time, "sleep", lambda _: None)
-    calls = []
-
-    def hangs() -> None:
-        calls.append(1)
-        raise TimeoutError("no answer")
-
-    with pytest.raises(StageError, match="no answer"):
-        storage.patiently(hangs, "x")
-    assert len(calls) == 2
 
 
 def test_a_file_of_this_machine_is_asked_for_once(tmp_path: Path) -> None:

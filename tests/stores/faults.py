@@ -1,6 +1,6 @@
 """A proxy in front of a server that spoils some of what passes.
 
-Messages are held whole, so it is for tests with small objects. Which requests a fault hits is drawn with a
+Messages are read whole, so it is for tests with small objects. Which requests a fault hits is drawn with a
 seed in the order of their arrival, so with several clients a run is not exactly repeatable: assert on
 outcomes, and on `counts` only that faults did happen.
 """
@@ -22,10 +22,11 @@ from typing import Literal, Self
 Action = Literal[
     "status",  # the proxy answers with `code`; the server never sees the request
     "reset",  # the connection is reset before the server sees the request
-    "status_after",  # the server does the work, the client is told `code`
+    "status_after",  # the server does the work, the client gets `code`
     "reset_after",  # the server does the work, the client's connection is reset
     "truncate",  # half of the body, then a reset
     "flip",  # one byte of the body is another
+    "header",  # the answer has one header more: `header`
     "delay",  # an answer `seconds` late
     "hang",  # no answer until the client gives up
 ]
@@ -44,6 +45,7 @@ class Fault:
     code: int = 503
     error: str = "SlowDown"
     seconds: float = 0.05
+    header: str = ""
     done: int = field(default=0, init=False)
 
     def hits(self, method: str, path: str, draw: float) -> bool:
@@ -64,11 +66,15 @@ class _Message:
 
 
 class FaultProxy:
-    """Listens at `url`, forwards to `backend`. Change `faults` at any time; `counts` says what happened."""
+    """Listens at `url`, forwards to `backend`. Change `faults` at any time.
+
+    `counts` says what happened, `agents` which clients sent requests ("GET object_store": 3).
+    """
 
     def __init__(self, backend: tuple[str, int], faults: Sequence[Fault] = (), *, seed: int = 0) -> None:
         self.backend, self.faults = backend, list(faults)
         self.counts: Counter[str] = Counter()
+        self.agents: Counter[str] = Counter()
         self._random = random.Random(seed)
         self._loop = asyncio.new_event_loop()
         self._port = 0
@@ -135,6 +141,7 @@ class FaultProxy:
     def _pick(self, request: _Message) -> Fault | None:
         method, path, _ = request.first
         self.counts["requests"] += 1
+        self.agents[f"{method} {_headers(request.head).get('user-agent', '').partition('/')[0]}"] += 1
         for fault in self.faults:
             if fault.hits(method, path, self._random.random()):
                 fault.done += 1
@@ -167,6 +174,8 @@ class FaultProxy:
             await asyncio.sleep(0.05)  # let the client take what was sent before the reset drops it
             _reset(writer)
             return False
+        if fault.action == "header":
+            writer.write(answer.head[:-2] + f"{fault.header}\r\n\r\n".encode() + answer.body)
         if fault.action == "flip":
             middle = len(answer.body) // 2
             spoiled = bytearray(answer.body)

@@ -24,9 +24,9 @@ from tests.stores.s3 import ACCESS_KEY, READER_KEY, READER_SECRET, SECRET_KEY, S
 
 
 def executable() -> str | None:
-    """The `weed` program, on the PATH or beside this Python."""
-    beside = Path(sys.executable).parent / "weed"
-    return shutil.which("weed") or (str(beside) if beside.exists() else None)
+    """The `weed` program, on the PATH or in the folder of this Python."""
+    local = Path(sys.executable).parent / "weed"
+    return shutil.which("weed") or (str(local) if local.exists() else None)
 
 
 def free_ports(count: int) -> list[int]:

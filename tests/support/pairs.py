@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,6 @@ import pyarrow.parquet as pq
 
 from stages import ingest, pair, shard
 from stages.base import Role
-from stages.errors import UserError
 from stages.images import encode, geometry
 from stages.ingest import IngestConfig
 from stages.objects.listing import local_etag
@@ -85,7 +81,7 @@ def photo_pairs(
 def make_shards(
     folder: Path, rows: Sequence[dict[str, Any]], *, parts: int = 2, **config: Any
 ) -> DatasetSpec:
-    """A shards folder of pair rows, made without Ray: every bucket, then dataset.json."""
+    """A shards folder of pair rows, made without Ray: every part, then dataset.json."""
     settings = shard.ShardConfig(**({"size": SIZE, "row_group_rows": 4} | config))
     pairs = write_parts(folder.parent / f"{folder.name}-pairs", rows, parts)
     found = sorted(str(p) for p in Path(pairs).glob("part-*.parquet"))
@@ -100,29 +96,37 @@ def make_shards(
 
 def list_and_pair(listed: IngestConfig, work: str, **pairing: Any) -> list[str]:
     """The parts of pairs of what the locations hold, made as the tasks of ingest and pair make them."""
-    objects, pairs, roles = f"{work}/objects", f"{work}/pairs", Counter[str]()
+    objects, pairs = f"{work}/objects", f"{work}/pairs"
     config = pair.PairConfig(**pairing)
-    files: dict[str, int] = {}
-    for number, (index, unit) in enumerate(ingest.units(listed)):
-        item = {"unit": number, "location": index, "spec": json.dumps(asdict(unit))}
-        row = ingest.list_unit(item, config=listed, output=objects, requests=4)
-        if row["error"]:
-            raise UserError(row["error"])
-        files.update(json.loads(row["files"]))
-        counts = json.loads(row["counts"])
-        roles.update({name.removeprefix("role_"): n for name, n in counts.items() if "role_" in name})
-    shuffle = {"exchange": f"{pairs}/_exchange-1-x", "parts": 3}
-    names = sorted(name for name in files if name.startswith("objects-"))
-    item = {"number": 0, "files": json.dumps(names)}
-    dealt = pair.scatter(item, objects=objects, parts_per_task=3, seed=0, **shuffle)
-    assert json.loads(dealt["tasks"]) == [0]
-    joined = pair.gather(
-        {"task": 0, "scatters": "[0]"},
-        output=pairs,
-        roles=pair.check_roles(config, roles),
+    task = ingest.ListingTask(ingest.units(listed))
+    listing = ingest.list_units(task, config=listed, output=objects, requests=4)
+    roles = {name.removeprefix("role_"): n for name, n in listing.total.items() if "role_" in name}
+    files = sorted(name for name in listing.files if name.startswith("objects-"))
+    joined = scatter_and_gather(
+        files, objects, pairs, partitions=3, roles=pair.check_roles(config, roles), config=config
+    )
+    return [f"{pairs}/{name}" for name in sorted(joined.files) if name.startswith("part-")]
+
+
+def scatter_and_gather(
+    files: Sequence[str],
+    objects: str,
+    output: str,
+    *,
+    partitions: int,
+    roles: Sequence[Role],
+    config: pair.PairConfig,
+) -> pair.Gathered:
+    """One task of each kind that pairs all the objects."""
+    shuffle = pair.Shuffle(objects, f"{output}/_exchange-1-x", partitions, partitions, seed=0)
+    scattered = pair.scatter(pair.ScatterTask(0, files), shuffle=shuffle)
+    assert scattered.gathers == [0]
+    return pair.gather(
+        pair.GatherTask(0, [0]),
+        shuffle=shuffle,
+        output=output,
+        roles=roles,
         config=config,
         cuts=(0, 0),
         threads=4,
-        **shuffle,
     )
-    return [f"{pairs}/{name}" for name in sorted(json.loads(joined["files"])) if name.startswith("part-")]

@@ -1,0 +1,110 @@
+"""A call is repeated while the store fails, and not where it refuses; then one error names the location."""
+
+from __future__ import annotations
+
+import pytest
+from botocore.exceptions import EndpointConnectionError, NoCredentialsError
+
+from stages import storage
+from stages.errors import StageError, UserError
+from stages.storage import retry
+
+
+def test_an_error_that_passes_is_tried_again_and_a_refusal_is_not() -> None:
+    calls = []
+
+    def fails_twice() -> int:
+        calls.append(1)
+        if len(calls) < 3:
+            raise OSError("busy")
+        return 7
+
+    assert storage.retried(fails_twice, first_wait=0) == 7
+
+    def refuses() -> int:
+        calls.append(1)
+        raise PermissionError
+
+    calls.clear()
+    with pytest.raises(UserError, match="s3://b/x: access denied"):
+        storage.patiently(refuses, "s3://b/x", first_wait=0)
+    assert len(calls) == 1
+
+
+def test_missing_credentials_are_no_passing_trouble() -> None:
+    assert not storage.passing(NoCredentialsError())
+    assert storage.passing(EndpointConnectionError(endpoint_url="http://x"))
+
+
+def test_our_own_faults_are_not_mistaken_for_the_stores() -> None:
+    def wrong() -> None:
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        storage.patiently(wrong, "x", 5, 0.001)
+
+
+def test_waits_grow_but_stay_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(retry.time, "sleep", waits.append)
+
+    def away() -> None:
+        raise ConnectionResetError("away")
+
+    with pytest.raises(StageError, match="x: failed at each of 8 attempts"):
+        storage.patiently(away, "x")
+    assert len(waits) == retry.ATTEMPTS - 1
+    assert 10 < sum(waits) < 60  # longer than a server's restart, not for ever
+
+
+def test_attempts_end_with_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where every attempt takes its whole timeout, eight of them would take hours."""
+    now = iter(range(0, 100_000, 200))
+    monkeypatch.setattr(retry.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(retry.time, "sleep", lambda _: None)
+    calls = []
+
+    def hangs() -> None:
+        calls.append(1)
+        raise TimeoutError("no answer")
+
+    with pytest.raises(StageError, match="no answer"):
+        storage.patiently(hangs, "x")
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("none"), IsADirectoryError("a")])
+def test_what_is_not_there_is_said_at_once(error: OSError) -> None:
+    calls = []
+
+    def call() -> None:
+        calls.append(1)
+        raise error
+
+    with pytest.raises(type(error)):
+        storage.patiently(call, "x", first_wait=0)
+    assert len(calls) == 1
+
+
+def test_our_own_error_passes_unchanged() -> None:
+    def call() -> None:
+        raise UserError("pair.source_half: say which")
+
+    with pytest.raises(UserError, match=r"^pair\.source_half: say which$"):
+        storage.patiently(call, "x", first_wait=0)
+
+
+def test_a_single_attempt_is_not_counted_in_the_message() -> None:
+    def call() -> None:
+        raise OSError("No space left")
+
+    with pytest.raises(StageError, match=r"^/x: OSError: No space left$"):
+        storage.patiently(call, "/x", attempts=1)
+
+
+def test_an_error_without_a_text_is_named_by_its_kind() -> None:
+    def call() -> None:
+        raise TimeoutError
+
+    with pytest.raises(StageError, match=r"attempts \(TimeoutError\)"):
+        storage.patiently(call, "x", 2, 0)
