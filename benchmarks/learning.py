@@ -1,22 +1,23 @@
-"""Whether training learns: a recipe's model beside controls that must do worse, on any shards folder.
+"""Whether training learns: compare a recipe's model with controls that must do worse, on any shards folder.
 
     python -m benchmarks.learning -c recipes/pix2pix/facades.yaml --shards workspace/facades/shard-...
 
 trained         the recipe's phases, as a worker runs them
-again           the same, with the same seed: what of the numbers is chance
-shuffled        sources and targets of other pairs: what is learnt without looking at the source
+again           the same, with the same seed: how much of the numbers is chance
+shuffled        each source with another pair's target: how much is learnt without looking at the source
 sign error      the generator's L1 with the wrong sign
 untrained       initial weights
-mean target     the mean training target, whatever the source
+mean target     the mean training target for every source
 nearest source  the target of the training pair whose source is the most similar (at 16x16 pixels)
-source itself   where it is a picture: what is to be coloured or filled in
+source itself   if it is a picture, e.g. one to colour or to fill in
 
-Every side makes all images of the split; each number is the mean over them (`stages.scoring.metrics`).
+Every side generates all images of the split; each number is the mean over them (`stages.scoring.metrics`).
 
     python -m benchmarks.learning --shards .../shard-... --models .../train-{global,local,joint}-*/model
 
-compares models instead, each made at its own resolution and upsampled to the full one: what local and joint
-training add to global. `--crops FILE` draws a part of what each made (a row a pair, a column a model).
+compares models instead: each generates at its own resolution, upsampled to the full one, which shows what
+local and joint training add to global. `--crops FILE` draws a part of each model's images (a row a pair, a
+column a model).
 """
 
 from __future__ import annotations
@@ -59,9 +60,9 @@ Scores = dict[str, float]
 
 
 def trained(jobs: Sequence[PhaseJob], shards: str, folder: Path) -> tuple[Path, int]:
-    """All phases in this process, as a worker runs them. Returns the last one's model and the steps made."""
+    """Train all phases in this process, as a worker does. Returns the last model and the number of steps."""
     spec = dataset.load(shards)
-    before, made = "", 0
+    before, steps = "", 0
     for job in jobs:
         output = str(folder / job.phase.name)
         samples = Samples(shards, spec, job, torch.device("cpu"))
@@ -70,8 +71,8 @@ def trained(jobs: Sequence[PhaseJob], shards: str, folder: Path) -> tuple[Path, 
         )
         if ending.failure:
             raise RuntimeError(ending.failure)
-        before, made = output, made + ending.position.steps
-    return Path(before) / "model", made
+        before, steps = output, steps + ending.position.steps
+    return Path(before) / "model", steps
 
 
 def shuffled(shards: str, folder: Path) -> str:
@@ -80,10 +81,10 @@ def shuffled(shards: str, folder: Path) -> str:
     spec = dataset.load(shards)
     for file in spec.splits["train"]:
         table = pq.read_table(folder / file.name)
-        turned = np.roll(np.arange(table.num_rows), table.num_rows // 2 or 1)
+        shifted = np.roll(np.arange(table.num_rows), table.num_rows // 2 or 1)
         for name in table.column_names:
             if name.startswith("target"):
-                column = table[name].take(pa.array(turned))
+                column = table[name].take(pa.array(shifted))
                 table = table.set_column(table.column_names.index(name), table.field(name), column)
         pq.write_table(table, folder / file.name, row_group_size=max(file.row_groups))
     return str(folder)
@@ -91,7 +92,7 @@ def shuffled(shards: str, folder: Path) -> str:
 
 @contextmanager
 def sign_error() -> Iterator[None]:
-    """For a while, the generator's L1 grows as it gets better."""
+    """Within the context, the generator's L1 grows as its images get better."""
     right = step.mean_difference
     step.mean_difference = lambda x, y: 2 - right(x, y)  # type: ignore[attr-defined]
     try:
@@ -100,21 +101,21 @@ def sign_error() -> Iterator[None]:
         step.mean_difference = right  # type: ignore[attr-defined]
 
 
-def painted(model: LoadedModel, samples: Sequence[Sample], *, stochastic: bool = False) -> list[Array]:
-    """What a model makes of the samples' sources, of the target's kind."""
+def translated(model: LoadedModel, samples: Sequence[Sample], *, stochastic: bool = False) -> list[Array]:
+    """The images that a model generates from the samples' sources, of the target's kind."""
     translator = Translator(model, stochastic=stochastic)
-    made = []
+    images = []
     for sample in samples:
         instances = [sample.images["instance"]] if "instance" in sample.images else None
-        made += translator.translate([sample.images["source"]], instances, seeds=[0])
-    return made
+        images += translator.translate([sample.images["source"]], instances, seeds=[0])
+    return images
 
 
 def as_pictures(model: LoadedModel, samples: Sequence[Sample], spec: DatasetSpec) -> list[Array]:
-    """The same as pictures, as a sample's own target would be: colours of Lab need the pair's lightness."""
+    """Generated images as the targets are shown: colours of Lab need the pair's lightness."""
     return [
         replace(sample, images={**sample.images, "target": image}).picture(spec, "target")
-        for sample, image in zip(samples, painted(model, samples), strict=True)
+        for sample, image in zip(samples, translated(model, samples), strict=True)
     ]
 
 
@@ -126,13 +127,12 @@ def untrained(path: Path) -> LoadedModel:
     return model
 
 
-def scored(made: Sequence[Array], samples: Sequence[Sample], spec: DatasetSpec) -> Scores:
+def score(images: Sequence[Array], samples: Sequence[Sample], spec: DatasetSpec) -> Scores:
     """Means of the scores over the samples."""
     sums = metrics.Sums()
-    for image, sample in zip(made, samples, strict=True):
-        shown = np.array(image)
-        sums.add(metrics.pixel_scores(shown, sample.picture(spec, "target")))
-        sums.add({"sharpness": metrics.sharpness(shown)})
+    for image, sample in zip(images, samples, strict=True):
+        sums.add(metrics.pixel_scores(image, sample.picture(spec, "target")))
+        sums.add({"sharpness": metrics.sharpness(image)})
     return sums.means()
 
 
@@ -141,11 +141,11 @@ def by_phase(
 ) -> tuple[dict[str, Scores], dict[str, list[Array]]]:
     """Scores and images, by folder, of models of several resolutions on one split, all at its full size.
 
-    A model of an earlier phase gets the sources at its own size, and what it makes is upsampled (bicubic).
+    A model of an earlier phase gets the sources at its own size, and its images are upsampled (bicubic).
     """
     spec = dataset.load(shards)
     samples = list(dataset.read_split(shards, spec, split))
-    scores, made = {}, {}
+    scores, images = {}, {}
     for path in models:
         model = load_model(Path(path))
         factor = spec.size[0] // model.preprocessing.size[0]
@@ -156,13 +156,15 @@ def by_phase(
             )
             for sample in samples
         ]
-        made[path] = [np.array(geometry.resize(image, spec.size, "rgb")) for image in painted(model, small)]
-        scores[path] = scored(made[path], samples, spec)
-    return scores, made
+        images[path] = [
+            np.array(geometry.resize(image, spec.size, "rgb")) for image in translated(model, small)
+        ]
+        scores[path] = score(images[path], samples, spec)
+    return scores, images
 
 
 def baselines(shards: str, samples: Sequence[Sample], spec: DatasetSpec) -> dict[str, Scores]:
-    """What needs no training."""
+    """The scores of images that need no training."""
     mean = metrics.MeanImage.empty(spec.size[1], spec.size[0], 3)
     vectors, targets = [], []
     for sample in dataset.read_split(shards, spec, "train"):
@@ -172,33 +174,33 @@ def baselines(shards: str, samples: Sequence[Sample], spec: DatasetSpec) -> dict
         targets.append(target)
     candidates = np.stack(vectors)
     sources = [sample.picture(spec, "source") for sample in samples]
-    found = [targets[nearest(thumbnail(source), candidates)] for source in sources]
-    sides = {"mean target": [mean.image()] * len(samples), "nearest source": found}
+    nearest_targets = [targets[nearest(thumbnail(source), candidates)] for source in sources]
+    sides = {"mean target": [mean.image()] * len(samples), "nearest source": nearest_targets}
     if spec.roles["source"].kind != "labels":
         sides["source itself"] = sources
-    return {side: scored(made, samples, spec) for side, made in sides.items()}
+    return {side: score(images, samples, spec) for side, images in sides.items()}
 
 
 def compare(
     jobs: Sequence[PhaseJob], shards: str, split: Split, folder: Path, *, controls: bool = True
 ) -> dict[str, Scores]:
-    """Scores on a split, by side; the sides are told at the top. Without `controls`, none is trained."""
+    """Scores on a split, by side (see the module). Without `controls`, no control is trained."""
     spec = dataset.load(shards)
     samples = list(dataset.read_split(shards, spec, split))
 
-    def judged(model: LoadedModel) -> Scores:
-        return scored(as_pictures(model, samples, spec), samples, spec)
+    def score_model(model: LoadedModel) -> Scores:
+        return score(as_pictures(model, samples, spec), samples, spec)
 
-    def learnt(name: str, from_shards: str) -> Scores:
-        return judged(load_model(trained(jobs, from_shards, folder / name)[0]))
+    def train_and_score(name: str, from_shards: str) -> Scores:
+        return score_model(load_model(trained(jobs, from_shards, folder / name)[0]))
 
-    sides = {"trained": learnt("trained", shards)}
+    sides = {"trained": train_and_score("trained", shards)}
     if controls:
-        sides["again"] = learnt("again", shards)
-        sides["shuffled"] = learnt("shuffled", shuffled(shards, folder / "turned"))
+        sides["again"] = train_and_score("again", shards)
+        sides["shuffled"] = train_and_score("shuffled", shuffled(shards, folder / "shuffled-shards"))
         with sign_error():
-            sides["sign error"] = learnt("sign", shards)
-    sides["untrained"] = judged(untrained(folder / "trained" / jobs[-1].phase.name / "model"))
+            sides["sign error"] = train_and_score("sign", shards)
+    sides["untrained"] = score_model(untrained(folder / "trained" / jobs[-1].phase.name / "model"))
     return sides | baselines(shards, samples, spec)
 
 
@@ -216,17 +218,17 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--shards", required=True, help="shards folder")
     p.add_argument("--split", default="test", choices=["train", "val", "test"])
-    p.add_argument("-c", "--config", help="the recipe whose training is tried")
+    p.add_argument("-c", "--config", help="the recipe to train")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting")
     p.add_argument("--models", nargs="+", default=[], metavar="FOLDER", help="compare these models instead")
-    p.add_argument("--crops", metavar="FILE", help="with --models: where to draw what they made")
+    p.add_argument("--crops", metavar="FILE", help="with --models: draw their images into this file")
     options = p.parse_args()
     tune_process(torch.device("cpu"))
     began, cpu = time.time(), time.process_time()
     if options.models:
-        sides, made = by_phase(options.models, options.shards, options.split)
+        sides, images = by_phase(options.models, options.shards, options.split)
         if options.crops:
-            draw(list(made.values()), options.crops)
+            draw(list(images.values()), options.crops)
     elif options.config:
         config = configuration.load(options.config, options.set)
         with tempfile.TemporaryDirectory(prefix="learning-") as temp:

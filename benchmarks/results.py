@@ -1,13 +1,13 @@
-"""The runs of docs/results.md, on real data: trained, judged on val and test, and what they generate drawn.
+"""The runs of docs/results.md, on real data: train, score on val and test, and draw generated images.
 
-    python -m benchmarks.results --data DATA --output results                 all of them, one after another
+    python -m benchmarks.results --data DATA --output results                 all runs, one after another
     python -m benchmarks.results --data DATA --output results facades camvid
-    python -m benchmarks.results --data DATA --output results --commands      what would be run
+    python -m benchmarks.results --data DATA --output results --commands      print the commands only
 
 DATA holds a folder for each data set, laid out as the recipes' `data/` files say: facades, camvid,
-edges2shoes, cityscapes_hd. What is done already is not done again. Of each run the output gets NAME.md, its
-scores beside the baselines', and NAME.jpg, images it generated: none of a data set's own, which are not
-ours to show. (Those of `colour` and `inpainting` keep so much of the photos that they are not either.)
+edges2shoes, cityscapes_hd. Finished steps are not repeated. For each run the output gets NAME.md, the scores
+of the model and of the baselines, and NAME.jpg, generated images. A data set's own images are not shown: we
+may not publish them. (Images of `colour` and `inpainting` keep so much of the photos that we may not either.)
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from pipeline.dag import steps
 from pipeline.runner import plan
 from stages import storage
 from stages.base import Split
+from stages.images import pictures
 
 SCORES = {"l1": "L1", "psnr": "PSNR, dB", "ssim": "SSIM", "sharpness": "sharpness"}
 SIDES = {
@@ -41,8 +42,8 @@ SHOWN = (4, 3)  # columns and rows of a picture
 
 
 @dataclass(frozen=True)
-class Training:
-    """A recipe, settings with the folders `{data}` and `{output}`, what it is judged on (the last shown)."""
+class DocumentedRun:
+    """A recipe, settings with the folders `{data}` and `{output}`, splits to score (the last is shown)."""
 
     recipe: str
     settings: tuple[str, ...]
@@ -54,13 +55,13 @@ def epochs(number: int, decay: int) -> tuple[str, str]:
     return f"train.phases.0.epochs={number}", f"train.phases.0.decay_epochs={decay}"
 
 
-RATE = "train.phases.0.learning_rate=1.0e-3"  # a few hundred steps of a small network get by with larger ones
+RATE = "train.phases.0.learning_rate=1.0e-3"  # a few hundred steps of a small network bear a larger rate
 PHOTOS = ("ingest.locations.0.uri={output}/photos", 'ingest.locations.0.pattern="{split}/{key}.png"')
 RUNS = {
-    "facades": Training(
+    "facades": DocumentedRun(
         "recipes/pix2pix/facades.yaml", ("ingest.locations.0.uri={data}/facades", *epochs(14, 6))
     ),
-    "camvid": Training(
+    "camvid": DocumentedRun(
         "recipes/pix2pix/camvid.yaml",
         (
             "ingest.locations.0.uri={data}/camvid",
@@ -70,7 +71,7 @@ RUNS = {
         ),
         splits=("val",),
     ),
-    "edges": Training(
+    "edges": DocumentedRun(
         "recipes/pix2pix/edges-to-shoes.yaml",
         (
             "ingest.locations.0.uri={data}/edges2shoes",
@@ -81,11 +82,11 @@ RUNS = {
         ),
         splits=("val",),
     ),
-    "colour": Training("recipes/pix2pix/colorization.yaml", (*PHOTOS, *epochs(4, 2), RATE)),
-    "inpainting": Training("recipes/pix2pix/inpainting.yaml", (*PHOTOS, *epochs(4, 2), RATE)),
-    "facades-hd": Training("recipes/facades.yaml", ("ingest.locations.0.uri={data}/facades",)),
-    # Eight scenes are too few to hold any back: whether it can learn them by heart, and what each phase adds.
-    "cityscapes-hd": Training(
+    "colour": DocumentedRun("recipes/pix2pix/colorization.yaml", (*PHOTOS, *epochs(4, 2), RATE)),
+    "inpainting": DocumentedRun("recipes/pix2pix/inpainting.yaml", (*PHOTOS, *epochs(4, 2), RATE)),
+    "facades-hd": DocumentedRun("recipes/facades.yaml", ("ingest.locations.0.uri={data}/facades",)),
+    # Eight scenes are too few to keep a test split: can it learn them by heart, and what does each phase add?
+    "cityscapes-hd": DocumentedRun(
         "recipes/pix2pixhd/cityscapes-2048.yaml",
         (
             "ingest.locations.0={uri: {data}/cityscapes_hd/train_img, role: target, "
@@ -113,13 +114,13 @@ RUNS = {
 }
 
 
-def settings(run: Training, name: str, split: Split, data: Path, output: Path) -> list[str]:
+def settings(run: DocumentedRun, name: str, split: Split, data: Path, output: Path) -> list[str]:
     """The values of `--set`."""
     written = [f"workspace={output}/{name}", *run.settings, f"infer.split={split}", f"evaluate.split={split}"]
     return [one.replace("{data}", str(data)).replace("{output}", str(output)) for one in written]
 
 
-def command(run: Training, values: Sequence[str]) -> list[str]:
+def command(run: DocumentedRun, values: Sequence[str]) -> list[str]:
     """The arguments of `python -m pipeline.run`."""
     return ["-c", run.recipe, *(word for value in values for word in ("--set", value))]
 
@@ -141,12 +142,12 @@ def folders(config: PipelineConfig) -> dict[str, str]:
 
 def rows(split: Split, summary: dict[str, Any]) -> list[str]:
     """The table's lines for one split: the model's, then the baselines'."""
-    told = [("**trained**", summary), *((SIDES[side], of) for side, of in summary["baselines"].items())]
+    scores = [("**trained**", summary), *((SIDES[side], of) for side, of in summary["baselines"].items())]
     return [
         f"| {split}, {summary['num_images']} | {name} | "
         + " | ".join(f"{of[score]:.4g}" if score in of else "" for score in SCORES)
         + " |"
-        for name, of in told
+        for name, of in scores
     ]
 
 
@@ -155,9 +156,9 @@ def grid(folder: str, path: Path) -> None:
     columns, lines = SHOWN
     files = sorted(Path(folder).glob("images/**/*.png"))
     chosen = np.linspace(0, len(files) - 1, min(len(files), columns * lines)).astype(int)
-    made = [np.asarray(Image.open(files[i]).convert("RGB")) for i in chosen]
-    pictures = [made[i : i + columns] for i in range(0, len(made), columns)]
-    Image.fromarray(pictures.sheet(pictures)).save(path, quality=85)
+    images = [np.asarray(Image.open(files[i]).convert("RGB")) for i in chosen]
+    grid_rows = [images[i : i + columns] for i in range(0, len(images), columns)]
+    Image.fromarray(pictures.sheet(grid_rows)).save(path, quality=85)
 
 
 def main() -> int:
@@ -181,9 +182,9 @@ def main() -> int:
                 sys.stdout.write(f"{name} {shlex.join(words)}\n")
                 continue
             subprocess.run([sys.executable, "-m", "pipeline.run", *words], check=True)
-            found = folders(configuration.load(run.recipe, values))
-            lines += rows(split, storage.read_json(f"{found['evaluate']}/summary.json"))
-            grid(found["infer"], output / f"{name}.jpg")
+            outputs = folders(configuration.load(run.recipe, values))
+            lines += rows(split, storage.read_json(f"{outputs['evaluate']}/summary.json"))
+            grid(outputs["infer"], output / f"{name}.jpg")
         if not options.commands:
             (output / f"{name}.md").write_text("\n".join(lines) + "\n")
             sys.stdout.write("\n".join(lines) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from stages import evaluate, infer
+from stages import evaluate
 from stages.base import Outcome, Resources
 from stages.errors import StageError, UserError
 from stages.evaluate import EvaluateConfig, same_size
 from stages.images import encode, geometry
-from stages.infer import InferConfig
+from stages.inference import outputs
+from stages.inference.translator import Translator
+from stages.models.files.saved import load_model
 from stages.scoring import metrics
 from stages.scoring.lpips import LpipsScorer, lpips_name
 from stages.scoring.networks import LpipsConfig
@@ -28,6 +31,7 @@ from stages.shards import dataset
 from stages.tracking.run import NullRun
 from tests.scoring.test_lpips import alexnet
 from tests.scoring.test_networks import script
+from tests.support.here import workers_here
 from tests.support.small import make_model, make_shards
 
 ONE = Resources(infer_actors=1, io_threads=4, threads_per_worker=1, gpu=False)
@@ -55,13 +59,6 @@ def test_the_larger_picture_is_made_as_small_as_the_smaller() -> None:
     assert same_size(small, small)[0] is small
 
 
-class Corner(nn.Module):
-    """Two features: the means of red and blue in the corner that is at the top and at the left."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x[:, :, :16, :16].float().mean((2, 3))[:, [0, 2]]
-
-
 # -- runs ---------------------------------------------------------------------------------------------
 
 
@@ -73,21 +70,29 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def generated(ray_local: None, tmp_path_factory: pytest.TempPathFactory, shards: str) -> str:
+def generated(tmp_path_factory: pytest.TempPathFactory, shards: str) -> str:
+    """What infer leaves of two samples a source; the second is the first, mirrored."""
     folder = tmp_path_factory.mktemp("generated")
-    model = str(make_model(tmp_path_factory.mktemp("model")))
-    infer.run(InferConfig(), ONE, output=str(folder), track=NullRun(), model=model, shards=shards)
+    make_model(folder / "model")
+    (folder / outputs.MANIFEST).write_text(json.dumps({"config": {"format": "png", "samples": 2}}))
+    translator = Translator(load_model(folder / "model"))
+    for sample in dataset.read_split(shards, dataset.load(shards), "test"):
+        (image,) = translator.translate([sample.images["source"]])
+        for number, picture in enumerate((image, image[:, ::-1].copy())):
+            path = folder / outputs.output_name(sample.key, ".png", number)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encode.encode_png(picture))
     return str(folder)
 
 
 @pytest.mark.ray
 def test_scores_and_baselines_are_those_worked_out_here_on_one_worker_or_two(
-    tmp_path: Path, shards: str, generated: str
+    ray_local: None, tmp_path: Path, shards: str, generated: str
 ) -> None:
-    outcome = score(tmp_path / "one", ONE, generated, shards)
+    outcome = score(tmp_path, TWO, generated, shards)
     assert outcome.counts == {"images": 71, "missing": 0}
-    summary = json.loads((tmp_path / "one/summary.json").read_text())
-    rows = {row["key"]: row for row in pq.read_table(tmp_path / "one/metrics.parquet").to_pylist()}
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    rows = {row["key"]: row for row in pq.read_table(tmp_path / "metrics.parquet").to_pylist()}
     assert len(rows) == 71
 
     spec = dataset.load(shards)
@@ -105,23 +110,29 @@ def test_scores_and_baselines_are_those_worked_out_here_on_one_worker_or_two(
             sums[name].append(float(np.abs(image - real).mean() / 255))
         assert rows[sample.key]["l1"] == pytest.approx(sums["l1"][-1], abs=1e-6)
         assert rows[sample.key]["nearest_l1"] == pytest.approx(sums["nearest"][-1], abs=1e-6)
+        diversity = np.abs(fake - fake[:, ::-1]).mean() / 255
+        assert rows[sample.key]["diversity"] == pytest.approx(diversity, abs=1e-6)
     assert summary["l1"] == pytest.approx(np.mean(sums["l1"]), abs=1e-6)
     assert summary["baselines"]["mean_target"]["l1"] == pytest.approx(np.mean(sums["mean_target"]), abs=1e-6)
     assert summary["baselines"]["nearest"]["num_images"] == 71
     assert summary["baselines"]["untrained"]["num_images"] == 64  # whole units, at least as many as asked for
     assert set(summary["groups"]) == {"test", "test/even", "test/odd"}
 
-    score(tmp_path / "two", TWO, generated, shards)
-    assert json.loads((tmp_path / "two/summary.json").read_text()) == summary
-    (tmp_path / "two/table/part-00001.parquet").unlink()  # as a kill leaves it
-    (tmp_path / "two/summary.json").unlink()
-    score(tmp_path / "two", ONE, generated, shards)
-    assert json.loads((tmp_path / "two/summary.json").read_text()) == summary
+    (tmp_path / "table/part-00000.parquet").unlink()  # as a kill leaves it: 64 of the 71 images to do
+    (tmp_path / "summary.json").unlink()
+    score(tmp_path, ONE, generated, shards)
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+
+
+@pytest.fixture
+def workers_in_process() -> Iterator[None]:
+    with workers_here(evaluate):
+        yield
 
 
 @pytest.mark.ray
 def test_images_of_another_system_are_scored_by_their_names(
-    ray_local: None, tmp_path: Path, shards: str
+    ray_local: None, workers_in_process: None, tmp_path: Path, shards: str
 ) -> None:
     """Half as large and named its own way; two are not there."""
     spec = dataset.load(shards)
@@ -143,34 +154,14 @@ def test_images_of_another_system_are_scored_by_their_names(
     assert summary["psnr"] == metrics.PSNR_OF_IDENTICAL
     assert set(summary["baselines"]) == {"mean_target"}
     with pytest.raises(StageError, match="2 targets have no usable image"):
-        score(tmp_path / "strict", ONE, "", shards, max_missing_fraction=0, **settings)
+        score(tmp_path / "out", ONE, "", shards, max_missing_fraction=0, **settings)
 
 
-@pytest.mark.ray
-def test_label_pictures_are_scored_by_the_palette(ray_local: None, tmp_path: Path, shards: str) -> None:
-    spec = dataset.load(shards)
-    colors = [(120, 170, 230), (90, 90, 95), (200, 60, 40)]
-    folder = tmp_path / "theirs"
-    for sample in dataset.read_split(shards, spec, "test"):
-        exact = np.array(colors, np.uint8)[np.minimum(sample.images["source"][..., 0], 2)]
-        exact[:, :4] = colors[0]
-        path = folder / f"{sample.key}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode.encode_png(exact))
-    score(
-        tmp_path / "out",
-        ONE,
-        "",
-        shards,
-        images=str(folder),
-        palette={"colors": colors},
-        baselines={"untrained": 0, "nearest": 0},
-    )
-    scores = json.loads((tmp_path / "out/summary.json").read_text())["segmentation"]["palette"]
-    matrix = np.array(json.loads((tmp_path / "out/confusion.json").read_text())["palette"])
-    assert matrix.sum() == 71 * 32 * 32
-    assert scores["pixel_accuracy"] == pytest.approx(np.trace(matrix) / matrix.sum())
-    assert 0.9 < scores["pixel_accuracy"] < 1
+class Corner(nn.Module):
+    """Two features: the means of red and blue in the corner that is at the top and at the left."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, :, :16, :16].float().mean((2, 3))[:, [0, 2]]
 
 
 class ClassScores(nn.Module):
@@ -183,9 +174,9 @@ class ClassScores(nn.Module):
 
 @pytest.mark.ray
 def test_networks_score_the_images_as_they_do_one_by_one(
-    ray_local: None, tmp_path: Path, shards: str
+    ray_local: None, workers_in_process: None, tmp_path: Path, shards: str
 ) -> None:
-    """Mirrored targets: feature distances, LPIPS and the segmenter's classes, each worked out here."""
+    """Mirrored targets: distances, and the segmenter's and the palette's classes, worked out here."""
     spec = dataset.load(shards)
     samples = list(dataset.read_split(shards, spec, "test"))
     for sample in samples:
@@ -198,6 +189,7 @@ def test_networks_score_the_images_as_they_do_one_by_one(
         "weights": str(features),
         "published": hashlib.sha256(features.read_bytes()).hexdigest(),
     }
+    colors = [(120, 170, 230), (90, 90, 95), (200, 60, 40)]
     segmenter = {
         "weights": str(script(ClassScores(), tmp_path / "classes.pt")),
         "classes": 4,
@@ -213,6 +205,7 @@ def test_networks_score_the_images_as_they_do_one_by_one(
         lpips=lpips,
         inception=inception,
         segmenter=segmenter,
+        palette={"colors": colors},
         baselines={"untrained": 0, "nearest": 0},
     )
     summary = json.loads((tmp_path / "out/summary.json").read_text())
@@ -239,9 +232,12 @@ def test_networks_score_the_images_as_they_do_one_by_one(
         np.add.at(expected, (labels, labels[:, ::-1]), 1)
     matrices = json.loads((tmp_path / "out/confusion.json").read_text())
     assert matrices["generated"] == expected.tolist()
+    assert matrices["palette"] == expected[:3, :3].tolist()
     assert matrices["target"] == np.diag(expected.sum(1)).tolist()
     assert outcome.metrics["target_pixel_accuracy"] == 1
-    assert outcome.metrics["pixel_accuracy"] == pytest.approx(np.trace(expected) / expected.sum())
+    accuracy = pytest.approx(np.trace(expected) / expected.sum())
+    assert summary["segmentation"]["generated"]["pixel_accuracy"] == accuracy
+    assert summary["segmentation"]["palette"]["pixel_accuracy"] == accuracy
     assert outcome.metrics["fid"] == summary["fid"]
 
 

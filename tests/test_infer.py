@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import unicodedata
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from stages.infer import Generator, InferConfig, bucketed, generated_size
 from stages.inference import outputs
 from stages.inference.inputs import Item, Loaded
 from stages.tracking.run import NullRun
+from tests.support.here import workers_here
 from tests.support.small import make_model, make_shards, scene
 
 RESOURCES = Resources(infer_actors=1, io_threads=4, threads_per_worker=1, gpu=False)
@@ -110,6 +112,12 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.fixture
+def workers_in_process() -> Iterator[None]:
+    with workers_here(infer):
+        yield
+
+
 @pytest.mark.ray
 def test_a_split_is_generated_once_and_a_killed_run_goes_on(
     ray_local: None, tmp_path: Path, model: str, shards: str
@@ -177,9 +185,8 @@ def folder_of_sources(folder: Path) -> dict[str, np.ndarray]:
     return good
 
 
-@pytest.mark.ray
-def test_any_folder_is_generated_and_what_cannot_be_is_told(
-    ray_local: None, tmp_path: Path, model: str
+def test_any_folder_is_generated_and_every_error_is_listed(
+    workers_in_process: None, tmp_path: Path, model: str
 ) -> None:
     good = folder_of_sources(tmp_path / "in")
     out = tmp_path / "out"
@@ -215,8 +222,7 @@ def test_any_folder_is_generated_and_what_cannot_be_is_told(
         run(out, model=model, **settings)
 
 
-@pytest.mark.ray
-def test_noise_gives_several_samples_each_by_its_seed(ray_local: None, tmp_path: Path) -> None:
+def test_noise_gives_several_samples_each_by_its_seed(workers_in_process: None, tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     for index in range(3):
@@ -259,8 +265,7 @@ def test_threads_change_no_picture(
     assert np.abs(one - three).max() <= off
 
 
-@pytest.mark.ray
-def test_a_table_of_uris_is_generated(ray_local: None, tmp_path: Path, model: str) -> None:
+def test_a_table_of_uris_is_generated(workers_in_process: None, tmp_path: Path, model: str) -> None:
     path = tmp_path / "x.png"
     path.write_bytes(encode.encode_image(scene(0, 32, 32)["source"], "png"))
     listed = {"key": ["one", "gone", "../up"], "uri": [str(path), str(tmp_path / "no.png"), str(path)]}
@@ -270,9 +275,8 @@ def test_a_table_of_uris_is_generated(ray_local: None, tmp_path: Path, model: st
     assert whole(tmp_path / "out")
 
 
-@pytest.mark.ray
 def test_class_ids_are_written_where_the_colours_are_known(
-    ray_local: None, tmp_path: Path, model: str, shards: str
+    workers_in_process: None, tmp_path: Path, model: str, shards: str
 ) -> None:
     run(tmp_path / "seen", model=model, input=shards)
     colors = ((0, 0, 0), (255, 255, 255), (128, 128, 128))
@@ -284,8 +288,7 @@ def test_class_ids_are_written_where_the_colours_are_known(
             assert (np.asarray(image) == colour.nearest_class(seen, np.array(colors, np.uint8))).all()
 
 
-@pytest.mark.ray
-def test_a_model_with_instances_takes_their_maps_by_key(ray_local: None, tmp_path: Path) -> None:
+def test_a_model_with_instances_takes_their_maps_by_key(workers_in_process: None, tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     for index in range(2):

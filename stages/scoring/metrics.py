@@ -1,7 +1,7 @@
-"""What is measured of a generated image, and how parts of a data set are summed to one number.
+"""Scores of a generated image, and sums that turn the scores of a data set into one number.
 
-Images are uint8 arrays (H, W, C). Per-image scores come from torchmetrics where it has them. Sums take their
-parts in the order of the units of work, so that N workers and one give the same number.
+Images are uint8 arrays (H, W, C). Per-image scores come from torchmetrics where it has them. Parts are added
+in the order of the units of work, so that any number of workers gives the same number.
 """
 
 from __future__ import annotations
@@ -13,15 +13,13 @@ from typing import cast
 
 import numpy as np
 import torch
-import torchmetrics.functional as tm
-import torchmetrics.functional.image as tmi
 from torch import Tensor
 
 PIXEL_METRICS = ("l1", "psnr", "ssim", "ms_ssim")
 LOWER_IS_BETTER = frozenset({"l1", "lpips", "fid", "kid"})
 
 PSNR_OF_IDENTICAL = 100.0
-"""Decibels given to two equal images: their PSNR is infinite, and one of them would make a mean infinite."""
+"""The PSNR, in decibels, of two equal images: it is infinite, and would make every mean infinite."""
 
 SSIM_MIN_SIDE = 6  # torchmetrics mirrors 5 pixels at each border
 MS_SSIM_MIN_SIDE = 176  # five scales of an 11 pixel window: side // 16 > 10
@@ -32,12 +30,13 @@ def lower_is_better(metric: str) -> bool:
     return metric.split("_", maxsplit=1)[0] in LOWER_IS_BETTER
 
 
-# -- of one pair of images ---------------------------------------------------------------------------------
+# -- scores of one pair of images --------------------------------------------------------------------------
 
 
 def to_unit(image: np.ndarray) -> Tensor:
     """(H, W, C) uint8 -> (1, C, H, W) float32 in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
+    copied = np.array(image, order="C")  # a stored image is read-only, which torch warns of
+    return torch.from_numpy(copied).permute(2, 0, 1)[None].float() / 255
 
 
 def pixel_scores(generated: np.ndarray, target: np.ndarray) -> dict[str, float]:
@@ -48,6 +47,10 @@ def pixel_scores(generated: np.ndarray, target: np.ndarray) -> dict[str, float]:
     scales) are absent where the image is smaller than their windows: never a number under a wrong name.
     Raises ValueError for two shapes.
     """
+    # imported here: it takes 3 s, for SciPy's signals and Matplotlib, which no other stage need pay
+    import torchmetrics.functional as tm  # noqa: PLC0415
+    import torchmetrics.functional.image as tmi  # noqa: PLC0415
+
     if generated.shape != target.shape:
         raise ValueError(f"generated {generated.shape} and target {target.shape} differ in shape")
     fake, real = to_unit(generated), to_unit(target)
@@ -102,7 +105,7 @@ class Sums:
     square: dict[str, float] = field(default_factory=dict)
 
     def add(self, scores: Mapping[str, float]) -> None:
-        """Count one image's scores in; a metric it lacks (None or NaN) is not counted for it."""
+        """Add one image's scores. A metric that is None or NaN is not counted."""
         for name, value in scores.items():
             if value is None or math.isnan(value):
                 continue
@@ -125,28 +128,28 @@ class Sums:
 
 @dataclass(slots=True)
 class MeanImage:
-    """Partial sum of equally sized uint8 images; its mean is the image that ignores its input."""
+    """The sum of images uint8 of one size; their mean is the best guess that ignores the source."""
 
     total: np.ndarray  # (H, W, C) int64: exact, so the order of merging cannot matter
     count: int = 0
 
     @classmethod
     def empty(cls, height: int, width: int, channels: int) -> MeanImage:
-        """No image yet."""
+        """The sum of no images."""
         return cls(np.zeros((height, width, channels), np.int64))
 
     def add(self, image: np.ndarray) -> None:
-        """Count one image in."""
+        """Add one image."""
         self.total += image
         self.count += 1
 
     def merge(self, other: MeanImage) -> None:
-        """Count another part in."""
+        """Add another sum."""
         self.total += other.total
         self.count += other.count
 
     def image(self) -> np.ndarray:
-        """(H, W, C) uint8, rounded to the nearest value. Raises ValueError for no image at all."""
+        """The mean (H, W, C) uint8, rounded to the nearest value. Raises ValueError if there is no image."""
         if not self.count:
             raise ValueError("the mean of no image")
         return ((self.total * 2 + self.count) // (2 * self.count)).astype(np.uint8)
@@ -165,10 +168,10 @@ def confusion(
     pixel is a hit: scores of one class say nothing anyway.
     """
     actual, predicted = actual.reshape(-1).astype(np.int64), predicted.reshape(-1).astype(np.int64)
-    known = (actual >= 0) & (actual < classes)
+    counted = (actual >= 0) & (actual < classes)
     if ignore is not None:
-        known &= actual != ignore
-    actual, predicted = actual[known], predicted[known]
+        counted &= actual != ignore
+    actual, predicted = actual[counted], predicted[counted]
     outside = (predicted < 0) | (predicted >= classes)
     if outside.any():
         # any class but the right one: the pixel stays in its row's sum and is never a hit
@@ -177,7 +180,7 @@ def confusion(
 
 
 def confusion_picture(matrix: np.ndarray) -> np.ndarray:
-    """A confusion matrix as a picture (H, W, 3) uint8: a square a pair of classes, dark where rows lie.
+    """A confusion matrix as a picture (H, W, 3) uint8: a square per pair of classes, dark for many pixels.
 
     Each row is a share of its class's pixels; class 0 is at the top and at the left.
     """
@@ -192,7 +195,7 @@ def confusion_picture(matrix: np.ndarray) -> np.ndarray:
 def segmentation_scores(matrix: np.ndarray) -> dict[str, float]:
     """Per-pixel accuracy, per-class accuracy and mean IoU of a confusion matrix (FCN, Long et al. 2015).
 
-    Means are over the classes that occur; empty for a matrix of no pixel.
+    Means are over the classes that occur. A matrix without pixels has no scores.
     """
     hits, rows, columns = np.diag(matrix), matrix.sum(1), matrix.sum(0)
     if not rows.sum():
@@ -218,11 +221,11 @@ class Moments:
 
     @classmethod
     def empty(cls, size: int) -> Moments:
-        """No vector yet."""
+        """The moments of no vectors."""
         return cls(0, np.zeros(size), np.zeros((size, size)))
 
     def add(self, features: np.ndarray) -> None:
-        """Count (N, D) vectors in."""
+        """Add vectors (N, D)."""
         wide = features.astype(np.float64)
         self.count += len(wide)
         self.total += wide.sum(0)

@@ -176,7 +176,7 @@ class Inception:
         """(H, W, 3) uint8 -> (D,) float32."""
         if self.size is not None:
             image = geometry.resize(image, (self.size, self.size), "rgb")
-        batch = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None]
+        batch = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))[None]
         return self.network(batch).reshape(-1).astype(np.float32)
 
 
@@ -191,7 +191,7 @@ class Segmenter:
         """(H, W, 3) uint8 -> (H, W) ids."""
         height, width = image.shape[:2]
         sized = image if self.config.size is None else geometry.resize(image, self.config.size, "rgb")
-        values = torch.from_numpy(np.ascontiguousarray(sized.transpose(2, 0, 1)))[None].float() / 255
+        values = torch.from_numpy(np.array(sized.transpose(2, 0, 1), order="C"))[None].float() / 255
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (self.config.mean, self.config.std))
         out = self.network((values - mean) / std)
         ids = out[0].argmax(0) if out.ndim == 4 else out[0]

@@ -148,22 +148,24 @@ def test_a_store_that_is_killed_and_comes_back_only_delays(
 ) -> None:
     client = s3_store.client()
     fill(client, s3_bucket, make_model(tmp_path / "model"))
-    words, environment = command(s3_bucket, s3_store.url)
     log = tmp_path / "log"
-    with log.open("wb") as file:
-        driver = subprocess.Popen(
-            words, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    try:
-        wait(lambda: client.find(f"{s3_bucket}/out/{outputs.IMAGES}"), driver, log)
-        s3_store.kill()
-        time.sleep(2)
-        s3_store.start()
-        assert driver.wait(timeout=300) == 0, log.read_text()
-    finally:
-        if driver.poll() is None:
-            os.killpg(driver.pid, signal.SIGKILL)
-            driver.wait()
+    with FaultProxy(s3_store.address) as proxy:
+        words, environment = command(s3_bucket, proxy.url)
+        with log.open("wb") as file:
+            driver = subprocess.Popen(
+                words, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        try:
+            wait(lambda: client.find(f"{s3_bucket}/out/{outputs.IMAGES}"), driver, log)
+            s3_store.kill()
+            refused_from = proxy.counts["requests"]
+            wait(lambda: proxy.counts["requests"] >= refused_from + 4, driver, log)
+            s3_store.start()
+            assert driver.wait(timeout=300) == 0, log.read_text()
+        finally:
+            if driver.poll() is None:
+                os.killpg(driver.pid, signal.SIGKILL)
+                driver.wait()
     check(s3_store.client(skip_instance_cache=True), s3_bucket)
 
 

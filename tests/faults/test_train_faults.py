@@ -8,7 +8,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -159,7 +158,7 @@ def test_a_node_that_is_to_be_taken_away(nodes: Nodes, shards: str, expected: Lo
     ]
     subprocess.run([*command, *words], env=nodes.environment, check=True, timeout=100)
     driver.until("a machine is about to be taken away: makes a checkpoint first")
-    time.sleep(3)
+    driver.until_step(driver.steps() + 1)
     nodes.alive[1].kill()
     told = driver.end()
     assert "goes on from its checkpoint" in told

@@ -218,11 +218,13 @@ def test_a_store_that_is_away_for_a_while_is_waited_for(
     s3_bucket: str, s3_store: SeaweedS3, s3_options: None
 ) -> None:
     put(s3_store, s3_bucket, ["a.png"])
-    storage.configure({"s3": s3_store.options()})
-    s3_store.kill()
-    with ThreadPoolExecutor(1) as threads:
+    with FaultProxy(s3_store.address) as proxy, ThreadPoolExecutor(1) as threads:
+        storage.configure({"s3": s3_store.options(endpoint=proxy.url)})
+        s3_store.kill()
         listed = threads.submit(list_paths, f"s3://{s3_bucket}")
-        time.sleep(1.0)  # it is refused meanwhile
+        while proxy.counts["requests"] < 2:  # the first was refused, and repeated
+            assert not listed.done()
+            time.sleep(0.01)
         s3_store.start()
         assert listed.result(timeout=60) == ["a.png"]
 

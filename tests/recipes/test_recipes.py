@@ -272,6 +272,15 @@ def test_a_run_on_real_data_is_a_recipe_with_settings(name: str, tmp_path: Path)
         )
 
 
+def test_generated_images_are_drawn_as_one_grid(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(5):
+        picture("rgb", "target", number, 2).save(tmp_path / "images" / f"{number}.png")
+    results.grid(str(tmp_path), tmp_path / "grid.jpg")
+    with Image.open(tmp_path / "grid.jpg") as grid:
+        assert grid.size == (4 * WIDTH + 5 * 4, 2 * HEIGHT + 3 * 4)  # four columns, with gaps
+
+
 # -- two steps of each --------------------------------------------------------
 
 
@@ -299,33 +308,33 @@ def prepared(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Calla
 @pytest.mark.long
 @pytest.mark.ray
 @every_recipe
-def test_a_recipe_trains_two_steps_a_phase_and_paints(
+def test_a_recipe_trains_two_steps_a_phase_and_generates(
     recipe: Path, prepared: Prepare, tmp_path: Path
 ) -> None:
     config = small(recipe, "paper")
     shards = prepared(config)
     spec = dataset.load(shards)
-    model, made = learning.trained(train.jobs(config.train, config.augment), shards, tmp_path)
-    assert made >= 2 * len(config.train.phases)
+    model, num_steps = learning.trained(train.jobs(config.train, config.augment), shards, tmp_path)
+    assert num_steps >= 2 * len(config.train.phases)
     samples = list(dataset.read_split(shards, spec, config.infer.split))
-    painted = learning.painted(load_model(model), samples, stochastic=config.infer.stochastic)
-    assert len(painted) == spec.rows(config.infer.split) > 0
-    for image in painted:
+    images = learning.translated(load_model(model), samples, stochastic=config.infer.stochastic)
+    assert len(images) == spec.rows(config.infer.split) > 0
+    for image in images:
         assert image.shape == (spec.size[1], spec.size[0], spec.roles["target"].channels)
 
 
 @pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.parametrize("name", ["pix2pix/colorization", "pix2pixhd/cityscapes-1024-features"])
-def test_what_a_recipe_trained_is_generated_and_judged(name: str, prepared: Prepare, tmp_path: Path) -> None:
+def test_what_a_recipe_trained_generates_and_is_scored(name: str, prepared: Prepare, tmp_path: Path) -> None:
     config = small(ROOT / "recipes" / f"{name}.yaml", "cpu")
     shards = prepared(config)
     model, _ = learning.trained(train.jobs(config.train, config.augment), shards, tmp_path)
     resources = Resources(io_threads=2, infer_actors=1)
-    images, judged = (str(tmp_path / folder) for folder in ("images", "judged"))
+    images, scores = (str(tmp_path / folder) for folder in ("images", "scores"))
     infer.run(config.infer, resources, output=images, track=NullRun(), model=str(model), shards=shards)
     outcome = evaluate.run(
-        config.evaluate, resources, output=judged, track=NullRun(), shards=shards, images=images
+        config.evaluate, resources, output=scores, track=NullRun(), shards=shards, images=images
     )
     assert outcome.counts == {"images": dataset.load(shards).rows(config.evaluate.split), "missing": 0}
     assert 0 <= outcome.metrics["l1"] <= 1
