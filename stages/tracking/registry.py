@@ -1,10 +1,10 @@
-"""A trained model in MLflow: logged once to its run, registered, and champion if it beats the one that is.
+"""Logs a model to its run, registers it, and moves the alias `champion` to it if it scores better.
 
-in:  a model folder, a source image as its input example, and what evaluation measured of it
+in:  a model folder, a source image as its input example, and a metric that evaluation measured
 out: a logged model (`models:/m-...`), a version of a registered model, perhaps the alias
 
-Everything is looked up before it is made: sent twice, it is still one model and one version. What a version
-is worth is kept in its tags; versions measured on other data are not compared.
+Each is looked up before it is created: logged twice, it is one model and one version. The metric and the data
+it was measured on are tags of the version; versions measured on other data are not compared.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MODEL_TAG, DATA_TAG = "pixloom.model", "pixloom.data"
 REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "safetensors", "torch")
 
 
-def publish(
+def register(
     folder: str,
     *,
     tracking_uri: str,
@@ -44,11 +44,10 @@ def publish(
     value: float | None = None,
     data: str = "",
 ) -> str:
-    """Log the model in `folder` (any location) to a run; with a `name`, register it and compare it.
+    """Log the model in `folder` (any URI); with a `name`, register and compare it. Returns a log line.
 
-    `example`: encoded images by column, as `served` takes them. `value` of `metric` was measured on the data
-    with the digest `data`; None: it was not, and the alias stays where it is. Returns what came of it, in a
-    line.
+    example  encoded images by column, as `served` takes them
+    value    of `metric`, measured on the data with the digest `data`; None: not measured, the alias stays
     """
     client = MlflowClient(tracking_uri=tracking_uri)
     identity = fingerprint(description(folder))
@@ -61,38 +60,36 @@ def publish(
             client.log_metric(run_id, metric, value, model_id=model_id)
         if name is None:
             return f"logged as models:/{model_id}"
-        version = _registered(client, name, model_id) or _register(name, model_id, identity)
+        version = _version(client, name, model_id, identity)
     if value is None:
         return f"registered as models:/{name}/{version}"
-    told = {metric: f"{value:.9g}", DATA_TAG: data}
-    for tag, text in told.items():
-        client.set_model_version_tag(name, version, tag, text)
-    return f"registered as models:/{name}/{version}; " + _promote(
-        client, name=name, version=version, alias=alias, metric=metric, value=value, data=data
-    )
+    client.set_model_version_tag(name, version, metric, f"{value:.9g}")
+    client.set_model_version_tag(name, version, DATA_TAG, data)
+    outcome = _promote(client, name, version, alias, metric, value, data)
+    return f"registered as models:/{name}/{version}; {outcome}"
 
 
 def _promote(
-    client: MlflowClient, *, name: str, version: str, alias: str, metric: str, value: float, data: str
+    client: MlflowClient, name: str, version: str, alias: str, metric: str, value: float, data: str
 ) -> str:
-    """Give a version the alias if it beats the one that has it; returns what came of it, in words."""
+    """Move the alias to a version if its metric is better than that of the version with the alias."""
     try:
         champion = client.get_model_version_by_alias(name, alias)
     except MlflowException:
         champion = None
     if champion is not None and str(champion.version) == version:
         return f"it is {alias} ({metric} {value:.4g})"
-    beaten = ""
-    if champion is not None and (held := champion.tags.get(metric)) is not None:
-        holder = f"version {champion.version} ({metric} {float(held):.4g})"
+    before = ""
+    if champion is not None and metric in champion.tags:
+        best = float(champion.tags[metric])
+        other = f"version {champion.version} ({metric} {best:.4g})"
         if champion.tags.get(DATA_TAG, "") != data:
-            return f"{alias} stays {holder}: it was measured on other data, so nobody knows which is better"
-        better = value < float(held) if lower_is_better(metric) else value > float(held)
-        if not better:
-            return f"{alias} stays {holder}, this one has {value:.4g}"
-        beaten = f", before: {holder}"
+            return f"{alias} stays {other}: it was measured on other data, so the two cannot be compared"
+        if not (value < best if lower_is_better(metric) else value > best):
+            return f"{alias} stays {other}, this one has {value:.4g}"
+        before = f", before: {other}"
     client.set_registered_model_alias(name, alias, version)
-    return f"now {alias} ({metric} {value:.4g}{beaten})"
+    return f"now {alias} ({metric} {value:.4g}{before})"
 
 
 # -- logging ------------------------------------------------------------------
@@ -103,8 +100,8 @@ def _log(client: MlflowClient, folder: Path, run_id: str, example: Mapping[str, 
     code = Path(served.__file__).resolve()
     unused = {DISCRIMINATOR} | ({WEIGHTS} if EMA in read_manifest(folder).files else set())
     run = client.get_run(run_id)
-    # made here, since `Model.log` would take the experiment that is active in this process
-    made = client.create_logged_model(
+    # created here, since `Model.log` would take the experiment that is active in this process
+    logged = client.create_logged_model(
         run.info.experiment_id,
         name=NAME,
         source_run_id=run_id,
@@ -112,29 +109,29 @@ def _log(client: MlflowClient, folder: Path, run_id: str, example: Mapping[str, 
         params=run.data.params,
     )
     with tempfile.TemporaryDirectory(prefix="pixloom-served-") as temp:
-        wanted = Path(temp) / "model"
-        wanted.mkdir()
+        needed = Path(temp) / "model"
+        needed.mkdir()
         for path in folder.iterdir():
-            if path.is_file() and path.name not in unused:  # serves nobody, and is half of the bytes
-                shutil.copyfile(path, wanted / path.name)
+            if path.is_file() and path.name not in unused:  # the others are half of the bytes
+                shutil.copyfile(path, needed / path.name)
         Model.log(
             artifact_path=None,
             name=NAME,
-            model_id=made.model_id,
+            model_id=logged.model_id,
             flavor=mlflow.pyfunc,
             run_id=run_id,
             python_model=str(code),
-            artifacts={"model": str(wanted)},
+            artifacts={"model": str(needed)},
             code_paths=[str(code.parent)],
             signature=signature(folder),
             input_example=pd.DataFrame({name: [data] for name, data in example.items()}),
             pip_requirements=list(REQUIREMENTS),
         )
-    return str(made.model_id)
+    return str(logged.model_id)
 
 
 def signature(folder: Path) -> ModelSignature:
-    """What goes in and out of a model folder's model."""
+    """The columns and parameters that the model of a folder takes and returns."""
     columns = [ColSpec(DataType.binary, "image")]
     if read_manifest(folder).inputs.instances:
         columns.append(ColSpec(DataType.binary, "instance", required=False))
@@ -148,28 +145,22 @@ def signature(folder: Path) -> ModelSignature:
 
 
 def _logged(client: MlflowClient, run_id: str, identity: str) -> str:
-    """The id of this very model, logged before in the run's experiment; "" if it was not.
-
-    One that was killed while it was sent is taken away.
-    """
+    """The id of the same model if it is logged in the run's experiment, else "". Deletes half-sent ones."""
     experiment = client.get_run(run_id).info.experiment_id
-    found = client.search_logged_models([experiment], filter_string=f"tags.`{MODEL_TAG}` = '{identity}'")
-    ready = [model.model_id for model in found if model.status == LoggedModelStatus.READY]
-    for model in found:
-        if model.status != LoggedModelStatus.READY:
+    ready, same = "", f"tags.`{MODEL_TAG}` = '{identity}'"
+    for model in client.search_logged_models([experiment], filter_string=same):
+        if model.status == LoggedModelStatus.READY:
+            ready = ready or str(model.model_id)
+        else:
             client.delete_logged_model(model.model_id)
-    return str(ready[0]) if ready else ""
+    return ready
 
 
-def _registered(client: MlflowClient, name: str, model_id: str) -> str:
-    """The version that this logged model has under a registered name; "" if it has none."""
-    found = client.search_model_versions(f"name = '{name}'", max_results=1000)
-    source = f"models:/{model_id}"  # a database does not tell a version's model_id
-    return next((str(version.version) for version in found if version.source == source), "")
-
-
-def _register(name: str, model_id: str, identity: str) -> str:
-    made = mlflow.register_model(
-        f"models:/{model_id}", name, await_registration_for=0, tags={MODEL_TAG: identity}
-    )
-    return str(made.version)
+def _version(client: MlflowClient, name: str, model_id: str, identity: str) -> str:
+    """The version of a logged model under a registered name, registered if it has none."""
+    source = f"models:/{model_id}"  # a database leaves out a version's model_id
+    for version in client.search_model_versions(f"name = '{name}'", max_results=1000):
+        if version.source == source:
+            return str(version.version)
+    tags = {MODEL_TAG: identity}
+    return str(mlflow.register_model(source, name, await_registration_for=0, tags=tags).version)

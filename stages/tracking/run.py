@@ -104,16 +104,17 @@ class Run:
     `key` is our name of the run, in its tag `pixloom.key`.
     """
 
-    sender: Sender
+    sender: Sender | None
     key: str
 
     @property
     def uri(self) -> str:
         """The tracking server or database; "" if the run is not recorded."""
-        return self.sender.uri
+        return self.sender.uri if self.sender else ""
 
     def _put(self, facts: Mapping[Fact, Any], rows: Iterable[MetricRow] = (), curves: str = "") -> None:
-        self.sender.put(self.key, facts, rows, curves)
+        if self.sender:
+            self.sender.put(self.key, facts, rows, curves)
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Record settings; nested ones get dotted names. MLflow keeps the first value of each."""
@@ -161,21 +162,21 @@ class Run:
         self._put({("dataset", f"{name} {uri}", context): data | {"profile": json.dumps(dict(counts))}})
 
     def model(self, folder: str, example: Mapping[str, bytes], **registration: Any) -> None:
-        """Record the model of this run, with the arguments of `stages.tracking.registry.publish`."""
+        """Record the model of this run, with the arguments of `stages.tracking.registry.register`."""
         inputs = {name: data.hex() for name, data in example.items()}
         self._put({("model",): {"folder": folder, "example": inputs, **registration}})
 
     def child(self, name: str, tags: Mapping[str, str] | None = None, *, key: str | None = None) -> Run:
         """A new run below this one. With a `key`, a run that has it already is continued."""
-        return _create(self.sender, name, tags or {}, parent=self.key, key=key)
+        return _create(self.sender, name, tags or {}, parent=self.key, key=key) if self.sender else self
 
     def run_id(self, wait: float = 20.0) -> str:
         """MLflow's id of this run; "" if the server did not answer within `wait` seconds."""
-        return self.sender.run_id(self.key, wait)
+        return self.sender.run_id(self.key, wait) if self.sender else ""
 
     def flush(self, wait: float | None = None) -> bool:
         """Wait until MLflow holds everything; False if it does not after `wait` seconds."""
-        return self.sender.flush(wait)
+        return self.sender.flush(wait) if self.sender else True
 
     def end(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
         """Close the run."""
@@ -197,25 +198,8 @@ class Run:
 class NullRun(Run):
     """A run that is not recorded: tracking is off, or this is a test."""
 
-    uri = ""
-
     def __init__(self) -> None:
-        self.key = ""
-
-    def _put(self, facts: Mapping[Fact, Any], rows: Iterable[MetricRow] = (), curves: str = "") -> None:
-        pass
-
-    def child(self, name: str, tags: Mapping[str, str] | None = None, *, key: str | None = None) -> Run:  # noqa: ARG002
-        """Return the same run."""
-        return self
-
-    def run_id(self, wait: float = 0.0) -> str:  # noqa: ARG002
-        """Return "": MLflow has no such run."""
-        return ""
-
-    def flush(self, wait: float | None = None) -> bool:  # noqa: ARG002
-        """Return True: MLflow misses nothing."""
-        return True
+        super().__init__(sender=None, key="")
 
 
 def open_parent(
@@ -238,9 +222,7 @@ def open_parent(
 
 def catch_up(config: TrackingConfig, workspace: str) -> bool:
     """Send what earlier processes could not, if there is any; False if MLflow still misses some of it."""
-    if not config.enabled or not storage.exists(storage.join(workspace, sender.UNSENT)):
-        return True
-    return _sender(config, workspace).flush()
+    return not (config.enabled and sender.documents(workspace)) or _sender(config, workspace).flush()
 
 
 def _create(to: Sender, name: str, tags: Mapping[str, str], *, parent: str, key: str | None) -> Run:

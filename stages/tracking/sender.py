@@ -8,7 +8,6 @@ it, for the next process in the workspace to send; curves are there already, in 
 from __future__ import annotations
 
 import atexit
-import json
 import logging
 import os
 import socket
@@ -67,11 +66,11 @@ class Record:
 
 @dataclass
 class Held:
-    """What MLflow holds of a run: the last step of each metric, and parameters."""
+    """What MLflow holds of a run: the last step of each metric, and the names of parameters."""
 
     run_id: str
     steps: dict[str, int] = field(default_factory=dict)
-    params: frozenset[str] = frozenset()
+    params: set[str] = field(default_factory=set)
 
 
 def missing(rows: Iterable[MetricRow], last_steps: Mapping[str, int]) -> list[MetricRow]:
@@ -83,8 +82,8 @@ def curve_rows(folder: str) -> list[MetricRow]:
     """The curves of a phase as MLflow shows them, from its result or else from its newest checkpoint."""
     fs, path = storage.filesystem(folder)
     fs.invalidate_cache()
-    places = [*fs.glob(f"{path}/metrics.parquet"), *fs.glob(f"{path}/checkpoints/*/curves.parquet")[::-1]]
-    for place in places:
+    newest = sorted(fs.glob(f"{path}/checkpoints/*/curves.parquet"), reverse=True)
+    for place in [*fs.glob(f"{path}/metrics.parquet"), *newest]:
         with suppress(FileNotFoundError):  # a newer checkpoint has replaced it
             points = storage.read_parquet(fs.unstrip_protocol(place)).to_pylist()
             rows = [MetricRow(p["name"], p["value"], p["step"], p["time_ms"]) for p in points]
@@ -92,6 +91,13 @@ def curve_rows(folder: str) -> list[MetricRow]:
             seen = [MetricRow(n, p[n], p["step"], p["time_ms"]) for p in steps for n in ("images", "epoch")]
             return [row for row in rows if "/layer" not in row.name] + seen
     return []
+
+
+def documents(workspace: str) -> list[str]:
+    """URIs of the documents that hold what MLflow has not taken, one per process."""
+    fs, path = storage.filesystem(storage.join(storage.absolute(workspace), UNSENT))
+    fs.invalidate_cache()
+    return [str(fs.unstrip_protocol(place)) for place in fs.glob(f"{path}/*/{DOCUMENT}")]
 
 
 def connect(uri: str) -> Any:
@@ -138,7 +144,6 @@ class Sender:
         self.client: Any = None
         self._folder = storage.join(self.unsent, uuid.uuid4().hex)
         self._folders: list[str] = []  # this one and those of ended processes, while they hold facts
-        self._document = ""
         self._records: dict[str, Record] = {}  # by key
         self._changed, self._storing = threading.Condition(), threading.Lock()
         self._hurry = self._uploads = False
@@ -201,26 +206,26 @@ class Sender:
         for run in self.client.search_runs([self.experiment], filter_string=where, max_results=1000):
             if is_gone(run.data.tags.get(PROCESS_TAG, "")):
                 self.client.set_terminated(run.info.run_id, status="KILLED")
-                curves = run.data.tags.get(CURVES_TAG)
-                self.put(run.data.tags[KEY_TAG], killed, curve_rows(curves) if curves else ())
-        fs, path = storage.filesystem(self.unsent)
-        fs.invalidate_cache()
-        for place in fs.glob(f"{path}/*/{DOCUMENT}"):
-            uri = fs.unstrip_protocol(place)
+                rows = self._curve_rows(run.data.tags.get(CURVES_TAG, ""))
+                self.put(run.data.tags[KEY_TAG], killed, rows)
+        for uri in documents(self.workspace):
             document = storage.read_json(uri)
-            process = document["process"]
-            if (
-                process.split()[0] == socket.gethostname()
-                and process != this_process()
-                and not is_gone(process)
-            ):
+            process, gone = document["process"], is_gone(document["process"])
+            if not gone and process != this_process() and process.split()[0] == socket.gethostname():
                 continue  # it sends them itself
             self._folders.append(uri.rpartition("/")[0])
             for key, record in document["records"].items():
                 facts = {tuple(fact): value for fact, value in record["facts"]}
-                unfinished = ("create",) in facts and is_gone(process)
-                rows = curve_rows(record["curves"]) if record["curves"] else []
-                self.put(key, (killed if unfinished else {}) | facts, rows)
+                unfinished = killed if gone and ("create",) in facts else {}
+                self.put(key, unfinished | facts, self._curve_rows(record["curves"]))
+
+    def _curve_rows(self, folder: str) -> list[MetricRow]:
+        """The curves in a phase's folder; none, and a warning, if it cannot be read."""
+        try:
+            return curve_rows(folder) if folder else []
+        except (OSError, ValueError, PixloomError) as error:
+            logger.warning("%s: MLflow misses its curves, they cannot be read: %s", folder, one_line(error))
+            return []
 
     # -- the thread -----------------------------------------------------------
 
@@ -272,8 +277,10 @@ class Sender:
         for start in range(0, len(small), 100):
             self._deliver(record, held, small[start : start + 100])
         if ("end",) in facts and record.curves:
-            record.rows += curve_rows(record.curves)
-            record.curves = ""
+            rows = self._curve_rows(record.curves)
+            with self._changed:
+                record.rows += rows
+                record.curves = ""
         self._send_rows(held, record.rows)
         for kind in ("dataset", "artifact", "model", "end"):
             for fact in facts:
@@ -290,7 +297,7 @@ class Sender:
         if runs:
             data, run_id = runs[0].data, runs[0].info.run_id
             steps = {metric.key: metric.step for metric in data.to_proto().metrics}
-            held = Held(run_id, steps, frozenset(data.params))
+            held = Held(run_id, steps, set(data.params))
             if create is not None:
                 self.client.update_run(run_id, status="RUNNING")
                 self.client.set_tag(run_id, PROCESS_TAG, create["tags"][PROCESS_TAG])
@@ -303,11 +310,9 @@ class Sender:
                 if parent is None:
                     return None
                 tags["mlflow.parentRunId"] = parent.run_id
-            held = Held(
-                self.client.create_run(
-                    self.experiment, start_time=create["start_time"], tags=tags, run_name=create["name"]
-                ).info.run_id
-            )
+            start, name = create["start_time"], create["name"]
+            run = self.client.create_run(self.experiment, start_time=start, tags=tags, run_name=name)
+            held = Held(run.info.run_id)
         with self._changed:
             self._held[key], self._ids[key] = held, held.run_id
             self._changed.notify_all()
@@ -319,9 +324,8 @@ class Sender:
         while rows:
             batch = rows[:1000]
             if fresh := missing(batch, held.steps):
-                self.client.log_batch(
-                    held.run_id, [Metric(r.name, r.value, r.time_ms, r.step) for r in fresh]
-                )
+                metrics = [Metric(row.name, row.value, row.time_ms, row.step) for row in fresh]
+                self.client.log_batch(held.run_id, metrics=metrics)
                 held.steps |= {row.name: row.step for row in fresh}
             with self._changed:
                 del rows[: len(batch)]
@@ -357,11 +361,11 @@ class Sender:
         from mlflow.entities import Metric, Param, RunTag  # noqa: PLC0415 - see connect
 
         metrics = [Metric(f[1], *value, f[2]) for f, value in values.items() if f[0] == "metric"]
-        params = [
-            Param(f[1], value) for f, value in values.items() if f[0] == "param" and f[1] not in held.params
-        ]
+        params = {str(f[1]): value for f, value in values.items() if f[0] == "param"}
+        fresh = [Param(name, value) for name, value in params.items() if name not in held.params]
         tags = [RunTag(f[1], value) for f, value in values.items() if f[0] == "tag"]
-        self.client.log_batch(held.run_id, metrics=metrics, params=params, tags=tags)
+        self.client.log_batch(held.run_id, metrics=metrics, params=fresh, tags=tags)
+        held.params |= params.keys()
 
     def _log_large(self, run_id: str, fact: Fact, value: Any) -> None:
         if fact[0] == "end":
@@ -382,12 +386,12 @@ class Sender:
                 self.client.log_artifact(run_id, str(path), artifact_path=parent)
 
     def _log_model(self, run_id: str, folder: str, example: Mapping[str, str], **registration: Any) -> None:
-        from stages.tracking.registry import publish  # noqa: PLC0415 - imports all of MLflow, see connect
+        from stages.tracking.registry import register  # noqa: PLC0415 - imports all of MLflow, see connect
 
         contents = {name: bytes.fromhex(data) for name, data in example.items()}
         self._uploads = True
         try:
-            outcome = publish(folder, tracking_uri=self.uri, run_id=run_id, example=contents, **registration)
+            outcome = register(folder, tracking_uri=self.uri, run_id=run_id, example=contents, **registration)
             logger.info("model         %s", outcome)
         finally:
             self._uploads = False
@@ -401,9 +405,7 @@ class Sender:
             if self._away_since is None:
                 self._away_since, where = time.monotonic(), without_password(self.uri)
                 reason = one_line(self._trouble, limit=200)
-                logger.warning(
-                    "MLflow at %s does not answer (%s): work goes on, it gets the rest later", where, reason
-                )
+                logger.warning("MLflow at %s does not answer (%s): it is completed later", where, reason)
             self._store()
             return
         if self._away_since is not None:
@@ -420,6 +422,8 @@ class Sender:
             document: dict[str, Any] = {}
             try:
                 for key, record, facts in records:
+                    if not (facts or record.rows):
+                        continue
                     for fact, value in facts:
                         if isinstance(value, bytes):
                             uri = storage.join(self._folder, uuid.uuid4().hex)
@@ -428,11 +432,9 @@ class Sender:
                                 record.facts[fact] = uri
                     stored = [(fact, record.facts.get(fact, value)) for fact, value in facts]
                     document[key] = {"curves": record.curves, "facts": stored}
-                text = json.dumps({"process": this_process(), "records": document})
-                if text != self._document:
-                    storage.write_bytes(storage.join(self._folder, DOCUMENT), text.encode())
-                    self._document = text
-                    self._folders = list({*self._folders, self._folder})
+                whole = {"process": this_process(), "records": document}
+                storage.write_json(storage.join(self._folder, DOCUMENT), whole)
+                self._folders = list({*self._folders, self._folder})
             except (OSError, PixloomError) as error:
                 logger.warning("%s cannot be written: %s", self._folder, one_line(error))
 
@@ -441,13 +443,10 @@ class Sender:
         with self._storing:
             for folder in self._folders:
                 fs, path = storage.filesystem(folder)
-                try:
-                    with suppress(FileNotFoundError):
-                        fs.rm(path, recursive=True)
-                except OSError as error:
-                    logger.warning("%s cannot be removed, remove it: %s", folder, one_line(error))
+                with suppress(OSError):  # sent again by the next run, it changes nothing
+                    fs.rm(path, recursive=True)
             with self._changed:
-                self._folders, self._document = [], ""
+                self._folders = []
                 self._changed.notify_all()
 
 

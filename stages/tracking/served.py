@@ -1,10 +1,10 @@
-"""The model as MLflow keeps and serves it: encoded images in, encoded images out.
+"""The model as MLflow stores and serves it: encoded images in, encoded images out.
 
 in:  a table with a column `image` (PNG, JPEG, WebP, TIFF or .npy bytes); `instance` where a model needs it
 out: a table with a column `image` (PNG bytes)
 
-Logged as code (this file and the packages it imports) beside a model folder, so that `mlflow models serve`
-and `mlflow.pyfunc.load_model` need neither this repository nor its config.
+It is logged as code (this file and the packages it imports) with a model folder: `mlflow models serve` and
+`mlflow.pyfunc.load_model` need neither this repository nor its config.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stages.models.files.saved import load_model
 
 
 class Served(PythonModel):  # type: ignore[misc]
-    """A `Translator` behind MLflow's interface."""
+    """A `Translator` with MLflow's interface."""
 
     def load_context(self, context: Any) -> None:
         """Load the model folder that was logged as the artifact `model`."""
@@ -36,25 +36,25 @@ class Served(PythonModel):  # type: ignore[misc]
         }
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: Any = None) -> pd.DataFrame:  # noqa: ARG002
-        """Generate a picture for every row. Raises MlflowException for a row that is no image."""
-        given = params or {}
-        translator = self.translators[bool(given.get("stochastic", False))]
-        made = []
+        """Generate an image for every row. Raises MlflowException for a row without a readable image."""
+        options = params or {}
+        translator = self.translators[bool(options.get("stochastic", False))]
+        images = []
         for index, row in enumerate(model_input.to_dict("records")):
             try:
                 source = decode.decode_image(row["image"], translator.source_kind)
                 instance = None
                 if translator.needs_instances:
                     instance = [decode.decode_image(row.get("instance") or b"", "instances")]
-                seed = noise_seed(int(given.get("seed", 0)), str(index))
+                seed = noise_seed(int(options.get("seed", 0)), str(index))
                 (out,) = translator.translate([source], instance, seeds=[seed])
-            except (kinds.ImageRejected, ValueError) as why:
-                raise MlflowException.invalid_parameter_value(f"row {index}: {why}") from why
+            except (kinds.ImageRejected, ValueError) as error:
+                raise MlflowException.invalid_parameter_value(f"row {index}: {error}") from error
             if translator.target_kind not in ("rgb", "grey", "grey16"):
                 light = source if translator.source_kind == "lab_l" else None
                 out = pictures.picture(out, translator.target_kind, lightness=light)
-            made.append(encode.encode_png(out))
-        return pd.DataFrame({"image": made})
+            images.append(encode.encode_png(out))
+        return pd.DataFrame({"image": images})
 
 
 set_model(Served())  # at import, because that is how MLflow takes a model from its code

@@ -25,7 +25,7 @@ from stages.inference.model_source import local_model
 from stages.inference.translator import Translator
 from stages.models.files.saved import DISCRIMINATOR, load_model
 from stages.tracking import sender
-from stages.tracking.registry import publish
+from stages.tracking.registry import register
 from stages.tracking.run import TrackingConfig, open_parent
 from tests.stores.seaweed import free_ports
 from tests.support.small import make_model, scene
@@ -72,7 +72,7 @@ def test_the_better_one_is_champion_and_none_is_made_twice(uri: str, tmp_path: P
     models = [make_model(tmp_path / str(width), trained=(width, 32)) for width in (32, 64, 96)]
 
     def send(index: int, value: float | None, data: str = "d") -> str:
-        return publish(
+        return register(
             str(models[index]),
             tracking_uri=uri,
             run_id=new_run(client),
@@ -108,9 +108,9 @@ def test_what_a_kill_left_of_a_model_is_taken_away(uri: str, tmp_path: Path) -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mlflow.tracking.client.MlflowClient.log_model_artifacts", _killed)
         with pytest.raises(KeyboardInterrupt):
-            publish(str(model), tracking_uri=uri, run_id=new_run(client), example=EXAMPLE)
-    told = publish(str(model), tracking_uri=uri, run_id=new_run(client), example=EXAMPLE)
-    assert publish(str(model), tracking_uri=uri, run_id=new_run(client), example=EXAMPLE) == told
+            register(str(model), tracking_uri=uri, run_id=new_run(client), example=EXAMPLE)
+    told = register(str(model), tracking_uri=uri, run_id=new_run(client), example=EXAMPLE)
+    assert register(str(model), tracking_uri=uri, run_id=new_run(client), example=EXAMPLE) == told
     experiment = client.get_experiment_by_name("e").experiment_id
     found = client.search_logged_models([experiment])
     assert all(one.status == LoggedModelStatus.READY for one in found)
@@ -159,7 +159,7 @@ def test_a_registered_model_is_loaded_and_served_where_this_repository_is_not(
 ) -> None:
     client = MlflowClient(tracking_uri=uri)
     folder = make_model(tmp_path / "model")
-    told = publish(
+    told = register(
         str(folder), tracking_uri=uri, run_id=new_run(client), example=EXAMPLE, name="served", value=0.5
     )
     assert "now champion" in told

@@ -1,0 +1,183 @@
+"""MLflow is completed from the workspace: by the process that was cut off, or by the next one."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stages import storage
+from stages.tracking import sender
+from stages.tracking.run import MetricRow, Run, TrackingConfig, catch_up, open_parent
+from stages.tracking.sender import KEY_TAG
+from stages.training import curves
+from stages.training.curves import Point
+
+PICTURE = np.zeros((4, 6, 3), np.uint8)
+
+
+def write_curves(uri: str, steps: int) -> None:
+    """Curves as a phase or its checkpoint has them: a loss, its layers, the machine's load."""
+    names = ("generator/gan", "generator/feature_matching/layer0", "system/cpu")
+    points = [Point(s, 4 * s, 0, name, 1 / s, 1000 + s) for s in range(1, steps + 1) for name in names]
+    storage.write_parquet(uri, curves.to_table(points))
+
+
+def stored(run: Run) -> Any:
+    return sender.connect(run.uri).get_run(run.run_id())
+
+
+def steps(run: Run, name: str) -> list[int]:
+    return [metric.step for metric in sender.connect(run.uri).get_metric_history(run.run_id(), name)]
+
+
+def live(first: int, last: int) -> list[MetricRow]:
+    return [MetricRow("generator/gan", 1 / step, step, 1000 + step) for step in range(first, last + 1)]
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return open_parent(TrackingConfig(), "pipeline", None, str(tmp_path_factory.mktemp("workspace")))
+
+
+def test_curves_that_never_came_are_completed_at_the_end_each_value_once(parent: Run, tmp_path: Path) -> None:
+    write_curves(f"{tmp_path}/metrics.parquet", 9)
+    with parent.child("train-global") as child:
+        child.curves(str(tmp_path))
+        child.metrics_batch(live(1, 4))
+        assert child.flush()
+    assert steps(child, "generator/gan") == list(range(1, 10))
+    assert steps(child, "images") == list(range(1, 10))
+    assert stored(child).data.metrics.keys() == {"generator/gan", "system/cpu", "images", "epoch"}
+    assert stored(child).info.status == "FINISHED"
+
+
+def test_a_phase_that_fails_has_the_curves_of_its_newest_checkpoint(parent: Run, tmp_path: Path) -> None:
+    for step in (8, 16):
+        write_curves(f"{tmp_path}/checkpoints/step-{step:08d}/curves.parquet", step)
+    child = parent.child("train-global")
+    child.curves(str(tmp_path))
+    with pytest.raises(ValueError, match="lost"), child:
+        raise ValueError("lost")
+    assert steps(child, "generator/gan") == list(range(1, 17))
+    assert stored(child).info.status == "FAILED"
+
+
+def test_memory_is_bounded_and_the_rest_of_a_curve_comes_at_the_end(
+    parent: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender, "MOST_ROWS", 5)
+    monkeypatch.setattr(sender, "LINGER_S", 60.0)
+    write_curves(f"{tmp_path}/metrics.parquet", 30)
+    child = parent.child("train-global")
+    child.curves(str(tmp_path))
+    for step in range(1, 30):
+        child.metrics_batch(live(step, step))
+    child.end()
+    assert child.flush()
+    assert steps(child, "generator/gan") == list(range(1, 31))
+
+
+def test_curves_that_cannot_be_read_hold_up_nothing(
+    parent: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "metrics.parquet").write_bytes(b"torn")
+    with parent.child("train-global") as child:
+        child.curves(str(tmp_path))
+    assert stored(child).info.status == "FINISHED"
+    assert "cannot be read" in caplog.text
+
+
+class Broken:
+    """A tracking client whose artifact store is away."""
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "log_artifact":
+            raise ConnectionError("no artifact store")
+        return getattr(self.client, name)
+
+
+def test_without_its_artifact_store_a_server_still_gets_everything_else(
+    parent: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender, "RETRY_S", (0.05,))
+    assert parent.flush()
+    client = parent.sender.client
+    parent.sender.client = Broken(client)
+    first, second = parent.child("one"), parent.child("two")
+    first.image(PICTURE, "samples", 1)
+    first.end()
+    second.metrics({"l1": 0.5})
+    second.end()
+    assert not second.flush(wait=1.0)
+    assert stored(second).data.metrics == {"l1": 0.5}
+    assert {stored(run).info.status for run in (first, second)} == {"FINISHED"}
+    assert list(Path(parent.sender.unsent).rglob("facts.json"))
+    parent.sender.client = client
+    assert second.flush()
+    pictures = client.list_artifacts(first.run_id(), "images")
+    assert len(pictures) == 2  # the picture and its preview
+    assert not list(Path(parent.sender.unsent).rglob("*"))
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+from stages.tracking.run import MetricRow, TrackingConfig, open_parent
+
+class Away:
+    def __getattr__(self, name):
+        raise ConnectionError("no route")
+
+workspace, folder = sys.argv[1:]
+parent = open_parent(TrackingConfig(), "killed", None, workspace)
+known, new = parent.child("train-global", key="known"), parent.child("infer", key="new")
+known.curves(folder)
+known.metrics_batch([MetricRow("generator/gan", 1 / step, step, 1000 + step) for step in (1, 2)])
+done = parent.child("pair", key="done")
+assert parent.flush()
+parent.sender.client = Away()
+known.metrics_batch([MetricRow("generator/gan", 1 / 3, 3, 1003)])
+known.image(np.zeros((4, 6, 3), np.uint8), "samples", 3)
+done.metrics({"pairs": 7.0})
+done.artifact("pairs.txt", b"seven")
+done.end()
+late = parent.child("shard", key="late")
+late.params({"size": 64})
+late.dataset("shards", uri="s3://b/s", digest="d", context="training", counts={"num_train": 3})
+assert not parent.flush(wait=0.5)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_could_not_send_the_next_command_completes(tmp_path: Path) -> None:
+    """Runs that it ended are as it ended them; the others are KILLED, with all that was recorded."""
+    workspace, folder = str(tmp_path / "workspace"), str(tmp_path / "workspace/train-global-0123456789ab")
+    write_curves(f"{folder}/checkpoints/step-00000005/curves.parquet", 5)
+    words = [sys.executable, "-c", KILLED, workspace, folder]
+    process = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert catch_up(TrackingConfig(), workspace)
+    assert catch_up(TrackingConfig(uri="http://127.0.0.1:9"), workspace)  # nothing to do: it asks no server
+    client = sender.connect(TrackingConfig().place(workspace))
+    (experiment,) = [e for e in client.search_experiments() if e.name == "pixloom"]
+    runs = {run.data.tags[KEY_TAG]: run for run in client.search_runs([experiment.experiment_id])}
+    assert len(runs) == 5
+    status = {key: run.info.status for key, run in runs.items() if key in ("known", "new", "done", "late")}
+    assert status == {"known": "KILLED", "new": "KILLED", "done": "FINISHED", "late": "KILLED"}
+    history = client.get_metric_history(runs["known"].info.run_id, "generator/gan")
+    assert [metric.step for metric in history] == [1, 2, 3, 4, 5]
+    assert len(client.list_artifacts(runs["known"].info.run_id, "images")) == 2
+    assert runs["done"].data.metrics == {"pairs": 7.0}
+    assert [file.path for file in client.list_artifacts(runs["done"].info.run_id)] == ["pairs.txt"]
+    assert runs["late"].data.params == {"size": "64"}
+    assert runs["late"].inputs.dataset_inputs[0].dataset.profile == '{"num_train": 3}'
+    assert not list(Path(workspace, sender.UNSENT).rglob("*.json"))
