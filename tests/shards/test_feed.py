@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -18,7 +17,8 @@ from stages.images import geometry
 from stages.images.augment import AugmentConfig, apply, draw
 from stages.models.step import Batch
 from stages.shards.dataset import DatasetSpec, read_split
-from stages.shards.feed import Ahead, Feed, copy_pixels, read_here, read_with_ray
+from stages.shards.feed import Feed, copy_pixels, read_here
+from stages.shards.readers import read_with_ray
 from tests.support.pairs import SIZE, make_shards, pair_row, photo, photo_pairs, write_image
 
 ROWS = 23
@@ -219,42 +219,6 @@ def test_what_cannot_work_is_refused_before_anything_is_read(shards):
         Feed(folder, spec, batch=2, world=3)
     with pytest.raises(UserError, match=r"augment\.crop"):
         Feed(folder, spec, augment=AugmentConfig(crop=(25, 8)))
-
-
-# -- background ---------------------------------------------------------------
-
-
-def test_a_thread_runs_ahead_by_its_depth_and_no_further():
-    made: list[int] = []
-    waits = threading.Semaphore(0)
-
-    def numbers() -> Iterator[int]:
-        for n in range(10):
-            made.append(n)
-            waits.release()
-            yield n
-
-    ahead = Ahead(numbers(), 3, "test")
-    for _ in range(4):  # three are kept, the fourth is made and waits to be put
-        assert waits.acquire(timeout=10)
-    assert not waits.acquire(timeout=0.3)
-    assert list(ahead) == list(range(10))
-    ahead.close()
-
-
-def test_an_error_ahead_reaches_whoever_takes_and_closing_stops_the_thread():
-    def broken() -> Iterator[int]:
-        yield 1
-        raise ValueError("no")
-
-    ahead = Ahead(broken(), 2, "test")
-    assert next(ahead) == 1
-    for _ in range(2):
-        with pytest.raises(ValueError, match="no"):
-            next(ahead)
-    endless = Ahead(iter(int, 1), 2, "test")
-    endless.close()
-    assert not endless._thread.is_alive()
 
 
 # -- with Ray -----------------------------------------------------------------

@@ -58,3 +58,16 @@ def test_the_balance_compares_the_two_networks() -> None:
     losses = {"discriminator/real": 0.1, "discriminator/fake": 0.3, "generator/gan": 0.4}
     assert curves.balance(losses) == {"health/discriminator_over_generator": pytest.approx(0.5)}
     assert curves.balance({"generator/l1": 1.0}) == {}
+
+
+def test_the_machines_load_has_the_names_mlflow_shows() -> None:
+    values = curves.machine_metrics(torch.device("cpu"))
+    assert all(name.startswith("system/") for name in values)
+    assert 0 < values["system/system_memory_usage_percentage"] <= 100
+
+
+@pytest.mark.gpu
+def test_the_load_of_a_gpu_is_measured() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("NOT RUN: needs a GPU")
+    assert curves.machine_metrics(torch.device("cuda"))["system/gpu_0_memory_usage_megabytes"] > 0

@@ -15,9 +15,9 @@ only built once its tensors are known to have the size of the file.
 from __future__ import annotations
 
 import hashlib
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -36,6 +36,7 @@ from stages.models.architecture import (
     build_encoder,
     build_generator,
 )
+from stages.models.files.manifest import FileEntry, verified, write_folder
 from stages.models.pix2pix import PatchDiscriminator, PixelDiscriminator, UNet
 from stages.models.pix2pixhd import CoarseToFineGenerator, FeatureEncoder, MultiScaleDiscriminator
 from stages.models.styles import Styles
@@ -60,8 +61,6 @@ ENCODER: Final = "encoder.safetensors"
 STYLES: Final = "styles.safetensors"
 
 MAX_MANIFEST_BYTES = 1 << 20
-MAX_FILE_BYTES = 1 << 36
-"""64 GiB: beyond any model here, below what a hostile size could exhaust unseen."""
 
 Generator = UNet | CoarseToFineGenerator
 Discriminator = PatchDiscriminator | PixelDiscriminator | MultiScaleDiscriminator
@@ -103,13 +102,6 @@ class Preprocessing(_Frozen):
     ignore_label: Annotated[int | None, Field(ge=0, description="the id that was mapped to no class")] = None
 
 
-class File(_Frozen):
-    """One file of the folder."""
-
-    size: Annotated[int, Field(ge=8, le=MAX_FILE_BYTES)]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
 class Manifest(_Frozen):
     """`model.json`."""
 
@@ -123,7 +115,7 @@ class Manifest(_Frozen):
     ] = 0
     preprocessing: Preprocessing = Preprocessing()
     extra: dict[str, str | int | float | bool | None] = {}
-    files: dict[FileName, File]
+    files: dict[FileName, FileEntry]
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -199,22 +191,8 @@ def save_model(
                 name, _empty(draft, name), {key: list(value.shape) for key, value in values.items()}
             )
 
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)  # from here until the end this is no model
-    files: dict[FileName, File] = {}
-    for name, values in tensors.items():
-        partial = folder / f".{name}.{uuid.uuid4().hex}.partial"
-        try:
-            save_file(values, partial)
-            files[name] = File(size=partial.stat().st_size, sha256=_sha256(partial))
-            partial.replace(folder / name)
-        finally:
-            partial.unlink(missing_ok=True)
-    manifest = draft.model_copy(update={"files": files})
-    partial = folder / f".{MANIFEST}.{uuid.uuid4().hex}.partial"
-    partial.write_bytes(manifest.model_dump_json(indent=2).encode() + b"\n")
-    partial.replace(folder / MANIFEST)
-    return manifest
+    writers = {name: partial(save_file, values) for name, values in tensors.items()}
+    return write_folder(folder, MANIFEST, writers, lambda files: draft.model_copy(update={"files": files}))
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -309,7 +287,7 @@ def _empty(manifest: Manifest, name: FileName) -> nn.Module:
 
 
 def _load(folder: Path, manifest: Manifest, name: FileName, device: torch.device | str) -> nn.Module:
-    path = _verified(folder, manifest, name)
+    path = verified(folder, name, manifest.files[name], manifest_name=MANIFEST)
     shapes = _header(path)
     arch = manifest.architecture
     try:
@@ -320,34 +298,19 @@ def _load(folder: Path, manifest: Manifest, name: FileName, device: torch.device
         network = _empty(manifest, name)
         _check_shapes(name, network, shapes)
     except (ValueError, RuntimeError, OverflowError, TypeError) as error:  # sizes that overflow in torch
-        raise ValueError(f"{path}: {str(error).splitlines()[0][:160]}") from error
+        raise ValueError(f"{path}: {' '.join(str(error).split())[:160]}") from error
     network = network.to_empty(device=device)  # only now is memory taken, as much as the file is long
     network.load_state_dict(load_file(path, device="cpu"))  # copied: the mapped file may change later
     return network.eval()
 
 
 def _load_styles(folder: Path, manifest: Manifest, device: torch.device | str) -> Styles:
-    path = _verified(folder, manifest, STYLES)
+    path = verified(folder, STYLES, manifest.files[STYLES], manifest_name=MANIFEST)
     _header(path)
     try:
         return Styles.from_tensors(load(path.read_bytes())).to(device)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def _verified(folder: Path, manifest: Manifest, name: FileName) -> Path:
-    """The path of a file that is inside the folder and byte for byte what the manifest says."""
-    path, expected = folder / name, manifest.files[name]
-    if not path.is_file():
-        raise ValueError(f"{path}: missing, though {MANIFEST} lists it")
-    if path.resolve().parent != folder.resolve():
-        raise ValueError(f"{path}: leads out of the model folder")
-    size = path.stat().st_size
-    if size != expected.size:
-        raise ValueError(f"{path}: {size} bytes, {MANIFEST} says {expected.size} (truncated or altered)")
-    if _sha256(path) != expected.sha256:
-        raise ValueError(f"{path}: its SHA-256 is not the one in {MANIFEST} (damaged or altered)")
-    return path
 
 
 def _header(path: Path) -> dict[str, list[int]]:
@@ -373,8 +336,3 @@ def _check_shapes(name: str, network: nn.Module, shapes: Mapping[str, list[int]]
             raise ValueError(f"{name}: {key[:80]} belongs to no part of the architecture")
         if expected[key] != shapes[key]:
             raise ValueError(f"{name}: {key} is {shapes[key]}, the architecture says {expected[key]}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
