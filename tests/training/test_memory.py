@@ -92,7 +92,7 @@ def test_a_real_process_takes_what_was_estimated(settings: dict[str, Any]) -> No
 def test_weights_gradients_and_moments_are_four_times_the_parameters() -> None:
     """54.4 M and 2.8 M parameters of pix2pix, four bytes each, and a fifth of slack; then activations."""
     states = 1.2 * 4 * 4 * (54_413_955 + 2_768_705)
-    assert states < needed() < 1.3 * states
+    assert states < needed() < 1.4 * states
 
 
 def test_more_images_a_worker_need_more() -> None:
