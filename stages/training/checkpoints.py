@@ -260,7 +260,7 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return own
 
 
-# -- writing while training goes on --------------------------------------------
+# -- writing while training continues -------------------------------------------
 
 
 @dataclass

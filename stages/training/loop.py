@@ -225,13 +225,13 @@ class OrderPoll:
         sums = torch.tensor([float(stop is not None), float(ask), now - self._polled])
         if self.worker.world > 1:
             sums = gradients.total(sums.to(self.worker.device)).cpu()
-        stopped, asked, seconds = sums.tolist()
+        stopping, asking, seconds = sums.tolist()
         step_seconds = max(1e-6, seconds / self.worker.world / max(1, steps - self._polled_step))
         self._polled, self._polled_step = now, steps
         self._next_step = steps + max(1, int(ORDERS_S / step_seconds))
-        if stopped:
+        if stopping:
             return stop or Stop("ordered to stop")
-        return Save() if asked and self._is_freshly_warned(now) else None
+        return Save() if asking and self._is_freshly_warned(now) else None
 
     def _is_freshly_warned(self, now: float) -> bool:
         self._asked = now
@@ -254,7 +254,7 @@ class Throughput:
     _since: float = field(default_factory=time.monotonic)
 
     def take(self, images: int) -> dict[str, float]:
-        """The rates up to now, with `images` in all; begins anew."""
+        """The rates since the last call; `images` is the phase's total."""
         seconds = max(1e-9, time.monotonic() - self._since)
         values = {
             "throughput/images_per_second": (images - self.images) / seconds,

@@ -57,9 +57,9 @@ def same(one: Batch, other: Batch) -> bool:
 def test_every_pair_comes_exactly_once_an_epoch(shards, batch, seed, epoch):
     folder, spec = shards
     with Feed(folder, spec, seed=seed, batch=batch, epochs=3, read=read_here) as feed:
-        found = keys(epoch_of(feed, epoch))
-    assert len(found) == feed.steps_per_epoch == -(-ROWS // batch)
-    assert sorted(k for step in found for k in step) == [f"train/{n:04d}" for n in range(ROWS)]
+        seen = keys(epoch_of(feed, epoch))
+    assert len(seen) == feed.steps_per_epoch == -(-ROWS // batch)
+    assert sorted(k for step in seen for k in step) == [f"train/{n:04d}" for n in range(ROWS)]
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -161,8 +161,8 @@ def test_every_kind_comes_as_the_networks_take_it(tmp_path):
     assert batch.target.shape == (3, 2, 16, 24)
     assert batch.instance is not None
     assert batch.instance.dtype == torch.int32
-    found = {key: int(i.max()) for key, i in zip(batch.keys, batch.instance, strict=True)}
-    assert found == {"0": 26000, "1": 26001, "2": 0}
+    largest = {key: int(i.max()) for key, i in zip(batch.keys, batch.instance, strict=True)}
+    assert largest == {"0": 26000, "1": 26001, "2": 0}
     assert batch.label is None
 
 
@@ -229,11 +229,11 @@ def test_rays_tasks_give_what_reading_here_gives(shards, ray_local):
     folder, spec = shards
     options = {"seed": 3, "batch": 4, "rank": 1, "world": 2, "augment": AUGMENT, "epochs": 4}
     with Feed(folder, spec, read=read_here, **options) as feed:
-        wanted = [batch for epoch in range(4) for batch in feed.epoch(epoch)]
+        expected = [batch for epoch in range(4) for batch in feed.epoch(epoch)]
     with Feed(folder, spec, read=read_with_ray, **options) as feed:
-        found = [batch for epoch in range(4) for batch in feed.epoch(epoch)]
-    assert len(found) == len(wanted)
-    assert all(same(a, b) for a, b in zip(found, wanted, strict=True))
+        batches = [batch for epoch in range(4) for batch in feed.epoch(epoch)]
+    assert len(batches) == len(expected)
+    assert all(same(a, b) for a, b in zip(batches, expected, strict=True))
 
 
 @pytest.mark.ray

@@ -21,13 +21,13 @@ from stages.training.phases import PhaseJob
 
 Losses = dict[tuple[int, str], float]
 PLAIN_NAME = "here"  # whose checkpoints they are
-KEPT = ("generator/", "discriminator/", "learning_rate/", "gradient_norm/")
+COMPARED = ("generator/", "discriminator/", "learning_rate/", "gradient_norm/")
 
 
 def losses(output: str | Path) -> Losses:
     """The curves of a finished phase without what depends on the clock, by step and name."""
     rows = curves.from_table(storage.read_parquet(storage.join(str(output), "metrics.parquet")))
-    return {(row.step, row.name): row.value for row in rows if row.name.startswith(KEPT)}
+    return {(row.step, row.name): row.value for row in rows if row.name.startswith(COMPARED)}
 
 
 def images(output: str | Path) -> int:

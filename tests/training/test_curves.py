@@ -20,9 +20,9 @@ def test_a_point_is_the_mean_over_its_window() -> None:
 
 def test_workers_count_by_their_rows() -> None:
     """Two workers with 3 and 1 rows: shares 1.5 and 0.5, so the mean is over rows."""
-    mine = Window(torch.device("cpu"), total=lambda table: table + 0.5 * 10.0, workers=2)
-    mine.add(0, {"loss": torch.tensor(2.0)}, 1.5)
-    assert mine.close(rate=0.1) == {"loss": (3 * 2.0 + 1 * 10.0) / 4}
+    window = Window(torch.device("cpu"), total=lambda table: table + 0.5 * 10.0, workers=2)
+    window.add(0, {"loss": torch.tensor(2.0)}, 1.5)
+    assert window.close(rate=0.1) == {"loss": (3 * 2.0 + 1 * 10.0) / 4}
 
 
 def test_a_worker_without_rows_uses_the_names_of_the_first() -> None:

@@ -107,8 +107,8 @@ def train(task: Task, rows: Rows, preview: Callable[[GanState], Any] = nothing) 
 def losses(output: Path) -> list[tuple[int, int, int, str, float]]:
     """The curves without what depends on the clock."""
     rows = curves.from_table(pq.read_table(output / "metrics.parquet"))
-    kept = ("generator/", "discriminator/", "learning_rate/", "gradient_norm/")
-    return [row[:5] for row in rows if row.name.startswith(kept)]
+    without_clock = ("generator/", "discriminator/", "learning_rate/", "gradient_norm/")
+    return [row[:5] for row in rows if row.name.startswith(without_clock)]
 
 
 def weights(output: Path, **options: Any) -> dict[str, Tensor]:

@@ -45,7 +45,7 @@ def write_folder(
 ) -> Manifested:
     """Write files by their writers, then what `manifest` makes of their entries; returns the manifest.
 
-    An older manifest is removed first: at no time does one stand beside other files than its own.
+    An older manifest is removed first, so that none is ever next to files of another version.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / manifest_name).unlink(missing_ok=True)

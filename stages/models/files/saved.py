@@ -3,7 +3,7 @@
     model.json                  format, architecture, inputs, preprocessing, size and SHA-256 of every file
     weights.safetensors         the generator, as trained
     ema.safetensors             the moving average of its weights (if one was kept)
-    discriminator.safetensors   what a next phase or a fine-tuning goes on from (optional)
+    discriminator.safetensors   what the next phase or a fine-tuning starts from (optional)
     encoder.safetensors         the feature encoder (optional)
     styles.safetensors          the encoder's clusters per class (optional)
 
