@@ -53,7 +53,8 @@ from stages.objects.fetch import Object, Reader
 from stages.objects.listing import etag_of, local_etag
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec
-from stages.shards.feed import Feed, read_here, read_with_ray
+from stages.shards.feed import Feed, read_here
+from stages.shards.readers import read_with_ray
 from stages.tracking.run import NullRun
 
 LOAD, CROP = 286, 256

@@ -118,7 +118,7 @@ def job(epochs: int, batch: int = BATCH) -> PhaseJob:
 
 
 def random_batch(spec: DatasetSpec) -> Batch:
-    """A worker's pairs of one step, that are already there."""
+    """A worker's pairs of one step, in memory."""
     width, height = spec.size
     return Batch(
         source=torch.randint(0, CLASSES, (BATCH, 1, height, width), dtype=torch.uint8),
@@ -127,19 +127,19 @@ def random_batch(spec: DatasetSpec) -> Batch:
 
 
 def by_two(work: Callable[..., None], *arguments: object) -> list[Any]:
-    """What two processes of one thread each, a gloo group, put into the queue `work` is given last."""
+    """Run `work(*arguments, results)` in two processes of one thread, a gloo group; returns their results."""
     context = multiprocessing.get_context("spawn")
-    found = context.Queue()
+    results = context.Queue()
     with tempfile.TemporaryDirectory() as meet:
-        started = [
-            context.Process(target=_of_two, args=(rank, meet, work, *arguments, found)) for rank in range(2)
+        processes = [
+            context.Process(target=_of_two, args=(rank, meet, work, *arguments, results)) for rank in range(2)
         ]
-        for process in started:
+        for process in processes:
             process.start()
-        told = [found.get(timeout=1200) for _ in started]
-        for process in started:
+        values = [results.get(timeout=1200) for _ in processes]
+        for process in processes:
             process.join()
-    return told
+    return values
 
 
 def _of_two(rank: int, meet: str, work: Callable[..., None], *arguments: object) -> None:
@@ -225,9 +225,9 @@ def checkpoint(given: PhaseJob, spec: DatasetSpec, folder: Path) -> tuple[int, f
         started = time.monotonic()
         state = checkpoints.copied(state_of(gan))
         copying.append(time.monotonic() - started)
-        held = Checkpoint("benchmark", Position(steps=number), state, curves.to_table([]))
+        saved = Checkpoint("benchmark", Position(steps=number), state, curves.to_table([]))
         started = time.monotonic()
-        checkpoints.save(str(folder), held, keep=2)
+        checkpoints.save(str(folder), saved, keep=2)
         writing.append(time.monotonic() - started)
     place = folder / checkpoints.names(str(folder))[-1]
     size = sum(file.stat().st_size for file in place.iterdir())
@@ -244,12 +244,12 @@ class Account(threading.Thread):
         self.over = threading.Event()
 
     def run(self) -> None:
-        found: list[psutil.Process] = []
+        workers: list[psutil.Process] = []
         while not self.over.wait(1):
-            if len(found) < self.workers:  # to look through all processes is work itself
-                found = [p for p in psutil.process_iter(["name"]) if "RayTrainWorker" in p.info["name"]]
+            if len(workers) < self.workers:  # to look through all processes is work itself
+                workers = [p for p in psutil.process_iter(["name"]) if "RayTrainWorker" in p.info["name"]]
             with suppress(psutil.NoSuchProcess):
-                threads = {(p.pid, t.id): t.user_time + t.system_time for p in found for t in p.threads()}
+                threads = {(p.pid, t.id): t.user_time + t.system_time for p in workers for t in p.threads()}
                 times = psutil.cpu_times()
                 busy = sum(times) - times.idle - times.iowait - times.steal
                 self.samples.append((time.time(), busy, threads))
@@ -307,27 +307,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = job(options.epochs)
     with tempfile.TemporaryDirectory(prefix="pixloom-") as scratch:
         spec = make_shards(Path(scratch) / "shards", (width, height))
-        found: dict[str, list[float]] = defaultdict(list)
+        values: dict[str, list[float]] = defaultdict(list)
         with cluster(Resources(train_workers=2), {}, {}):
             for turn in range(options.turns):
                 for name, processes in (("bare", 1), ("pair", 2)):
-                    found[name].append(at_once(given, spec, processes=processes, seconds=15))
+                    values[name].append(at_once(given, spec, processes=processes, seconds=15))
                 for name, workers, batch in (("one", 1, BATCH), ("two", 2, BATCH), ("double", 2, 2 * BATCH)):
                     output = Path(scratch) / f"{name}-{turn}"
-                    wanted = job(options.epochs, batch)
-                    one = trained(wanted, str(Path(scratch) / "shards"), output, workers)
-                    found[name].append(one["rate"])
+                    phase_job = job(options.epochs, batch)
+                    one = trained(phase_job, str(Path(scratch) / "shards"), output, workers)
+                    values[name].append(one["rate"])
                     of_cores = ("computing", "beside", "rest") if name == "double" else ()
                     for key in ("start", "pause", "wait", *of_cores):
-                        found[key].append(one[key])
+                        values[key].append(one[key])
         sent, exchanging = exchange(given, spec)
         size_, copying, writing = checkpoint(given, spec, Path(scratch) / "checkpoints")
-    middle = {name: statistics.median(values) for name, values in found.items()}
+    middle = {name: statistics.median(turns) for name, turns in values.items()}
     for name in ("bare", "pair", "one", "two", "double"):
-        print(f"{name:<6} {middle[name]:7.2f} images/s   ({', '.join(f'{v:.2f}' for v in found[name])})")
+        print(f"{name:<6} {middle[name]:7.2f} images/s   ({', '.join(f'{v:.2f}' for v in values[name])})")
     print(f"two processes against one   {middle['pair'] / middle['bare']:.2f}x   (what the machine gives)")
     for name, what in (("two", "same batch in all"), ("double", "same batch a worker")):
-        by_turn = ", ".join(f"{a / b:.2f}" for a, b in zip(found[name], found["one"], strict=True))
+        by_turn = ", ".join(f"{a / b:.2f}" for a, b in zip(values[name], values["one"], strict=True))
         ratio = middle[name] / middle["one"]
         print(f"two workers against one     {ratio:.2f}x   ({what}; by turn {by_turn}; goal 1.8x)")
     cores = ", ".join(f"{name} {middle[name]:.2f}" for name in ("computing", "beside", "rest"))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from benchmarks.train_step import HD_INPUTS, Case, make_batch
 from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD, build_generator
 from stages.models.fast.accelerate import accelerate
-from stages.models.fast.process import keep_freed_memory, return_freed_memory
+from stages.models.fast.heap import keep_freed_memory, return_freed_memory
 from stages.models.inputs import make_condition
 from tests.reference.published_step import PlainGenerator, PlainUnet, copy_weights
 

@@ -28,7 +28,7 @@ from stages.report import ReportConfig
 from stages.shard import ShardConfig
 from stages.storage import absolute
 from stages.tracking.run import TrackingConfig
-from stages.train import TrainConfig
+from stages.training.phases import TrainConfig
 
 SECRET_WORDS = ("secret", "token", "password", "passwd", "credential", "access_key", "account_key", "sas")
 SECRET_NAMES = ("key", "pass", "auth")

@@ -46,9 +46,10 @@ from pipeline.runner import Planned, execute, plan
 from stages import storage
 from stages.base import Config, Split
 from stages.errors import StageError, UserError
-from stages.tracking.run import MetricRow, Run, open_parent
-from stages.training.control import Event, Poster, open_board
-from stages.training.relay import reading
+from stages.tracking.run import Run, open_parent
+from stages.tracking.sender import MetricRow
+from stages.training.control import Courier, open_mailbox, reading
+from stages.training.news import News, Note
 
 logger = logging.getLogger(__name__)
 
@@ -334,17 +335,18 @@ class ToBoard(logging.Handler):
 
     def __init__(self, name: str, board: Any) -> None:
         super().__init__()
-        self.trial, self.poster = name, Poster(board)
+        self.trial, self.courier = name, Courier(board)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Send one without waiting."""
-        self.poster.post(Event("note", f"{self.trial}: {record.getMessage()}"))
+        self.courier([Note(f"{self.trial}: {record.getMessage()}")])
 
 
-def say(events: Sequence[Event]) -> None:
+def say(news: Sequence[News]) -> None:
     """Write trials' lines into the log of the command."""
-    for event in events:
-        logger.info("%s", event.value)
+    for one in news:
+        if isinstance(one, Note):
+            logger.info("%s", one.text)
 
 
 class Told(TrialProgressCallback):  # type: ignore[misc]
@@ -386,7 +388,7 @@ def run_with_tune(
     os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial that is done reports no curve
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     here = f"node:{ray.util.get_node_ip_address()}"
-    board = open_board()
+    board = open_mailbox()
     work = tune.with_parameters(
         run_trial,
         trials=trials,

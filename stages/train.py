@@ -1,14 +1,14 @@
 """Train one phase on the cluster: a Ray Train run whose workers read shards and step the networks together.
 
 in:  shards   {split}-*.parquet and dataset.json (stages.shards.dataset)
-     before   the folder of the previous phase, "" for the first
+     before   the folder of the previous phase
 out: model/               weights, averages, discriminator, model.json (stages.models.files.saved)
      metrics.parquet      the curves: step, images, epoch, name, value, time_ms
      samples/             epoch-XXXX.png: source | generated | target of a few validation pairs
-     checkpoints/         from which a killed phase resumes (stages.training.checkpoints)
+     checkpoints/         what a killed phase resumes from (stages.training.checkpoints)
 
-A phase resumes from its newest checkpoint after a kill of a worker or a node (Ray restarts the workers) or of
-the driver (by the same command). Workers never wait for MLflow, nor the driver for workers
+A phase resumes from its newest checkpoint after any loss: of a worker (Ray restarts the group), of a node, of
+the driver (run the same command again). Workers never wait for MLflow, nor the driver for workers
 (stages.training.control).
 """
 
@@ -21,11 +21,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import ray
 import ray.train
@@ -41,19 +42,18 @@ from stages.errors import PixloomError, StageError, UserError, cause, one_line
 from stages.models.architecture import Pix2PixHD
 from stages.models.fast.process import tune_process
 from stages.models.files.saved import Picture, Preprocessing
-from stages.parallel.cluster import uses_gpu
 from stages.parallel.threads import own_cores
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec
-from stages.shards.feed import Feed
-from stages.tracking.run import Run
-from stages.training import control, phases
+from stages.shards.feed import Feed, read_here
+from stages.shards.readers import read_with_ray
+from stages.training import phases
 from stages.training.checkpoints import Position
-from stages.training.control import Event, Poster
+from stages.training.control import Courier, CurveSink, LostWorkers, NewsRecorder, open_mailbox, reading
 from stages.training.loop import Ending, Task, Worker, phase_seed, train_phase
+from stages.training.news import Channel, Note
 from stages.training.phases import PhaseConfig, PhaseJob, TrainConfig, jobs
 from stages.training.previews import Samples
-from stages.training.relay import Reader, reading
 
 __all__ = ["VERSION", "PhaseConfig", "PhaseJob", "TrainConfig", "jobs", "run"]
 
@@ -64,14 +64,36 @@ STOP_S = 25.0  # for a last checkpoint after SIGTERM; `ray job stop` kills after
 logger = logging.getLogger(__name__)
 
 
+class TrackedRun(CurveSink, Protocol):
+    """What training writes to its MLflow run (`stages.tracking.run.Run`)."""
+
+    def run_id(self, wait: float = ...) -> str:
+        """MLflow's id, or "" if the server does not answer in time."""
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Record settings."""
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Record tags."""
+
+    def curves(self, folder: str) -> None:
+        """Where the curves are kept, from which MLflow is completed."""
+
+    def artifact(self, name: str, data: bytes | Path) -> None:
+        """Record a file."""
+
+    def dataset(self, name: str, *, uri: str, digest: str, context: str, counts: Mapping[str, int]) -> None:
+        """Record the data set."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What the driver sends to every worker."""
+    """What Ray Train sends to every worker."""
 
     task: Task
     shards: str
     spec: DatasetSpec
-    board: Any
+    mailbox: Any
     gpu: bool
     threads: int | None
     stall_s: float
@@ -81,71 +103,69 @@ class Setup:
 
 
 def job_name(job: PhaseJob, shards: str, before: str) -> str:
-    """A digest of the phase's settings and inputs; checkpoints with another digest are ignored."""
+    """A digest of the phase's settings and inputs: checkpoints with another digest are ignored."""
     text = "\n".join([job.model_dump_json(), shards.rstrip("/"), before.rstrip("/")])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def preprocessing(job: PhaseJob, spec: DatasetSpec) -> Preprocessing:
-    """How images have to be prepared for this phase's model."""
+    """How inference has to prepare images so that they are as in this phase."""
     full = phases.full_size(spec.size, job.augment)
     return Preprocessing(
         size=phases.phase_size(job.model, job.phase, full),
-        pictures={name: Picture(kind=role.kind, classes=role.classes) for name, role in spec.roles.items()},
+        pictures={role: Picture(kind=one.kind, classes=one.classes) for role, one in spec.roles.items()},
     )
 
 
-def threads(resources: Resources, workers_here: int, gpu: bool) -> int:
-    """Torch threads of a worker; torch would otherwise take 1 from the OMP_NUM_THREADS that Ray sets."""
-    if resources.threads_per_worker is not None:
-        return resources.threads_per_worker
+def threads(configured: int | None, workers_here: int, gpu: bool) -> int:
+    """Torch threads of a worker. Ray sets OMP_NUM_THREADS to 1, which torch would otherwise obey."""
+    if configured is not None:
+        return configured
     return 1 if gpu else max(1, own_cores() // max(1, workers_here))
 
 
 def out_of_memory(error: BaseException, job: PhaseJob) -> str:
-    """Which settings to lower, if an error says that memory ran out; else ""."""
+    """What to change if an error says that memory did not suffice; else ""."""
+    text = str(error)
     signs = ("can't allocate memory", "low on memory", "OutOfMemoryError")
-    if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in signs):
+    if not isinstance(error, torch.OutOfMemoryError) and not any(sign in text for sign in signs):
         return ""
-    lower = ["resources.pairs_at_once"] if job.phase.batch > 1 else ["shard.size or augment.crop"]
-    lower.append("train.model.width")
+    size = "resources.pairs_at_once" if job.phase.batch > 1 else "shard.size or augment.crop"
+    advice = [f"lower {size} or train.model.width"]
     if isinstance(job.model, Pix2PixHD):
-        lower.append("set resources.checkpointing")
+        advice.append("set resources.checkpointing: true")
     if job.precision == "float32":
-        lower.append("take train.precision: bf16")
-    return f"out of memory ({one_line(error, limit=160)}); lower {' or '.join(lower)}"
+        advice.append("set train.precision: bf16")
+    return f"out of memory ({one_line(error, limit=160)}); {', or '.join(advice)}"
 
 
 # -- wiring -------------------------------------------------------------------
 
 
 def run(
-    config: PhaseJob, resources: Resources, *, output: str, track: Run, shards: str, before: str = ""
+    config: PhaseJob,
+    resources: Resources,
+    *,
+    output: str,
+    track: TrackedRun,
+    shards: str,
+    before: str = "",
 ) -> Outcome:
     """Train one phase to its end.
 
-    Raises UserError for data the networks cannot take, StageError when training diverges, when workers died
-    more than `resources.max_failures` times, or when memory does not suffice.
+    Raises UserError for data the networks cannot take, StageError when training diverges, when workers were
+    lost more than `resources.max_failures` times, or when memory does not suffice.
     """
     label = f"train-{config.phase.name}"
     spec = dataset.load(shards)
-    rows = spec.rows("train")
-    if rows == 0:
-        raise UserError(f"{shards}: no pair is in the train split (pair.split, or {{split}} in the pattern)")
-    try:
-        phases.check_workers(config.phase, resources, key="train")
-        phases.check_size(
-            config.model, config.phase, phases.full_size(spec.size, config.augment), key="train"
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    notices = control.open_board()
+    _check(config, resources, spec, shards)
+    mailbox = open_mailbox()
     task = Task(
         job=config,
         name=job_name(config, shards, before),
         inputs=phases.input_spec(spec),
         preprocessing=preprocessing(config, spec),
-        rows=rows,
+        rows=spec.rows("train"),
         output=output,
         before=before,
         run_id=track.run_id(wait=1.0),
@@ -155,38 +175,49 @@ def run(
         compiled=resources.compile,
         micro_batch=resources.pairs_at_once,
     )
-    gpu = uses_gpu(resources)
     setup = Setup(
         task=task,
         shards=shards,
         spec=spec,
-        board=notices,
-        gpu=gpu,
+        mailbox=mailbox,
+        gpu=resources.gpu if resources.gpu is not None else ray.cluster_resources().get("GPU", 0) >= 1,
         threads=resources.threads_per_worker,
         stall_s=resources.collective_timeout_s,
     )
-    seen = phases.phase_size(config.model, config.phase, phases.full_size(spec.size, config.augment))
-    track.params(phases.compared(config, [config.phase], seen))
+    size = phases.phase_size(config.model, config.phase, phases.full_size(spec.size, config.augment))
+    track.params(phases.compared(config, [config.phase], size))
     track.tags({"pixloom.phase": config.phase.name})
     track.curves(output)
     track.artifact("phase.json", config.model_dump_json(indent=1).encode())
     track.dataset("shards", uri=shards, digest=spec.digest(), context="training", counts=spec.counts())
-    reader = Reader(label, rows * config.phase.epochs, track)
+    recorder = NewsRecorder(label, task.rows * config.phase.epochs, track)
     try:
-        with reading(notices, reader.handle):
+        with reading(mailbox, recorder.handle):
             ending = _fit(setup, resources, label)
     finally:
-        reader.finish()
+        recorder.finish()
     if ending.failure:
-        raise StageError(f"{label}: {ending.failure}; its last good checkpoint is in {output}/checkpoints")
+        raise StageError(f"{label}: {ending.failure}; the last good checkpoint is in {output}/checkpoints")
     if ending.stopped:
-        raise StageError(
-            f"{label}: {ending.stopped} at {ending.position.images:,} images; run again to go on"
-        )
+        images = f"{ending.position.images:,} images"
+        raise StageError(f"{label}: {ending.stopped} at {images}; run the same command again to resume")
     return Outcome(
         counts={"images": ending.position.images, "steps": ending.position.steps},
         metrics={name: value for name, value in ending.losses.items() if name.count("/") == 1},
     )
+
+
+def _check(config: PhaseJob, resources: Resources, spec: DatasetSpec, shards: str) -> None:
+    """Raises UserError where the phase cannot train on these shards with these workers."""
+    if spec.rows("train") == 0:
+        raise UserError(f"{shards}: no pair is in the train split (pair.split, or {{split}} in the pattern)")
+    try:
+        phases.check_workers(config.phase, resources, key="train")
+        phases.check_size(
+            config.model, config.phase, phases.full_size(spec.size, config.augment), key="train"
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _fit(setup: Setup, resources: Resources, label: str) -> Ending:
@@ -211,27 +242,27 @@ def _fit(setup: Setup, resources: Resources, label: str) -> Ending:
             storage_filesystem=None if local else PyFileSystem(FSSpecHandler(fs)),
             failure_config=FailureConfig(max_failures=resources.max_failures),
             logging_config=LoggingConfig("WARNING"),
-            callbacks=[control.Teller(setup.board), control.Saver(setup.board)],
+            callbacks=[LostWorkers(setup.mailbox)],
         ),
     )
-    # How long Ray waits for a worker process that does not answer before it restarts the workers.
+    # After so long Ray Train restarts a worker whose process does not answer at all, e.g. a stopped one.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(resources.collective_timeout_s)
     fitting = _in_thread(trainer)
     try:
         result = fitting.result()
     except KeyboardInterrupt:
-        _stop(setup.board, fitting, label)
+        _stop(setup.mailbox, fitting, label)
         raise
     except ray.train.TrainingFailedError as error:
-        message = f"{label}: {cause(error)} (after {resources.max_failures} restarts)"
-        lower = out_of_memory(error, setup.task.job)
-        raise StageError(f"{message}; {lower}" if lower else message) from error
+        reason = f"{label}: {cause(error)} (after {resources.max_failures} restarts)"
+        advice = out_of_memory(error, setup.task.job)
+        raise StageError(f"{reason}; {advice}" if advice else reason) from error
     ending: Ending = result.return_value
     return ending
 
 
 def _in_thread(trainer: TorchTrainer) -> Future[Any]:
-    """`fit` in a thread, so that this one handles SIGTERM and Ctrl-C: Ray Train would abort on them."""
+    """`fit` in a thread: the main thread stays free for SIGTERM and Ctrl-C, on which Ray Train aborts."""
     fitting: Future[Any] = Future()
 
     def fit() -> None:
@@ -244,23 +275,25 @@ def _in_thread(trainer: TorchTrainer) -> Future[Any]:
     return fitting
 
 
-def _stop(notices: Any, fitting: Future[Any], label: str) -> None:
-    """Order the workers to stop after a checkpoint; wait for them, but no longer than a scheduler would."""
-    logger.warning("%-13s told to stop: makes a checkpoint first", label)
+def _stop(mailbox: Any, fitting: Future[Any], label: str) -> None:
+    """Order the workers to end with a checkpoint; wait for it, but no longer than a scheduler would."""
+    logger.warning("%-13s stopping: the workers save a checkpoint first", label)
     with suppress(ray.exceptions.RayError, ray.train.TrainingFailedError, TimeoutError):
-        ray.get(notices.stop.remote("told to stop"), timeout=STOP_S)
+        ray.get(mailbox.stop.remote("stopped"), timeout=STOP_S)
         ending = fitting.result(timeout=STOP_S).return_value
-        logger.warning("%-13s stopped at %s images, all of them kept", label, f"{ending.position.images:,}")
+        logger.warning(
+            "%-13s stopped; a checkpoint holds all %s images", label, f"{ending.position.images:,}"
+        )
 
 
 def _work(config: dict[str, Any]) -> Ending:
-    """Train, in a worker's process.
+    """Train in a worker's process.
 
-    An error that would come again after a restart (bad data, too little memory) is posted to the board, where
-    the next attempt reads it and returns: Ray Train restarts workers that raise, not workers that return.
+    What would fail again after a restart (bad data, too little memory) is left in the mailbox, where the next
+    attempt finds it and ends: a loop that returns is not restarted, one that raises is.
     """
     setup: Setup = config["setup"]
-    failure = ray.get(setup.board.why_not.remote())
+    failure = ray.get(setup.mailbox.permanent_failure.remote())
     if failure:
         return Ending(Position(), failure=failure)
     try:
@@ -268,7 +301,7 @@ def _work(config: dict[str, Any]) -> Ending:
     except (PixloomError, RuntimeError) as error:
         reason = str(error) if isinstance(error, PixloomError) else out_of_memory(error, setup.task.job)
         if reason:
-            ray.get(setup.board.give_up.remote(reason))
+            ray.get(setup.mailbox.give_up.remote(reason))
         raise
 
 
@@ -277,10 +310,8 @@ def _train(setup: Setup) -> Ending:
     device = ray.train.torch.get_device() if setup.gpu else torch.device("cpu")
     worker = Worker(rank=context.get_world_rank(), world=context.get_world_size(), device=device)
     tune_process(device, save_memory=setup.task.checkpointing)
-    torch.set_num_threads(
-        threads(Resources(threads_per_worker=setup.threads), context.get_local_world_size(), setup.gpu)
-    )
-    task, job = setup.task, setup.task.job
+    torch.set_num_threads(threads(setup.threads, context.get_local_world_size(), setup.gpu))
+    job = setup.task.job
     feed = Feed(
         setup.shards,
         setup.spec,
@@ -293,33 +324,34 @@ def _train(setup: Setup) -> Ending:
         scale=phases.downscale(job.model, job.phase),
         device=device,
         epochs=job.phase.epochs,
+        read=read_here if storage.is_local(setup.shards) else read_with_ray,
     )
     samples = Samples(setup.shards, setup.spec, job, device)
-    poster = Poster(setup.board)
-    with _watched(poster, worker.rank, setup.stall_s):
+    channel = Channel(Courier(setup.mailbox))
+    with _watched(channel, worker.rank, setup.stall_s):
         return train_phase(
-            task, worker, feed, poster, samples, lambda: ray.train.get_preemption_info() is not None
+            setup.task, worker, feed, channel, samples, lambda: ray.train.get_preemption_info() is not None
         )
 
 
 @contextmanager
-def _watched(poster: Poster, rank: int, seconds: float) -> Iterator[None]:
-    """Kill this process if the block makes no progress for so many seconds; Ray restarts it, and it resumes.
+def _watched(channel: Channel, rank: int, seconds: float) -> Iterator[None]:
+    """Kill this process if the block makes no progress for so long: Ray Train restarts it.
 
-    Workers that wait for one another have the timeout of their collectives; one that waits for its data, or
-    trains alone, would wait for ever.
+    Workers that wait for one another notice a lost one by their collectives; one that waits for its data, or
+    alone, would wait forever.
     """
     over = threading.Event()
 
     def watch() -> None:
         while not over.wait(min(1.0, seconds / 4)):
-            if time.monotonic() - poster.seen_alive > seconds:
-                poster.post(Event("note", f"worker {rank} has done nothing for {seconds:.0f} s: ends it"))
-                faulthandler.dump_traceback(all_threads=True)  # where it hung, into the worker's log
-                over.wait(1)  # the poster sends the note meanwhile
+            if time.monotonic() - channel.last_alive > seconds:
+                channel.post(Note(f"worker {rank} made no progress for {seconds:.0f} s; killing its process"))
+                faulthandler.dump_traceback(all_threads=True)  # into the worker's log: what it hung in
+                over.wait(1)  # for the note to leave
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    poster.alive()
+    channel.alive()
     threading.Thread(target=watch, name="watch", daemon=True).start()
     try:
         yield

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from stages import train
 from stages.base import Resources
@@ -114,8 +115,9 @@ def test_a_killed_worker_changes_no_loss(
     assert killer.killed
     assert outcome.counts == {"images": 550, "steps": 150}
     assert losses(output) == expected
-    assert "lost workers" in caplog.text
-    assert "goes on from its checkpoint" in caplog.text
+    assert "worker 0 was lost (" in caplog.text
+    assert "restarting the group from its last checkpoint" in caplog.text
+    assert "resumed from its checkpoint" in caplog.text
 
 
 DRIVER = """
@@ -123,8 +125,8 @@ import sys
 import ray
 from stages import train
 from stages.base import Resources
-from stages.phases import PhaseJob
-from stages.tracking import NullRun
+from stages.tracking.run import NullRun
+from stages.training.phases import PhaseJob
 
 job, shards, output = sys.argv[1:]
 ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20)
@@ -183,19 +185,23 @@ def test_more_workers_than_a_batch_has_pairs_are_refused(shards: str, tmp_path: 
 
 def test_a_lack_of_memory_says_what_to_lower() -> None:
     job = phase_jobs()[0]
-    told = train.out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), job)
-    assert "resources.pairs_at_once" in told
-    assert "bf16" in told
-    assert "resources.checkpointing" in told
+    advice = train.out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), job)
+    assert advice == (
+        "out of memory (DefaultCPUAllocator: can't allocate memory: 9 bytes); "
+        "lower resources.pairs_at_once or train.model.width, or set resources.checkpointing: true, "
+        "or set train.precision: bf16"
+    )
+    assert "out of memory (OutOfMemoryError); lower" in train.out_of_memory(torch.OutOfMemoryError(), job)
     assert train.out_of_memory(RuntimeError("something else"), job) == ""
+    assert train.out_of_memory(RuntimeError(), job) == ""
 
 
 def test_threads_are_a_workers_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    assert train.threads(Resources(), workers_here=2, gpu=False) == 4
-    assert train.threads(Resources(), workers_here=16, gpu=False) == 1
-    assert train.threads(Resources(threads_per_worker=3), workers_here=2, gpu=False) == 3
-    assert train.threads(Resources(), workers_here=2, gpu=True) == 1
+    assert train.threads(None, workers_here=2, gpu=False) == 4
+    assert train.threads(None, workers_here=16, gpu=False) == 1
+    assert train.threads(3, workers_here=2, gpu=False) == 3
+    assert train.threads(None, workers_here=2, gpu=True) == 1
 
 
 def test_another_config_or_input_has_another_name() -> None:

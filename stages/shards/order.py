@@ -19,6 +19,7 @@ Pure, numpy only. A worker plans its own share: 100 million rows over 64 workers
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,10 @@ class ReadUnit:
 class Plan:
     """What one worker reads in one epoch, from its first step on.
 
-    The rows of step i are `unit[offsets[i]:offsets[i+1]]` and, within those units, `row[...]`.
+    units     read units, in the order of their first need
+    unit      of each row of each step, in order: the index of its unit ...
+    row       ... and the row's index within `ReadUnit.rows`
+    offsets   the rows of step i are `unit[offsets[i]:offsets[i+1]]`, `row[offsets[i]:offsets[i+1]]`
     """
 
     units: tuple[ReadUnit, ...]
@@ -58,12 +62,12 @@ class Plan:
 
 
 def num_steps(rows: int, batch: int) -> int:
-    """Steps of an epoch."""
-    return -(-rows // batch)
+    """Steps that see every pair once; the last may be short."""
+    return math.ceil(rows / batch)
 
 
 def slot_starts(rows: int, batch: int) -> Ints:
-    """Where each slot's stretch of the sequence begins, and, last, where the last one ends."""
+    """The first place of each slot's stretch of the sequence, and the end of the last one."""
     slots = np.arange(batch + 1, dtype=np.int64)
     return slots * (rows // batch) + np.minimum(slots, rows % batch)
 
@@ -85,29 +89,17 @@ def plan_epoch(
     rows = int(sizes.sum())
     steps = num_steps(rows, batch)
     assert 0 <= start_step <= steps
-    order = _generator(seed, epoch, 0).permutation(len(sizes))
-    ends = np.concatenate([[0], np.cumsum(sizes[order])])
-    # First row of each window, and the end of the last.
-    edges = np.unique(np.append(ends[:-1:window], rows))
+    sequence = _Sequence.of(sizes, seed=seed, epoch=epoch, window=window)
     starts = slot_starts(rows, batch)
-    parts = [
-        _stretch(
-            int(starts[slot]) + start_step,
-            int(starts[slot + 1]),
-            order,
-            sizes,
-            ends,
-            edges,
-            window,
-            seed,
-            epoch,
-        )
+    stretches = [
+        sequence.stretch(int(starts[slot]) + start_step, int(starts[slot + 1]))
         for slot in range(rank * batch // world, (rank + 1) * batch // world)
     ]
-    group = np.concatenate([part[0] for part in parts])
-    row = np.concatenate([part[1] for part in parts])
-    step = np.concatenate([np.arange(len(part[0])) for part in parts])
-    slot = np.repeat(np.arange(len(parts)), [len(part[0]) for part in parts])
+    lengths = [len(groups) for groups, _ in stretches]
+    group = np.concatenate([groups for groups, _ in stretches])
+    row = np.concatenate([rows for _, rows in stretches])
+    step = np.concatenate([np.arange(length) for length in lengths])
+    slot = np.repeat(np.arange(len(lengths)), lengths)
     by_step = np.lexsort((slot, step))
     offsets = np.concatenate([[0], np.cumsum(np.bincount(step, minlength=steps - start_step))])
     reach = max(1, int(window * sizes.mean())) if len(sizes) else 1
@@ -119,41 +111,58 @@ def _generator(seed: int, epoch: int, index: int) -> np.random.Generator:
     return np.random.default_rng([seed & (2**64 - 1), epoch, index])
 
 
-def _stretch(
-    first: int,
-    last: int,
-    order: Ints,
-    sizes: Ints,
-    ends: Ints,
-    edges: Ints,
-    window: int,
-    seed: int,
-    epoch: int,
-) -> tuple[Ints, Ints]:
-    """Row group and row of the places `first` to `last` of the sequence."""
-    groups: list[Ints] = [np.empty(0, np.int64)]
-    rows: list[Ints] = [np.empty(0, np.int64)]
-    if first < last:
-        for index in range(int(np.searchsorted(edges, first, "right")) - 1, len(edges) - 1):
-            begin, end = int(edges[index]), int(edges[index + 1])
-            if begin >= last:
-                break
-            members = order[np.searchsorted(ends, begin) :][:window]
-            members = members[: int(np.searchsorted(np.cumsum(sizes[members]), end - begin)) + 1]
-            mixed = _generator(seed, epoch, index + 1).permutation(end - begin)
-            mixed = mixed[max(first, begin) - begin : min(last, end) - begin]
-            inner = np.concatenate([[0], np.cumsum(sizes[members])])
-            member = np.searchsorted(inner, mixed, "right") - 1
-            groups.append(members[member])
-            rows.append(mixed - inner[member])
-    return np.concatenate(groups), np.concatenate(rows)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sequence:
+    """An epoch's sequence of all rows.
+
+    order    row groups, in the epoch's order
+    sizes    rows of each row group
+    ends     place in the sequence where each group of `order` begins; last, the end
+    edges    place where each window begins; last, the end
+    """
+
+    seed: int
+    epoch: int
+    window: int
+    order: Ints
+    sizes: Ints
+    ends: Ints
+    edges: Ints
+
+    @classmethod
+    def of(cls, sizes: Ints, *, seed: int, epoch: int, window: int) -> _Sequence:
+        """The sequence of an epoch."""
+        order = _generator(seed, epoch, 0).permutation(len(sizes))
+        ends = np.concatenate([[0], np.cumsum(sizes[order])])
+        edges = np.unique(np.append(ends[:-1:window], ends[-1]))
+        return cls(seed=seed, epoch=epoch, window=window, order=order, sizes=sizes, ends=ends, edges=edges)
+
+    def stretch(self, first: int, last: int) -> tuple[Ints, Ints]:
+        """Row group, and row in it, of each place from `first` up to `last`."""
+        groups: list[Ints] = [np.empty(0, np.int64)]
+        rows: list[Ints] = [np.empty(0, np.int64)]
+        if first < last:
+            for index in range(int(np.searchsorted(self.edges, first, "right")) - 1, len(self.edges) - 1):
+                begin, end = int(self.edges[index]), int(self.edges[index + 1])
+                if begin >= last:
+                    break
+                members = self.order[np.searchsorted(self.ends, begin) :][: self.window]
+                filled = np.searchsorted(np.cumsum(self.sizes[members]), end - begin)
+                members = members[: int(filled) + 1]
+                mixed = _generator(self.seed, self.epoch, index + 1).permutation(end - begin)
+                mixed = mixed[max(first, begin) - begin : min(last, end) - begin]
+                inner = np.concatenate([[0], np.cumsum(self.sizes[members])])
+                member = np.searchsorted(inner, mixed, "right") - 1
+                groups.append(members[member])
+                rows.append(mixed - inner[member])
+        return np.concatenate(groups), np.concatenate(rows)
 
 
 def _units(group: Ints, row: Ints, step: Ints, reach: int) -> tuple[tuple[ReadUnit, ...], Ints, Ints]:
-    """Reads that serve the given rows, which come in order of need.
+    """Read units for these rows, which come in order of need; and each row's unit and its index there.
 
-    Rows of one row group needed within `reach` steps of each other are read together, whichever slots they
-    are for: on small data sets several slots share a window.
+    Rows of one row group needed within `reach` steps of each other are read together, for whichever slots:
+    in small data sets several slots share a window.
     """
     if not len(group):
         return (), np.empty(0, np.int64), np.empty(0, np.int64)
@@ -162,7 +171,7 @@ def _units(group: Ints, row: Ints, step: Ints, reach: int) -> tuple[tuple[ReadUn
     fresh = np.append(True, g[1:] != g[:-1])
     begins = np.flatnonzero(fresh)
     for begin, end in zip(begins, np.append(begins[1:], len(g)), strict=True):
-        if s[end - 1] - s[begin] > reach:  # needed again much later: read again rather than kept
+        if s[end - 1] - s[begin] > reach:  # needed again much later: it is read again, not cached
             since = s[begin]
             for i in range(begin, end):
                 if s[i] - since > reach:
@@ -171,7 +180,7 @@ def _units(group: Ints, row: Ints, step: Ints, reach: int) -> tuple[tuple[ReadUn
     begins = np.flatnonzero(fresh)
     place = np.empty(len(group), np.int64)
     place[ordered] = np.arange(len(group))
-    # Units in order of their first need: the place in the original order of each one's first row.
+    # Units in order of their first need: of the index of each one's first row.
     need = np.minimum.reduceat(ordered, begins)
     rank = np.empty(len(begins), np.int64)
     rank[np.argsort(need)] = np.arange(len(begins))

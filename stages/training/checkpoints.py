@@ -1,31 +1,29 @@
-"""Checkpoints of a training phase: all that going on needs, in one folder each, at any fsspec location.
+"""Checkpoints of a training phase: all that resuming needs, in one folder each, at any fsspec location.
 
     step-00000480/
         tensors.safetensors     weights, optimizer moments, averages
         curves.parquet          every point of the curves up to here
         checkpoint.json         position, plain values, size and SHA-256 of the others; written last
 
-A folder without a valid `checkpoint.json` is none. Reading verifies every byte; a damaged newest checkpoint
-is named and the one before is taken. They are ours rather than `ray.train.Checkpoint`s: Ray counts one only
-once its controller has heard of it, so a worker killed right after loses it, and it verifies nothing.
+A folder without a valid `checkpoint.json` is no checkpoint. Reading verifies every byte; a damaged newest
+checkpoint is named and the previous one is used. Not `ray.train.Checkpoint`s: Ray counts one only once its
+controller has heard of it, so a worker killed right after writing loses it, and Ray verifies nothing.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import queue
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.implementations.local import LocalFileSystem
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -33,16 +31,24 @@ from torch import Tensor
 
 from stages import storage
 from stages.base import Config
+from stages.errors import first_invalid, one_line
+from stages.models.files.manifest import FileEntry, verified, write_folder
+from stages.storage.local import local_folder, upload_folder
+from stages.storage.retry import retried
 
-TENSORS, CURVES, MANIFEST = "tensors.safetensors", "curves.parquet", "checkpoint.json"
-ATTEMPTS = 5
-WAIT_S = 2.0
+TENSORS: Final = "tensors.safetensors"
+CURVES: Final = "curves.parquet"
+MANIFEST: Final = "checkpoint.json"
+FileName = Literal["tensors.safetensors", "curves.parquet"]
 
 logger = logging.getLogger(__name__)
 
 
 class Position(Config):
-    """Where in the data training is: `step` of `epoch` is the next one, both counted from 0.
+    """Where in the data training is: the next step is `step` of `epoch`, both counted from 0.
+
+    images   images seen in the phase so far
+    steps    steps done in the phase so far
 
     Augmentation, order and noise are functions of the seed and this position, so it is all the random state.
     """
@@ -51,17 +57,9 @@ class Position(Config):
     step: int = 0
     images: int = 0
     steps: int = 0
-    """Steps of the phase so far."""
 
 
-class FileEntry(Config):
-    """A file of a checkpoint, as it was written."""
-
-    size: int
-    sha256: str
-
-
-class Manifest(Config):
+class CheckpointManifest(Config):
     """`checkpoint.json`."""
 
     format: Literal["pixloom-checkpoint"] = "pixloom-checkpoint"
@@ -70,15 +68,18 @@ class Manifest(Config):
     run_id: str = ""
     position: Position
     state: Any = None
-    files: dict[str, FileEntry]
+    files: dict[FileName, FileEntry]
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A state in memory. `job` names the phase's settings: another phase's checkpoint is not taken.
+    """A state in memory.
 
-    state   nested dicts and lists of tensors, numbers, texts; keys are texts or integers
-    curves  columns step, images, epoch, name, value, time_ms
+    job      digest of the phase's settings: checkpoints with another one are ignored
+    state    nested dicts and lists of tensors, numbers, texts; keys are texts or integers
+    curves   columns step, images, epoch, name, value, time_ms
+    run_id   the phase's run in MLflow, for people who read `checkpoint.json`
+    best     name of the best checkpoint so far, which is kept whatever its age
     """
 
     job: str
@@ -86,9 +87,7 @@ class Checkpoint:
     state: Mapping[str, Any]
     curves: pa.Table
     run_id: str = ""
-    """Of MLflow, for a reader's eyes."""
     best: str = ""
-    """Name of the best checkpoint so far, which stays whatever its age."""
 
 
 class DamagedError(Exception):
@@ -165,37 +164,36 @@ def names(folder: str) -> list[str]:
         entries = fs.ls(path, detail=True)
     except FileNotFoundError:
         return []
-    found = (
-        entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "directory"
-    )
-    return sorted(name for name in found if name.startswith("step-"))
+    folders = (entry["name"] for entry in entries if entry["type"] == "directory")
+    last_parts = (name.rstrip("/").rsplit("/", 1)[-1] for name in folders)
+    return sorted(name for name in last_parts if name.startswith("step-"))
 
 
 def save(folder: str, checkpoint: Checkpoint, *, keep: int) -> None:
     """Write a checkpoint, its manifest last, then delete all but the newest `keep` and the best."""
-    place = storage.join(folder, folder_name(checkpoint.position))
     tensors, plain = split_state(checkpoint.state)
-    files: dict[str, FileEntry] = {}
-    with tempfile.TemporaryDirectory(prefix="pixloom-") as temporary:
-        # a local folder is written in place, so that the data crosses the disk once
-        local = _local_folder(place) or Path(temporary)
-        _forget(place)
-        partial = local / f".{TENSORS}.partial"
-        save_file({name: tensor.contiguous() for name, tensor in _unshared(tensors).items()}, partial)
-        files[TENSORS] = _entry(partial)
-        _publish(partial, storage.join(place, TENSORS))
-        partial = local / f".{CURVES}.partial"
-        pq.write_table(checkpoint.curves, partial, compression="zstd")
-        files[CURVES] = _entry(partial)
-        _publish(partial, storage.join(place, CURVES))
-    manifest = Manifest(
-        job=checkpoint.job,
-        run_id=checkpoint.run_id,
-        position=checkpoint.position,
-        state=plain,
-        files=files,
-    )
-    storage.write_bytes(storage.join(place, MANIFEST), manifest.model_dump_json().encode())
+
+    def write_tensors(path: Path) -> None:
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in _unshared(tensors).items()}, path)
+        except SafetensorError as error:  # a full disk, for example: as any other file's writer says it
+            raise OSError(str(error)) from error
+
+    def write_curves(path: Path) -> None:
+        pq.write_table(checkpoint.curves, path, compression="zstd")
+
+    def manifest(files: dict[FileName, FileEntry]) -> CheckpointManifest:
+        return CheckpointManifest(
+            job=checkpoint.job,
+            run_id=checkpoint.run_id,
+            position=checkpoint.position,
+            state=plain,
+            files=files,
+        )
+
+    writers: dict[FileName, Callable[[Path], None]] = {TENSORS: write_tensors, CURVES: write_curves}
+    with new_folder(storage.join(folder, folder_name(checkpoint.position)), last=MANIFEST) as local:
+        write_folder(local, MANIFEST, writers, manifest)
     for name in outdated(names(folder), keep, checkpoint.best):
         remove(storage.join(folder, name))
 
@@ -203,90 +201,52 @@ def save(folder: str, checkpoint: Checkpoint, *, keep: int) -> None:
 def load(place: str, *, job: str) -> Checkpoint:
     """Read and verify one checkpoint. Raises DamagedError saying what is wrong with it."""
     try:
-        manifest = Manifest.model_validate_json(storage.read_bytes(storage.join(place, MANIFEST)))
+        manifest = CheckpointManifest.model_validate_json(storage.read_bytes(storage.join(place, MANIFEST)))
     except FileNotFoundError:
         raise DamagedError(f"it was not finished (no {MANIFEST})") from None
     except ValidationError as error:
-        raise DamagedError(f"{MANIFEST}: {error.errors()[0]['msg']}") from error
+        raise DamagedError(f"{MANIFEST}: {first_invalid(error)}") from error
     if manifest.job != job:
         raise DamagedError("it belongs to other settings")
-    with tempfile.TemporaryDirectory(prefix="pixloom-") as temporary:
-        local = {name: _fetch(storage.join(place, name), Path(temporary)) for name in manifest.files}
-        for name, entry in manifest.files.items():
-            if _entry(local[name]) != entry:
-                raise DamagedError(f"{name} is not what was written (size or checksum differs)")
+    with local_folder(place) as local:
         try:
-            tensors = load_file(local[TENSORS])
-            curves = pq.read_table(local[CURVES])
+            tensors = load_file(verified(local, TENSORS, manifest.files[TENSORS], manifest_name=MANIFEST))
+            curves = pq.read_table(verified(local, CURVES, manifest.files[CURVES], manifest_name=MANIFEST))
             state = join_state(tensors, manifest.state)
-        except (SafetensorError, KeyError, pa.ArrowInvalid) as error:
-            raise DamagedError(str(error)) from error
+        except (ValueError, SafetensorError, KeyError) as error:
+            raise DamagedError(one_line(error).removeprefix(f"{local}/")) from error
     return Checkpoint(manifest.job, manifest.position, state, curves, manifest.run_id)
 
 
 def load_newest(folder: str, *, job: str, tell: Callable[[str], None] = logger.warning) -> Checkpoint | None:
-    """The newest checkpoint that is whole, or None. Every damaged one that is passed over is told of."""
+    """The newest checkpoint that is whole, or None. `tell` is called about each one that is not usable."""
     for name in reversed(names(folder)):
         place = storage.join(folder, name)
         try:
             return load(place, job=job)
         except DamagedError as damage:
-            tell(f"checkpoint {place} cannot be used: {damage}; trying the one before")
+            tell(f"checkpoint {place} cannot be used: {damage}; trying the previous one")
     return None
 
 
 def remove(place: str) -> None:
-    """Delete a checkpoint, its manifest first, so that a half-deleted one is none."""
-    _forget(place)
+    """Delete a checkpoint, its manifest first: a half-deleted one does not count."""
     fs, path = storage.filesystem(place)
+    if fs.exists(f"{path}/{MANIFEST}"):
+        fs.rm_file(f"{path}/{MANIFEST}")
     if fs.exists(path):
         fs.rm(path, recursive=True)
 
 
-def _forget(place: str) -> None:
-    fs, path = storage.filesystem(storage.join(place, MANIFEST))
-    if fs.exists(path):
-        fs.rm_file(path)
-
-
-def _local_folder(place: str) -> Path | None:
-    fs, path = storage.filesystem(place)
-    if not isinstance(fs, LocalFileSystem):
-        return None
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _publish(local: Path, uri: str) -> None:
-    """Make a local file appear under its name, at once; the local one is gone afterwards."""
-    fs, path = storage.filesystem(uri)
-    if isinstance(fs, LocalFileSystem):
-        local.replace(path)
-    else:
-        fs.put_file(str(local), path)
-        local.unlink()
-
-
-def _fetch(uri: str, temporary: Path) -> Path:
-    """The file on this machine. Raises DamagedError if it is not there."""
-    fs, path = storage.filesystem(uri)
-    if isinstance(fs, LocalFileSystem):
-        local = Path(path)
-    else:
-        local = temporary / uri.rsplit("/", 1)[-1]
-        try:
-            fs.get_file(path, str(local))
-        except FileNotFoundError:
-            local = temporary / "missing"
-    if not local.exists():
-        raise DamagedError(f"{uri.rsplit('/', 1)[-1]} is missing")
-    return local
-
-
-def _entry(path: Path) -> FileEntry:
-    with path.open("rb") as file:
-        return FileEntry(size=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+@contextmanager
+def new_folder(uri: str, *, last: str) -> Iterator[Path]:
+    """A folder of this machine to write: the one at `uri`, or one that is uploaded there with `last` last."""
+    if storage.is_local(uri):  # written in place, so that the data crosses the disk once
+        yield Path(storage.filesystem(uri)[1])
+        return
+    with tempfile.TemporaryDirectory(prefix="pixloom-") as temporary:
+        yield Path(temporary)
+        upload_folder(Path(temporary), uri, last=last)
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -300,23 +260,22 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return own
 
 
-# -- writing while training goes on --------------------------------------------
+# -- writing while training continues -------------------------------------------
 
 
 @dataclass
 class Writer:
-    """Writes checkpoints from a thread. One waits at most: a newer one replaces it.
+    """Writes checkpoints from a thread. At most one waits: a newer one replaces it.
 
-    A store that is away does not stop training: an attempt is repeated, then given up, which is told, and
-    the next checkpoint tries again.
+    A store that is away does not stop training: a checkpoint that cannot be written is tried again for about
+    40 s, then reported with `tell`, and the next checkpoint tries again.
     """
 
     folder: str
     keep: int
     tell: Callable[[str], None] = logger.warning
-    written: int = 0
-    seconds: float = 0.0
     failure: str = ""
+    """Why the last checkpoint was not written, or ""."""
     _queue: queue.Queue[Checkpoint] = field(default_factory=lambda: queue.Queue(maxsize=1))
     _thread: threading.Thread | None = None
 
@@ -326,7 +285,7 @@ class Writer:
             self._thread = threading.Thread(target=self._work, name="checkpoint-writer", daemon=True)
             self._thread.start()
         try:
-            self._queue.get_nowait()  # one that has not been begun is outdated now
+            self._queue.get_nowait()  # a waiting one is outdated now
             self._queue.task_done()
         except queue.Empty:
             pass
@@ -345,22 +304,17 @@ class Writer:
     def _work(self) -> None:
         while True:
             checkpoint = self._queue.get()
-            started = time.monotonic()
             self.failure = self._save(checkpoint)
-            if not self.failure:
-                self.written += 1
-                self.seconds += time.monotonic() - started
             self._queue.task_done()
 
     def _save(self, checkpoint: Checkpoint) -> str:
-        reason = ""
-        for attempt in range(ATTEMPTS):
-            try:
-                save(self.folder, checkpoint, keep=self.keep)
-            except Exception as error:  # every store's client has its own
-                reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-                time.sleep(WAIT_S * 2**attempt if attempt < ATTEMPTS - 1 else 0)
-            else:
-                return ""
-        self.tell(f"checkpoint {folder_name(checkpoint.position)} not written ({reason}); training goes on")
-        return reason
+        """Write one; returns why it could not be written, or ""."""
+        try:
+            retried(lambda: save(self.folder, checkpoint, keep=self.keep))
+        except Exception as error:  # every store's client has its own
+            reason = one_line(error, kind=True)
+            self.tell(
+                f"checkpoint {folder_name(checkpoint.position)} not written ({reason}); training continues"
+            )
+            return reason
+        return ""

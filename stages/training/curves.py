@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
+import psutil
 import pyarrow as pa
 import torch
 from torch import Tensor
 
 from stages.training.checkpoints import Position
+from stages.training.news import Point
 
 SCHEMA = pa.schema(
     [
@@ -28,17 +30,6 @@ SCHEMA = pa.schema(
         ("time_ms", pa.int64()),
     ]
 )
-
-
-class Point(NamedTuple):
-    """One value of one curve after `step` steps and `images` images of the phase, in epoch `epoch`."""
-
-    step: int
-    images: int
-    epoch: int
-    name: str
-    value: float
-    time_ms: int
 
 
 class DivergedError(Exception):
@@ -122,6 +113,26 @@ def balance(losses: Mapping[str, float]) -> dict[str, float]:
     if real is None or fake is None or not gan or not math.isfinite(gan):
         return {}
     return {"health/discriminator_over_generator": 0.5 * (real + fake) / gan}
+
+
+def machine_metrics(device: torch.device) -> dict[str, float]:
+    """The load of a worker's machine, under the names MLflow's page shows as system metrics."""
+    memory = psutil.virtual_memory()
+    metrics = {
+        "system/cpu_utilization_percentage": psutil.cpu_percent(),
+        "system/system_memory_usage_megabytes": memory.used / 1e6,
+        "system/system_memory_usage_percentage": memory.percent,
+    }
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        metrics |= {
+            "system/gpu_0_memory_usage_megabytes": (total - free) / 1e6,
+            "system/gpu_0_memory_usage_percentage": 100 * (1 - free / total),
+            "system/gpu_0_memory_peak_megabytes": torch.cuda.max_memory_allocated(device) / 1e6,
+        }
+        with suppress(ImportError, RuntimeError):  # without nvidia-ml-py
+            metrics["system/gpu_0_utilization_percentage"] = float(torch.cuda.utilization(device))
+    return metrics
 
 
 def note(losses: Mapping[str, float]) -> str:

@@ -1,24 +1,20 @@
-"""One phase of training, as every worker runs it: build or go on, step, checkpoint, hand on the model.
+"""One phase of training, as every worker runs it: build or resume, step, checkpoint, write the model.
 
     for epoch: for batch: step            the losses of a window of steps become a point of the curves
-    after an epoch (and every so many images): a checkpoint, written while training goes on
+    after an epoch (and every so many images): a checkpoint, written while training continues
     at the end: model/, metrics.parquet
 
-Where training stands is a `Position`; order, augmentation and noise are functions of the seed and of it, so
-that going on from a checkpoint gives the same numbers as never having stopped. Knows torch and storage only:
-Ray starts it (`stages.train`), a test may call it.
+The state of a run is a `Position`; order, augmentation and noise are functions of the seed and of it, so a
+resumed run gives the same numbers as an uninterrupted one. Knows torch and storage, not Ray: `stages.train`
+starts it on a cluster, a test in its own process.
 """
 
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -46,32 +42,39 @@ from stages.models.layers import synchronise_batch_norms
 from stages.models.pix2pixhd import FeatureEncoder
 from stages.models.step import Batch, step
 from stages.models.styles import Styles, collect_styles
-from stages.tracking.run import system_metrics
+from stages.seeding import number
+from stages.shards.order import num_steps
+from stages.storage.local import local_file, local_folder
 from stages.training import checkpoints, curves, gradients, phases
 from stages.training.checkpoints import Checkpoint, Position, Writer
-from stages.training.control import SAVE, Event, Poster
-from stages.training.curves import DivergedError, Point, Window
+from stages.training.curves import DivergedError, Window
 from stages.training.gradients import GradientAverager
+from stages.training.news import Advance, Channel, Note, Order, Point, Points, SampleGrid, Save, Stop
 from stages.training.phases import PhaseJob
 
 PICTURES = 20  # sample grids per phase, at most
-LOOK_S = 2.0  # between two looks for an order, on which all workers have to agree
-WARNED = "warned"  # of a preemption
-ASK_S = 5.0  # between two looks for a preemption warning, which cost a round trip
+ORDERS_S = 2.0  # between two polls for orders, on which all workers have to agree
+WARNINGS_S = 5.0  # between two polls for a preemption warning, which cost a round trip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A phase to run. What changes the result is in `job`, `before` and the data; the rest is how."""
+    """A phase to run. What changes the result is in `job`, `before` and the data; the rest is how.
+
+    name     digest of job, data and previous phase: checkpoints with another one are ignored
+    rows     training pairs
+    before   folder of the previous phase, "" for the first
+    run_id   the phase's run in MLflow
+    """
 
     job: PhaseJob
-    name: str  # digest of job, data and phase before: whose checkpoints may be taken up
+    name: str
     inputs: InputSpec
     preprocessing: Preprocessing
-    rows: int  # training pairs
+    rows: int
     output: str
-    before: str  # folder of the phase before, "" for the first
-    run_id: str = ""  # of MLflow
+    before: str
+    run_id: str = ""
     checkpoint_images: int | None = None
     keep_checkpoints: int = 2
     checkpointing: bool = False
@@ -81,14 +84,19 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Worker:
-    """Which worker this is, and on what."""
+    """Which worker this is, and its device."""
 
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
+    @property
+    def leads(self) -> bool:
+        """Whether this worker writes checkpoints and news."""
+        return self.rank == 0
 
-class Feed(Protocol):
+
+class BatchSource(Protocol):
     """Batches of this worker. `stages.shards.feed` reads them from shards."""
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
@@ -104,49 +112,41 @@ class Preview(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a phase ended on this worker: `failure` and `stopped` are one line, or "" ."""
+    """How a phase ended on this worker: `failure` and `stopped` are reasons in one line, or ""."""
 
     position: Position
     losses: dict[str, float] = field(default_factory=dict)
     failure: str = ""
     stopped: str = ""
-    checkpoint_seconds: float = 0.0
 
 
 # -- rules --------------------------------------------------------------------
 
 
-def steps_per_epoch(rows: int, batch: int) -> int:
-    """Steps that see every pair once; the last may be short."""
-    return math.ceil(rows / batch)
-
-
 def advance(position: Position, *, rows: int, batch: int) -> Position:
-    """Where training stands after one more step."""
-    seen = min(batch, rows - position.step * batch)
-    last = position.step + 1 == steps_per_epoch(rows, batch)
+    """The position after one more step."""
+    images = min(batch, rows - position.step * batch)
+    ends_epoch = position.step + 1 == num_steps(rows, batch)
     return Position(
-        epoch=position.epoch + last,
-        step=0 if last else position.step + 1,
-        images=position.images + seen,
+        epoch=position.epoch + 1 if ends_epoch else position.epoch,
+        step=0 if ends_epoch else position.step + 1,
+        images=position.images + images,
         steps=position.steps + 1,
     )
 
 
 def noise_seed(seed: int, phase: str, steps: int, rank: int) -> int:
-    """The seed of a step's dropout on one worker: of nothing but these, so no random state is kept."""
-    digest = blake2b(f"{seed}\0{phase}\0{steps}\0{rank}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    """The seed of a step's dropout on one worker: a function of these alone, so no random state is kept."""
+    return number(seed, phase, steps, rank)
 
 
 def phase_seed(seed: int, phase: str) -> int:
-    """The seed of a phase's order and augmentation: another one than the phase before had."""
-    digest = blake2b(f"{seed}\0{phase}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    """The seed of a phase's order and augmentation: phases differ."""
+    return number(seed, phase)
 
 
 def is_due(before: Position, after: Position, every: int | None) -> bool:
-    """Whether a checkpoint comes here: at an end of epoch, or when `every` more images are full."""
+    """Whether a step ends with a checkpoint: at an end of epoch, or when `every` more images are full."""
     return after.epoch > before.epoch or (
         every is not None and after.images // every > before.images // every
     )
@@ -172,28 +172,94 @@ def best_checkpoint(points: Sequence[Point]) -> str:
 def train_phase(
     task: Task,
     worker: Worker,
-    feed: Feed,
-    poster: Poster,
+    batches: BatchSource,
+    channel: Channel,
     preview: Preview,
     preempted: Callable[[], bool] = lambda: False,
 ) -> Ending:
-    """Run the phase to its end, or to where it has to stop. Every worker returns alike.
+    """Run the phase to its end, or until it is stopped. All workers return alike.
 
-    `preempted` tells whether a machine of the phase is about to be taken away; all workers ask it together.
+    `preempted` says whether a machine of the phase will be taken away soon; all workers call it together.
     """
-    loop = Loop(task, worker, poster, preview, preempted)
+    loop = Loop(task, worker, channel, preview, preempted)
     try:
         while loop.position.epoch < task.job.phase.epochs:
-            for batch in loop.timed(feed.epoch(loop.position.epoch, loop.position.step)):
+            for batch in loop.timed(batches.epoch(loop.position.epoch, loop.position.step)):
                 loop.step(batch)
-                if loop.stopped:
-                    return loop.ending(stopped=loop.stopped)
-        loop.hand_on(feed.epoch(task.job.phase.epochs - 1))
+                if loop.stopped is not None:
+                    return Ending(loop.position, loop.losses, stopped=loop.stopped.reason)
+        loop.write_outputs(batches.epoch(task.job.phase.epochs - 1))
     except DivergedError as error:
-        return loop.ending(failure=f"training diverged at {error}")
+        return Ending(loop.position, loop.losses, failure=f"training diverged at {error}")
     finally:
-        loop.writer.wait()  # whatever happened, a checkpoint in hand is not dropped
-    return loop.ending()
+        loop.writer.wait()  # whatever happened, a submitted checkpoint is written
+    return Ending(loop.position, loop.losses)
+
+
+@dataclass
+class OrderPoll:
+    """Agrees across workers on the driver's order and on preemption warnings."""
+
+    worker: Worker
+    channel: Channel
+    preempted: Callable[[], bool]
+    _next_step: int = 0
+    _polled: float = field(default_factory=time.monotonic)
+    _polled_step: int = 0
+    _asked: float = field(default_factory=time.monotonic)
+    _warned: bool = False
+
+    def poll(self, steps: int) -> Order | None:
+        """The order to follow after so many steps, the same on all workers; `Save` for a fresh warning.
+
+        Costs one all-reduce, so it happens about every `ORDERS_S` seconds, however fast steps are.
+        """
+        if steps < self._next_step:
+            return None
+        now, leads = time.monotonic(), self.worker.leads
+        stop = self.channel.stop_order() if leads else None
+        ask = leads and now - self._asked > WARNINGS_S
+        sums = torch.tensor([float(stop is not None), float(ask), now - self._polled])
+        if self.worker.world > 1:
+            sums = gradients.total(sums.to(self.worker.device)).cpu()
+        stopping, asking, seconds = sums.tolist()
+        step_seconds = max(1e-6, seconds / self.worker.world / max(1, steps - self._polled_step))
+        self._polled, self._polled_step = now, steps
+        self._next_step = steps + max(1, int(ORDERS_S / step_seconds))
+        if stopping:
+            return stop or Stop("ordered to stop")
+        return Save() if asking and self._is_freshly_warned(now) else None
+
+    def _is_freshly_warned(self, now: float) -> bool:
+        self._asked = now
+        before, self._warned = self._warned, self.preempted()
+        fresh = self._warned and not before
+        if fresh and self.worker.leads:
+            self.channel.post(Note("a machine will be taken away soon; saving a checkpoint now"))
+        return fresh
+
+
+@dataclass
+class Throughput:
+    """Images per second since the last point of the curves, and what they waited for."""
+
+    images: int
+    waited: float = 0.0
+    """Seconds without a batch."""
+    paused: float = 0.0
+    """Seconds of copying a checkpoint."""
+    _since: float = field(default_factory=time.monotonic)
+
+    def take(self, images: int) -> dict[str, float]:
+        """The rates since the last call; `images` is the phase's total."""
+        seconds = max(1e-9, time.monotonic() - self._since)
+        values = {
+            "throughput/images_per_second": (images - self.images) / seconds,
+            "throughput/data_wait_fraction": self.waited / seconds,
+            "throughput/checkpoint_fraction": self.paused / seconds,
+        }
+        self.images, self.waited, self.paused, self._since = images, 0.0, 0.0, time.monotonic()
+        return values
 
 
 class Loop:
@@ -203,22 +269,19 @@ class Loop:
         self,
         task: Task,
         worker: Worker,
-        poster: Poster,
+        channel: Channel,
         preview: Preview,
-        preempted: Callable[[], bool] = lambda: False,
+        preempted: Callable[[], bool],
     ) -> None:
-        self.task, self.worker, self.poster, self.preview = task, worker, poster, preview
-        self.preempted, self._warned, self._asked = preempted, False, time.monotonic()
-        self._looked, self._looked_at, self._next_look = time.monotonic(), 0, 0
-        self.leads = worker.rank == 0
-        self.folder = storage.join(task.output, "checkpoints")
+        self.task, self.worker, self.channel, self.preview = task, worker, channel, preview
         self.gan = build(task, worker.device)
-        self._counts = 1.0  # whether this worker's pictures count in synchronised norms
+        self._has_rows = True  # whether this worker's pairs count in synchronised norms
         self.position, self.points = Position(), list[Point]()
         self.losses: dict[str, float] = {}
-        self.stopped = ""
-        self.writer = Writer(self.folder, task.keep_checkpoints, self._tell)
-        self._take_up()
+        self.stopped: Stop | None = None
+        folder = storage.join(task.output, "checkpoints")
+        self.writer = Writer(folder, task.keep_checkpoints, self._note)
+        self._resume(folder)
         if task.job.synchronised_norms and worker.world > 1:  # last: averages copy the generator
             for network in (self.gan.generator, self.gan.discriminator):
                 if network is not None:
@@ -231,44 +294,41 @@ class Loop:
             workers=worker.world,
             agree=gradients.broadcast_object if several else list,
         )
-        self._waited = self._paused = 0.0
-        self._since, self._since_images = time.monotonic(), self.position.images
+        self.orders = OrderPoll(worker, channel, preempted)
+        self.throughput = Throughput(self.position.images)
 
-    def _take_up(self) -> None:
-        """Go on from the newest whole checkpoint, the same on every worker; else from the phase before."""
-        several = self.worker.world > 1
-        found: Checkpoint | None = None
-        if self.leads:
-            found = checkpoints.load_newest(self.folder, job=self.task.name, tell=self._tell)
-        place = found.position if found else None
+    def _resume(self, folder: str) -> None:
+        """Resume from the newest whole checkpoint, the same on all workers; else start the phase."""
+        name, leads, several = self.task.name, self.worker.leads, self.worker.world > 1
+        checkpoint = checkpoints.load_newest(folder, job=name, tell=self._note) if leads else None
+        position = checkpoint.position if checkpoint is not None else None
         if several:
-            place = gradients.broadcast_object(place)
-            if place is not None and not self.leads:
-                where = storage.join(self.folder, checkpoints.folder_name(place))
-                found = checkpoints.load(where, job=self.task.name)
-        if found is None:
+            position = gradients.broadcast_object(position)
+        if position is None:
             if self.task.before:
-                grow(self.gan, self.task.before, self.worker.device)
+                start_from_previous_phase(self.gan, self.task.before, self.worker.device)
             return
-        load_state(self.gan, found.state)
-        self.position = found.position
-        if self.leads:
-            self.points = curves.from_table(found.curves)
-            self.poster.post(Event("points", [tuple(point) for point in self.points]))
-            at = f"epoch {self.position.epoch}, step {self.position.step}, {self.position.images:,} images"
-            self._tell(f"goes on from its checkpoint ({at})")
+        if checkpoint is None:
+            checkpoint = checkpoints.load(storage.join(folder, checkpoints.folder_name(position)), job=name)
+        load_state(self.gan, checkpoint.state)
+        self.position = checkpoint.position
+        if leads:
+            self.points = curves.from_table(checkpoint.curves)
+            self.channel.post(Points(self.points))
+            workers = f"{self.worker.world} worker{'s' if several else ''}"
+            at = f"epoch {position.epoch}, step {position.step}, {position.images:,} images"
+            self._note(f"resumed from its checkpoint with {workers} ({at})")
 
-    def _tell(self, text: str) -> None:
-        """Have a line in the run's log, which is the driver's."""
-        self.poster.post(Event("note", text))
+    def _note(self, text: str) -> None:
+        self.channel.post(Note(text))
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; how long they were waited for is kept."""
+        """The same batches; the seconds without one are counted."""
         while True:
             started = time.monotonic()
             batch = next(batches, None)
-            self.poster.alive()
-            self._waited += time.monotonic() - started
+            self.channel.alive()
+            self.throughput.waited += time.monotonic() - started
             if batch is None:
                 return
             yield batch
@@ -289,165 +349,117 @@ class Loop:
         average = self.averager if self.averager.measure or self.worker.world > 1 else None
         batch = batch.to(self.worker.device, non_blocking=True)
         if job.synchronised_norms and self.worker.world > 1:
-            batch, self._counts = takes_part(batch)
+            self._has_rows = batch.source.shape[0] > 0
+            batch = batch if self._has_rows else blank_batch(batch)
         losses = step(self.gan, batch, weights=job.losses, average=average, micro_batch=task.micro_batch)
         before, self.position = self.position, advance(self.position, rows=task.rows, batch=phase.batch)
         self.window.add(self.position.steps, losses, batch.share)
-        due = is_due(before, self.position, task.checkpoint_images)
-        order = self._heed() if self.position.steps >= self._next_look else ""
-        if due or order or self.position.steps % job.log_every == 0:
+        order = self.orders.poll(self.position.steps)
+        due = order is not None or is_due(before, self.position, task.checkpoint_images)
+        if due or self.position.steps % job.log_every == 0:
             self._close_window(before.epoch, rate)
-        if due or order:
+        if due:
             self._verify()
             if self.position.epoch > before.epoch and is_pictured(self.position.epoch, phase.epochs):
                 self._picture(before.epoch)
             self._checkpoint()
-        if order == SAVE:
-            self._say_saved()
-        elif order not in ("", WARNED):
-            self.stopped = order
+        self.stopped = order if isinstance(order, Stop) else None
 
     def _close_window(self, epoch: int, rate: float) -> None:
         """One point of every curve, and a progress line."""
-        values = self.window.close(rate)
-        self.losses = values
-        if not self.leads:
+        self.losses = self.window.close(rate)
+        if not self.worker.leads:
             return
-        now = time.monotonic()
-        seconds, images = now - self._since, self.position.images - self._since_images
-        rates = {f"learning_rate/{name}": value for name, value in learning_rates(self.gan).items()}
-        health = {
-            "throughput/images_per_second": images / seconds if seconds > 0 else 0.0,
-            "throughput/data_wait_fraction": self._waited / seconds if seconds > 0 else 0.0,
-            "throughput/checkpoint_fraction": self._paused / seconds if seconds > 0 else 0.0,
-            **curves.balance(values),
+        throughput = self.throughput.take(self.position.images)
+        values = {
+            **self.losses,
+            **{f"learning_rate/{name}": value for name, value in learning_rates(self.gan).items()},
+            **throughput,
+            **curves.balance(self.losses),
             **self.averager.take_norms(),
-            **system_metrics(),
-            **gpu_metrics(self.worker.device),
+            **curves.machine_metrics(self.worker.device),
         }
-        waited = health["throughput/data_wait_fraction"]
-        self._since, self._since_images = now, self.position.images
-        self._waited = self._paused = 0.0
-        fresh = curves.points(self.position, epoch, values | rates | health)
-        self.points += fresh
-        text = f"epoch {epoch + 1}/{self.task.job.phase.epochs}  {curves.note(values)}"
+        self._add_points(epoch, values)
+        text = f"epoch {epoch + 1}/{self.task.job.phase.epochs}  {curves.note(self.losses)}"
+        waited = throughput["throughput/data_wait_fraction"]
         if waited > 0.05:
             text += f"  waits for data {100 * waited:.0f} % of the time"
-        self.poster.post(
-            Event("points", [tuple(point) for point in fresh]),
-            Event("progress", (self.position.images, text)),
-        )
+        self.channel.post(Advance(self.position.images, text))
 
-    def _heed(self) -> str:
-        """Look for an order or a fresh warning that asks for a checkpoint, alike on all workers; "" for none.
-
-        Once in about `LOOK_S` seconds, however fast steps are: to agree costs the workers a message.
-        """
-        now, order = time.monotonic(), ""
-        if self.leads:
-            order = self.poster.order()
-        ask = self.leads and now - self._asked > ASK_S
-        stop = order not in ("", SAVE)
-        flags = torch.tensor([float(stop), float(order == SAVE), float(ask), now - self._looked])
-        if self.worker.world > 1:
-            flags = gradients.total(flags.to(self.worker.device)).cpu()
-        steps = max(1, self.position.steps - self._looked_at)
-        seconds = max(1e-6, float(flags[3]) / self.worker.world / steps)
-        self._looked, self._looked_at = now, self.position.steps
-        self._next_look = self.position.steps + max(1, int(LOOK_S / seconds))
-        if flags[0]:
-            return order or "ordered to stop"
-        warned = ""
-        if flags[2]:
-            self._asked = now
-            before, self._warned = self._warned, self.preempted()
-            warned = WARNED if self._warned and not before else ""
-            if warned and self.leads:
-                self._tell("a machine is about to be taken away: makes a checkpoint first")
-        return SAVE if flags[1] else warned
+    def _add_points(self, epoch: int, values: dict[str, float]) -> None:
+        fresh = curves.points(self.position, epoch, values)
+        self.points += fresh
+        self.channel.post(Points(fresh))
 
     def _over_all(self, sums: Tensor) -> Tensor:
         """For synchronised norms: sums over all workers, without one that has no pairs of its own."""
-        return gradients.total_with_gradient(sums * self._counts)
+        return gradients.total_with_gradient(sums * float(self._has_rows))
 
     def _verify(self) -> None:
-        """Raises DivergedError, alike on all workers, for weights that are not finite: never checkpointed."""
+        """Raises DivergedError, on all workers alike, if a weight is not finite: it is never checkpointed."""
         if not all_finite(self.gan.generator) or not all_finite(self.gan.discriminator):
             raise DivergedError(f"step {self.position.steps:,}: a weight is not finite")
 
     def _checkpoint(self) -> None:
-        """Have the state written; training goes on meanwhile."""
+        """Copy the state and have it written while training continues."""
+        if not self.worker.leads:
+            return
         started = time.monotonic()
-        if self.leads:
-            checkpoint = Checkpoint(
-                self.task.name,
-                self.position,
-                checkpoints.copied(state_of(self.gan)),
-                curves.to_table(self.points),
-                self.task.run_id,
-                best_checkpoint(self.points),
-            )
-            self.writer.submit(checkpoint)
-        self._paused += time.monotonic() - started
-
-    def _say_saved(self) -> None:
-        """Tell who ordered the checkpoint that it is written."""
-        if self.leads:
-            self.writer.wait()
-            self.poster.saved()
+        checkpoint = Checkpoint(
+            self.task.name,
+            self.position,
+            checkpoints.copied(state_of(self.gan)),
+            curves.to_table(self.points),
+            self.task.run_id,
+            best_checkpoint(self.points),
+        )
+        self.writer.submit(checkpoint)
+        self.throughput.paused += time.monotonic() - started
 
     def _picture(self, epoch: int) -> None:
         """Samples and their numbers, at the end of an epoch."""
-        if not self.leads:
+        if not self.worker.leads:
             return
         grid, values = self.preview(self.gan)
-        fresh = curves.points(self.position, epoch, values)
-        self.points += fresh
-        self.poster.post(Event("points", [tuple(point) for point in fresh]))
+        self._add_points(epoch, values)
         if grid is not None:
-            save_picture(self.task.output, self.position.epoch, grid)
-            self.poster.post(Event("picture", (self.position.images, self.position.steps, grid)))
+            name = f"epoch-{self.position.epoch:04d}.png"
+            storage.write_bytes(storage.join(self.task.output, "samples", name), encode.encode_png(grid))
+            self.channel.post(SampleGrid(self.position.images, self.position.steps, grid))
 
-    def hand_on(self, batches: Iterator[Batch]) -> None:
-        """Write what the phase is for: the model, with the styles in these batches, and its curves."""
-        if not self.leads:
+    def write_outputs(self, batches: Iterator[Batch]) -> None:
+        """Write the phase's outputs: the model, the styles in these batches, the curves."""
+        if not self.worker.leads:
             return
         self.writer.finish()
-        publish(self.task, self.gan, styles_in(self.timed(batches), self.gan, self.worker.device))
-        storage.write_parquet(storage.join(self.task.output, "metrics.parquet"), curves.to_table(self.points))
-
-    def ending(self, *, failure: str = "", stopped: str = "") -> Ending:
-        """Where it ended."""
-        return Ending(self.position, self.losses, failure, stopped, self.writer.seconds)
-
-
-def takes_part(batch: Batch) -> tuple[Batch, float]:
-    """The batch and 1; in place of an empty one, a blank pair and 0: shared norms wait for everyone."""
-    if batch.source.shape[0]:
-        return batch, 1.0
-
-    def blank(images: Tensor | None) -> Tensor | None:
-        return None if images is None else images.new_zeros((1, *images.shape[1:]))
-
-    source, target = blank(batch.source), blank(batch.target)
-    assert source is not None
-    assert target is not None
-    return replace(batch, source=source, target=target, instance=blank(batch.instance), share=0.0), 0.0
+        task, gan = self.task, self.gan
+        styles = styles_in(self.timed(batches), gan, self.worker.device)
+        with checkpoints.new_folder(storage.join(task.output, "model"), last=MANIFEST) as folder:
+            save_model(
+                folder,
+                gan.generator,
+                architecture=gan.arch,
+                inputs=gan.inputs,
+                preprocessing=task.preprocessing,
+                ema=None if gan.ema is None else gan.ema.network.state_dict(),
+                discriminator=gan.discriminator,
+                encoder=gan.encoder,
+                styles=styles,
+                extra={"phase": task.job.phase.name, "run": task.run_id},
+            )
+        storage.write_parquet(storage.join(task.output, "metrics.parquet"), curves.to_table(self.points))
 
 
-def gpu_metrics(device: torch.device) -> dict[str, float]:
-    """The load of a worker's GPU, under the names MLflow's page shows as system metrics; {} on a CPU."""
-    if device.type != "cuda":
-        return {}
-    free, total = torch.cuda.mem_get_info(device)
-    metrics = {
-        "system/gpu_0_memory_usage_megabytes": (total - free) / 1e6,
-        "system/gpu_0_memory_usage_percentage": 100 * (1 - free / total),
-        "system/gpu_0_memory_peak_megabytes": torch.cuda.max_memory_allocated(device) / 1e6,
-    }
-    with suppress(ImportError, RuntimeError):  # without nvidia-ml-py
-        metrics["system/gpu_0_utilization_percentage"] = float(torch.cuda.utilization(device))
-    return metrics
+def blank_batch(batch: Batch) -> Batch:
+    """One blank pair with weight 0, for a worker without rows: synchronised norms need every worker."""
+
+    def blank(images: Tensor) -> Tensor:
+        return images.new_zeros((1, *images.shape[1:]))
+
+    instance = None if batch.instance is None else blank(batch.instance)
+    return replace(
+        batch, source=blank(batch.source), target=blank(batch.target), instance=instance, share=0.0
+    )
 
 
 def all_finite(network: nn.Module | None) -> bool:
@@ -462,7 +474,7 @@ def all_finite(network: nn.Module | None) -> bool:
 
 
 def build(task: Task, device: torch.device) -> GanState:
-    """A fresh translator, its weights a function of the seed."""
+    """The networks and optimizers of a phase, the weights a function of the seed."""
     job, phase = task.job, task.job.phase
     layered = isinstance(job.model, Pix2PixHD)
     perceptual = None
@@ -489,22 +501,24 @@ def build(task: Task, device: torch.device) -> GanState:
     )
 
 
-def grow(gan: GanState, before: str, device: torch.device) -> None:
-    """Start from what the phase before trained. Raises StageError if its model is damaged."""
+def start_from_previous_phase(gan: GanState, before: str, device: torch.device) -> None:
+    """Copy the weights the previous phase trained. Raises StageError if its model is damaged."""
     with local_folder(storage.join(before, "model")) as folder:
         try:
             model = load_model(folder, weights="raw", device=device)
-            judge = load_discriminator(folder, device=device) if gan.discriminator is not None else None
+            discriminator = (
+                load_discriminator(folder, device=device) if gan.discriminator is not None else None
+            )
         except ValueError as error:
-            raise StageError(f"the phase before left no usable model: {error}") from error
+            raise StageError(f"the previous phase left no usable model: {error}") from error
     if isinstance(gan.arch, Pix2PixHD):
         grow_generator(gan.generator, model.generator)  # type: ignore[arg-type]
         if gan.discriminator is not None:
-            grow_discriminator(gan.discriminator, judge)  # type: ignore[arg-type]
+            grow_discriminator(gan.discriminator, discriminator)  # type: ignore[arg-type]
     else:
         gan.generator.load_state_dict(model.generator.state_dict())
-        if gan.discriminator is not None and judge is not None:
-            gan.discriminator.load_state_dict(judge.state_dict())
+        if gan.discriminator is not None and discriminator is not None:
+            gan.discriminator.load_state_dict(discriminator.state_dict())
     if gan.encoder is not None and model.encoder is not None:
         gan.encoder.load_state_dict(model.encoder.state_dict())
     if gan.ema is not None:
@@ -512,63 +526,8 @@ def grow(gan: GanState, before: str, device: torch.device) -> None:
 
 
 def styles_in(batches: Iterator[Batch], gan: GanState, device: torch.device) -> Styles | None:
-    """The styles that a trained feature encoder sees; None without one, or without classes."""
+    """Clusters of what a trained feature encoder sees; None without an encoder or without classes."""
     if not isinstance(gan.encoder, FeatureEncoder) or gan.inputs.classes is None:
         return None
     placed = (batch.to(device, non_blocking=True) for batch in batches)
     return collect_styles(gan.encoder, placed, num_classes=gan.inputs.classes)
-
-
-def publish(task: Task, gan: GanState, styles: Styles | None) -> None:
-    """Write the phase's model folder, `model.json` last."""
-    target = storage.join(task.output, "model")
-    fs, path = storage.filesystem(target)
-    with tempfile.TemporaryDirectory(prefix="pixloom-") as temporary:
-        local = Path(path) if storage.is_local(target) else Path(temporary)
-        save_model(
-            local,
-            gan.generator,
-            architecture=gan.arch,
-            inputs=gan.inputs,
-            preprocessing=task.preprocessing,
-            ema=None if gan.ema is None else gan.ema.network.state_dict(),
-            discriminator=gan.discriminator,
-            encoder=gan.encoder,
-            styles=styles,
-            extra={"phase": task.job.phase.name, "run": task.run_id},
-        )
-        if not storage.is_local(target):
-            names = sorted((file.name for file in local.iterdir()), key=lambda name: name == MANIFEST)
-            for name in names:
-                fs.put_file(str(local / name), f"{path}/{name}")
-
-
-def save_picture(output: str, epoch: int, grid: np.ndarray) -> None:
-    """Keep a sample grid in the phase's folder."""
-    storage.write_bytes(storage.join(output, "samples", f"epoch-{epoch:04d}.png"), encode.encode_png(grid))
-
-
-@contextmanager
-def local_folder(uri: str) -> Iterator[Path]:
-    """The files of a folder on this machine, copied for as long as they are needed if it is elsewhere."""
-    fs, path = storage.filesystem(uri)
-    if storage.is_local(uri):
-        yield Path(path)
-        return
-    with tempfile.TemporaryDirectory(prefix="pixloom-") as temporary:
-        for name in storage.list_names(uri):
-            fs.get_file(f"{path}/{name}", f"{temporary}/{name}")
-        yield Path(temporary)
-
-
-@contextmanager
-def local_file(uri: str) -> Iterator[Path]:
-    """A file on this machine, copied for as long as it is needed if it is elsewhere."""
-    fs, path = storage.filesystem(uri)
-    if storage.is_local(uri):
-        yield Path(path)
-        return
-    with tempfile.TemporaryDirectory(prefix="pixloom-") as temporary:
-        local = Path(temporary) / path.rsplit("/", 1)[-1]
-        fs.get_file(path, str(local))
-        yield local

@@ -1,7 +1,9 @@
-"""How much memory a training worker of a phase will need, before anything is started.
+"""How much memory the steps of a phase will take in a training worker, estimated before anything starts.
 
-The networks are built without memory (torch's meta device) and run on images without pixels; what autograd
-keeps of that is counted. Not counted: the workspace of convolutions and what the allocator loses.
+The networks are built without memory (torch's meta device) and run on images without pixels; the tensors that
+autograd saves are counted. `SLACK` stands for the workspace of convolutions and the allocator's losses. Not
+counted: the process itself, read-ahead, and the copy of a checkpoint on its way to the store, which takes the
+machine's memory (three times the weights), not the GPU's.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ SLACK = 1.2
 
 
 @dataclass
-class _Kept:
-    """Bytes that autograd keeps for the backward pass, each block of memory once."""
+class _Saved:
+    """Bytes that autograd saves for the backward pass, each block of memory once."""
 
     bytes_: int = 0
     _seen: set[int] = field(default_factory=set)
@@ -50,14 +52,14 @@ class _Kept:
 
 
 @contextmanager
-def _counting() -> Iterator[_Kept]:
-    kept = _Kept()
-    with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
-        yield kept
+def _counting() -> Iterator[_Saved]:
+    saved = _Saved()
+    with torch.autograd.graph.saved_tensors_hooks(saved.add, lambda tensor: tensor):
+        yield saved
 
 
 def estimate_memory(job: PhaseJob, spec: DatasetSpec, *, workers: int = 1, at_once: int | None = None) -> int:
-    """Bytes one worker needs for a step of this phase, all told. `at_once`: `resources.pairs_at_once`."""
+    """Bytes one worker needs for a step of this phase. `at_once`: `resources.pairs_at_once`."""
     inputs = phases.input_spec(spec)
     width, height = phases.phase_size(job.model, job.phase, phases.full_size(spec.size, job.augment))
     rows = -(-job.phase.batch // workers)
@@ -83,7 +85,7 @@ def estimate_memory(job: PhaseJob, spec: DatasetSpec, *, workers: int = 1, at_on
 
 
 def _states(network: nn.Module, parts: Parts, averaged: bool) -> int:
-    """Weights; of what is trained also the gradient and Adam's two moments; a copy for the average."""
+    """Weights; of those that are trained also the gradient and Adam's two moments; a copy for the average."""
     trained = sum(parameter.numel() for parameter in trainable_parts(network, parts))
     weights = sum(parameter.numel() for parameter in network.parameters())
     return FLOAT * (weights * (2 if averaged else 1) + 3 * trained)
@@ -96,21 +98,21 @@ def _activations(
     discriminator: nn.Module,
     shape: tuple[int, int, int],
 ) -> int:
-    """What is kept between forward and backward: the generator's, and both passes of the discriminator."""
+    """Tensors saved between forward and backward: the generator's, and both passes of the discriminator's."""
     rows, height, width = shape
-    share = 0.55 if job.precision == "bf16" else 1.0  # float32 if it is left open: the more of the two
+    share = 0.55 if job.precision == "bf16" else 1.0  # an open precision counts as float32, the larger
 
     def images(channels: int) -> Tensor:
         return torch.empty(rows, channels, height, width, device="meta")
 
     condition = images(generator_channels(job.model, inputs))
-    with _counting() as drawn:
+    with _counting() as generated:
         generator(condition)
-    kept = share * drawn.bytes_
+    total = share * generated.bytes_
     if job.losses.uses_discriminator:
-        with _counting() as judged:
+        with _counting() as discriminated:
             discriminator(images(discriminator_channels(job.model, inputs)).requires_grad_())
-        kept += share * 2 * judged.bytes_
+        total += share * 2 * discriminated.bytes_
     if job.losses.perceptual > 0:
-        kept += share * 2 * FLOAT * rows * height * width * 64 * 4  # relu1_1 .. relu5_1, about 4 x the first
-    return int(kept + FLOAT * (condition.numel() + 4 * images(inputs.target_channels).numel()))
+        total += share * 2 * FLOAT * rows * height * width * 64 * 4  # relu1_1 .. relu5_1, about 4 x the first
+    return int(total + FLOAT * (condition.numel() + 4 * images(inputs.target_channels).numel()))

@@ -1,8 +1,8 @@
-"""A phase's progress on pairs it does not train on: sample pictures, and one number.
+"""A phase's progress on pairs it does not train on: sample pictures and the validation L1.
 
 in:  the first pairs of the shards' validation split (else test, else train), at the phase's resolution
 out: (H, W, 3) uint8 grids, source | generated | target, a pair a row; `validation/l1`, the mean absolute
-     difference in [0, 1] (as `stages.scoring.metrics` takes it), over the first `MEASURED` validation pairs
+     difference in [0, 1] (as in `stages.scoring.metrics`), over the first `MEASURED` validation pairs
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SPLITS: tuple[Split, ...] = ("val", "test", "train")
 
 
 def fixed(sample: Sample, spec: DatasetSpec, job: PhaseJob) -> dict[Role, Array]:
-    """A pair's images as the phase would see them without jitter: the middle, at the phase's resolution."""
+    """A pair's images as in the phase but without jitter: a centre crop, at the phase's resolution."""
     width, height = phases.full_size(spec.size, job.augment)
     left, top = (spec.size[0] - width) // 2, (spec.size[1] - height) // 2
     scale = phases.downscale(job.model, job.phase)
@@ -41,16 +41,16 @@ def fixed(sample: Sample, spec: DatasetSpec, job: PhaseJob) -> dict[Role, Array]
 
 
 def tensor(arrays: Sequence[Array], spec: DatasetSpec, role: Role) -> Tensor:
-    """Images (H, W, C) of a role as the networks see them: (N, C, H, W), ids or float32."""
+    """Images (H, W, C) of a role as network inputs: (N, C, H, W), ids or float32."""
     kind = spec.roles[role].kind
-    seen = [image if kind in kinds.IDS else kinds.normalise(image, kind) for image in arrays]
-    stacked = np.stack(seen).transpose(0, 3, 1, 2)
+    values = [image if kind in kinds.IDS else kinds.normalise(image, kind) for image in arrays]
+    stacked = np.stack(values).transpose(0, 3, 1, 2)
     return torch.from_numpy(np.ascontiguousarray(stacked.astype(np.int32) if kind in kinds.IDS else stacked))
 
 
 @dataclass
 class Samples:
-    """Draws and measures by the averaged weights, if there are any."""
+    """Generates and measures with the averaged weights if there are any."""
 
     shards: str
     spec: DatasetSpec
@@ -63,22 +63,22 @@ class Samples:
         rows: list[list[Array]] = []
         differences: list[float] = []
         for group in self._groups(split, MEASURED if split == "val" else SHOWN):
-            drawn = self._draw(gan, group)
+            generated = self._generate(gan, group)
             differences += [
                 float((image.float() - truth.float()).abs().mean()) / 2
-                for image, truth in zip(drawn, self._stack(group, "target"), strict=True)
+                for image, truth in zip(generated, self._stack(group, "target"), strict=True)
             ]
             if not rows:
                 kind = self.spec.roles["target"].kind
-                for pair, value in zip(group, drawn.float().permute(0, 2, 3, 1).cpu().numpy(), strict=True):
-                    shown = {**pair, "target": kinds.restore(value, kind)}
-                    rows.append(
-                        [
-                            self._picture(pair, "source"),
-                            self._picture(shown, "target"),
-                            self._picture(pair, "target"),
-                        ]
-                    )
+                values = generated.float().permute(0, 2, 3, 1).cpu().numpy()
+                for pair, value in zip(group, values, strict=True):
+                    translated = {**pair, "target": kinds.restore(value, kind)}
+                    shown: list[tuple[dict[Role, Array], Role]] = [
+                        (pair, "source"),
+                        (translated, "target"),
+                        (pair, "target"),
+                    ]
+                    rows.append([self._picture(images, role) for images, role in shown])
         measured = split == "val" and differences
         return (
             pictures.sheet(rows) if rows else None,
@@ -101,20 +101,20 @@ class Samples:
     def _stack(self, group: Sequence[dict[Role, Array]], role: Role) -> Tensor:
         return tensor([pair[role] for pair in group], self.spec, role).to(self.device)
 
-    def _draw(self, gan: GanState, group: Sequence[dict[Role, Array]]) -> Tensor:
+    def _generate(self, gan: GanState, group: Sequence[dict[Role, Array]]) -> Tensor:
         instance = self._stack(group, "instance") if "instance" in self.spec.roles else None
         return generate(gan, self._stack(group, "source"), self._stack(group, "target"), instance)
 
     def _picture(self, pair: dict[Role, Array], role: Role) -> Array:
-        known = self.spec.roles[role]
+        spec = self.spec.roles[role]
         lightness = next((image for r, image in pair.items() if self.spec.roles[r].kind == "lab_l"), None)
-        return pictures.picture(pair[role], known.kind, classes=known.classes, lightness=lightness)
+        return pictures.picture(pair[role], spec.kind, classes=spec.classes, lightness=lightness)
 
 
 def generate(gan: GanState, source: Tensor, target: Tensor, instance: Tensor | None) -> Tensor:
-    """What the generator makes of sources now, by its averaged weights if it has any, without dropout.
+    """The generator's images of sources, with averaged weights if there are any, without dropout.
 
-    With a feature encoder the style is the target's own.
+    With a feature encoder the style is that of the target.
     """
     network = gan.ema.network if gan.ema is not None else gan.generator
     training = network.training

@@ -27,7 +27,7 @@ from botocore.validate import ParamValidator
 from ray.core.generated import autoscaler_pb2
 
 from cluster import local
-from stages.training.loop import ASK_S, LOOK_S
+from stages.training.loop import ORDERS_S, WARNINGS_S
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
@@ -264,7 +264,8 @@ def test_a_pod_that_ends_gives_notice_before_it_does(spec: dict[str, Any]) -> No
     source = ray_source("scripts", "scripts.py")
     assert all(f'"{word}"' in source for word in words if word.startswith("--"))
     assert autoscaler_pb2.DrainNodeReason.Value(words[3])
-    assert 2 * LOOK_S + ASK_S < int(sleep.split()[1]) < int(words[-1]) < pod["terminationGracePeriodSeconds"]
+    saving = 2 * ORDERS_S + WARNINGS_S
+    assert saving < int(sleep.split()[1]) < int(words[-1]) < pod["terminationGracePeriodSeconds"]
 
 
 def test_ports_are_those_the_readme_forwards(spec: dict[str, Any]) -> None:

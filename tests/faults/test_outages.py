@@ -24,7 +24,7 @@ from stages.models.step import Batch
 from stages.shards.feed import Feed
 from stages.tracking.run import TrackingConfig, open_parent
 from stages.training import checkpoints
-from stages.training.control import Notices
+from stages.training.news import Mailbox, Note
 from stages.training.phases import PhaseJob
 from tests.faults.test_train_faults import ONE, phase_job
 from tests.stores.seaweed import SeaweedS3, free_ports
@@ -65,10 +65,10 @@ class Eventful(Feed):
 
 
 def trained(
-    job: PhaseJob, shards: str, output: str, events: dict[int, Event], board: Notices | None = None
+    job: PhaseJob, shards: str, output: str, events: dict[int, Event], mailbox: Mailbox | None = None
 ) -> tuple[Losses, str]:
     """Losses of a phase, a checkpoint after every step, and what it told."""
-    board, left = board or Notices(), dict(events)
+    mailbox, left = mailbox or Mailbox(), dict(events)
 
     def prepare(feed: Feed) -> None:
         assert isinstance(feed, Eventful)
@@ -79,25 +79,25 @@ def trained(
         shards,
         output,
         feed_type=Eventful,
-        board=board,
+        mailbox=mailbox,
         prepare=prepare,
         checkpoint_images=1,
         keep_checkpoints=2,
     )
     assert not left, "something was to happen and did not"
-    return losses(output), notes(board)
+    return losses(output), notes(mailbox)
 
 
-def notes(board: Notices) -> str:
+def notes(mailbox: Mailbox) -> str:
     """What a phase has told so far."""
-    return "\n".join(event.value for event in board.events if event.kind == "note")
+    return "\n".join(one.text for one in mailbox.news if isinstance(one, Note))
 
 
-def wait_for(ready: Callable[[], bool], board: Notices) -> None:
+def wait_for(ready: Callable[[], bool], mailbox: Mailbox) -> None:
     """Hold training here until something is so."""
     deadline = time.monotonic() + 120
     while not ready():
-        assert time.monotonic() < deadline, notes(board)
+        assert time.monotonic() < deadline, notes(mailbox)
         time.sleep(0.01)
 
 
@@ -159,13 +159,12 @@ def test_the_disk_is_full_while_checkpoints_are_written(
     The disk is full from a moment in which nothing is being written, and until it is told that a checkpoint
     was not: what a checkpoint that is finished meanwhile sets free would be room for the next one.
     """
-    monkeypatch.setattr(checkpoints, "WAIT_S", 0.1)
     output = str(small_disk / "phase")
     if where != "the folder itself":
         output = f"s3://{s3_bucket}/phase"
         monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
     storage.configure({"s3": s3_store.options()})
-    folder, filler, board = f"{output}/checkpoints", small_disk / "filler", Notices()
+    folder, filler, mailbox = f"{output}/checkpoints", small_disk / "filler", Mailbox()
 
     def whole() -> list[str]:
         """The checkpoints that are finished."""
@@ -182,22 +181,22 @@ def test_the_disk_is_full_while_checkpoints_are_written(
         return whole()[-1:] == ["step-00000006"] and len(held) <= 2
 
     def fill() -> None:
-        wait_for(at_rest, board)
+        wait_for(at_rest, mailbox)
         fill_up(filler)
 
     def empty() -> None:
-        wait_for(lambda: "not written" in notes(board), board)
+        wait_for(lambda: "not written" in notes(mailbox), mailbox)
         assert whole()[-1] == "step-00000006"
         filler.unlink()
 
     try:
-        found, told = trained(job, shards, output, {6: fill, 36: empty}, board)
+        found, told = trained(job, shards, output, {6: fill, 36: empty}, mailbox)
         newest = checkpoints.load_newest(folder, job=PLAIN_NAME)
     finally:
         storage.configure({"s3": {}})
     assert found == expected
     assert re.search(r"checkpoint step-\d+ not written \(.*No space left on device", told)
-    assert "training goes on" in told
+    assert "training continues" in told
     assert newest is not None
     assert newest.position.steps == max(step for step, _ in expected)
 

@@ -89,8 +89,8 @@ def test_a_killed_worker(nodes: Nodes, shards: str, expected: Losses, tmp_path: 
     worker_of(nodes, 1).kill()
     told = driver.end()
     assert losses(tmp_path / "o") == expected
-    assert "lost workers, starts them again (worker" in told
-    assert "goes on from its checkpoint" in told
+    assert "was lost (" in told
+    assert "resumed from its checkpoint" in told
 
 
 def test_a_worker_that_hangs_is_started_again(
@@ -103,7 +103,7 @@ def test_a_worker_that_hangs_is_started_again(
     hung.suspend()
     told = driver.end()
     assert losses(tmp_path / "o") == expected
-    assert "lost workers, starts them again" in told
+    assert "restarting the group from its last checkpoint" in told
     assert not hung.is_running()
 
 
@@ -115,7 +115,7 @@ def test_a_lone_worker_that_hangs_is_started_again(nodes: Nodes, shards: str, tm
     working[0].suspend()
     told = driver.end()
     assert losses(tmp_path / "o") == alone
-    assert "lost workers, starts them again" in told
+    assert "restarting the group from its last checkpoint" in told
 
 
 def test_no_more_than_max_failures(nodes: Nodes, shards: str, expected: Losses, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_no_more_than_max_failures(nodes: Nodes, shards: str, expected: Losses, 
     driver = nodes.train(phase_job(), shards, str(tmp_path / "o"), once)
     driver.until_step(20)
     worker_of(nodes, 1).kill()
-    driver.until("goes on from its checkpoint")
+    driver.until("resumed from its checkpoint")
     driver.until_step(driver.steps() + 11)
     worker_of(nodes, 0).kill()
     told = driver.end(expect=1)
@@ -141,7 +141,7 @@ def test_a_killed_node(nodes: Nodes, shards: str, expected: Losses, tmp_path: Pa
     nodes.alive[1].kill()
     told = driver.end()
     assert losses(tmp_path / "o") == expected
-    assert "lost workers, starts them again" in told
+    assert "restarting the group from its last checkpoint" in told
 
 
 def test_a_node_that_is_to_be_taken_away(nodes: Nodes, shards: str, expected: Losses, tmp_path: Path) -> None:
@@ -157,11 +157,11 @@ def test_a_node_that_is_to_be_taken_away(nodes: Nodes, shards: str, expected: Lo
         *("--reason-message", "a test", "--deadline-remaining-seconds", "15"),
     ]
     subprocess.run([*command, *words], env=nodes.environment, check=True, timeout=100)
-    driver.until("a machine is about to be taken away: makes a checkpoint first")
+    driver.until("a machine will be taken away soon; saving a checkpoint now")
     driver.until_step(driver.steps() + 1)
     nodes.alive[1].kill()
     told = driver.end()
-    assert "goes on from its checkpoint" in told
+    assert "resumed from its checkpoint" in told
     assert losses(tmp_path / "o") == expected
 
 
@@ -172,10 +172,10 @@ def test_a_driver_told_to_stop(nodes: Nodes, shards: str, expected: Losses, tmp_
     driver.until_step(12)
     driver.kill(signal.SIGTERM)
     told = driver.end(expect=130)
-    assert "told to stop: makes a checkpoint first" in told
-    assert "all of them kept" in told
+    assert "stopping: the workers save a checkpoint first" in told
+    assert "stopped; a checkpoint holds all" in told
     again = nodes.train(phase_job(), shards, str(tmp_path / "o"), rarely).end()
-    assert "goes on from its checkpoint" in again
+    assert "resumed from its checkpoint" in again
     assert losses(tmp_path / "o") == expected
 
 
@@ -226,13 +226,13 @@ def test_workers_come_and_go(shards: str, tmp_path: Path) -> None:
         driver.until_step(12)
         assert len(nodes.alive[0].workers()) == 2
         nodes.start(cpus=1)
-        driver.until("goes on with 3 workers, after a checkpoint")
+        driver.until("resumed from its checkpoint with 3 workers")
         worker_of(nodes, 1)
         before = driver.steps()
         driver.until_step(before + 12)
         nodes.alive[1].kill()
         told = driver.end()
-    assert told.count("goes on from its checkpoint") >= 2
+    assert told.count("resumed from its checkpoint") >= 2
     assert images(tmp_path / "o") == 90 * ROWS
     assert {step for step, _ in losses(tmp_path / "o")} == set(range(1, 90 * 6 + 1))
 
@@ -247,14 +247,13 @@ def test_an_autoscaler_brings_the_machine_that_a_worker_lacks(shards: str, tmp_p
     output = f"{tmp_path}/o"
     with autoscaling(most=1) as nodes:
         driver = nodes.train(job, shards, output, elastic)
-        driver.until("goes on with 2 workers, after a checkpoint")
-        driver.until("goes on from its checkpoint")
+        driver.until("resumed from its checkpoint with 2 workers")
         driver.until_step(driver.steps() + 24)
         assert len(nodes.listed()) == 2
         assert len(nodes.alive) == 1, "the test started the head alone"
         driver.kill(signal.SIGTERM)
         told = driver.end(expect=130)
-    assert "all of them kept" in told
+    assert "stopped; a checkpoint holds all" in told
     newest = checkpoints.load_newest(f"{output}/checkpoints", job=job_name(job, shards, ""))
     assert newest is not None
     seen = set(newest.curves.filter(pc.equal(newest.curves["name"], "generator/gan"))["step"].to_pylist())

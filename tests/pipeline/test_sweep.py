@@ -18,7 +18,7 @@ from pipeline import sample, sweep
 from pipeline.runner import Planned, plan
 from pipeline.sweep import Asked, MeanByEpoch, Result, SweepConfig, Trial
 from stages.errors import UserError
-from stages.tracking.run import MetricRow
+from stages.tracking.sender import MetricRow
 
 ROOT = Path(__file__).resolve().parents[2]
 YAML = str(ROOT / "pipeline.yaml")

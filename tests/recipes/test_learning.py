@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import learning
 from stages.images.augment import AugmentConfig
-from stages.train import TrainConfig, jobs
+from stages.training.phases import TrainConfig, jobs
 from tests.support.small import make_shards
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -18,7 +17,8 @@ from stages.images import geometry
 from stages.images.augment import AugmentConfig, apply, draw
 from stages.models.step import Batch
 from stages.shards.dataset import DatasetSpec, read_split
-from stages.shards.feed import Ahead, Feed, copy_pixels, read_here, read_with_ray
+from stages.shards.feed import Feed, copy_pixels, read_here
+from stages.shards.readers import read_with_ray
 from tests.support.pairs import SIZE, make_shards, pair_row, photo, photo_pairs, write_image
 
 ROWS = 23
@@ -57,9 +57,9 @@ def same(one: Batch, other: Batch) -> bool:
 def test_every_pair_comes_exactly_once_an_epoch(shards, batch, seed, epoch):
     folder, spec = shards
     with Feed(folder, spec, seed=seed, batch=batch, epochs=3, read=read_here) as feed:
-        found = keys(epoch_of(feed, epoch))
-    assert len(found) == feed.steps_per_epoch == -(-ROWS // batch)
-    assert sorted(k for step in found for k in step) == [f"train/{n:04d}" for n in range(ROWS)]
+        seen = keys(epoch_of(feed, epoch))
+    assert len(seen) == feed.steps_per_epoch == -(-ROWS // batch)
+    assert sorted(k for step in seen for k in step) == [f"train/{n:04d}" for n in range(ROWS)]
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -161,8 +161,8 @@ def test_every_kind_comes_as_the_networks_take_it(tmp_path):
     assert batch.target.shape == (3, 2, 16, 24)
     assert batch.instance is not None
     assert batch.instance.dtype == torch.int32
-    found = {key: int(i.max()) for key, i in zip(batch.keys, batch.instance, strict=True)}
-    assert found == {"0": 26000, "1": 26001, "2": 0}
+    largest = {key: int(i.max()) for key, i in zip(batch.keys, batch.instance, strict=True)}
+    assert largest == {"0": 26000, "1": 26001, "2": 0}
     assert batch.label is None
 
 
@@ -221,42 +221,6 @@ def test_what_cannot_work_is_refused_before_anything_is_read(shards):
         Feed(folder, spec, augment=AugmentConfig(crop=(25, 8)))
 
 
-# -- background ---------------------------------------------------------------
-
-
-def test_a_thread_runs_ahead_by_its_depth_and_no_further():
-    made: list[int] = []
-    waits = threading.Semaphore(0)
-
-    def numbers() -> Iterator[int]:
-        for n in range(10):
-            made.append(n)
-            waits.release()
-            yield n
-
-    ahead = Ahead(numbers(), 3, "test")
-    for _ in range(4):  # three are kept, the fourth is made and waits to be put
-        assert waits.acquire(timeout=10)
-    assert not waits.acquire(timeout=0.3)
-    assert list(ahead) == list(range(10))
-    ahead.close()
-
-
-def test_an_error_ahead_reaches_whoever_takes_and_closing_stops_the_thread():
-    def broken() -> Iterator[int]:
-        yield 1
-        raise ValueError("no")
-
-    ahead = Ahead(broken(), 2, "test")
-    assert next(ahead) == 1
-    for _ in range(2):
-        with pytest.raises(ValueError, match="no"):
-            next(ahead)
-    endless = Ahead(iter(int, 1), 2, "test")
-    endless.close()
-    assert not endless._thread.is_alive()
-
-
 # -- with Ray -----------------------------------------------------------------
 
 
@@ -265,11 +229,11 @@ def test_rays_tasks_give_what_reading_here_gives(shards, ray_local):
     folder, spec = shards
     options = {"seed": 3, "batch": 4, "rank": 1, "world": 2, "augment": AUGMENT, "epochs": 4}
     with Feed(folder, spec, read=read_here, **options) as feed:
-        wanted = [batch for epoch in range(4) for batch in feed.epoch(epoch)]
+        expected = [batch for epoch in range(4) for batch in feed.epoch(epoch)]
     with Feed(folder, spec, read=read_with_ray, **options) as feed:
-        found = [batch for epoch in range(4) for batch in feed.epoch(epoch)]
-    assert len(found) == len(wanted)
-    assert all(same(a, b) for a, b in zip(found, wanted, strict=True))
+        batches = [batch for epoch in range(4) for batch in feed.epoch(epoch)]
+    assert len(batches) == len(expected)
+    assert all(same(a, b) for a, b in zip(batches, expected, strict=True))
 
 
 @pytest.mark.ray

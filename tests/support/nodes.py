@@ -39,8 +39,8 @@ from pipeline.cluster import cluster
 from pipeline.run import exit_code, log_to_stdout, stop_on_sigterm
 from stages import storage, train
 from stages.base import Resources
-from stages.phases import PhaseJob
-from stages.tracking import NullRun
+from stages.tracking.run import NullRun
+from stages.training.phases import PhaseJob
 
 given = json.loads(sys.argv[1])
 train.RESIZE_S = 5.0

@@ -13,21 +13,21 @@ import torch.multiprocessing
 
 from stages import storage, train
 from stages.shards import dataset
-from stages.shards.feed import Feed, read_here
+from stages.shards.feed import Feed
 from stages.training import curves, phases
-from stages.training.control import Notices, Poster
 from stages.training.loop import Ending, Preview, Task, Worker, phase_seed, train_phase
+from stages.training.news import Channel, Mailbox
 from stages.training.phases import PhaseJob
 
 Losses = dict[tuple[int, str], float]
 PLAIN_NAME = "here"  # whose checkpoints they are
-KEPT = ("generator/", "discriminator/", "learning_rate/", "gradient_norm/")
+COMPARED = ("generator/", "discriminator/", "learning_rate/", "gradient_norm/")
 
 
 def losses(output: str | Path) -> Losses:
     """The curves of a finished phase without what depends on the clock, by step and name."""
     rows = curves.from_table(storage.read_parquet(storage.join(str(output), "metrics.parquet")))
-    return {(row.step, row.name): row.value for row in rows if row.name.startswith(KEPT)}
+    return {(row.step, row.name): row.value for row in rows if row.name.startswith(COMPARED)}
 
 
 def images(output: str | Path) -> int:
@@ -63,7 +63,7 @@ def train_here(
     before: str = "",
     threads: int = 1,
     feed_type: type[Feed] = Feed,
-    board: Notices | None = None,
+    mailbox: Mailbox | None = None,
     prepare: Callable[[Feed], None] = lambda _: None,
     preview: Preview = lambda _: (None, {}),
     **how: Any,
@@ -91,12 +91,11 @@ def train_here(
         augment=job.augment,
         scale=phases.downscale(job.model, job.phase),
         epochs=job.phase.epochs,
-        read=read_here,
     )
     prepare(feed)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     with feed:
-        ending = train_phase(task, worker, feed, Poster(board or Notices()), preview)
+        ending = train_phase(task, worker, feed, Channel((mailbox or Mailbox()).post), preview)
     torch.set_num_threads(threads_before)
     return ending

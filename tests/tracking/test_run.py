@@ -16,8 +16,8 @@ import pytest
 from stages.errors import UserError
 from stages.tracking import run as tracking
 from stages.tracking import sender
-from stages.tracking.run import MetricRow, NullRun, Run, TrackingConfig, open_parent
-from stages.tracking.sender import KEY_TAG, PROCESS_TAG
+from stages.tracking.run import NullRun, Run, TrackingConfig, open_parent
+from stages.tracking.sender import KEY_TAG, PROCESS_TAG, MetricRow
 
 
 def test_settings_become_dotted_names_and_fit_the_server() -> None:

@@ -13,10 +13,10 @@ import pytest
 
 from stages import storage
 from stages.tracking import sender
-from stages.tracking.run import MetricRow, Run, TrackingConfig, catch_up, open_parent
-from stages.tracking.sender import KEY_TAG
+from stages.tracking.run import Run, TrackingConfig, catch_up, open_parent
+from stages.tracking.sender import KEY_TAG, MetricRow
 from stages.training import curves
-from stages.training.curves import Point
+from stages.training.news import Point
 
 PICTURE = np.zeros((4, 6, 3), np.uint8)
 

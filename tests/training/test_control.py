@@ -1,73 +1,101 @@
-"""The board and its reader: each point once, a line of progress that says how it ended."""
+"""The control channel: news is recorded once; all workers follow an order alike, after a checkpoint."""
 
 from __future__ import annotations
 
 import logging
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
 
+from stages.errors import cause
 from stages.parallel.cluster import failure
 from stages.progress import Progress
-from stages.tracking.run import MetricRow, NullRun
-from stages.training.control import Event, Notices, Poster, cause
-from stages.training.relay import Reader
+from stages.training import checkpoints, loop
+from stages.training.control import NewsRecorder
+from stages.training.loop import Ending, Task, Worker, train_phase
+from stages.training.news import Advance, Channel, Mailbox, News, Note, Point, Points, SampleGrid, Stop
+from tests.training.test_loop import Rows, assert_equal, losses, nothing, phase_jobs, task, weights
+
+STEPS = 9  # of the phase: 3 epochs of 3 steps
 
 
-class Kept(NullRun):
-    """A run that keeps what it is given."""
+class Recorded:
+    """A run that keeps what is recorded."""
 
-    def metrics_batch(self, rows: Iterable[MetricRow]) -> None:
-        self.__dict__.setdefault("rows", []).extend(rows)
+    def __init__(self) -> None:
+        self.rows: list[Any] = []
+        self.pictures: list[int] = []
 
+    def metrics_batch(self, rows: Any) -> None:
+        self.rows += rows
 
-def point(step: int, name: str = "generator/gan") -> tuple[int, int, int, str, float, int]:
-    return (step, step * 4, 0, name, 1.0, 1000)
-
-
-def test_what_is_posted_is_taken_once_and_answered_with_the_order() -> None:
-    board = Notices()
-    poster = Poster(board)
-    poster.post(Event("note", "hello"))
-    assert poster.order() == ""
-    board.stop("preempted")
-    poster.post(Event("note", "again"))
-    assert poster.order() == "preempted"
-    assert [event.value for event in board.take()] == ["hello", "again"]
-    assert board.take() == []
+    def image(self, array: np.ndarray, key: str, step: int) -> None:
+        self.pictures.append(step)
 
 
-def test_a_failure_for_good_is_the_first_one() -> None:
-    board = Notices()
-    board.give_up("damaged shard")
-    board.give_up("something later")
-    assert board.why_not() == "damaged shard"
+def point(step: int, name: str = "generator/gan") -> Point:
+    return Point(step, step * 4, 0, name, 1.0, 1000)
+
+
+# -- news ---------------------------------------------------------------------
+
+
+def test_news_is_taken_once_and_answered_with_the_order() -> None:
+    mailbox = Mailbox()
+    channel = Channel(mailbox.post)
+    channel.post(Note("hello"))
+    assert channel.stop_order() is None
+    mailbox.stop("preempted")
+    channel.post(Note("again"))
+    assert channel.stop_order() == Stop("preempted")
+    assert mailbox.take() == [Note("hello"), Note("again")]
+    assert mailbox.take() == []
+
+
+def test_a_permanent_failure_is_the_first_one() -> None:
+    mailbox = Mailbox()
+    mailbox.give_up("damaged shard")
+    mailbox.give_up("something later")
+    assert mailbox.permanent_failure() == "damaged shard"
 
 
 def test_points_that_a_restart_repeats_are_recorded_once() -> None:
-    run = Kept()
-    reader = Reader("train-global", 100, run)
-    reader.handle([Event("points", [point(1), point(2)]), Event("points", [point(2), point(3)])])
+    run = Recorded()
+    recorder = NewsRecorder("train-global", 100, run)
+    recorder.handle([Points([point(1), point(2)]), Points([point(2), point(3)])])
     assert [row.step for row in run.rows if row.name == "generator/gan"] == [1, 2, 3]
     assert [row.value for row in run.rows if row.name == "images"] == [4, 8, 12]
-    reader.handle([Event("points", [point(3, "validation/l1")])])
+    recorder.handle([Points([point(3, "validation/l1")])])
     assert run.rows[-1].name == "validation/l1"
 
 
+def test_pictures_that_a_restart_repeats_are_recorded_once() -> None:
+    run = Recorded()
+    grids = [SampleGrid(images, images // 4, np.zeros((2, 2, 3), np.uint8)) for images in (4, 8, 4, 8, 12)]
+    NewsRecorder("train", 100, run).handle(grids)
+    assert run.pictures == [1, 2, 3]
+
+
 def test_curves_per_layer_stay_out_of_the_charts() -> None:
-    run = Kept()
+    run = Recorded()
     names = ["generator/feature_matching/layer0", "generator/feature_matching/scale0"]
-    Reader("train", 1, run).handle([Event("points", [point(1, name) for name in names])])
+    NewsRecorder("train", 1, run).handle([Points([point(1, name) for name in names])])
     assert {row.name for row in run.rows} == {names[1], "images", "epoch"}
 
 
-def test_the_last_line_of_progress_is_always_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_last_line_of_progress_is_always_written(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    reader = Reader("train-global", 100, NullRun())
-    reader.handle([Event("progress", (40, "epoch 1/2")), Event("progress", (100, "epoch 2/2  G 1"))])
-    reader.finish()
+    recorder = NewsRecorder("train-global", 100, Recorded())
+    recorder.handle([Advance(40, "epoch 1/2"), Advance(100, "epoch 2/2  G 1")])
+    recorder.finish()
     assert "100/100 images" in caplog.text
     assert "epoch 2/2  G 1" in caplog.text
 
@@ -81,7 +109,7 @@ def test_no_line_of_progress_is_said_twice(caplog: pytest.LogCaptureFixture) -> 
         assert caplog.text.count("2/2 images") == 1
 
 
-def test_a_dead_worker_is_told_in_a_few_words() -> None:
+def test_a_dead_worker_is_named_in_a_few_words() -> None:
     text = "The actor is dead because its worker process has died. Worker exit type: X Worker exit detail: Y"
     assert cause(ConnectionError(text)) == (
         "ConnectionError: The actor is dead because its worker process has died"
@@ -91,13 +119,129 @@ def test_a_dead_worker_is_told_in_a_few_words() -> None:
     assert cause(outer) == "ValueError: last line"
 
 
-def test_a_full_disk_of_rays_is_told_with_its_machine() -> None:
+def test_a_full_disk_of_rays_is_named_with_its_machine() -> None:
     text = "ray::work() (pid=1, ip=10.0.0.7)\nray.exceptions.OutOfDiskError: Local disk is full"
     wrapped = RuntimeError(text)
     assert cause(wrapped).startswith("Ray's object store on 10.0.0.7 is full")
     assert str(failure("infer", wrapped)).startswith("infer: Ray's object store on 10.0.0.7 is full")
 
 
-def test_the_boards_process_does_without_torch() -> None:
-    code = "import sys, stages.training.control; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize(
+    ("module", "absent"), [("stages.training.news", "torch ray"), ("stages.training.control", "torch")]
+)
+def test_the_mailboxs_process_loads_no_torch(module: str, absent: str) -> None:
+    code = f"import sys, {module}; sys.exit(any(name in sys.modules for name in '{absent}'.split()))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("module", ["stages.training.loop", "stages.shards.feed"])
+def test_the_loop_and_its_feed_need_no_ray(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# -- orders -------------------------------------------------------------------
+
+
+def stop_at(poll: int) -> Callable[[Sequence[News]], Stop | None]:
+    """Sends no news; the order to stop comes with the poll of this number, counted from 1."""
+    polls = 0
+
+    def send(news: Sequence[News]) -> Stop | None:
+        nonlocal polls
+        polls += not news
+        return Stop("drained") if polls >= poll else None
+
+    return send
+
+
+def train(
+    task: Task,
+    worker: Worker | None = None,
+    *,
+    send: Callable[[Sequence[News]], Stop | None] = lambda _: None,
+    warned_at: int = STEPS + 1,
+) -> Ending:
+    """A phase in this process, whose machines are to be taken away from the poll `warned_at` on."""
+    polls = 0
+
+    def preempted() -> bool:
+        nonlocal polls
+        polls += 1
+        return polls >= warned_at
+
+    return train_phase(task, worker or Worker(), Rows(16), Channel(send), nothing, preempted)
+
+
+@pytest.fixture
+def polls_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "ORDERS_S", 0.0)
+    monkeypatch.setattr(loop, "WARNINGS_S", -1.0)
+
+
+def names(folder: Path) -> list[str]:
+    return checkpoints.names(str(folder / "checkpoints"))
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_phase_stops_after_a_checkpoint_and_resumes_to_the_same_bits(
+    polls_at_every_step: None, tmp_path: Path, step: int
+) -> None:
+    job = phase_jobs()[0]
+    train(task(tmp_path / "whole", job))
+    parts = task(tmp_path / "parts", job, checkpoint_images=None)
+    ending = train(parts, send=stop_at(step))
+    assert (ending.stopped, ending.position.steps) == ("drained", step)
+    assert names(tmp_path / "parts")[-1] == f"step-{step:08d}"
+    assert not (tmp_path / "parts" / "model").exists()
+    ending = train(parts)
+    assert (ending.stopped, ending.position.steps) == ("", STEPS)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert_equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+def test_a_preemption_warning_makes_one_checkpoint_and_training_continues(
+    polls_at_every_step: None, tmp_path: Path
+) -> None:
+    job, mailbox = phase_jobs()[0], Mailbox()
+    train(task(tmp_path / "whole", job))
+    warned = task(tmp_path / "warned", job, checkpoint_images=None, keep_checkpoints=9)
+    ending = train(warned, send=mailbox.post, warned_at=2)
+    assert (ending.stopped, ending.position.steps) == ("", STEPS)
+    assert [int(name.removeprefix("step-")) for name in names(tmp_path / "warned")] == [2, 3, 6, 9]
+    notes = [news.text for news in mailbox.take() if isinstance(news, Note)]
+    assert notes == ["a machine will be taken away soon; saving a checkpoint now"]
+    assert losses(tmp_path / "warned") == losses(tmp_path / "whole")
+
+
+def test_orders_are_polled_no_more_often_than_their_interval(tmp_path: Path) -> None:
+    polls = []
+    train(task(tmp_path, phase_jobs()[0]), send=lambda news: polls.append(news) if not news else None)
+    assert 1 <= len(polls) < STEPS
+
+
+def one_of_two(rank: int, world: int, folder: str) -> None:
+    """One of two processes; only the first hears the order and posts news."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    loop.ORDERS_S, loop.WARNINGS_S = 0.0, -1.0
+    worker, job, root = Worker(rank=rank, world=world), phase_jobs()[0], Path(folder)
+    train(task(root / "whole", job), worker)
+    parts = task(root / "parts", job, checkpoint_images=None)
+    ending = train(parts, worker, send=stop_at(4) if rank == 0 else lambda _: None)
+    assert ending.position.steps == 4
+    assert ending.stopped == ("drained" if rank == 0 else "ordered to stop")
+    dist.barrier()
+    assert names(root / "parts")[-1] == "step-00000004"
+    dist.barrier()
+    assert train(parts, worker).position.steps == STEPS
+    train(task(root / "warned", job, checkpoint_images=None, keep_checkpoints=9), worker, warned_at=2)
+    dist.destroy_process_group()
+
+
+def test_two_workers_follow_one_order(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(one_of_two, (2, str(tmp_path)), nprocs=2)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert_equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    assert [int(name.removeprefix("step-")) for name in names(tmp_path / "warned")] == [2, 3, 6, 9]
+    assert losses(tmp_path / "warned") == losses(tmp_path / "whole")

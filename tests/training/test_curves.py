@@ -20,9 +20,9 @@ def test_a_point_is_the_mean_over_its_window() -> None:
 
 def test_workers_count_by_their_rows() -> None:
     """Two workers with 3 and 1 rows: shares 1.5 and 0.5, so the mean is over rows."""
-    mine = Window(torch.device("cpu"), total=lambda table: table + 0.5 * 10.0, workers=2)
-    mine.add(0, {"loss": torch.tensor(2.0)}, 1.5)
-    assert mine.close(rate=0.1) == {"loss": (3 * 2.0 + 1 * 10.0) / 4}
+    window = Window(torch.device("cpu"), total=lambda table: table + 0.5 * 10.0, workers=2)
+    window.add(0, {"loss": torch.tensor(2.0)}, 1.5)
+    assert window.close(rate=0.1) == {"loss": (3 * 2.0 + 1 * 10.0) / 4}
 
 
 def test_a_worker_without_rows_uses_the_names_of_the_first() -> None:
@@ -58,3 +58,16 @@ def test_the_balance_compares_the_two_networks() -> None:
     losses = {"discriminator/real": 0.1, "discriminator/fake": 0.3, "generator/gan": 0.4}
     assert curves.balance(losses) == {"health/discriminator_over_generator": pytest.approx(0.5)}
     assert curves.balance({"generator/l1": 1.0}) == {}
+
+
+def test_the_machines_load_has_the_names_mlflow_shows() -> None:
+    values = curves.machine_metrics(torch.device("cpu"))
+    assert all(name.startswith("system/") for name in values)
+    assert 0 < values["system/system_memory_usage_percentage"] <= 100
+
+
+@pytest.mark.gpu
+def test_the_load_of_a_gpu_is_measured() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("NOT RUN: needs a GPU")
+    assert curves.machine_metrics(torch.device("cuda"))["system/gpu_0_memory_usage_megabytes"] > 0

@@ -19,10 +19,11 @@ from stages.models.architecture import InputSpec
 from stages.models.files.saved import Preprocessing, load_model
 from stages.models.gan import GanState
 from stages.models.step import Batch
+from stages.shards.order import num_steps
 from stages.training import checkpoints, curves, loop
 from stages.training.checkpoints import Position
-from stages.training.control import Notices, Poster
 from stages.training.loop import Ending, Task, Worker, train_phase
+from stages.training.news import Advance, Channel, Mailbox, Points, SampleGrid
 from stages.training.phases import PhaseJob, TrainConfig, jobs
 
 ROWS, BATCH = 10, 4
@@ -63,26 +64,26 @@ class Rows:
     """Batches of random pairs, each a function of epoch and row; one may be damaged on its way."""
 
     def __init__(self, size: int, *, spoil: int | None = None, cut: int | None = None) -> None:
-        self.size, self.spoil, self.cut, self.given = size, spoil, cut, 0
+        self.size, self.spoil, self.cut, self.served = size, spoil, cut, 0
 
     def row(self, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         random = torch.Generator().manual_seed(epoch * 1000 + index)
         return tuple(torch.rand(3, self.size, self.size, generator=random) * 2 - 1 for _ in range(2))  # type: ignore[return-value]
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        for step in range(start_step, loop.steps_per_epoch(ROWS, BATCH)):
-            if self.given == self.cut:
+        for step in range(start_step, num_steps(ROWS, BATCH)):
+            if self.served == self.cut:
                 raise KeyboardInterrupt
             rows = [self.row(epoch, index) for index in range(step * BATCH, min(ROWS, (step + 1) * BATCH))]
             source, target = (torch.stack(images) for images in zip(*rows, strict=True))
-            if self.given == self.spoil:
+            if self.served == self.spoil:
                 target = target * float("nan")
-            self.given += 1
+            self.served += 1
             yield Batch(source=source, target=target)
 
 
 def task(output: Path, job: PhaseJob, **changes: Any) -> Task:
-    made = Task(
+    template = Task(
         job=job,
         name="name",
         inputs=InputSpec(),
@@ -92,23 +93,23 @@ def task(output: Path, job: PhaseJob, **changes: Any) -> Task:
         before="",
         checkpoint_images=BATCH,
     )
-    return replace(made, **changes)
+    return replace(template, **changes)
 
 
 def nothing(gan: GanState) -> tuple[np.ndarray | None, dict[str, float]]:
     return None, {}
 
 
-def train(given: Task, feed: Rows, preview: Callable[[GanState], Any] = nothing) -> tuple[Ending, Notices]:
-    board = Notices()
-    return train_phase(given, Worker(), feed, Poster(board), preview), board
+def train(task: Task, rows: Rows, preview: Callable[[GanState], Any] = nothing) -> tuple[Ending, Mailbox]:
+    mailbox = Mailbox()
+    return train_phase(task, Worker(), rows, Channel(mailbox.post), preview), mailbox
 
 
 def losses(output: Path) -> list[tuple[int, int, int, str, float]]:
     """The curves without what depends on the clock."""
     rows = curves.from_table(pq.read_table(output / "metrics.parquet"))
-    kept = ("generator/", "discriminator/", "learning_rate/", "gradient_norm/")
-    return [row[:5] for row in rows if row.name.startswith(kept)]
+    without_clock = ("generator/", "discriminator/", "learning_rate/", "gradient_norm/")
+    return [row[:5] for row in rows if row.name.startswith(without_clock)]
 
 
 def weights(output: Path, **options: Any) -> dict[str, Tensor]:
@@ -153,7 +154,7 @@ def test_noise_differs_by_step_worker_phase_and_seed_only() -> None:
 
 def test_a_phase_leaves_a_model_its_curves_and_checkpoints(tmp_path: Path) -> None:
     job = phase_jobs()[0]
-    ending, board = train(task(tmp_path, job), Rows(16))
+    ending, mailbox = train(task(tmp_path, job), Rows(16))
     assert ending.position == Position(epoch=3, images=30, steps=9)
     assert load_model(tmp_path / "model").weights == "ema"
     rates = [row[4] for row in losses(tmp_path) if row[3] == "learning_rate/generator"]
@@ -161,7 +162,7 @@ def test_a_phase_leaves_a_model_its_curves_and_checkpoints(tmp_path: Path) -> No
     assert all(later < earlier for earlier, later in itertools.pairwise(rates[3:]))
     assert 0 < rates[-1] < 1e-4
     assert len(checkpoints.names(str(tmp_path / "checkpoints"))) == 2
-    assert {event.kind for event in board.take()} == {"points", "progress"}
+    assert {type(news) for news in mailbox.take()} == {Points, Advance}
 
 
 @pytest.mark.parametrize("cut", [1, 3, 5, 8])
@@ -186,7 +187,7 @@ def test_a_finished_phase_run_again_is_the_same_and_trains_nothing(tmp_path: Pat
     before = losses(tmp_path)
     again = Rows(16)
     ending, _ = train(task(tmp_path, job), again)
-    assert again.given == 0
+    assert again.served == 0
     assert ending.position.epoch == 3
     assert losses(tmp_path) == before
 
@@ -245,55 +246,33 @@ def test_a_broken_weight_is_never_checkpointed(tmp_path: Path, monkeypatch: pyte
     assert checkpoints.names(str(tmp_path / "checkpoints")) == []
 
 
-def test_an_order_to_stop_checkpoints_first_and_the_next_run_goes_on(tmp_path: Path) -> None:
-    job = phase_jobs()[0]
-    board = Notices()
-    board.stop("preempted")
-    ending = train_phase(task(tmp_path, job), Worker(), Rows(16), Poster(board), nothing)
-    assert ending.stopped == "preempted"
-    assert 0 < ending.position.steps < 9
-    feed = Rows(16)
-    train(task(tmp_path, job), feed)
-    assert feed.given == 9 - ending.position.steps
-
-
-def test_a_warning_that_a_machine_goes_is_heeded_once_with_a_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loop, "ASK_S", -1.0)
-    job = phase_jobs()[0]
-    board = Notices()
-    given = task(tmp_path, job, checkpoint_images=None, keep_checkpoints=9)
-    train_phase(given, Worker(), Rows(16), Poster(board), nothing, lambda: True)
-    told = [event.value for event in board.take() if event.kind == "note"]
-    assert told == ["a machine is about to be taken away: makes a checkpoint first"]
-    assert "step-00000001" in checkpoints.names(str(tmp_path / "checkpoints"))
-
-
-def test_a_checkpoint_of_other_settings_is_not_gone_on_from(tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_settings_is_ignored(tmp_path: Path) -> None:
     job = phase_jobs()[0]
     train(task(tmp_path, job), Rows(16))
     feed = Rows(16)
     train(task(tmp_path, job, name="other"), feed)
-    assert feed.given == 9
+    assert feed.served == 9
 
 
 def test_samples_are_drawn_into_the_phases_folder(tmp_path: Path) -> None:
     grid = np.zeros((4, 4, 3), np.uint8)
-    _, board = train(task(tmp_path, phase_jobs()[0]), Rows(16), lambda _: (grid, {}))
+    _, mailbox = train(task(tmp_path, phase_jobs()[0]), Rows(16), lambda _: (grid, {}))
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
         "epoch-0001.png",
         "epoch-0002.png",
         "epoch-0003.png",
     ]
-    assert [event.value[0] for event in board.take() if event.kind == "picture"] == [10, 20, 30]
+    assert [news.images for news in mailbox.take() if isinstance(news, SampleGrid)] == [10, 20, 30]
 
 
 def test_the_best_checkpoint_by_validation_stays_whatever_its_age(tmp_path: Path) -> None:
     measured = iter([0.2, 0.1, 0.3, 0.4, 0.5])
     job = phase_jobs(phases=[{**PHASES[0], "epochs": 5}, *PHASES[1:]])[0]
-    given = task(tmp_path, job, checkpoint_images=None)
-    train(given, Rows(16), lambda _: (None, {"validation/l1": next(measured)}))
+    train(
+        task(tmp_path, job, checkpoint_images=None),
+        Rows(16),
+        lambda _: (None, {"validation/l1": next(measured)}),
+    )
     assert checkpoints.names(str(tmp_path / "checkpoints")) == [
         "step-00000006",
         "step-00000012",
@@ -312,14 +291,7 @@ def test_health_is_in_the_curves(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.gpu
-def test_the_load_of_a_gpu_is_measured() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("NOT RUN: needs a GPU")
-    assert loop.gpu_metrics(torch.device("cuda"))["system/gpu_0_memory_usage_megabytes"] > 0
-
-
-def test_a_network_without_numbers_is_found() -> None:
+def test_a_network_with_a_weight_that_is_not_finite_is_noticed() -> None:
     layer = nn.Linear(2, 2)
     assert loop.all_finite(layer)
     layer.weight.data[0, 0] = float("nan")

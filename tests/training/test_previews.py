@@ -29,12 +29,12 @@ def job(index: int, crop: tuple[int, int] | None = None) -> PhaseJob:
     return jobs(TrainConfig.model_validate({"model": MODEL}), AugmentConfig(crop=crop))[index]
 
 
-def translator(given: PhaseJob, inputs: InputSpec, ema: float | None = None) -> GanState:
-    return build_gan(MODEL, inputs, weights=LossWeights(), enhancers=given.phase.enhancers, ema_decay=ema)
+def translator(phase_job: PhaseJob, inputs: InputSpec, ema: float | None = None) -> GanState:
+    return build_gan(MODEL, inputs, weights=LossWeights(), enhancers=phase_job.phase.enhancers, ema_decay=ema)
 
 
-def samples(folder: Path, spec: DatasetSpec, given: PhaseJob) -> Samples:
-    return Samples(str(folder), spec, given, torch.device("cpu"))
+def samples(folder: Path, spec: DatasetSpec, phase_job: PhaseJob) -> Samples:
+    return Samples(str(folder), spec, phase_job, torch.device("cpu"))
 
 
 LABELS = InputSpec(source="labels", classes=4, instances=True)
@@ -43,8 +43,8 @@ LABELS = InputSpec(source="labels", classes=4, instances=True)
 @pytest.mark.parametrize(("index", "size"), [(0, 16), (1, 32)])
 def test_a_grid_has_a_pair_a_row_at_the_phases_size(tmp_path: Path, index: int, size: int) -> None:
     spec = make_shards(tmp_path, {"train": [4], "val": [3]}, instances=True)
-    given = job(index)
-    grid, values = samples(tmp_path, spec, given)(translator(given, LABELS))
+    phase_job = job(index)
+    grid, values = samples(tmp_path, spec, phase_job)(translator(phase_job, LABELS))
     assert 0 < values["validation/l1"] < 1
     assert grid is not None
     assert grid.shape == (3 * (size + GAP) + GAP, 3 * (size + GAP) + GAP, 3)
@@ -60,8 +60,8 @@ def test_a_crop_takes_the_middle(tmp_path: Path) -> None:
 
 def test_without_a_validation_split_other_pairs_are_shown_and_nothing_is_measured(tmp_path: Path) -> None:
     spec = make_shards(tmp_path, {"train": [9]}, instances=True)
-    given = job(1)
-    grid, values = samples(tmp_path, spec, given)(translator(given, LABELS))
+    phase_job = job(1)
+    grid, values = samples(tmp_path, spec, phase_job)(translator(phase_job, LABELS))
     assert grid is not None
     assert grid.shape[0] == previews.SHOWN * (32 + GAP) + GAP
     assert values == {}
@@ -70,9 +70,9 @@ def test_without_a_validation_split_other_pairs_are_shown_and_nothing_is_measure
 def test_the_number_is_the_mean_over_all_measured_pairs(tmp_path: Path) -> None:
     """The same pairs one at a time and together."""
     spec = make_shards(tmp_path, {"val": [6]}, instances=True)
-    given = job(1)
-    gan = translator(given, LABELS)
-    _, values = samples(tmp_path, spec, given)(gan)
+    phase_job = job(1)
+    gan = translator(phase_job, LABELS)
+    _, values = samples(tmp_path, spec, phase_job)(gan)
     each = []
     for sample in dataset.read_split(str(tmp_path), spec, "val"):
         one = {role: previews.tensor([image], spec, role) for role, image in sample.images.items()}
@@ -83,10 +83,10 @@ def test_the_number_is_the_mean_over_all_measured_pairs(tmp_path: Path) -> None:
 
 def test_drawing_leaves_no_trace_in_training(tmp_path: Path) -> None:
     spec = make_shards(tmp_path, {"val": [2]}, instances=True)
-    given = job(1)
-    gan = translator(given, LABELS, ema=0.9)
+    phase_job = job(1)
+    gan = translator(phase_job, LABELS, ema=0.9)
     before = {name: value.clone() for name, value in gan.generator.state_dict().items()}
-    drawn = samples(tmp_path, spec, given)
+    drawn = samples(tmp_path, spec, phase_job)
     (first, one), (again, two) = drawn(gan), drawn(gan)
     assert one == two
     assert np.array_equal(first, again)

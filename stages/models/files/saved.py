@@ -2,8 +2,8 @@
 
     model.json                  format, architecture, inputs, preprocessing, size and SHA-256 of every file
     weights.safetensors         the generator, as trained
-    ema.safetensors             the moving average of its weights (optional)
-    discriminator.safetensors   for a next phase or fine-tuning (optional)
+    ema.safetensors             the moving average of its weights (if one was kept)
+    discriminator.safetensors   what the next phase or a fine-tuning starts from (optional)
     encoder.safetensors         the feature encoder (optional)
     styles.safetensors          the encoder's clusters per class (optional)
 
@@ -15,9 +15,9 @@ built only after its tensors' sizes are compared with the file's.
 from __future__ import annotations
 
 import hashlib
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -38,6 +38,7 @@ from stages.models.architecture import (
     build_encoder,
     build_generator,
 )
+from stages.models.files.manifest import FileEntry, verified, write_folder
 from stages.models.pix2pix import PatchDiscriminator, PixelDiscriminator, UNet
 from stages.models.pix2pixhd import CoarseToFineGenerator, FeatureEncoder, MultiScaleDiscriminator
 from stages.models.styles import Styles
@@ -62,8 +63,6 @@ ENCODER: Final = "encoder.safetensors"
 STYLES: Final = "styles.safetensors"
 
 MAX_MANIFEST_BYTES = 1 << 20
-MAX_FILE_BYTES = 1 << 36
-"""64 GiB: beyond any model here, below what a hostile size could exhaust unseen."""
 
 Generator = UNet | CoarseToFineGenerator
 Discriminator = PatchDiscriminator | PixelDiscriminator | MultiScaleDiscriminator
@@ -101,13 +100,6 @@ class Preprocessing(Config):
     ignore_label: Annotated[int | None, Field(ge=0, description="the id that was mapped to no class")] = None
 
 
-class File(Config):
-    """One file of the folder."""
-
-    size: Annotated[int, Field(ge=8, le=MAX_FILE_BYTES)]
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
 class Manifest(Config):
     """`model.json`."""
 
@@ -121,7 +113,7 @@ class Manifest(Config):
     ] = 0
     preprocessing: Preprocessing = Preprocessing()
     extra: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
-    files: dict[FileName, File]
+    files: dict[FileName, FileEntry]
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -195,22 +187,8 @@ def save_model(
                 name, _empty(draft, name), {key: list(value.shape) for key, value in values.items()}
             )
 
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)  # from here until the end this is no model
-    files: dict[FileName, File] = {}
-    for name, values in tensors.items():
-        partial = folder / f".{name}.{uuid.uuid4().hex}.partial"
-        try:
-            save_file(values, partial)
-            files[name] = File(size=partial.stat().st_size, sha256=_sha256(partial))
-            partial.replace(folder / name)
-        finally:
-            partial.unlink(missing_ok=True)
-    manifest = draft.model_copy(update={"files": files})
-    partial = folder / f".{MANIFEST}.{uuid.uuid4().hex}.partial"
-    partial.write_bytes(manifest.model_dump_json(indent=2).encode() + b"\n")
-    partial.replace(folder / MANIFEST)
-    return manifest
+    writers = {name: partial(save_file, values) for name, values in tensors.items()}
+    return write_folder(folder, MANIFEST, writers, lambda files: draft.model_copy(update={"files": files}))
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -305,7 +283,7 @@ def _empty(manifest: Manifest, name: FileName) -> nn.Module:
 
 
 def _load(folder: Path, manifest: Manifest, name: FileName, device: torch.device | str) -> nn.Module:
-    path = _verified(folder, manifest, name)
+    path = verified(folder, name, manifest.files[name], manifest_name=MANIFEST)
     shapes = _header(path)
     arch = manifest.architecture
     try:
@@ -323,27 +301,12 @@ def _load(folder: Path, manifest: Manifest, name: FileName, device: torch.device
 
 
 def _load_styles(folder: Path, manifest: Manifest, device: torch.device | str) -> Styles:
-    path = _verified(folder, manifest, STYLES)
+    path = verified(folder, STYLES, manifest.files[STYLES], manifest_name=MANIFEST)
     _header(path)
     try:
         return Styles.from_tensors(load(path.read_bytes())).to(device)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def _verified(folder: Path, manifest: Manifest, name: FileName) -> Path:
-    """The path of a file that is inside the folder and byte for byte what the manifest says."""
-    path, expected = folder / name, manifest.files[name]
-    if not path.is_file():
-        raise ValueError(f"{path}: missing, though {MANIFEST} lists it")
-    if path.resolve().parent != folder.resolve():
-        raise ValueError(f"{path}: leads out of the model folder")
-    size = path.stat().st_size
-    if size != expected.size:
-        raise ValueError(f"{path}: {size} bytes, {MANIFEST} says {expected.size} (truncated or altered)")
-    if _sha256(path) != expected.sha256:
-        raise ValueError(f"{path}: its SHA-256 is not the one in {MANIFEST} (damaged or altered)")
-    return path
 
 
 def _header(path: Path) -> dict[str, list[int]]:
@@ -369,8 +332,3 @@ def _check_shapes(name: str, network: nn.Module, shapes: Mapping[str, list[int]]
             raise ValueError(f"{name}: {key[:80]} belongs to no part of the architecture")
         if expected[key] != shapes[key]:
             raise ValueError(f"{name}: {key} is {shapes[key]}, the architecture says {expected[key]}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

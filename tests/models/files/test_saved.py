@@ -241,7 +241,7 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
     save_unet(folder)
     (folder / "weights.safetensors").rename(tmp_path / "elsewhere")
     (folder / "weights.safetensors").symlink_to(tmp_path / "elsewhere")
-    refused(folder, "leads out of the model folder")
+    refused(folder, "leads out of its folder")
 
 
 def test_weights_that_are_no_safetensors_or_of_another_type_are_refused(tmp_path: Path) -> None:
