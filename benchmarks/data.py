@@ -50,7 +50,7 @@ from stages.models.losses import paper_weights
 from stages.models.step import Batch, build_gan, step
 from stages.objects.fetch import Object, Reader
 from stages.objects.listing import etag_of, local_etag
-from stages.shards import dataset
+from stages.shards import card, dataset
 from stages.shards.dataset import DatasetSpec
 from stages.shards.feed import Feed, read_here, read_with_ray
 from stages.tracking.run import NullRun
@@ -376,12 +376,12 @@ def loop(uris: Sequence[str], output: str, fs: object) -> None:
         for uri in uris[start : start + 500]:
             data = fs.cat_file(uri)  # type: ignore[attr-defined]
             whole = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-            pair = shard.Pair(uri, "train", None)
+            pair = shard.EncodedPair(uri, "train", None)
             for role, half in (("source", "right"), ("target", "left")):
                 array = geometry.resize(geometry.crop_half(whole, half), (LOAD, LOAD), "rgb")  # type: ignore[arg-type]
-                stored = encode.encode_image(array, "raw")
-                found = shard.card.measures(array, "rgb")
-                pair.stored[role] = shard.Stored(stored, encode.checksum(stored), uri, (256, 256), found)  # type: ignore[index]
+                encoded = encode.encode_image(array, "raw")
+                image = (encoded, encode.checksum(encoded), uri, (256, 256), card.measures(array, "rgb"))
+                pair.images[role] = shard.EncodedImage(*image)  # type: ignore[index]
             pairs.append(pair)
         out = io.BytesIO()
         table = shard.table(pairs, shard.schema(specs), specs)

@@ -160,7 +160,7 @@ class Watch(threading.Thread):
 
 def generating() -> list[psutil.Process]:
     """Processes that hold a model."""
-    name = "MapWorker(MapBatches(Generator))"
+    name = "MapWorker(MapBatches(infer))"
     return [p for p in psutil.process_iter(["cmdline"]) if name in " ".join(p.info["cmdline"] or [])]
 
 
@@ -196,7 +196,7 @@ def times(output: str) -> list[float]:
 def finished(source: str, output: str, model: Path, settings: Mapping[str, Any]) -> float:
     """Seconds of the command with nothing left to do."""
     work = infer.prepare(InferConfig(input=source, model=str(model)), output=output, tracking_uri=None)
-    assert work.planned is not None
+    assert work.plan is not None
     for unit in work.left:  # as if it had been done: what a rerun reads is the table
         rows = min(inputs.UNIT_ROWS, work.rows - unit * inputs.UNIT_ROWS)
         row = dict.fromkeys(outputs.ROWS.names) | {"key": "k", "output": "images/k.png", "size": 1, "crc": 1}

@@ -19,9 +19,9 @@ from stages import infer
 from stages.base import Outcome, Resources
 from stages.errors import StageError, UserError
 from stages.images import colour, encode
-from stages.infer import Generator, InferConfig, bucketed, generated_size
+from stages.infer import InferConfig, InferenceWorker, LoadedItem, same_shape_batches, source_size
 from stages.inference import outputs
-from stages.inference.inputs import Item, Loaded
+from stages.inference.inputs import InputImages, Item
 from stages.tracking.run import NullRun
 from tests.support.small import make_model, make_shards, scene
 
@@ -59,22 +59,23 @@ def whole(output: Path) -> bool:
 
 
 def test_a_jitter_crop_is_the_size_to_generate_and_a_smaller_crop_is_not() -> None:
-    assert generated_size((286, 286), (256, 256), None) == (256, 256)
-    assert generated_size((2048, 1024), (512, 512), None) is None
-    assert generated_size((256, 256), (256, 256), None) is None
-    assert generated_size((256, 128), None, None) is None
-    assert generated_size((286, 286), (256, 256), (128, 64)) == (128, 64)
+    assert source_size((286, 286), (256, 256), None) == (256, 256)
+    assert source_size((2048, 1024), (512, 512), None) is None
+    assert source_size((256, 256), (256, 256), None) is None
+    assert source_size((256, 128), None, None) is None
+    assert source_size((286, 286), (256, 256), (128, 64)) == (128, 64)
 
 
 def test_batches_hold_one_shape_and_wait_within_bounds() -> None:
-    def entry(index: int, side: int) -> tuple[int, Item, Loaded]:
-        return index, Item(str(index), "", lambda: Loaded(np.zeros(1))), Loaded(np.zeros((side, side, 3)))
+    def loaded(place: int, side: int) -> LoadedItem:
+        images = InputImages(np.zeros((side, side, 3)))
+        return LoadedItem(place, Item(str(place), "", lambda: images), images)
 
-    entries = [entry(i, side) for i, side in enumerate([1, 2, 1, 3, 1, 2, 4, 5, 6, 7])]
-    batches = list(bucketed(iter(entries), lambda shape: 3 if shape[0] == 1 else 2, most=4))
-    assert sorted(i for batch in batches for i, _, _ in batch) == list(range(10))
-    assert all(len({loaded.source.shape for _, _, loaded in batch}) == 1 for batch in batches)
-    assert [i for i, _, _ in batches[0]] == [0, 2]  # four waited
+    items = [loaded(i, side) for i, side in enumerate([1, 2, 1, 3, 1, 2, 4, 5, 6, 7])]
+    batches = list(same_shape_batches(items, lambda shape: 3 if shape[0] == 1 else 2, most=4))
+    assert sorted(item.place for batch in batches for item in batch) == list(range(10))
+    assert all(len({item.images.source.shape for item in batch}) == 1 for batch in batches)
+    assert [item.place for item in batches[0]] == [0, 2]  # four waited
 
 
 @pytest.mark.parametrize(
@@ -248,10 +249,10 @@ def test_threads_change_no_picture(
         output = str(tmp_path / str(threads))
         work = infer.prepare(config, output=output, tracking_uri=None, model=model, shards=shards)
         resources = Resources(infer_actors=1, threads_per_worker=threads, gpu=False)
-        generator = Generator(infer.make_job(config, resources, work, output))
+        worker = InferenceWorker(infer.make_job(config, resources, work, output))
         with ThreadPoolExecutor(2) as calls:  # as Ray makes them
-            done = list(calls.map(generator.do, work.left))
-        assert sum(unit["images"] for unit in done) == 2 * 79
+            counts = list(calls.map(worker.do, work.left))
+        assert sum(unit["images"] for unit in counts) == 2 * 79
         assert whole(Path(output))
         made.append([np.asarray(Image.open(Path(output, row["output"]))) for row in table(Path(output))])
     one, three = (np.stack(pictures).astype(int) for pictures in made)

@@ -20,7 +20,7 @@ from stages.base import Resources
 from stages.errors import StageError, UserError
 from stages.images import colour, decode, kinds
 from stages.images.kinds import ImageRejected
-from stages.shard import ShardConfig, check_labels, row_group_rows, same_shape
+from stages.shard import ShardConfig, check_labels, check_shapes, row_group_rows
 from stages.shards import dataset
 from stages.tracking.run import NullRun
 from tests.support.pairs import SIZE, ids, make_shards, pair_row, photo, photo_pairs, write_image, write_parts
@@ -70,10 +70,10 @@ def test_an_id_outside_the_classes_is_a_reject_unless_it_is_the_ignored_one():
 
 
 def test_images_of_a_pair_may_differ_in_resolution_but_not_in_shape():
-    same_shape({"source": (512, 256), "target": (1024, 512)})
-    same_shape({"source": (33, 17), "target": (16, 8)})
+    check_shapes({"source": (512, 256), "target": (1024, 512)})
+    check_shapes({"source": (33, 17), "target": (16, 8)})
     with pytest.raises(ImageRejected):
-        same_shape({"source": (512, 256), "target": (512, 300)})
+        check_shapes({"source": (512, 256), "target": (512, 300)})
 
 
 # -- a bucket -----------------------------------------------------------------

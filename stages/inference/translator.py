@@ -9,7 +9,6 @@ Knows torch and numpy only: batch inference, the MLflow model and the evaluation
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Literal, cast
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from stages import seeding
 from stages.base import Kind
 from stages.images import kinds
 from stages.images.kinds import Array
@@ -33,11 +33,8 @@ OVERLAP = 4
 
 
 def noise_seed(seed: int, key: str, sample: int = 0) -> int:
-    """63 bits for the noise of one picture: a function of nothing but these."""
-    digest = hashlib.blake2b(
-        f"{seed}\0{sample}\0{key}".encode(errors="surrogatepass"), digest_size=8
-    ).digest()
-    return int.from_bytes(digest, "little") >> 1
+    """The seed of the noise and random style of one image."""
+    return seeding.number(seed, sample, key)
 
 
 class Translator:

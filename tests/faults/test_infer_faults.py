@@ -95,7 +95,7 @@ def generators(driver: int) -> list[psutil.Process]:
     found = []
     for process in psutil.Process(driver).children(recursive=True):
         try:
-            if "MapBatches(Generator)" in " ".join(process.cmdline()):
+            if "MapBatches(infer)" in " ".join(process.cmdline()):
                 found.append(process)
         except psutil.Error:
             continue
@@ -181,4 +181,4 @@ def test_without_its_mlflow_a_model_in_a_folder_generates_and_a_registered_one_i
     told = subprocess.run(words, env=environment, timeout=400, capture_output=True, text=True, check=False)
     assert told.returncode == 2
     (line,) = told.stderr.strip().splitlines()
-    assert line.startswith("infer.model: models:/street@champion: ")
+    assert line.startswith("--model: models:/street@champion: ")
