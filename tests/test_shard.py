@@ -76,7 +76,7 @@ def test_images_of_a_pair_may_differ_in_resolution_but_not_in_shape():
         check_shapes({"source": (512, 256), "target": (512, 300)})
 
 
-# -- a bucket -----------------------------------------------------------------
+# -- a partition -----------------------------------------------------------------
 
 
 def test_what_goes_in_comes_out_in_every_role(tmp_path: Path):
@@ -209,36 +209,10 @@ def test_a_derived_source_is_made_of_the_target(tmp_path: Path):
     assert np.abs(shown - photo(0)).mean() < 3
 
 
-def test_an_optional_role_may_be_lacking(tmp_path: Path):
-    rows = photo_pairs(tmp_path / "in", 2)
-    inst = tmp_path / "inst.png"
-    Image.fromarray(np.full((16, 24), 26001, np.uint16)).save(inst)
-    rows[0] |= {"instance_uri": str(inst), "instance_crop": "", "instance_derive": ""}
-    rows[1] |= {"instance_uri": None, "instance_crop": None, "instance_derive": None}
-    spec = make_shards(tmp_path / "shards", rows, parts=1)
-    first, second = dataset.read_split(str(tmp_path / "shards"), spec, "train")
-    assert (first.images["instance"] == 26001).all()
-    assert "instance" not in second.images
-
-
 # -- damage, resuming, two at once ------------------------------------------------
 
 
-def test_a_flipped_bit_in_a_shard_is_one_clear_error(tmp_path: Path):
-    spec = make_shards(tmp_path / "shards", photo_pairs(tmp_path / "in", 4), parts=1)
-    file = tmp_path / "shards" / "train-00000.parquet"
-    table = pq.read_table(file)
-    data = bytearray(table["target"][2].as_py())
-    data[100] ^= 4
-    values = table["target"].to_pylist()
-    values[2] = bytes(data)
-    at = table.schema.get_field_index("target")
-    pq.write_table(table.set_column(at, table.schema.field(at), [values]), file)
-    with pytest.raises(StageError, match=r"image 'target' of pair 'train/0002' is damaged"):
-        list(dataset.read_split(str(tmp_path / "shards"), spec, "train"))
-
-
-def test_a_bucket_with_a_marker_is_not_done_again_and_one_without_is(tmp_path: Path):
+def test_a_partition_with_a_marker_is_not_done_again_and_one_without_is(tmp_path: Path):
     rows = photo_pairs(tmp_path / "in", 8)
     make_shards(tmp_path / "shards", rows)
     files = sorted((tmp_path / "shards").glob("train-*.parquet"))
@@ -291,17 +265,6 @@ def test_a_shard_is_read_by_pandas_and_duckdb(tmp_path: Path):
         duckdb.read_parquet(str(file)).aggregate("count(*), min(octet_length(target))").fetchall()[0]
     )
     assert (count, size) == (4, 24 * 16 * 3)
-
-
-def test_keys_of_interest_are_picked(tmp_path: Path):
-    spec = make_shards(tmp_path / "shards", photo_pairs(tmp_path / "in", 9))
-    folder = str(tmp_path / "shards")
-    picked = [s.key for s in dataset.read_split(folder, spec, "train", keys={"train/0003", "train/0008"})]
-    assert sorted(picked) == ["train/0003", "train/0008"]
-    assert len(list(dataset.read_split(folder, spec, "train", limit=3))) == 3
-    assert list(dataset.read_split(folder, spec, "test")) == []
-    with pytest.raises(UserError, match=r"dataset\.json"):
-        dataset.load(str(tmp_path))
 
 
 # -- the stage ----------------------------------------------------------------
