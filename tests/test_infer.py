@@ -112,7 +112,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.ray
-def test_a_split_is_generated_once_and_a_killed_run_goes_on(
+def test_a_split_is_generated_once_and_a_killed_run_is_resumed(
     ray_local: None, tmp_path: Path, model: str, shards: str
 ) -> None:
     out = tmp_path / "out"
@@ -179,7 +179,7 @@ def folder_of_sources(folder: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.ray
-def test_any_folder_is_generated_and_what_cannot_be_is_told(
+def test_any_folder_is_generated_and_every_unusable_source_has_its_reason(
     ray_local: None, tmp_path: Path, model: str
 ) -> None:
     good = folder_of_sources(tmp_path / "in")
@@ -239,12 +239,12 @@ def test_noise_gives_several_samples_each_by_its_seed(ray_local: None, tmp_path:
 def test_threads_change_no_picture(
     tmp_path: Path, shards: str, monkeypatch: pytest.MonkeyPatch, large: int, off: int
 ) -> None:
-    """Batches in threads of their own: what one thread makes. Threads that share one add in another order."""
+    """A batch per thread gives what one thread gives. Threads that share a batch add in another order."""
     monkeypatch.setattr(infer, "LARGE_PIXELS", large)
     monkeypatch.setattr(infer, "BATCH_PIXELS", {"cpu": 2 * 32 * 32})
     model = str(make_model(tmp_path / "model", dropout=True))
     config = InferConfig(stochastic=True, samples=2)
-    made = []
+    by_threads = []
     for threads in (1, 3):
         output = str(tmp_path / str(threads))
         work = infer.prepare(config, output=output, tracking_uri=None, model=model, shards=shards)
@@ -254,8 +254,10 @@ def test_threads_change_no_picture(
             counts = list(calls.map(worker.do, work.left))
         assert sum(unit["images"] for unit in counts) == 2 * 79
         assert whole(Path(output))
-        made.append([np.asarray(Image.open(Path(output, row["output"]))) for row in table(Path(output))])
-    one, three = (np.stack(pictures).astype(int) for pictures in made)
+        by_threads.append(
+            [np.asarray(Image.open(Path(output, row["output"]))) for row in table(Path(output))]
+        )
+    one, three = (np.stack(pictures).astype(int) for pictures in by_threads)
     assert len(np.unique(one, axis=0)) == 2 * 79
     assert np.abs(one - three).max() <= off
 
@@ -272,7 +274,7 @@ def test_a_table_of_uris_is_generated(ray_local: None, tmp_path: Path, model: st
 
 
 @pytest.mark.ray
-def test_class_ids_are_written_where_the_colours_are_known(
+def test_class_ids_are_written_if_the_colours_are_configured(
     ray_local: None, tmp_path: Path, model: str, shards: str
 ) -> None:
     run(tmp_path / "seen", model=model, input=shards)
@@ -308,7 +310,7 @@ def test_a_model_with_instances_takes_their_maps_by_key(ray_local: None, tmp_pat
         ({}, "infer.model: name a model"),
     ],
 )
-def test_a_model_that_is_none_is_named(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+def test_a_missing_model_is_named(tmp_path: Path, config: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         run(tmp_path / "out", **config)
 
@@ -321,7 +323,7 @@ def test_a_model_that_is_none_is_named(tmp_path: Path, config: dict[str, Any], m
         (lambda folder: (folder.mkdir(), (folder / "a.txt").write_text("x")), "none of its 1 objects fits"),
     ],
 )
-def test_an_input_that_is_none_is_named(tmp_path: Path, model: str, make: Any, message: str) -> None:
+def test_a_missing_or_empty_input_is_named(tmp_path: Path, model: str, make: Any, message: str) -> None:
     make(tmp_path / "in")
     with pytest.raises(UserError, match=f"infer.input: .*{message}"):
         run(tmp_path / "out", model=model, input=str(tmp_path / "in"))

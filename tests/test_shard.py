@@ -1,4 +1,4 @@
-"""Shards: what goes in comes out, verified; what cannot is quarantined; a killed run goes on."""
+"""Shards: images come back as they were, unusable pairs are quarantined, a killed run is resumed."""
 
 from __future__ import annotations
 
@@ -249,8 +249,8 @@ def test_two_drivers_on_one_folder_write_the_same_files(tmp_path: Path):
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(drive, range(2)))
     names = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*") if p.is_file())
-    found = sorted(p.relative_to(tmp_path / "two") for p in (tmp_path / "two").rglob("*") if p.is_file())
-    assert found == names
+    written = sorted(p.relative_to(tmp_path / "two") for p in (tmp_path / "two").rglob("*") if p.is_file())
+    assert written == names
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
 
@@ -284,13 +284,13 @@ def test_the_stage_writes_shards_card_and_counts(tmp_path: Path, ray_local: None
     assert (counts["pairs"], counts["train"], counts["test"], counts["rejected_missing"]) == (17, 10, 4, 1)
     spec = dataset.load(output)
     assert (spec.rows("train"), spec.rows("test")) == (10, 4)
-    found = json.loads((tmp_path / "shards" / "card.json").read_text())
-    assert abs(sum(found["splits"]["train"]["roles"]["label"]["frequencies"].values()) - 1) < 1e-9
+    content = json.loads((tmp_path / "shards" / "card.json").read_text())
+    assert abs(sum(content["splits"]["train"]["roles"]["label"]["frequencies"].values()) - 1) < 1e-9
     stacked = np.stack([photo(2 * n) for n in range(10)]).reshape(-1, 3)
-    assert np.allclose(found["splits"]["train"]["roles"]["source"]["mean"], stacked.mean(0))
-    assert np.allclose(found["splits"]["train"]["roles"]["source"]["std"], stacked.std(0))
+    assert np.allclose(content["splits"]["train"]["roles"]["source"]["mean"], stacked.mean(0))
+    assert np.allclose(content["splits"]["train"]["roles"]["source"]["std"], stacked.std(0))
     assert counts["leaks"] == 2  # pairs 8 and 9 are in train and test
-    assert (found["leakage"]["val"], found["leakage"]["found_in_val"]) == (2, 1)  # 11 is in val and test
+    assert (content["leakage"]["val"], content["leakage"]["found_in_val"]) == (2, 1)  # 11 is in val and test
     assert "Near-duplicates" in (tmp_path / "shards" / "card.md").read_text()
     sheet = decode.decode_image((tmp_path / "shards" / "samples.png").read_bytes(), "rgb")
     assert sheet.shape == (4 * 20 + 4, 3 * 28 + 4, 3)

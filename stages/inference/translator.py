@@ -2,9 +2,12 @@
 
     Translator(load_model(folder)).translate(sources, instances)  ->  generated images
 
-The source is made into the network's input as in training (one-hot labels, instance edges, [-1, 1]),
-padded by reflection to a size the network takes, and the result cropped back: output size = input size.
-Knows torch and numpy only: batch inference, the MLflow model and the evaluation's baseline share it.
+in:  sources (H, W, C) of the model's kind, instance maps (H, W, 1) if it needs them
+out: one image (H, W, C) of the target kind per source, of the source's size
+
+The network sees a source as in training (one-hot labels, instance edges, [-1, 1]), padded by reflection to a
+size that it takes. torch and numpy only: batch inference, the MLflow model and the evaluation's untrained
+baseline share it.
 """
 
 from __future__ import annotations
@@ -38,11 +41,11 @@ def noise_seed(seed: int, key: str, sample: int = 0) -> int:
 
 
 class Translator:
-    """A model ready to be called with arrays, from any threads at once.
+    """A model that can be called with arrays, by several threads at the same time.
 
-    stochastic    dropout as noise and batch statistics, as the Pix2Pix paper generates; one picture at a
-                  time, so that a picture depends on its seed alone
-    tile          side of the tiles that larger pictures are cut into; None: always whole
+    stochastic    dropout as noise and batch statistics, as the Pix2Pix paper generates; one image at a
+                  time, so that an image depends on its seed alone
+    tile          side of the tiles that larger images are cut into; None: always whole
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class Translator:
             _use_batch_statistics(model.generator)
 
     def padded(self, height: int, width: int) -> tuple[int, int]:
-        """The size the network really works on for a picture of this size."""
+        """The size that an image of this size is padded to."""
         return (
             padded_size(height, multiple=self.multiple, minimum=self.minimum),
             padded_size(width, multiple=self.multiple, minimum=self.minimum),
@@ -88,15 +91,17 @@ class Translator:
         cluster: int = 0,
         reference: tuple[Array, Array, Array] | None = None,
     ) -> list[Array]:
-        """Generate one picture per source; all sources of one shape (H, W, C) of the model's source kind.
+        """Images (H, W, C) of the target kind, one per source; all sources have one shape (H, W, C).
 
-        `instances`: id maps (H, W, 1), for a model that needs them. `seeds`: one a picture, for the noise and
-        for random styles. `reference`: a target picture with its instance and label maps, for that style.
-        Returns arrays (H, W, C) of the target kind. Raises ValueError for input the model cannot take.
+        instances   id maps (H, W, 1), for a model that needs them
+        seeds       one per source, for the noise and for random styles
+        reference   a target image with its instance and label maps, for that style
+
+        Raises ValueError for input that the model cannot take.
         """
         if self.needs_instances and instances is None:
-            raise ValueError("this model needs an instance map beside every source")
-        if self.stochastic and len(sources) > 1:  # batch statistics and noise of one picture each
+            raise ValueError("this model needs an instance map for every source")
+        if self.stochastic and len(sources) > 1:  # batch statistics and noise are those of one image
             return [
                 self.translate(
                     [source],
@@ -112,18 +117,18 @@ class Translator:
         with torch.inference_mode():
             source = self._stack(sources)
             instance = None if instances is None or not self.needs_instances else self._stack(instances)
-            given = list(seeds) if seeds is not None else [0] * len(sources)
+            seeds = list(seeds) if seeds is not None else [0] * len(sources)
             features = None
             if self.model.encoder is not None:
                 assert instance is not None
-                features = self._features(source, instance, given, style, cluster, reference)
+                features = self._features(source, instance, seeds, style, cluster, reference)
             if self.tile is None or max(height, width) <= self.tile:
-                out = self._whole(source, instance, features, given)
+                out = self._whole(source, instance, features, seeds)
             else:
-                out = self._tiled(source, instance, features, given, self.tile)
-            return self._pictures(out.float().permute(0, 2, 3, 1))
+                out = self._tiled(source, instance, features, seeds, self.tile)
+            return self._arrays(out.float().permute(0, 2, 3, 1))
 
-    def _pictures(self, out: Tensor) -> list[Array]:
+    def _arrays(self, out: Tensor) -> list[Array]:
         """(N, H, W, C) in [-1, 1] -> arrays of the target kind; rounded on the device where it is uint8."""
         if self.target_kind in kinds.PHOTOS:
             return list(((out + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8).cpu().numpy())
@@ -177,8 +182,8 @@ class Translator:
     ) -> Tensor:
         """Overlapping tiles, blended linearly where they overlap.
 
-        Inexact: instance norm sees a tile's statistics instead of the picture's, and a tile knows nothing of
-        what lies beyond its border.
+        Inexact: instance norm takes the statistics of a tile instead of the image's, and the network does not
+        see past a tile's border.
         """
         height, width = source.shape[2:]
         channels = self.model.inputs.target_channels
@@ -208,29 +213,31 @@ class Translator:
         cluster: int,
         reference: tuple[Array, Array, Array] | None,
     ) -> Tensor:
-        """Style features (N, F, H, W): every instance painted with a style of its class."""
+        """Style features (N, F, H, W): every instance is filled with a style of its class."""
         styles, encoder = self.model.styles, self.model.encoder
         assert encoder is not None
-        found = find_instances(instance, source)
+        instances = find_instances(instance, source)
         if style == "reference":
             if reference is None:
                 raise ValueError("a reference style needs a picture with its instance and label maps")
-            picture, its_instances, its_labels = (self._stack([array]) for array in reference)
-            theirs = find_instances(its_instances, its_labels)
+            picture, instance_map, labels = (self._stack([array]) for array in reference)
+            reference_instances = find_instances(instance_map, labels)
             features = encoder.features(normalised(picture, self.target_kind))
             vectors = from_reference(
-                mean_features(features, theirs),
-                theirs,
-                found,
-                default=None if styles is None else styles.choose(found, 0),
+                mean_features(features, reference_instances),
+                reference_instances,
+                instances,
+                default=None if styles is None else styles.choose(instances, 0),
             )
         elif styles is None:
             raise ValueError("the model was saved without styles: give it a reference picture")
         elif style == "cluster":
-            vectors = styles.choose(found, cluster)
+            vectors = styles.choose(instances, cluster)
         else:
-            vectors = styles.sample(found, torch.tensor(list(seeds), dtype=torch.int64, device=self.device))
-        return paint(vectors, found)
+            vectors = styles.sample(
+                instances, torch.tensor(list(seeds), dtype=torch.int64, device=self.device)
+            )
+        return paint(vectors, instances)
 
 
 def normalised(source: Tensor, kind: Kind) -> Tensor:
@@ -248,7 +255,7 @@ def normalised(source: Tensor, kind: Kind) -> Tensor:
 
 
 def tile_starts(side: int, tile: int) -> list[int]:
-    """Where tiles begin along a side: evenly, the last one ending at the border."""
+    """The first pixel of each tile along a side: evenly spaced, and the last tile ends at the border."""
     if side <= tile:
         return [0]
     step = max(1, tile - tile // OVERLAP)
@@ -257,7 +264,7 @@ def tile_starts(side: int, tile: int) -> list[int]:
 
 
 def _ramp(length: int, tile: int, like: Tensor) -> Tensor:
-    """Blend weights along a side: rising over the overlap, 1 inside, falling; never 0."""
+    """Blend weights along a side: rising over the overlap, 1 inside, falling at the end; never 0."""
     edge = max(1, tile // OVERLAP)
     rising = (torch.arange(length, device=like.device, dtype=like.dtype) + 1) / (edge + 1)
     return torch.minimum(torch.minimum(rising, rising.flip(0)), torch.ones((), device=like.device))

@@ -383,7 +383,7 @@ def _leak_lines(leaks: Mapping[str, Any]) -> list[str]:
         "## Near-duplicates between splits",
         "",
         f"{leaks['found']:,} of {leaks['train']:,} training images ({leaks['role']}) look like one of "
-        f"{leaks['held_out']:,} held-out images, by perceptual hash. Worth a look, not a verdict.",
+        f"{leaks['held_out']:,} held-out images, by perceptual hash. Look at them: they may be duplicates.",
     ]
     if leaks["val"]:
         lines.append(f"So do {leaks['found_in_val']:,} of {leaks['val']:,} validation images of test ones.")

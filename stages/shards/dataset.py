@@ -113,7 +113,7 @@ def save(folder: str, spec: DatasetSpec) -> None:
 def decode_role(data: memoryview | bytes, crc: int, role: RoleSpec, size: tuple[int, int]) -> Array:
     """A stored image (H, W, C), its checksum verified. Raises ImageRejected `unreadable` if it differs."""
     if encode.checksum(data) != crc:
-        raise ImageRejected("unreadable", "checksum differs from the one taken when the shard was made")
+        raise ImageRejected("unreadable", "its checksum differs from the one that the shard stage stored")
     return decode.decode_stored(
         data, kind=role.kind, encoding=role.encoding, channels=role.channels, size=size
     )

@@ -31,8 +31,8 @@ def test_label_colours_are_distinct_and_the_same_every_time():
 
 def test_a_label_picture_becomes_the_ids_of_its_nearest_colours():
     colors = np.array([[0, 0, 0], [255, 0, 0], [0, 0, 255]], np.uint8)
-    painted = np.array([[[20, 5, 9], [230, 10, 30], [40, 0, 200]]], np.uint8)
-    ids = colour.nearest_class(painted, colors)
+    picture = np.array([[[20, 5, 9], [230, 10, 30], [40, 0, 200]]], np.uint8)
+    ids = colour.nearest_class(picture, colors)
     assert ids.tolist() == [[0, 1, 2]]
     data = encode.encode_ids(ids, colors)
     assert decode.decode_image(data, "labels", min_side=1)[:, :, 0].tolist() == [[0, 1, 2]]

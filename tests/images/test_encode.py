@@ -64,22 +64,22 @@ def read(data: bytes) -> Image.Image:
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1), (33, 50), (256, 300)])
 @pytest.mark.parametrize("what", ["noise", "flat", "smooth"])
 def test_what_is_written_is_read(channels: int, mode: str, size: tuple[int, int], what: str):
-    made = {
+    array = {
         "noise": RNG.integers(0, 256, (*size, channels), np.uint8),
         "flat": np.full((*size, channels), 255, np.uint8),
         "smooth": np.indices(size).sum(0).astype(np.uint8)[:, :, None].repeat(channels, 2),
     }[what]
-    image = read(encode.encode_png(made))
+    image = read(encode.encode_png(array))
     assert image.mode == mode
-    assert np.array_equal(np.asarray(image).reshape(made.shape), made)
+    assert np.array_equal(np.asarray(image).reshape(array.shape), array)
 
 
 @pytest.mark.parametrize("order", ["<u2", ">u2"])
 def test_sixteen_bits_keep_their_depth(order: str):
-    made = RNG.integers(0, 65536, (31, 17, 1)).astype(order)
-    image = read(encode.encode_png(made))
+    array = RNG.integers(0, 65536, (31, 17, 1)).astype(order)
+    image = read(encode.encode_png(array))
     assert image.mode == "I;16"
-    assert np.array_equal(np.asarray(image), made[:, :, 0])
+    assert np.array_equal(np.asarray(image), array[:, :, 0])
 
 
 def test_views_are_written_as_they_look():

@@ -107,9 +107,9 @@ def test_stored_bytes_must_have_their_checksum_and_size() -> None:
     data = ids(0).tobytes()
     crc = dataset.encode.checksum(data)
     assert np.array_equal(dataset.decode_role(data, crc, role, (24, 16)), ids(0))
-    for size, sum_ in (((24, 15), crc), ((24, 16), crc ^ 1)):
+    for size, checksum in (((24, 15), crc), ((24, 16), crc ^ 1)):
         with pytest.raises(ImageRejected) as caught:
-            dataset.decode_role(data, sum_, role, size)
+            dataset.decode_role(data, checksum, role, size)
         assert caught.value.reason == "unreadable"
 
 
