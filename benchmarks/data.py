@@ -262,10 +262,10 @@ def measure_png(paths: Sequence[Path], scratch: Path, turns: int, seconds: float
         "Pillow, by itself": by_pillow,
         "Pillow, level 1": partial(by_pillow, compress_level=1),
         "Pillow, level 1, runs alone": partial(by_pillow, compress_level=1, compress_type=zlib.Z_RLE),
-        "stages.png": encode.encode_png,
+        "stages.images.encode": encode.encode_png,
     }
 
-    def written(way: Callable[[kinds.Array], bytes]) -> Iterator[int]:
+    def writes(way: Callable[[kinds.Array], bytes]) -> Iterator[int]:
         for photo in itertools.cycle(photos):
             way(photo)
             yield 1
@@ -273,7 +273,7 @@ def measure_png(paths: Sequence[Path], scratch: Path, turns: int, seconds: float
     for name, way in ways.items():
         size = statistics.fmean(len(way(photo)) for photo in photos)
         print(f"{name:<28} {size / 1024:7.1f} KiB a photo", flush=True)
-    found = in_turns({name: written(way) for name, way in ways.items()}, turns, seconds)
+    found = in_turns({name: writes(way) for name, way in ways.items()}, turns, seconds)
     show(found, "Pillow, level 1, runs alone", "photos/s")
 
 

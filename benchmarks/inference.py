@@ -51,7 +51,7 @@ from stages.models.fast import heap
 from stages.models.fast.process import keep_freed_memory, return_freed_memory
 from stages.models.files.saved import Picture, Preprocessing, load_model, save_model
 from stages.models.step import Precision
-from stages.parallel.cluster import own_cores
+from stages.parallel.threads import own_cores
 from stages.storage import join, write_bytes
 from stages.tracking.run import NullRun
 from tests.reference.published_step import PlainUnet, copy_weights
