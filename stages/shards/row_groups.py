@@ -30,7 +30,7 @@ def _metadata(uri: str) -> Any:
 class _Window(io.RawIOBase):
     """A file of which only the bytes from `start` on are at hand, as a reader of one row group needs them.
 
-    fsspec's own Parquet reader (`fsspec.parquet`) asks the store for each column's bytes by itself.
+    `fsspec.parquet` is no replacement: with pyarrow it reads the footer again for every row group.
     """
 
     def __init__(self, start: int, data: bytes, size: int) -> None:
