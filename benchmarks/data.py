@@ -51,7 +51,7 @@ from stages.models.losses import paper_weights
 from stages.models.step import Batch, step
 from stages.objects.fetch import Object, Reader
 from stages.objects.listing import etag_of, local_etag
-from stages.shards import dataset
+from stages.shards import card, dataset
 from stages.shards.dataset import DatasetSpec
 from stages.shards.feed import Feed, read_here
 from stages.shards.readers import read_with_ray
@@ -264,10 +264,10 @@ def measure_png(paths: Sequence[Path], scratch: Path, turns: int, seconds: float
         "Pillow, by itself": by_pillow,
         "Pillow, level 1": partial(by_pillow, compress_level=1),
         "Pillow, level 1, runs alone": partial(by_pillow, compress_level=1, compress_type=zlib.Z_RLE),
-        "stages.png": encode.encode_png,
+        "stages.images.encode": encode.encode_png,
     }
 
-    def written(way: Callable[[kinds.Array], bytes]) -> Iterator[int]:
+    def writes(way: Callable[[kinds.Array], bytes]) -> Iterator[int]:
         for photo in itertools.cycle(photos):
             way(photo)
             yield 1
@@ -275,7 +275,7 @@ def measure_png(paths: Sequence[Path], scratch: Path, turns: int, seconds: float
     for name, way in ways.items():
         size = statistics.fmean(len(way(photo)) for photo in photos)
         print(f"{name:<28} {size / 1024:7.1f} KiB a photo", flush=True)
-    found = in_turns({name: written(way) for name, way in ways.items()}, turns, seconds)
+    found = in_turns({name: writes(way) for name, way in ways.items()}, turns, seconds)
     show(found, "Pillow, level 1, runs alone", "photos/s")
 
 
@@ -378,12 +378,12 @@ def loop(uris: Sequence[str], output: str, fs: object) -> None:
         for uri in uris[start : start + 500]:
             data = fs.cat_file(uri)  # type: ignore[attr-defined]
             whole = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-            pair = shard.Pair(uri, "train", None)
+            pair = shard.EncodedPair(uri, "train", None)
             for role, half in (("source", "right"), ("target", "left")):
                 array = geometry.resize(geometry.crop_half(whole, half), (LOAD, LOAD), "rgb")  # type: ignore[arg-type]
-                stored = encode.encode_image(array, "raw")
-                found = shard.card.measures(array, "rgb")
-                pair.stored[role] = shard.Stored(stored, encode.checksum(stored), uri, (256, 256), found)  # type: ignore[index]
+                encoded = encode.encode_image(array, "raw")
+                image = (encoded, encode.checksum(encoded), uri, (256, 256), card.measures(array, "rgb"))
+                pair.images[role] = shard.EncodedImage(*image)  # type: ignore[index]
             pairs.append(pair)
         out = io.BytesIO()
         table = shard.table(pairs, shard.schema(specs), specs)

@@ -302,11 +302,14 @@ def export(options: argparse.Namespace) -> None:
 
 
 def _model(uri: str, temp: Path, weights: Any) -> LoadedModel:
+    def fetch() -> Path:
+        try:
+            return local_model(uri, temp, weights=weights)
+        except UserError as error:
+            raise UserError(f"--model: {error}") from error
+
     try:
-        folder = _reach("--model", uri, lambda: local_model(uri, temp, weights=weights))
-        return load_model(folder, weights=weights)
-    except UserError as error:
-        raise UserError(str(error).replace("infer.model:", "--model:")) from error
+        return load_model(_reach("--model", uri, fetch), weights=weights)
     except ValueError as error:
         raise UserError(f"--model: {error}") from error
 

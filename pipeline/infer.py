@@ -86,7 +86,13 @@ def run(options: argparse.Namespace) -> None:
     given = settings(options)
     storage.configure(given.storage)
     output = storage.absolute(options.output)
-    work = infer.prepare(given.infer, output=output, tracking_uri=given.tracking.place("workspace"))
+    work = infer.prepare(
+        given.infer,
+        output=output,
+        tracking_uri=given.tracking.place("workspace"),
+        model_key="--model",
+        input_key="--input",
+    )
     if work.left:
         with cluster(given.resources, given.storage, {}):
             outcome = infer.finish(given.infer, given.resources, work, output)

@@ -31,7 +31,7 @@ from stages.errors import StageError, UserError
 from stages.images import colour, decode, encode, geometry, pictures
 from stages.images.kinds import Array, ImageRejected
 from stages.inference import inputs, outputs
-from stages.inference.inputs import Run as RowGroups
+from stages.inference.inputs import RowGroupRange as RowGroups
 from stages.inference.model_source import fingerprint
 from stages.inference.translator import Translator
 from stages.models.fast.heap import keep_freed_memory

@@ -3,9 +3,9 @@
 in:  a model folder; shards, or `infer.input`
 out: images/<key>.png and table/part-<unit>.parquet, as `stages.inference.outputs` describes
 
-A unit of work is read ahead, generated in batches of equal size, and written behind the model; its table part
-is written when all its images are. A rerun does the units that have none; their images get the names and,
-on the same device, the bytes they would have had.
+The sources are cut into work units. Within a unit, sources are read ahead, generated in batches of one shape
+and written while the model works on the next; the unit's table part is written last. A rerun does the units
+that have no part; their images get the same names and, on the same device, the same bytes.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import logging
 import math
 import tempfile
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
@@ -34,7 +34,7 @@ from stages.errors import StageError, UserError
 from stages.images import colour, decode, encode, geometry, pictures
 from stages.images.kinds import Array, ImageRejected
 from stages.inference import inputs, outputs
-from stages.inference.inputs import Item, Loaded, Location, Planned
+from stages.inference.inputs import InputImages, InputPlan, Item, Location
 from stages.inference.model_source import description, fingerprint, local_model
 from stages.inference.outputs import Format
 from stages.inference.translator import Translator, noise_seed
@@ -43,6 +43,7 @@ from stages.models.files.saved import load_model
 from stages.objects.fetch import Object, Reader
 from stages.objects.patterns import compile_pattern
 from stages.parallel.cluster import on_actors, pool_size, threads, uses_gpu
+from stages.parallel.threads import prefetch_map, results
 from stages.progress import Progress
 from stages.shards import dataset
 
@@ -52,10 +53,10 @@ if TYPE_CHECKING:
 VERSION = 1
 
 BATCH_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 22}
-"""Pixels of a batch: four pictures of 256x256 for a CPU's core, 64 for a GPU."""
+"""Pixels of a batch: four images of 256x256 for a CPU's core, 64 for a GPU."""
 
 LARGE_PIXELS = 1 << 19
-"""Pictures with more than these (1024x512) are painted by all cores together, one at a time."""
+"""Images with more pixels than these (1024x512) are generated one at a time, by all cores together."""
 
 MAX_BATCH = 64
 
@@ -155,49 +156,71 @@ class InferConfig(Config):
 
 
 def batch_size(height: int, width: int, device: str) -> int:
-    """How many pictures of a (padded) size go through the network at once."""
+    """The number of images of a (padded) size that go through the network together."""
     return max(1, min(MAX_BATCH, BATCH_PIXELS[device] // (height * width)))
 
 
-def generated_size(
-    stored: tuple[int, int], trained: tuple[int, int] | None, asked: tuple[int, int] | None
+def source_size(
+    stored: tuple[int, int], trained: tuple[int, int] | None, configured: tuple[int, int] | None
 ) -> tuple[int, int] | None:
-    """Width and height to make the sources of shards before generating; None: as they are stored.
+    """The width and height that sources of shards are resized to before generating; None: as they are stored.
 
-    A training crop of at least 0.8 of both sides is jitter: the papers test at the crop's size then. A
-    smaller one is a crop for memory's sake, and whole pictures are generated.
+    A training crop of at least 0.8 of both sides is jitter: the papers test at the crop's size. A smaller one
+    saves memory in training, and whole images are generated.
     """
-    if asked is not None:
-        return None if asked == stored else asked
+    if configured is not None:
+        return None if configured == stored else configured
     if trained is None or trained == stored:
         return None
     jitter = all(0.8 * side <= crop <= side for crop, side in zip(trained, stored, strict=True))
     return trained if jitter else None
 
 
-def written(array: Array, kind: Kind, source: Array, source_kind: Kind) -> Array:
-    """The generated array as it is written: depth is kept, Lab and channels become pictures."""
+def output_array(generated: Array, kind: Kind, source: Array, source_kind: Kind) -> Array:
+    """The array to write: grey and colour as generated, Lab and channels as an RGB picture."""
     if kind in ("rgb", "grey", "grey16"):
-        return array
-    return pictures.picture(array, kind, lightness=source if source_kind == "lab_l" else None)
+        return generated
+    return pictures.picture(generated, kind, lightness=source if source_kind == "lab_l" else None)
 
 
-def encoded(array: Array, config: InferConfig) -> bytes:
-    """An image file: the picture, or its class ids where the config knows their colours."""
+def output_file(array: Array, config: InferConfig) -> bytes:
+    """The image file of an array: a picture, or class ids if the config has the classes' colours."""
     if config.colors is None:
         return encode.encode_image(array, config.format, quality=config.quality)
     return encode.encode_ids(colour.nearest_class(array, config.colors), config.colors)
 
 
-def bucketed(
-    loaded: Iterable[tuple[int, Item, Loaded]], limit: Callable[[tuple[int, ...]], int], most: int
-) -> Iterator[list[tuple[int, Item, Loaded]]]:
-    """Batches of one shape, in order of arrival; at most `most` inputs wait for their batch to fill."""
-    waiting: dict[tuple[int, ...], list[tuple[int, Item, Loaded]]] = {}
-    for entry in loaded:
-        shape = entry[2].source.shape
+@dataclass(frozen=True, slots=True)
+class LoadedItem:
+    """A decoded input and its place in the work unit."""
+
+    place: int
+    item: Item
+    images: InputImages
+
+
+@dataclass(frozen=True, slots=True)
+class UnusableItem:
+    """An input that cannot be used, and why."""
+
+    place: int
+    item: Item
+    error: str
+
+
+def same_shape_batches(
+    items: Iterable[LoadedItem], limit: Callable[[tuple[int, ...]], int], most: int
+) -> Iterator[list[LoadedItem]]:
+    """Batches of sources of one shape, in order of arrival.
+
+    limit   the size of a batch of a shape
+    most    items that may wait for their batch to fill; then the fullest batch is yielded as it is
+    """
+    waiting: dict[tuple[int, ...], list[LoadedItem]] = {}
+    for item in items:
+        shape = item.images.source.shape
         batch = waiting.setdefault(shape, [])
-        batch.append(entry)
+        batch.append(item)
         if len(batch) >= limit(shape):
             yield waiting.pop(shape)
         elif sum(map(len, waiting.values())) >= most:
@@ -205,56 +228,69 @@ def bucketed(
     yield from waiting.values()
 
 
+def run_identity(manifest: Mapping[str, Any], config: InferConfig, source: str) -> dict[str, Any]:
+    """What must be the same for a rerun to continue the work in an output folder."""
+    unseen = {"overwrite", "model", "input", "max_reject_fraction"}
+    settings = config.model_dump(mode="json", exclude=unseen)
+    return {"model": fingerprint(manifest), "config": settings, "input": source}
+
+
 # -- one process that generates ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """All that a process needs to know; small, and the same for each."""
+class InferJob:
+    """What every process needs to know; small, and the same for all."""
 
     config: InferConfig
     model: str
     tracking_uri: str | None
     output: str
-    shards: str  # "" for objects
-    planned: Planned | None
+    shards: str  # "" if the sources are objects
+    plan: InputPlan | None  # None if the sources are shards
     size: tuple[int, int] | None
     device: str
     threads: int
     io_threads: int
 
 
-Painted = tuple[int, dict[str, Any], Array, Array]
-"""A picture: its place in the unit, its row, the source, and what the model made of it."""
+Row = dict[str, Any]
+"""A row of the output table (`outputs.ROWS`)."""
+
+Generated = tuple[int, Row, Array, Array]
+"""A generated image: its place in the work unit, its row, the source, and the model's output."""
 
 
-class Generator:
-    """A model in a process of its own.
+class InferenceWorker:
+    """A process with a model, which does work units.
 
-    Two units are in its hands at a time: one's input is read, the other's output written, while the model
-    works on either. On a CPU every thread of the model paints a batch of its own: several that share one wait
-    for one another at every layer, longest where other processes interrupt them (benchmarks/README.md). Only
-    large pictures are painted one at a time, by all of them, so that memory holds one.
+    Two units are in progress at a time: one's input is read or output written while the model works on the
+    other. On a CPU every thread of the model generates its own batch: threads that share a batch wait for
+    one another at every layer, longest where other processes interrupt them (benchmarks/README.md). Large
+    images alone are generated one at a time, by all threads, so that memory holds one.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: InferJob) -> None:
         self.job, self.config = job, job.config
-        self.translator = self._painter()
+        self.translator = self._translator()
         self.at_once = job.threads if job.device == "cpu" else 1
-        self.together = ThreadPoolExecutor(1, "infer-together", torch.set_num_threads, (job.threads,))
-        self.each = self.together
+        self.all_threads = ThreadPoolExecutor(1, "infer-all", torch.set_num_threads, (job.threads,))
+        self.one_thread_each = self.all_threads
         if job.device == "cpu":
-            self.each = ThreadPoolExecutor(self.at_once, "infer-each", torch.set_num_threads, (1,))
+            self.one_thread_each = ThreadPoolExecutor(self.at_once, "infer-one", torch.set_num_threads, (1,))
         self.fingerprint = self.translator.model.fingerprint
         self.spec = dataset.load(job.shards) if job.shards else None
         self.units = inputs.shard_units(self.spec, job.config.split) if self.spec else []
         self.reference = self._reference()
         self.pool = ThreadPoolExecutor(job.io_threads, thread_name_prefix="infer-io")
 
-    def _painter(self) -> Translator:
+    def _translator(self) -> Translator:
         job, config = self.job, self.config
         tune_process(job.device)
-        with tempfile.TemporaryDirectory(prefix="pixloom-model-") as temp:  # gone before Ray can end us
+        with (
+            tempfile.TemporaryDirectory(prefix="pixloom-model-") as temp,  # gone before Ray can end us
+            _named("infer.model"),
+        ):
             folder = local_model(job.model, Path(temp), weights=config.weights, tracking_uri=job.tracking_uri)
             model = load_model(folder, weights=config.weights, device=job.device)
         return Translator(
@@ -266,199 +302,202 @@ class Generator:
         )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """Do units; returns, for each, {unit, images, errors (JSON by reason), seconds}."""
-        done = [self.do(int(unit)) for unit in batch["unit"]]
-        return {name: [row[name] for row in done] for name in ("unit", "images", "errors", "seconds")}
+        """Do work units; returns columns {unit, counts}."""
+        return {"unit": list(batch["unit"]), "counts": [self.do(int(unit)) for unit in batch["unit"]]}
 
-    def do(self, unit: int) -> dict[str, Any]:
-        """Generate one unit: its images, then its part of the table."""
-        started = time.monotonic()
-        rows: dict[tuple[int, int], dict[str, Any]] = {}
-        painting: deque[Future[list[Painted]]] = deque()
-        writing: deque[Future[None]] = deque()
+    def do(self, unit: int) -> Counter[str]:
+        """Generate the images of a work unit, then write its table part.
 
-        def write_oldest() -> None:
-            for place, row, source, picture in painting.popleft().result():
-                array = written(picture, self.translator.target_kind, source, self.translator.source_kind)
-                row["height"], row["width"] = array.shape[:2]
-                rows[place, row["sample"]] = row
-                writing.append(self.pool.submit(self._write, row, array))
-            while len(writing) > 2 * MAX_BATCH:
-                writing.popleft().result()
-
-        loaded = self._loaded(enumerate(self._items(unit)), rows)
-        for batch in bucketed(loaded, self._limit, 4 * MAX_BATCH):
-            for sample in range(self.config.samples):
-                painting.append(self._threads(batch).submit(self._paint, batch, sample))
-                if len(painting) > self.at_once:
-                    write_oldest()
-        while painting:
-            write_oldest()
-        for one in writing:
-            one.result()
-        listed = [rows[place] for place in sorted(rows)]
-        table = pa.Table.from_pylist(listed, schema=outputs.ROWS)
+        Returns the number of images, and of errors as `error_<reason>`.
+        """
+        rows: dict[tuple[int, int], Row] = {}
+        loaded = prefetch_map(
+            self.pool, self._load, enumerate(self._items(unit)), ahead=self.job.io_threads + 7
+        )
+        batches = same_shape_batches(self._usable(loaded, rows), self._batch_size, 4 * MAX_BATCH)
+        generating = (
+            self._model_threads(batch).submit(self._generate, batch, sample)
+            for batch in batches
+            for sample in range(self.config.samples)
+        )
+        writing = (
+            self.pool.submit(self._write, row, array)
+            for row, array in self._outputs(results(generating, ahead=self.at_once), rows)
+        )
+        for _ in results(writing, ahead=2 * MAX_BATCH):
+            pass
+        ordered = [rows[place] for place in sorted(rows)]
+        table = pa.Table.from_pylist(ordered, schema=outputs.ROWS)
         storage.write_parquet(outputs.part_uri(self.job.output, unit), table)
-        errors = Counter(row["error"].partition(":")[0] for row in listed if row["error"] is not None)
-        return {
-            "unit": unit,
-            "images": len(listed) - errors.total(),
-            "errors": json.dumps(errors),
-            "seconds": time.monotonic() - started,
-        }
+        errors = outputs.error_counts(row["error"] for row in ordered if row["error"] is not None)
+        return errors + Counter(images=len(ordered) - errors.total())
 
     def _items(self, unit: int) -> Iterator[Item]:
         if self.spec is not None:
             return inputs.shard_items(self.job.shards, self.spec, self.units[unit], size=self.job.size)
-        assert self.job.planned is not None
+        assert self.job.plan is not None
         tiled = self.config.tile is not None
         return inputs.object_items(
             self.job.output,
-            self.job.planned,
+            self.job.plan,
             unit,
             kind=self.translator.source_kind,
             max_pixels=decode.MAX_PIXELS if tiled else self.config.max_pixels,
             instances=self.translator.needs_instances,
         )
 
-    def _loaded(
-        self, items: Iterator[tuple[int, Item]], rows: dict[tuple[int, int], dict[str, Any]]
-    ) -> Iterator[tuple[int, Item, Loaded]]:
-        """Inputs in order, read and decoded ahead; one that cannot be used becomes a row with its reason."""
-        ahead: deque[tuple[int, Item, Future[Loaded]]] = deque()
-        window = self.job.io_threads + 8
+    def _load(self, placed: tuple[int, Item]) -> LoadedItem | UnusableItem:
+        place, item = placed
+        try:
+            return LoadedItem(place, item, self._checked(item.load()))
+        except ImageRejected as error:
+            return UnusableItem(place, item, str(error))
 
-        def next_one() -> tuple[int, Item, Loaded] | None:
-            place, item, future = ahead.popleft()
-            try:
-                return place, item, future.result()
-            except ImageRejected as why:
-                rows[place, 0] = self._row(item, error=str(why))
-                return None
-
-        for place, item in items:
-            ahead.append((place, item, self.pool.submit(self._load, item)))
-            if len(ahead) >= window and (ready := next_one()) is not None:
-                yield ready
-        while ahead:
-            if (ready := next_one()) is not None:
-                yield ready
-
-    def _load(self, item: Item) -> Loaded:
-        loaded = item.load()
-        if self.job.size is None and self.config.size is not None:
-            size = self.config.size
-            kind = self.translator.source_kind
-            ids = loaded.instance
-            loaded = Loaded(
-                geometry.resize(loaded.source, size, kind),
-                None if ids is None else geometry.resize(ids, size, "instances"),
-            )
-        if self.translator.needs_instances and loaded.instance is None:
+    def _checked(self, images: InputImages) -> InputImages:
+        """The images as the model takes them. Raises ImageRejected if it cannot."""
+        config, model = self.config, self.translator.model
+        source, instance = images.source, images.instance
+        if self.job.size is None and config.size is not None:
+            source = geometry.resize(source, config.size, self.translator.source_kind)
+            instance = None if instance is None else geometry.resize(instance, config.size, "instances")
+        if self.translator.needs_instances and instance is None:
             raise ImageRejected("missing", "the model needs an instance map, the pair has none")
-        height, width = loaded.source.shape[:2]
-        if self.config.tile is None and height * width > self.config.max_pixels:
-            limit = self.config.max_pixels
+        height, width = source.shape[:2]
+        if config.tile is None and height * width > config.max_pixels:
+            limit = config.max_pixels
             raise ImageRejected(
                 "too_large", f"{width}x{height}, infer.max_pixels is {limit}; infer.tile cuts it"
             )
-        classes = self.translator.model.inputs.classes
+        classes, ignored = model.inputs.classes, model.preprocessing.ignore_label
         if self.translator.source_kind == "labels" and self.spec is None and classes is not None:
-            highest = int(loaded.source.max())
-            ignored = self.translator.model.preprocessing.ignore_label
-            if highest >= classes and ignored is not None:
-                loaded.source[loaded.source == ignored] = classes - 1
-                highest = int(loaded.source.max())
+            if ignored is not None and int(source.max()) >= classes:
+                source[source == ignored] = classes - 1
+            highest = int(source.max())
             if highest >= classes:
                 raise ImageRejected("label_range", f"id {highest}, the model knows 0..{classes - 1}")
-        return loaded
+        return InputImages(source, instance)
 
-    def _limit(self, shape: tuple[int, ...]) -> int:
+    def _usable(
+        self, items: Iterable[LoadedItem | UnusableItem], rows: dict[tuple[int, int], Row]
+    ) -> Iterator[LoadedItem]:
+        """The items that can be used; the others become rows with their reason."""
+        for item in items:
+            if isinstance(item, UnusableItem):
+                rows[item.place, 0] = self._row(item.item, error=item.error)
+            else:
+                yield item
+
+    def _batch_size(self, shape: tuple[int, ...]) -> int:
         return batch_size(*self.translator.padded(shape[0], shape[1]), self.job.device)
 
-    def _threads(self, batch: list[tuple[int, Item, Loaded]]) -> ThreadPoolExecutor:
-        """Who paints it: one thread of the model, or all of them together."""
-        height, width = batch[0][2].source.shape[:2]
-        return self.together if math.prod(self.translator.padded(height, width)) > LARGE_PIXELS else self.each
+    def _model_threads(self, batch: list[LoadedItem]) -> ThreadPoolExecutor:
+        """The threads that generate a batch: one of those that work alone, or all of them together."""
+        height, width = batch[0].images.source.shape[:2]
+        large = math.prod(self.translator.padded(height, width)) > LARGE_PIXELS
+        return self.all_threads if large else self.one_thread_each
 
-    def _paint(self, batch: list[tuple[int, Item, Loaded]], sample: int) -> list[Painted]:
+    def _generate(self, batch: list[LoadedItem], sample: int) -> list[Generated]:
         random = self.config.stochastic or self.translator.model.encoder is not None
-        seeds = [noise_seed(self.config.seed, item.key, sample) for _, item, _ in batch]
-        instances = [loaded.instance for _, _, loaded in batch]
-        given = [ids for ids in instances if ids is not None]
+        seeds = [noise_seed(self.config.seed, loaded.item.key, sample) for loaded in batch]
+        instances = [loaded.images.instance for loaded in batch if loaded.images.instance is not None]
         started = time.monotonic()
-        pictures = self.translator.translate(
-            [loaded.source for _, _, loaded in batch],
-            given if len(given) == len(batch) else None,
+        generated = self.translator.translate(
+            [loaded.images.source for loaded in batch],
+            instances if len(instances) == len(batch) else None,
             seeds=seeds if random else None,
             style=self.config.style.kind,
             cluster=self.config.style.cluster,
             reference=self.reference,
         )
         seconds = (time.monotonic() - started) / len(batch)
-        painted = []
-        for (place, item, loaded), seed, picture in zip(batch, seeds, pictures, strict=True):
-            row = self._row(item, sample=sample, seconds=seconds, seed=seed if random else None)
-            row["output"] = outputs.output_name(item.key, outputs.SUFFIX[self.config.format], sample)
-            painted.append((place, row, loaded.source, picture))
-        return painted
+        suffix = outputs.SUFFIX[self.config.format]
+        return [
+            (
+                loaded.place,
+                self._row(
+                    loaded.item,
+                    sample=sample,
+                    seconds=seconds,
+                    seed=seed if random else None,
+                    output=outputs.output_name(loaded.item.key, suffix, sample),
+                ),
+                loaded.images.source,
+                array,
+            )
+            for loaded, seed, array in zip(batch, seeds, generated, strict=True)
+        ]
 
-    def _write(self, row: dict[str, Any], picture: Array) -> None:
-        data = encoded(picture, self.config)
+    def _outputs(
+        self, batches: Iterable[list[Generated]], rows: dict[tuple[int, int], Row]
+    ) -> Iterator[tuple[Row, Array]]:
+        """The rows of generated images, which are added to `rows`, and the arrays to write."""
+        for batch in batches:
+            for place, row, source, generated in batch:
+                array = output_array(
+                    generated, self.translator.target_kind, source, self.translator.source_kind
+                )
+                row["height"], row["width"] = array.shape[:2]
+                rows[place, row["sample"]] = row
+                yield row, array
+
+    def _write(self, row: Row, array: Array) -> None:
+        data = output_file(array, self.config)
         row["crc"], row["size"] = encode.checksum(data), len(data)
         storage.write_bytes(storage.join(self.job.output, row["output"]), data)
 
-    def _row(self, item: Item, **values: Any) -> dict[str, Any]:
-        empty = dict.fromkeys(outputs.ROWS.names)
-        key = item.key
-        return {
-            **empty,
-            "key": key,
-            "source": item.uri,
-            "sample": 0,
-            "output": "",
-            "model": self.fingerprint,
-            **values,
-        }
+    def _row(self, item: Item, **values: Any) -> Row:
+        common = {"key": item.key, "source": item.uri, "sample": 0, "output": "", "model": self.fingerprint}
+        return dict.fromkeys(outputs.ROWS.names) | common | values
 
     def _reference(self) -> tuple[Array, Array, Array] | None:
+        """The images of a reference style: picture, instance map, label map."""
         style = self.config.style
         if style.kind != "reference":
             return None
-        kinds: tuple[Kind, ...] = (self.translator.target_kind, "instances", "labels")
-        found = []
-        for name, uri, kind in zip(
-            ("picture", "instances", "labels"),
-            (style.picture, style.instances, style.labels),
-            kinds,
-            strict=True,
-        ):
-            try:
-                found.append(decode.decode_image(Reader().read(Object(storage.absolute(uri or ""))), kind))
-            except ImageRejected as why:
-                raise UserError(f"infer.style.{name}: {uri}: {why}") from why
-        return found[0], found[1], found[2]
+        return (
+            _read_style("picture", style.picture, self.translator.target_kind),
+            _read_style("instances", style.instances, "instances"),
+            _read_style("labels", style.labels, "labels"),
+        )
+
+
+def _read_style(name: str, uri: str | None, kind: Kind) -> Array:
+    try:
+        return decode.decode_image(Reader().read(Object(storage.absolute(uri or ""))), kind)
+    except ImageRejected as error:
+        raise UserError(f"infer.style.{name}: {uri}: {error}") from error
 
 
 # -- wiring --------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Put the config key or option in front of a UserError's message."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+
+
 def digest(config: InferConfig, tracking_uri: str | None = None) -> str:
-    """What a run reads from outside the pipeline: the listing of `input` and the model's checksums."""
-    parts = []
+    """A digest of what a run reads from outside the pipeline: the listing of `input`, the model's files."""
+    texts = []
     if config.input:
         where = location(config)
         if is_shards(where.uri):
-            parts.append(storage.read_bytes(storage.join(where.uri, dataset.NAME)).decode())
+            texts.append(storage.read_bytes(storage.join(where.uri, dataset.NAME)).decode())
         else:
-            parts.append(inputs.plan(where, None).digest)
+            with _named("infer.input"):
+                texts.append(inputs.plan(where, None).digest)
     if config.model:
-        parts.append(json.dumps(description(config.model, tracking_uri), sort_keys=True))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        with _named("infer.model"):
+            texts.append(json.dumps(description(config.model, tracking_uri), sort_keys=True))
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 def location(config: InferConfig) -> Location:
-    """Where the sources are."""
+    """Where the sources are, for a config with an `input`."""
     assert config.input is not None
     return Location(
         uri=storage.absolute(config.input),
@@ -475,58 +514,73 @@ def is_shards(uri: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What a run has to do, and what is done of it."""
+    """The work of a run, and how much of it is finished."""
 
     model: str
-    told: Mapping[str, Any]
+    manifest: Mapping[str, Any]
     """The model's `model.json`."""
     tracking_uri: str | None
     shards: str
-    planned: Planned | None
+    plan: InputPlan | None
     rows: int
     left: list[int]
-    """Units that are not finished."""
+    """Work units that are not finished."""
     counts: Counter[str]
-    """Of those that are."""
+    """Images and errors of the finished ones."""
 
 
 def prepare(
-    config: InferConfig, *, output: str, tracking_uri: str | None, model: str = "", shards: str = ""
+    config: InferConfig,
+    *,
+    output: str,
+    tracking_uri: str | None,
+    model: str = "",
+    shards: str = "",
+    model_key: str = "infer.model",
+    input_key: str = "infer.input",
 ) -> Work:
-    """Look at the model, the input and what `output` holds. Needs no Ray; raises UserError as `run` does."""
+    """Read the model's description, list the input, and look up what `output` holds. Needs no Ray.
+
+    model_key, input_key   what messages call the settings: a config key or a command's option
+
+    Raises UserError as `run` does.
+    """
     model = config.model or model
     if not model:
-        raise UserError("infer.model: name a model; none was trained here")
-    told = description(model, tracking_uri)
+        raise UserError(f"{model_key}: name a model; none was trained here")
+    with _named(model_key):
+        manifest = description(model, tracking_uri)
     if config.overwrite:
-        forget(output)
-    planned = None
+        outputs.clear(output)
+    plan = None
     if config.input is not None:
         where = location(config)
         shards = where.uri if is_shards(where.uri) else ""
         if not shards:
-            planned = begin_objects(where, output, told, config)
-    if planned is None:
+            with _named(input_key):
+                begun = storage.exists(storage.join(output, outputs.MANIFEST))
+                plan = inputs.plan(where, None if begun else output)
+    if plan is None:
         spec = dataset.load(shards)
         units, rows = len(inputs.shard_units(spec, config.split)), spec.rows(config.split)
         if not rows:
             raise UserError(f"infer.split: the shards hold no pair of the split {config.split!r}")
         content = storage.read_bytes(storage.join(shards, dataset.NAME))
-        who = identity(told, config, hashlib.sha256(content).hexdigest()[:16])
-        begin(output, who, {"rows": rows, "units": units})
+        source = hashlib.sha256(content).hexdigest()[:16]
     else:
-        units, rows = planned.units, planned.rows
-    storage.write_json(storage.join(output, "model", "model.json"), told)
-    done = outputs.finished_units(output)
+        units, rows, source = plan.units, plan.rows, plan.digest
+    outputs.begin(output, run_identity(manifest, config, source), {"rows": rows, "units": units})
+    storage.write_json(storage.join(output, "model", "model.json"), manifest)
+    finished = outputs.finished_units(output) & set(range(units))
     return Work(
         model=model,
-        told=told,
+        manifest=manifest,
         tracking_uri=tracking_uri,
         shards=shards,
-        planned=planned,
+        plan=plan,
         rows=rows,
-        left=[unit for unit in range(units) if unit not in done],
-        counts=finished_counts(output, sorted(done & set(range(units)))),
+        left=[unit for unit in range(units) if unit not in finished],
+        counts=outputs.finished_counts(output, sorted(finished)),
     )
 
 
@@ -539,17 +593,17 @@ def run(
     model: str = "",
     shards: str = "",
 ) -> Outcome:
-    """Generate into `output`. `model` and `shards`: what the pipeline made, where the config names no others.
+    """Generate into `output`. `model` and `shards` are the pipeline's, used if the config names no others.
 
-    Raises UserError for a model or input that is none, and for an output folder that holds another run's
-    images; StageError if the work failed.
+    Raises UserError if there is no such model or input, or the output folder holds another run's images;
+    StageError if the work failed.
     """
     work = prepare(config, output=output, tracking_uri=track.uri or None, model=model, shards=shards)
     return finish(config, resources, work, output)
 
 
 def finish(config: InferConfig, resources: Resources, work: Work, output: str) -> Outcome:
-    """Do what is left. Raises StageError if more sources than allowed cannot be used."""
+    """Do the units that are left. Raises StageError if more sources than allowed cannot be used."""
     counts = Counter(work.counts)
     if work.left:
         job = make_job(config, resources, work, output)
@@ -565,26 +619,26 @@ def finish(config: InferConfig, resources: Resources, work: Work, output: str) -
     return Outcome(counts={"images": counts["images"], "errors": failed, **errors})
 
 
-def make_job(config: InferConfig, resources: Resources, work: Work, output: str) -> Job:
-    """The job for the processes, with what depends on this cluster."""
+def make_job(config: InferConfig, resources: Resources, work: Work, output: str) -> InferJob:
+    """The job for the processes of this cluster. Raises UserError for settings that do not fit the model."""
     gpu = uses_gpu(resources)
-    size, read = None, work.told.get("preprocessing") or {}
+    size, preprocessing = None, work.manifest.get("preprocessing") or {}
     if work.shards:
-        trained = read.get("size")
+        trained = preprocessing.get("size")
         stored = dataset.load(work.shards).size
-        size = generated_size(stored, tuple(trained) if trained else None, config.size)
-    kind = (read.get("pictures") or {}).get("target", {}).get("kind", "rgb")
+        size = source_size(stored, tuple(trained) if trained else None, config.size)
+    kind = (preprocessing.get("pictures") or {}).get("target", {}).get("kind", "rgb")
     if kind == "grey16" and config.format != "png":
-        raise UserError(f"infer.format: {config.format} cannot hold this model's 16-bit pictures; use png")
+        raise UserError(f"infer.format: {config.format} cannot hold this model's 16-bit images; use png")
     if kind != "rgb" and config.colors is not None:
-        raise UserError(f"infer.colors: this model's pictures are {kind}, not colours of labels")
-    return Job(
+        raise UserError(f"infer.colors: this model's images are {kind}, not colours of labels")
+    return InferJob(
         config=config,
         model=work.model,
         tracking_uri=work.tracking_uri,
         output=output,
         shards=work.shards,
-        planned=work.planned,
+        plan=work.plan,
         size=size,
         device="cuda" if gpu else "cpu",
         threads=threads(resources, pool_size(resources, gpu=gpu)),
@@ -592,79 +646,19 @@ def make_job(config: InferConfig, resources: Resources, work: Work, output: str)
     )
 
 
-def generate(job: Job, resources: Resources, left: list[int], total: int, done: int) -> Counter[str]:
-    """Do the units that are left, on as many processes as allowed. Returns what they counted."""
+def generate(job: InferJob, resources: Resources, units: list[int], total: int, done: int) -> Counter[str]:
+    """Do work units on as many processes as allowed. Returns the number of images and errors.
+
+    total, done   images of the whole run, and those an earlier run finished, for the progress line
+    """
     counts: Counter[str] = Counter()
     gpu = job.device == "cuda"
     with Progress("infer", total=total, unit="images", done=done) as progress:
         most = pool_size(resources, gpu=gpu)
-        for row in on_actors(Generator, job, left, stage="infer", most=most, gpu=gpu):
-            counts["images"] += int(row["images"])
-            for reason, number in json.loads(row["errors"]).items():
-                counts[f"error_{reason}"] += number
-            progress.advance(int(row["images"]))
+        for row in on_actors(InferenceWorker, job, units, stage="infer", most=most, gpu=gpu):
+            counts += row["counts"]
+            progress.advance(row["counts"]["images"])
     return counts
-
-
-def identity(told: Mapping[str, Any], config: InferConfig, source: str) -> dict[str, Any]:
-    """What must be the same for a rerun to continue what an output folder holds."""
-    unseen = {"overwrite", "model", "input", "max_reject_fraction"}
-    settings = config.model_dump(mode="json", exclude=unseen)
-    return {
-        "model": fingerprint(told),
-        "config": settings,
-        "input": source,
-    }
-
-
-def begin(output: str, who: Mapping[str, Any], extent: Mapping[str, Any]) -> None:
-    """Write `infer.json`, or check that the folder holds just this run's work. Raises UserError if not."""
-    uri = storage.join(output, outputs.MANIFEST)
-    if storage.exists(uri):
-        held = storage.read_json(uri)
-        for name, value in who.items():
-            if held.get(name) != value:
-                raise UserError(
-                    f"{output}: holds images of another {name}; take another output folder, or overwrite"
-                )
-        return
-    storage.write_json(uri, {**who, **extent})
-
-
-def begin_objects(where: Location, output: str, told: Mapping[str, Any], config: InferConfig) -> Planned:
-    """The plan over a listing: the one this folder was begun with, or a new one, written down."""
-    uri = storage.join(output, outputs.MANIFEST)
-    if storage.exists(uri):
-        found = inputs.plan(where, None)
-        begin(output, identity(told, config, found.digest), {})
-        return found
-    planned = inputs.plan(where, output)
-    begin(output, identity(told, config, planned.digest), {"rows": planned.rows, "units": planned.units})
-    return planned
-
-
-def forget(output: str) -> None:
-    """Take away what an earlier run left in a folder; the table first: without it nothing counts as done."""
-    fs, path = storage.filesystem(output)
-    if not any(storage.exists(storage.join(output, name)) for name in (outputs.MANIFEST, outputs.TABLE)):
-        return  # no folder of ours
-    for name in (outputs.TABLE, outputs.IMAGES, outputs.SAMPLES, outputs.MANIFEST, "plan"):
-        if storage.exists(storage.join(output, name)):
-            fs.rm(f"{path}/{name}", recursive=True)
-
-
-def finished_counts(output: str, units: list[int]) -> Counter[str]:
-    """Images and errors in the parts that are there."""
-
-    def count(unit: int) -> Counter[str]:
-        fs, path = storage.filesystem(outputs.part_uri(output, unit))
-        with fs.open(path, "rb") as handle:
-            errors = pq.read_table(handle, columns=["error"])["error"]
-        reasons = Counter(f"error_{text.partition(':')[0]}" for text in errors.drop_null().to_pylist())
-        return reasons + Counter(images=errors.null_count)
-
-    with ThreadPoolExecutor(16) as threads:
-        return sum(threads.map(count, units), Counter[str]())
 
 
 __all__ = ["VERSION", "InferConfig", "StyleConfig", "digest", "run"]

@@ -20,9 +20,9 @@ from stages import infer
 from stages.base import Outcome, Resources
 from stages.errors import StageError, UserError
 from stages.images import colour, encode
-from stages.infer import Generator, InferConfig, bucketed, generated_size
+from stages.infer import InferConfig, InferenceWorker, LoadedItem, same_shape_batches, source_size
 from stages.inference import outputs
-from stages.inference.inputs import Item, Loaded
+from stages.inference.inputs import InputImages, Item
 from stages.tracking.run import NullRun
 from tests.support.here import workers_here
 from tests.support.small import make_model, make_shards, scene
@@ -61,22 +61,23 @@ def whole(output: Path) -> bool:
 
 
 def test_a_jitter_crop_is_the_size_to_generate_and_a_smaller_crop_is_not() -> None:
-    assert generated_size((286, 286), (256, 256), None) == (256, 256)
-    assert generated_size((2048, 1024), (512, 512), None) is None
-    assert generated_size((256, 256), (256, 256), None) is None
-    assert generated_size((256, 128), None, None) is None
-    assert generated_size((286, 286), (256, 256), (128, 64)) == (128, 64)
+    assert source_size((286, 286), (256, 256), None) == (256, 256)
+    assert source_size((2048, 1024), (512, 512), None) is None
+    assert source_size((256, 256), (256, 256), None) is None
+    assert source_size((256, 128), None, None) is None
+    assert source_size((286, 286), (256, 256), (128, 64)) == (128, 64)
 
 
 def test_batches_hold_one_shape_and_wait_within_bounds() -> None:
-    def entry(index: int, side: int) -> tuple[int, Item, Loaded]:
-        return index, Item(str(index), "", lambda: Loaded(np.zeros(1))), Loaded(np.zeros((side, side, 3)))
+    def loaded(place: int, side: int) -> LoadedItem:
+        images = InputImages(np.zeros((side, side, 3)))
+        return LoadedItem(place, Item(str(place), "", lambda: images), images)
 
-    entries = [entry(i, side) for i, side in enumerate([1, 2, 1, 3, 1, 2, 4, 5, 6, 7])]
-    batches = list(bucketed(iter(entries), lambda shape: 3 if shape[0] == 1 else 2, most=4))
-    assert sorted(i for batch in batches for i, _, _ in batch) == list(range(10))
-    assert all(len({loaded.source.shape for _, _, loaded in batch}) == 1 for batch in batches)
-    assert [i for i, _, _ in batches[0]] == [0, 2]  # four waited
+    items = [loaded(i, side) for i, side in enumerate([1, 2, 1, 3, 1, 2, 4, 5, 6, 7])]
+    batches = list(same_shape_batches(items, lambda shape: 3 if shape[0] == 1 else 2, most=4))
+    assert sorted(item.place for batch in batches for item in batch) == list(range(10))
+    assert all(len({item.images.source.shape for item in batch}) == 1 for batch in batches)
+    assert [item.place for item in batches[0]] == [0, 2]  # four waited
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def workers_in_process() -> Iterator[None]:
 
 
 @pytest.mark.ray
-def test_a_split_is_generated_once_and_a_killed_run_goes_on(
+def test_a_split_is_generated_once_and_a_killed_run_is_resumed(
     ray_local: None, tmp_path: Path, model: str, shards: str
 ) -> None:
     out = tmp_path / "out"
@@ -185,7 +186,7 @@ def folder_of_sources(folder: Path) -> dict[str, np.ndarray]:
     return good
 
 
-def test_any_folder_is_generated_and_every_error_is_listed(
+def test_any_folder_is_generated_and_every_unusable_source_has_its_reason(
     workers_in_process: None, tmp_path: Path, model: str
 ) -> None:
     good = folder_of_sources(tmp_path / "in")
@@ -244,23 +245,25 @@ def test_noise_gives_several_samples_each_by_its_seed(workers_in_process: None, 
 def test_threads_change_no_picture(
     tmp_path: Path, shards: str, monkeypatch: pytest.MonkeyPatch, large: int, off: int
 ) -> None:
-    """Batches in threads of their own: what one thread makes. Threads that share one add in another order."""
+    """A batch per thread gives what one thread gives. Threads that share a batch add in another order."""
     monkeypatch.setattr(infer, "LARGE_PIXELS", large)
     monkeypatch.setattr(infer, "BATCH_PIXELS", {"cpu": 2 * 32 * 32})
     model = str(make_model(tmp_path / "model", dropout=True))
     config = InferConfig(stochastic=True, samples=2)
-    made = []
+    by_threads = []
     for threads in (1, 3):
         output = str(tmp_path / str(threads))
         work = infer.prepare(config, output=output, tracking_uri=None, model=model, shards=shards)
         resources = Resources(infer_actors=1, threads_per_worker=threads, gpu=False)
-        generator = Generator(infer.make_job(config, resources, work, output))
+        worker = InferenceWorker(infer.make_job(config, resources, work, output))
         with ThreadPoolExecutor(2) as calls:  # as Ray makes them
-            done = list(calls.map(generator.do, work.left))
-        assert sum(unit["images"] for unit in done) == 2 * 79
+            counts = list(calls.map(worker.do, work.left))
+        assert sum(unit["images"] for unit in counts) == 2 * 79
         assert whole(Path(output))
-        made.append([np.asarray(Image.open(Path(output, row["output"]))) for row in table(Path(output))])
-    one, three = (np.stack(pictures).astype(int) for pictures in made)
+        by_threads.append(
+            [np.asarray(Image.open(Path(output, row["output"]))) for row in table(Path(output))]
+        )
+    one, three = (np.stack(pictures).astype(int) for pictures in by_threads)
     assert len(np.unique(one, axis=0)) == 2 * 79
     assert np.abs(one - three).max() <= off
 
@@ -275,7 +278,7 @@ def test_a_table_of_uris_is_generated(workers_in_process: None, tmp_path: Path, 
     assert whole(tmp_path / "out")
 
 
-def test_class_ids_are_written_where_the_colours_are_known(
+def test_class_ids_are_written_if_the_colours_are_configured(
     workers_in_process: None, tmp_path: Path, model: str, shards: str
 ) -> None:
     run(tmp_path / "seen", model=model, input=shards)
@@ -310,7 +313,7 @@ def test_a_model_with_instances_takes_their_maps_by_key(workers_in_process: None
         ({}, "infer.model: name a model"),
     ],
 )
-def test_a_model_that_is_none_is_named(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+def test_a_missing_model_is_named(tmp_path: Path, config: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         run(tmp_path / "out", **config)
 
@@ -323,7 +326,7 @@ def test_a_model_that_is_none_is_named(tmp_path: Path, config: dict[str, Any], m
         (lambda folder: (folder.mkdir(), (folder / "a.txt").write_text("x")), "none of its 1 objects fits"),
     ],
 )
-def test_an_input_that_is_none_is_named(tmp_path: Path, model: str, make: Any, message: str) -> None:
+def test_a_missing_or_empty_input_is_named(tmp_path: Path, model: str, make: Any, message: str) -> None:
     make(tmp_path / "in")
     with pytest.raises(UserError, match=f"infer.input: .*{message}"):
         run(tmp_path / "out", model=model, input=str(tmp_path / "in"))

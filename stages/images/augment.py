@@ -1,20 +1,20 @@
-"""Random crop and mirror: the same draw for every image of a pair, a new one each epoch.
+"""Random crop and mirror: the same for every image of a pair, another one each epoch.
 
-in:  (seed, epoch, key), the size that was loaded, the size to crop
-out: Draw; applied to arrays (H, W, C) as a view, so that nothing is copied before it has to be
+in:  (seed, epoch, key), the stored size, the size to crop; then an array (H, W, C)
+out: Draw; then the crop as a view of the array, without a copy
 
 The jitter of pix2pix (section 6.2): shards are stored at 286x286, a 256x256 crop is taken, mirrored with
-probability one half. A draw is a pure function of its arguments: it does not depend on workers or order.
+probability one half. A draw is a function of its arguments alone: it does not depend on workers or order.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Annotated
 
 from pydantic import Field
 
+from stages import seeding
 from stages.base import Config, PositiveInt
 from stages.images.kinds import Array
 
@@ -32,7 +32,7 @@ class AugmentConfig(Config):
 
 
 NONE = AugmentConfig(mirror=False)
-"""The whole image as it is stored."""
+"""Neither crop nor mirror."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,8 @@ class Draw:
 
 
 def draw(seed: int, epoch: int, key: str, load: Size, crop: Size | None = None, mirror: bool = True) -> Draw:
-    """The draw for one pair in one epoch; `load` and `crop` are (width, height), crop within load."""
-    digest = blake2b(f"{seed}\0{epoch}\0{key}".encode(errors="surrogatepass"), digest_size=17).digest()
+    """The draw of one pair in one epoch; `load` and `crop` are (width, height), the crop within the load."""
+    digest = seeding.digest(seed, epoch, key, size=17)
     width, height = crop or load
     assert width <= load[0], "the crop fits the stored image: the config checks it"
     assert height <= load[1], "the crop fits the stored image: the config checks it"
@@ -56,13 +56,13 @@ def draw(seed: int, epoch: int, key: str, load: Size, crop: Size | None = None, 
 
 
 def centre(load: Size, crop: Size | None = None) -> Draw:
-    """The draw of evaluation: the middle, not mirrored."""
+    """The middle of the image, not mirrored: for previews."""
     width, height = crop or load
     return Draw((load[0] - width) // 2, (load[1] - height) // 2, flip=False)
 
 
 def apply(array: Array, drawn: Draw, load: Size, crop: Size | None = None) -> Array:
-    """The crop of an image (H, W, C), as a view."""
+    """The crop of an image (H, W, C), mirrored if drawn so, as a view."""
     width, height = crop or load
     out = array[drawn.y : drawn.y + height, drawn.x : drawn.x + width]
     return out[:, ::-1] if drawn.flip else out

@@ -1,4 +1,8 @@
-"""Colours: CIE Lab, and palettes for label maps."""
+"""Colours: CIE Lab, and palettes for label maps.
+
+in:  sRGB pictures (H, W, 3) uint8, or maps of ids
+out: Lab or its stored channels; ids of the nearest colours; pictures of ids
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import numpy.typing as npt
 from stages.base import Kind
 from stages.images.kinds import Array, settled
 
-# sRGB (D65) to XYZ, IEC 61966-2-1; rows are divided by the white point so that white gives (1, 1, 1)
+# sRGB (D65) to XYZ, IEC 61966-2-1; divided by the white point, so that white is (1, 1, 1)
 _XYZ = np.array(
     [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
 )
@@ -54,11 +58,11 @@ _CITYSCAPES = (
 
 
 def nearest_class(image: Array, colors: npt.ArrayLike) -> npt.NDArray[np.uint8]:
-    """Class ids (H, W) of a label picture (H, W, 3): of `colors` (classes, 3) the nearest in RGB."""
+    """Class ids (H, W) of a label picture (H, W, 3): the nearest of `colors` (classes, 3) in RGB."""
     flat = image.reshape(-1, 3).astype(np.int32)
     best = np.zeros(len(flat), np.uint8)
     least = np.full(len(flat), np.iinfo(np.int32).max, np.int32)
-    # By class: memory of one distance, not of all.
+    # Class by class, so that memory holds one distance, not all of them.
     for index, colour in enumerate(np.asarray(colors, np.int32)):
         distance = ((flat - colour) ** 2).sum(1)
         closer = distance < least

@@ -1,4 +1,7 @@
-"""Decode what a stranger stored: bytes of an image file in, an array of a known kind out, or `ImageRejected`.
+"""Decode image files that nobody has checked, and the images of shards.
+
+in:  the bytes of a file, and the kind to read it as
+out: an array (H, W, C) of that kind, or ImageRejected with the reason
 
 Pure: Pillow, numpy and isal only. Pillow releases the GIL while it decodes, so threads help.
 """
@@ -17,7 +20,7 @@ from stages.base import Kind
 from stages.images.kinds import CHANNELS, IDS, Array, Encoding, ImageRejected, Reason, dtype
 
 MAX_PIXELS = 89_478_485
-"""Largest image accepted whatever the config says: Pillow itself warns of a bomb beyond it."""
+"""The most pixels of an image, whatever the config says: Pillow warns of decompression bombs above it."""
 
 # Pillow's plugins that decode in process and in bounded memory. EPS would start Ghostscript.
 _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
@@ -31,10 +34,10 @@ def decode_image(
 ) -> Array:
     """The image in `data` as an array (H, W, C) of `kind`, upright, without transparency.
 
-    By content, whatever the file's name says. EXIF orientation is applied, alpha is laid over white, palettes
-    and CMYK become RGB (but a palette image read as labels gives its indices). The size is judged from the
-    header, before any pixel is unpacked; PNG checksums are verified. `channels` is what kind `channels` must
-    have. Kinds `lab_l` and `lab_ab` are made of an RGB image (`rgb_to_lab`).
+    The content decides the format, not the file's name. EXIF orientation is applied, alpha is laid over
+    white, palettes and CMYK become RGB (but a palette image read as labels gives its indices). The size is
+    checked in the header, before any pixel is decoded; PNG checksums are verified. `channels` is the number
+    that kind `channels` must have. Kinds `lab_l` and `lab_ab` are read as RGB (see `colour.lab_channels`).
 
     Raises ImageRejected, and nothing else, whatever the bytes are.
     """
@@ -49,20 +52,20 @@ def decode_image(
     except UnidentifiedImageError as error:
         raise ImageRejected("not_an_image", _head(data)) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
-        raise ImageRejected("too_large", _said(error)) from error
+        raise ImageRejected("too_large", _text(error)) from error
     except Exception as error:
-        # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error, IndexError and more on bad
-        # bytes: no list of them would be complete, and no object may end a run over millions.
+        # On bad bytes Pillow's readers raise OSError, SyntaxError, ValueError, struct.error, IndexError and
+        # more. No list of them would be complete, and one object must not end a run over millions.
         text = str(error).lower()
         cut = "truncated" in text or isinstance(error, EOFError)
-        raise ImageRejected("truncated" if cut else "unreadable", _said(error)) from error
+        raise ImageRejected("truncated" if cut else "unreadable", _text(error)) from error
     height, width = array.shape[:2]
     if min(height, width) < min_side:
-        raise ImageRejected("too_small", f"{width}x{height}, at least {min_side} pixels a side are asked for")
+        raise ImageRejected("too_small", f"{width}x{height}, at least {min_side} pixels a side are required")
     return array
 
 
-def _said(error: BaseException) -> str:
+def _text(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
@@ -89,7 +92,7 @@ def _from_image(data: bytes, kind: Kind, limit: int, channels: int | None) -> Ar
 
 
 def _verify_png(data: bytes) -> None:
-    """Chunk checksums of a PNG: Pillow passes over those of the pixel data."""
+    """Raise ImageRejected if a chunk of a PNG is damaged: Pillow ignores the checksums of pixel data."""
     view, at = memoryview(data), 8
     while at + 12 <= len(data):
         size = int.from_bytes(view[at : at + 4], "big")
@@ -105,7 +108,7 @@ def _verify_png(data: bytes) -> None:
 
 
 def _flat(image: Image.Image) -> Image.Image:
-    """Without transparency: over white."""
+    """The image laid over white, without transparency."""
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
@@ -168,7 +171,7 @@ def _read_instances(image: Image.Image, _: int | None) -> Array:
 
 
 def _read_lab(image: Image.Image, _: int | None) -> Array:
-    return _read_rgb(image, None)  # Lab is taken after resizing, which is done in RGB as in the paper
+    return _read_rgb(image, None)  # converted to Lab after resizing in RGB, as in the paper
 
 
 def _read_channels(image: Image.Image, channels: int | None) -> Array:
@@ -197,7 +200,7 @@ assert set(_READERS) == set(get_args(Kind))
 
 
 def _from_pages(image: Image.Image, frames: int, limit: int, channels: int | None) -> Array:
-    """A multi-page TIFF, one channel a page."""
+    """A multi-page TIFF as channels, one a page."""
     if channels is not None and frames != channels:
         raise ImageRejected("wrong_kind", f"{frames} pages, {channels} channels are configured")
     if frames * image.width * image.height > 4 * limit:
@@ -206,9 +209,7 @@ def _from_pages(image: Image.Image, frames: int, limit: int, channels: int | Non
     for index in range(frames):
         image.seek(index)
         if image.mode not in ("L", "F", *_DEEP_MODES):
-            raise ImageRejected(
-                "wrong_kind", f"page {index} is {image.mode}, one channel a page is asked for"
-            )
+            raise ImageRejected("wrong_kind", f"page {index} is {image.mode}, a page must have one channel")
         pages.append(_deep(image) if image.mode in _DEEP_MODES else np.asarray(image))
         if pages[-1].shape != pages[0].shape or pages[-1].dtype != pages[0].dtype:
             raise ImageRejected("wrong_kind", f"page {index} differs from the first in size or depth")
@@ -216,7 +217,7 @@ def _from_pages(image: Image.Image, frames: int, limit: int, channels: int | Non
 
 
 def _from_npy(data: bytes, kind: Kind, limit: int, channels: int | None) -> Array:
-    """A .npy file, (H, W), (H, W, C) or (C, H, W), never one that needs pickle."""
+    """The array of a .npy file, (H, W), (H, W, C) or (C, H, W); one that needs pickle is rejected."""
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
@@ -224,7 +225,7 @@ def _from_npy(data: bytes, kind: Kind, limit: int, channels: int | None) -> Arra
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, kept = read(file, max_header_size=10_000)
     if kept.hasobject or kept.kind not in "uif" or kept.itemsize > 8:
-        raise ImageRejected("wrong_kind", f".npy of {kept}: integers or floats are asked for")
+        raise ImageRejected("wrong_kind", f".npy of {kept}: integers or floats are required")
     if len(shape) not in (2, 3) or min(shape) < 1 or (len(shape) == 3 and min(shape) > 4096):
         raise ImageRejected("wrong_kind", f".npy of shape {shape}")
     count = math.prod(shape)
@@ -245,7 +246,7 @@ def _from_npy(data: bytes, kind: Kind, limit: int, channels: int | None) -> Arra
 
 
 def _npy_of_kind(array: Array, kind: Kind) -> Array:
-    """An array given where an image file is usual: it must hold the kind's values exactly."""
+    """A .npy array as an image of `kind`, whose values it must hold exactly."""
     wanted = 3 if kind in ("lab_l", "lab_ab") else CHANNELS[kind]
     if array.dtype.kind not in "ui" or array.shape[2] != wanted:
         raise ImageRejected("wrong_kind", f".npy of {array.dtype} with {array.shape[2]} channels as {kind}")
@@ -266,7 +267,7 @@ def _as_channels(array: Array, channels: int | None) -> Array:
             raise ImageRejected("value_range", "floats must be finite and in [-1, 1]")
         return values
     if array.dtype.kind != "u" or array.dtype.itemsize > 2:
-        raise ImageRejected("wrong_kind", f"{array.dtype}: uint8, uint16 or floats in [-1, 1] are asked for")
+        raise ImageRejected("wrong_kind", f"{array.dtype}: uint8, uint16 or floats in [-1, 1] are required")
     half = np.float32(np.iinfo(array.dtype).max / 2)
     return (array.astype("<f4") / half - np.float32(1)).astype("<f4")
 
@@ -274,9 +275,9 @@ def _as_channels(array: Array, channels: int | None) -> Array:
 def decode_stored(
     data: bytes | memoryview, *, kind: Kind, encoding: Encoding, channels: int, size: tuple[int, int]
 ) -> Array:
-    """What `encode` kept, as an array (H, W, C) of the kind's type; raw data is viewed, not copied.
+    """A stored image as an array (H, W, C) of the kind's type; raw data is viewed, not copied.
 
-    Raises ImageRejected when the bytes are not that image (the caller has verified their checksum before).
+    Raises ImageRejected if the bytes are not that image. The caller verifies their checksum before.
     """
     width, height = size
     kept = dtype(kind)
@@ -287,13 +288,13 @@ def decode_stored(
         return np.moveaxis(planar, 0, 2)
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
-            grey = encoding == "webp" and channels == 1  # WebP knows no grey
+            grey = encoding == "webp" and channels == 1  # WebP has no grey
             array = np.asarray(image.convert("L") if grey else image)
     except Exception as error:  # as in `decode_image`
-        raise ImageRejected("unreadable", _said(error)) from error
+        raise ImageRejected("unreadable", _text(error)) from error
     array = array[:, :, None] if array.ndim == 2 else array
     if array.shape != (height, width, channels):
         raise ImageRejected(
-            "size_mismatch", f"{array.shape} is stored, {(height, width, channels)} was meant"
+            "size_mismatch", f"{array.shape} is stored, {(height, width, channels)} is expected"
         )
     return array if array.dtype == kept else array.astype(kept)

@@ -1,9 +1,9 @@
 """Sources made from their targets: grey, lightness, edges, sketch, holes to fill in, low resolution.
 
 in:  the target (H, W, 3) uint8 at the load size, a recipe, the pair's key
-out: the source (H, W, 3) uint8; the same for the same key, wherever and whenever it is made
+out: the source (H, W, 3) uint8, a function of these alone
 
-| recipe        | what the network is to learn                                           |
+| recipe        | what the network learns                                                |
 |---------------|------------------------------------------------------------------------|
 | grey          | colour from lightness, in RGB                                          |
 | lab_lightness | colour from CIE Lab lightness; use kinds lab_l and lab_ab (pix2pix)    |
@@ -15,11 +15,10 @@ out: the source (H, W, 3) uint8; the same for the same key, wherever and wheneve
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 from PIL import Image, ImageFilter
 
+from stages import seeding
 from stages.base import Kind
 from stages.images.colour import lab_channels
 from stages.images.geometry import resize
@@ -33,24 +32,24 @@ def derive(target: Array, recipe: str, *, key: str, kind: Kind, factor: int = 4)
     """
     match recipe:
         case "grey":
-            made = grey(target)
+            source = grey(target)
         case "lab_lightness":
-            made = target  # its L is taken below, or shown as grey
+            source = target  # its L is taken below, or shown as grey
             if kind != "lab_l":
-                made = np.repeat(lab_channels(target, "lab_l"), 3, axis=2)
+                source = np.repeat(lab_channels(target, "lab_l"), 3, axis=2)
         case "edges":
-            made = edges(target)
+            source = edges(target)
         case "sketch":
-            made = sketch(target)
+            source = sketch(target)
         case "inpaint":
-            made = inpaint(target, key)
+            source = inpaint(target, key)
         case "downscale":
-            made = downscale(target, factor)
+            source = downscale(target, factor)
         case _:
             raise AssertionError(f"unknown recipe {recipe!r}: the pair stage checks it")
     if kind == "lab_l":
-        return lab_channels(made, "lab_l")
-    return np.asarray(Image.fromarray(made).convert("L"))[:, :, None] if kind == "grey" else made
+        return lab_channels(source, "lab_l")
+    return np.asarray(Image.fromarray(source).convert("L"))[:, :, None] if kind == "grey" else source
 
 
 def grey(target: Array) -> Array:
@@ -59,20 +58,20 @@ def grey(target: Array) -> Array:
 
 
 def edges(target: Array) -> Array:
-    """Thin black edges on white: gradient maxima of a smoothed image, weak ones kept beside strong ones."""
+    """Thin black edges on white: gradient maxima of a smoothed image; weak ones only next to strong ones."""
     smooth = Image.fromarray(target).convert("L").filter(ImageFilter.GaussianBlur(1.4))
     values = np.pad(np.asarray(smooth, dtype=np.float32), 1, mode="edge")
     right, left, down, up = values[1:-1, 2:], values[1:-1, :-2], values[2:, 1:-1], values[:-2, 1:-1]
     dx, dy = right - left, down - up
     strength = np.hypot(dx, dy)
-    around = np.pad(strength, 1)
+    padded = np.pad(strength, 1)
     # Neighbours along the gradient, in four directions: an edge is where neither is stronger.
     turn = np.round(np.arctan2(dy, dx) / (np.pi / 4)).astype(int) % 4
     thin = np.zeros(strength.shape, bool)
     for direction, (y, x) in enumerate(((0, 1), (1, 1), (1, 0), (1, -1))):
         height, width = strength.shape
-        ahead = around[1 + y : 1 + y + height, 1 + x : 1 + x + width]
-        behind = around[1 - y : 1 - y + height, 1 - x : 1 - x + width]
+        ahead = padded[1 + y : 1 + y + height, 1 + x : 1 + x + width]
+        behind = padded[1 - y : 1 - y + height, 1 - x : 1 - x + width]
         thin |= (turn == direction) & (strength > ahead) & (strength >= behind)
     strong, weak = thin & (strength > 24), thin & (strength > 10)
     for _ in range(16):  # weak edges within 16 pixels of a strong one, along weak ones
@@ -95,20 +94,19 @@ def sketch(target: Array) -> Array:
 
 def inpaint(target: Array, key: str) -> Array:
     """One to four white rectangles at places drawn from the key."""
-    seed = hashlib.blake2b(f"inpaint\0{key}".encode(), digest_size=8).digest()
-    draw = np.random.default_rng(int.from_bytes(seed, "big"))
-    made = target.copy()
+    draw = np.random.default_rng(int.from_bytes(seeding.digest("inpaint", key), "big"))
+    source = target.copy()
     height, width = target.shape[:2]
     for _ in range(int(draw.integers(1, 5))):
         h = max(1, int(height * draw.uniform(1 / 8, 1 / 2)))
         w = max(1, int(width * draw.uniform(1 / 8, 1 / 2)))
         y, x = int(draw.integers(0, height - h + 1)), int(draw.integers(0, width - w + 1))
-        made[y : y + h, x : x + w] = 255
-    return made
+        source[y : y + h, x : x + w] = 255
+    return source
 
 
 def downscale(target: Array, factor: int) -> Array:
-    """1/`factor` of the resolution, brought back to size."""
+    """Reduced to 1/`factor` of the resolution and enlarged to the size it had."""
     height, width = target.shape[:2]
     small = resize(target, (max(1, width // factor), max(1, height // factor)), "rgb")
     return resize(small, (width, height), "rgb")

@@ -1,4 +1,7 @@
-"""Encode arrays: the bytes kept in shards, PNG files, and the checksums that prove them.
+"""Encode arrays as the bytes stored in shards and as PNG files.
+
+in:  an array (H, W, C) of a kind's type
+out: bytes, and their checksum
 
 PNGs are written here rather than by Pillow: every row as its differences from the row above, deflated by
 ISA-L. Pillow tries five filters a row and deflates with zlib: seven times the time for an eighth fewer bytes
@@ -24,11 +27,11 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLORS = {1: 0, 2: 4, 3: 2, 4: 6}  # channels -> grey, grey with alpha, RGB, RGBA
 _INDEXED = 3
 _NONE, _UP = 0, 2  # filters of a row
-_LEVEL = 1  # of ISA-L's 0 to 3: those above find nothing more in photos
+_LEVEL = 1  # of ISA-L's 0 to 3: higher levels make photos no smaller
 
 
 def stored_encoding(kind: Kind, encoding: Encoding) -> Encoding:
-    """The encoding a kind is really kept in: what is lossy is for photos only, and PNG cannot hold floats."""
+    """The encoding that a kind is stored in: lossy ones are for photos only, and PNG cannot hold floats."""
     if kind == "channels":
         return "raw"
     if encoding in ("jpeg", "webp") and kind not in PHOTOS:
@@ -59,7 +62,7 @@ def encode_ids(ids: npt.NDArray[np.uint8], colors: npt.ArrayLike) -> bytes:
 
 
 def checksum(data: bytes | memoryview) -> int:
-    """CRC-32 of stored bytes, taken when an image is made, verified at every use; zlib takes 20 x as long."""
+    """CRC-32 of stored bytes, verified at every use. zlib's takes 20 times as long as isal's."""
     return isal_zlib.crc32(data)
 
 
@@ -76,7 +79,7 @@ def to_pillow(array: Array) -> Image.Image:
 def encode_png(array: npt.NDArray[Any], palette: bytes = b"") -> bytes:
     """An array (H, W, C) of uint8 or uint16, C = 1 (grey), 2 (with alpha), 3 (RGB) or 4, as a PNG file.
 
-    `palette`: RGB bytes of each value; the array is (H, W, 1) of uint8 then, indices into it.
+    palette   RGB bytes of each value; the array (H, W, 1) of uint8 then holds indices into it
     """
     height, width, channels = array.shape
     kind = _INDEXED if palette else _COLORS[channels]
@@ -84,14 +87,14 @@ def encode_png(array: npt.NDArray[Any], palette: bytes = b"") -> bytes:
     ordered = np.ascontiguousarray(array, array.dtype.newbyteorder(">"))
     rows = ordered.view(np.uint8).reshape(height, width * channels * array.itemsize)
     packed = isal_zlib.compress(_filtered(rows, _UP), _LEVEL)
-    if channels == 1:  # ids: areas of one value repeat as they are
+    if channels == 1:  # of ids: areas of one value repeat without a filter
         packed = min(packed, isal_zlib.compress(_filtered(rows, _NONE), _LEVEL), key=len)
     colors = _chunk(b"PLTE", palette) if palette else b""
     return SIGNATURE + _chunk(b"IHDR", header) + colors + _chunk(b"IDAT", packed) + _chunk(b"IEND", b"")
 
 
 def _filtered(rows: npt.NDArray[np.uint8], kind: int) -> npt.NDArray[np.uint8]:
-    """(H, bytes of a row) -> (H, 1 + bytes): each row after the name of its filter."""
+    """Rows (H, bytes) as (H, 1 + bytes): each filtered, after the number of its filter."""
     out = np.empty((rows.shape[0], 1 + rows.shape[1]), np.uint8)
     out[:, 0] = kind
     if kind == _UP:

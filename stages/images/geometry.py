@@ -1,4 +1,8 @@
-"""Bring images to size: halves of side-by-side images, resizing, integer reduction."""
+"""Sizes: halves of side-by-side images, resizing, integer reduction.
+
+in:  an array (H, W, C) of a kind
+out: an array of the same kind and another size; ids are never mixed
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,7 @@ def crop_half(array: Array, half: Half | Literal[""]) -> Array:
 
 
 def resize(array: Array, size: tuple[int, int], kind: Kind) -> Array:
-    """To `size` (width, height): amounts bicubic and antialiased, ids by the nearest pixel."""
+    """The image at `size` (width, height): amounts bicubic and antialiased, ids from the nearest pixel."""
     width, height = size
     if array.shape[:2] == (height, width):
         return array
@@ -59,7 +63,7 @@ def _nearest(old: int, new: int) -> npt.NDArray[np.intp]:
 
 
 def shrink(array: Array, factor: int, kind: Kind) -> Array:
-    """1/`factor` of the size, for phases at lower resolution: amounts averaged over squares, ids nearest."""
+    """The image at 1/`factor` of its size, for phases at lower resolution: means of squares, nearest ids."""
     if factor == 1:
         return array
     height, width = array.shape[0] // factor * factor, array.shape[1] // factor * factor

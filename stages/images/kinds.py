@@ -1,6 +1,9 @@
-"""The kinds of images: how values are stored, what they mean, and how the networks see them.
+"""The kinds of images: how values are stored, what they mean, and how networks see them.
 
-| kind      | C | dtype   | values                                           | as the networks see it    |
+in:  arrays (H, W, C) of a kind, as shards store them
+out: arrays in [-1, 1], as networks see them; and back
+
+| kind      | C | dtype   | values                                           | as networks see it        |
 |-----------|---|---------|--------------------------------------------------|---------------------------|
 | rgb       | 3 | uint8   | colours                                          | x / 127.5 - 1             |
 | grey      | 1 | uint8   | lightness                                        | x / 127.5 - 1             |
@@ -11,7 +14,7 @@
 | lab_ab    | 2 | uint8   | a and b of CIE Lab + 128                         | (x - 128) / 110           |
 | channels  | n | float32 | integers over their whole range, floats as given | in [-1, 1] already        |
 
-Pure: Pillow, numpy and isal only. Pillow lets go of the GIL while it decodes and resizes, so threads help.
+Pure: Pillow, numpy and isal only. Pillow releases the GIL while it decodes and resizes, so threads help.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from stages.base import Kind
 Array = npt.NDArray[Any]
 
 Encoding = Literal["raw", "png", "jpeg", "webp"]
-"""How an image is kept in a shard. `raw` is the array itself, planar (C, H, W), little-endian."""
+"""How an image is stored in a shard. `raw` is the array itself, planar (C, H, W), little-endian."""
 
 Half = Literal["left", "right", "top", "bottom"]
 
@@ -46,7 +49,7 @@ Reason = Literal[
     "value_range",
     "size_mismatch",
 ]
-"""Why an image cannot be used: what reading, decoding and comparing the images of a pair can say."""
+"""Why an image cannot be used: found when it is read, decoded or compared with the others of its pair."""
 
 PHOTOS: frozenset[Kind] = frozenset({"rgb", "grey"})
 """Kinds that survive a lossy encoding."""
@@ -63,10 +66,10 @@ CHANNELS: dict[Kind, int] = {
     "lab_l": 1,
     "lab_ab": 2,
 }
-"""Channels of every kind but `channels`, whose number is the config's."""
+"""Channels of every kind but `channels`, whose number the config has."""
 
 
-class ImageRejected(Exception):  # noqa: N818 - a verdict on a row, not an error of ours
+class ImageRejected(Exception):  # noqa: N818 - the reason to reject a row, not an error of a run
     """An image that cannot be used: `reason` for counting, `detail` for a person."""
 
     def __init__(self, reason: Reason, detail: str = "") -> None:
@@ -86,7 +89,7 @@ def dtype(kind: Kind) -> np.dtype[Any]:
 
 
 def normalise(array: Array, kind: Kind) -> npt.NDArray[np.float32]:
-    """Amounts as the networks see them, float32 in about [-1, 1] (see the table above). Not for ids."""
+    """Amounts as networks see them, float32 in about [-1, 1] (see the table above). Not for ids."""
     assert kind not in IDS, "ids are not amounts"
     if kind == "channels":
         return array.astype(np.float32)
@@ -106,8 +109,8 @@ def restore(values: npt.NDArray[np.float32], kind: Kind) -> Array:
     return settled(values, dtype(kind))
 
 
-def settled(values: Array, kept: np.dtype[Any]) -> Array:
-    """Computed amounts as the type they are kept in: integers rounded and clipped, floats in [-1, 1]."""
-    low, high = (-1, 1) if kept.kind == "f" else (0, np.iinfo(kept).max)
-    out: Array = np.clip(values if kept.kind == "f" else np.rint(values), low, high).astype(kept)
+def settled(values: Array, stored: np.dtype[Any]) -> Array:
+    """Computed amounts in the type they are stored in: integers rounded and clipped, floats in [-1, 1]."""
+    low, high = (-1, 1) if stored.kind == "f" else (0, np.iinfo(stored).max)
+    out: Array = np.clip(values if stored.kind == "f" else np.rint(values), low, high).astype(stored)
     return out

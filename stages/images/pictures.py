@@ -1,4 +1,8 @@
-"""Pictures for a person to look at: any kind as RGB, sheets of samples, perceptual hashes."""
+"""Pictures for people: any kind as RGB, sheets of samples, perceptual hashes.
+
+in:  arrays (H, W, C) of any kind
+out: pictures (H, W, 3) uint8; 64-bit hashes
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,9 @@ from stages.images.kinds import Array, settled
 
 
 def picture(array: Array, kind: Kind, *, classes: int | None = None, lightness: Array | None = None) -> Array:
-    """Any kind as a picture (H, W, 3) uint8 for a person to look at.
+    """An image of any kind as a picture (H, W, 3) uint8.
 
-    `lightness` is the stored `lab_l` (H, W, 1) a `lab_ab` belongs to; without it L = 50 is taken.
+    lightness   the stored `lab_l` (H, W, 1) that a `lab_ab` belongs to; None: L = 50
     """
     match kind:
         case "rgb":
@@ -39,7 +43,7 @@ def picture(array: Array, kind: Kind, *, classes: int | None = None, lightness: 
 
 
 def sheet(rows: Sequence[Sequence[Array]], *, gap: int = 4) -> Array:
-    """Pictures (H, W, 3), all of one size, as one sheet with white gaps: a row a sample."""
+    """One picture of many (H, W, 3) of one size, with white gaps between them: one row a sample."""
     height, width = rows[0][0].shape[:2]
     columns = max(len(row) for row in rows)
     out = np.full((len(rows) * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
@@ -51,8 +55,10 @@ def sheet(rows: Sequence[Sequence[Array]], *, gap: int = 4) -> Array:
 
 
 def perceptual_hash(array: Array) -> int:
-    """64 bits that near-duplicates of an image (H, W, C) uint8 share: the signs of differences between
-    neighbours of a 9x8 thumbnail (dHash). A flat image gives 0."""
+    """The dHash of an image (H, W, C) uint8: near-duplicates share most of its 64 bits.
+
+    A bit is the sign of the difference between two neighbours of a 9x8 thumbnail. A flat image gives 0.
+    """
     grey = array[:, :, 0] if array.shape[2] != 3 else np.asarray(Image.fromarray(array).convert("L"))
     small = np.asarray(Image.fromarray(grey).resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
     bits = (small[:, 1:] > small[:, :-1]).ravel()

@@ -1,10 +1,11 @@
-"""Models by where they are: a folder anywhere, a phase's folder, or one that MLflow keeps.
+"""Models by their location: a folder anywhere, a training step's folder, or a model that MLflow stores.
 
     local_model("s3://bucket/model", temp)           a folder as `stages.models.files.saved` writes it
-    local_model("workspace/train-joint-...", temp)   its `model/` is meant
+    local_model("workspace/train-joint-...", temp)   its folder `model/`
     local_model("models:/street@champion", temp)     a registered model; also `runs:/<id>`, `models:/m-...`
 
-Only what inference reads is copied: a discriminator is larger than some generators.
+Only the files that inference reads are copied: a discriminator is larger than some generators. Messages begin
+with the location; the caller puts its config key or option before it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,8 +21,9 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from stages import storage
-from stages.errors import UserError
+from stages.errors import UserError, one_line
 from stages.models.files.saved import DISCRIMINATOR, EMA, MANIFEST, WEIGHTS
+from stages.storage.local import download
 
 _SERVER = threading.RLock()
 
@@ -30,87 +31,83 @@ MLFLOW_SCHEMES = ("models", "runs", "mlflow-artifacts")
 
 
 def is_mlflow(uri: str) -> bool:
-    """Whether MLflow has to be asked where the model is."""
+    """Whether a location is one that MLflow resolves."""
     return urlsplit(uri).scheme in MLFLOW_SCHEMES
 
 
 def model_folder(uri: str) -> str:
-    """The folder URI that holds `model.json`: the one given or its `model/`. UserError if neither does."""
+    """The folder with `model.json`: `uri` or its folder `model/`. Raises UserError if neither has one."""
     uri = storage.absolute(uri)
     for folder in (uri, storage.join(uri, "model")):
         if storage.exists(storage.join(folder, MANIFEST)):
             return folder
-    raise UserError(f"infer.model: {uri}: there is no {MANIFEST}, so this is no model folder")
+    raise UserError(f"{uri}: there is no {MANIFEST}, so this is no model folder")
 
 
 def description(uri: str, tracking_uri: str | None = None) -> dict[str, Any]:
-    """The `model.json` of a model, as it is; its checksums tell one model from another. Raises UserError."""
+    """The content of a model's `model.json`. Raises UserError if there is no model or the file is damaged."""
     if is_mlflow(uri):
-        folder = mlflow_model(uri, tracking_uri)
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        content = (mlflow_model(uri, tracking_uri) / MANIFEST).read_bytes()
     else:
-        text = storage.read_bytes(storage.join(model_folder(uri), MANIFEST)).decode(errors="replace")
+        content = storage.read_bytes(storage.join(model_folder(uri), MANIFEST))
     try:
-        value = json.loads(text)
+        value = json.loads(content)
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise UserError(f"infer.model: {uri}: {MANIFEST} is damaged")
+        raise UserError(f"{uri}: {MANIFEST} is damaged")
     return value
 
 
-def fingerprint(told: Mapping[str, Any]) -> str:
+def fingerprint(manifest: Mapping[str, Any]) -> str:
     """Sixteen hex digits of a model's `model.json`: they differ whenever its weights or settings do."""
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def local_model(
     uri: str, temp: Path, *, weights: Literal["ema", "raw"] = "ema", tracking_uri: str | None = None
 ) -> Path:
-    """A folder on this machine with the model: the model's own if it is here, else a copy in `temp`."""
+    """A folder on this machine with the model: its own folder if it is local, else a copy in `temp`."""
     if is_mlflow(uri):
         return mlflow_model(uri, tracking_uri)
     folder = model_folder(uri)
-    fs, path = storage.filesystem(folder)
     if storage.is_local(folder):
-        return Path(path)
-    temp.mkdir(parents=True, exist_ok=True)
+        return Path(storage.filesystem(folder)[1])
     files = description(folder).get("files", {})
     unused = {DISCRIMINATOR} | ({WEIGHTS} if weights == "ema" and EMA in files else {EMA})
+    temp.mkdir(parents=True, exist_ok=True)
     for name in [MANIFEST, *files]:
-        if name in unused or "/" in name:
-            continue
-        with fs.open(f"{path}/{name}", "rb") as there, (temp / name).open("wb") as here:
-            shutil.copyfileobj(there, here, 1 << 22)
+        if name not in unused and "/" not in name:
+            download(storage.join(folder, name), temp / name)
     return temp
 
 
 def mlflow_model(uri: str, tracking_uri: str | None = None) -> Path:
-    """Have MLflow bring a model here; returns the folder in it that holds `model.json`. Raises UserError."""
-    # imported here: it takes 2-3 s, which a model in a folder need not pay
+    """Let MLflow download a model; returns the folder in it that holds `model.json`. Raises UserError."""
+    # Imported here: it takes 2-3 s, which a model in a folder need not pay.
     import mlflow.artifacts  # noqa: PLC0415
     from mlflow.exceptions import MlflowException  # noqa: PLC0415
 
     database = Path((tracking_uri or "").removeprefix("sqlite:///"))
     if tracking_uri and tracking_uri.startswith("sqlite:///") and not database.exists():
-        raise UserError(f"infer.model: {uri}: there is no MLflow database {database}; set tracking.uri")
+        raise UserError(f"{uri}: there is no MLflow database {database}; set tracking.uri")
     if uri.startswith("runs:/") and uri.count("/") == 1:
         uri += "/model"
     try:
-        # The argument `tracking_uri` of MLflow's reaches the run store, but not the model registry.
+        # MLflow's argument `tracking_uri` reaches the run store, but not the model registry.
         with tracking_server(tracking_uri), _fewer_retries():
             local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
     except (MlflowException, OSError) as error:
-        raise UserError(f"infer.model: {uri}: {str(error).splitlines()[0][:300]}") from error
-    found = sorted(local.rglob(MANIFEST), key=lambda path: len(path.parts))
-    if not found:
-        raise UserError(f"infer.model: {uri}: what MLflow keeps there holds no {MANIFEST}")
-    return found[0].parent
+        raise UserError(f"{uri}: {one_line(error)}") from error
+    manifests = sorted(local.rglob(MANIFEST), key=lambda path: len(path.parts))
+    if not manifests:
+        raise UserError(f"{uri}: MLflow holds no {MANIFEST} there, so this is no model of Pixloom")
+    return manifests[0].parent
 
 
 @contextmanager
 def _fewer_retries() -> Iterator[None]:
-    """MLflow gives up on a server that is away after half a minute; by itself it tries for four."""
+    """Let MLflow retry a server that does not answer for half a minute; its default is four minutes."""
     name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
     if name in os.environ:
         yield
@@ -124,9 +121,9 @@ def _fewer_retries() -> Iterator[None]:
 
 @contextmanager
 def tracking_server(uri: str | None) -> Iterator[None]:
-    """MLflow's module functions talk to `uri` (None: as the environment says), one thread at a time.
+    """Let MLflow's module functions use the server `uri` (None: the environment's), one thread at a time.
 
-    What this process had set before is set again.
+    Afterwards they use the process's former server again.
     """
     import mlflow  # noqa: PLC0415 - see above
 

@@ -1,23 +1,30 @@
-"""What batch inference leaves behind: where a key's image lies, and the table that says what is finished.
+"""The output folder of batch inference: the path of a key's image, and the table that says what is finished.
+
+in:  rows of `ROWS`, one per generated image or rejected source
+out: files below the output folder
 
     infer.json                   what was generated from what: model, config, input, number of units
     model/model.json             the model's description
     images/<key>.<suffix>        the image of a key; further samples in samples/<n>/<key>.<suffix>
-    table/part-<unit>.parquet    rows of one unit of work, written when all its images are
+    table/part-<unit>.parquet    rows of one work unit, written after all its images
 
-A unit whose table part exists is finished; nothing else says so.
+A work unit whose table part exists is finished; nothing else marks it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from typing import Literal
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
 from urllib.parse import quote
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from stages import storage
+from stages.errors import UserError
 
 Format = Literal["png", "jpeg", "webp"]
 
@@ -74,13 +81,16 @@ def _segment(text: str) -> str:
     return encoded
 
 
+# -- work units ---------------------------------------------------------------
+
+
 def part_uri(output: str, unit: int) -> str:
-    """The table part of a unit."""
+    """The table part of a work unit."""
     return storage.join(output, TABLE, f"part-{unit:05d}.parquet")
 
 
 def finished_units(output: str) -> set[int]:
-    """Units whose table part is there."""
+    """The work units whose table part exists."""
     return {
         int(name[5:-8])
         for name in storage.list_names(storage.join(output, TABLE))
@@ -88,7 +98,52 @@ def finished_units(output: str) -> set[int]:
     }
 
 
+def finished_counts(output: str, units: Iterable[int]) -> Counter[str]:
+    """The number of images in the parts of finished units, and of errors as `error_<reason>`."""
+
+    def count(unit: int) -> Counter[str]:
+        fs, path = storage.filesystem(part_uri(output, unit))
+        with fs.open(path, "rb") as handle:
+            errors = pq.read_table(handle, columns=["error"])["error"]
+        return error_counts(errors.drop_null().to_pylist()) + Counter(images=errors.null_count)
+
+    with ThreadPoolExecutor(16) as threads:
+        return sum(threads.map(count, units), Counter[str]())
+
+
+def error_counts(errors: Iterable[str]) -> Counter[str]:
+    """The number of errors by reason, as `error_<reason>`."""
+    return Counter(f"error_{error.partition(':')[0]}" for error in errors)
+
+
 def parts(output: str) -> Iterator[str]:
     """URIs of the table's parts, in unit order."""
     for unit in sorted(finished_units(output)):
         yield part_uri(output, unit)
+
+
+# -- a run's folder -----------------------------------------------------------
+
+
+def begin(output: str, identity: Mapping[str, Any], extent: Mapping[str, Any]) -> None:
+    """Write `infer.json`, or check that the folder holds work of this very run. Raises UserError if not."""
+    uri = storage.join(output, MANIFEST)
+    if not storage.exists(uri):
+        storage.write_json(uri, {**identity, **extent})
+        return
+    manifest = storage.read_json(uri)
+    for name, value in identity.items():
+        if manifest.get(name) != value:
+            raise UserError(
+                f"{output}: holds images of another {name}; take another output folder, or overwrite"
+            )
+
+
+def clear(output: str) -> None:
+    """Remove an earlier run's work; the table first, since without it nothing counts as finished."""
+    fs, path = storage.filesystem(output)
+    if not any(storage.exists(storage.join(output, name)) for name in (MANIFEST, TABLE)):
+        return  # not written by this stage
+    for name in (TABLE, IMAGES, SAMPLES, MANIFEST, "plan"):
+        if storage.exists(storage.join(output, name)):
+            fs.rm(f"{path}/{name}", recursive=True)

@@ -2,9 +2,12 @@
 
     Translator(load_model(folder)).translate(sources, instances)  ->  generated images
 
-The source becomes the network's input as in training (one-hot labels, instance edges, [-1, 1]), padded by
-reflection to a size the network takes, and the result is cropped back to the input's size. Needs torch and
-numpy only: batch inference, the MLflow model and the evaluation's baseline share it.
+in:  sources (H, W, C) of the model's kind, instance maps (H, W, 1) if it needs them
+out: one image (H, W, C) of the target kind per source, of the source's size
+
+The network sees a source as in training (one-hot labels, instance edges, [-1, 1]), padded by reflection to a
+size that it takes. torch and numpy only: batch inference, the MLflow model and the evaluation's untrained
+baseline share it.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ OVERLAP = 4
 
 
 def noise_seed(seed: int, key: str, sample: int = 0) -> int:
-    """The seed, of 63 bits, for the noise of one picture."""
+    """The seed of the noise and random style of one image."""
     return seeding.number(seed, sample, key)
 
 
@@ -71,7 +74,7 @@ class Translator:
         )
 
     def padded(self, height: int, width: int) -> tuple[int, int]:
-        """The size to which the network pads a picture of this size."""
+        """The size that an image of this size is padded to."""
         return (
             padded_size(height, multiple=self.multiple, minimum=self.minimum),
             padded_size(width, multiple=self.multiple, minimum=self.minimum),
@@ -87,11 +90,13 @@ class Translator:
         cluster: int = 0,
         reference: tuple[Array, Array, Array] | None = None,
     ) -> list[Array]:
-        """Generate one picture per source; all sources of one shape (H, W, C) of the model's source kind.
+        """Images (H, W, C) of the target kind, one per source; all sources have one shape (H, W, C).
 
-        `instances`: id maps (H, W, 1), for a model that needs them. `seeds`: one a picture, for the noise and
-        for random styles. `reference`: a target picture with its instance and label maps, for that style.
-        Returns arrays (H, W, C) of the target kind. Raises ValueError for input the model cannot take.
+        instances   id maps (H, W, 1), for a model that needs them
+        seeds       one per source, for the noise and for random styles
+        reference   a target image with its instance and label maps, for that style
+
+        Raises ValueError for input that the model cannot take.
         """
         if self.needs_instances and instances is None:
             raise ValueError("this model needs an instance map with every source")
@@ -111,7 +116,7 @@ class Translator:
         with torch.inference_mode():
             source = self._stack(sources)
             instance = None if instances is None or not self.needs_instances else self._stack(instances)
-            seeds = seeds if seeds is not None else [0] * len(sources)
+            seeds = list(seeds) if seeds is not None else [0] * len(sources)
             features = None
             if self.model.encoder is not None:
                 assert instance is not None
@@ -120,9 +125,9 @@ class Translator:
                 out = self._whole(source, instance, features, seeds)
             else:
                 out = self._tiled(source, instance, features, seeds, self.tile)
-            return self._pictures(out.float().permute(0, 2, 3, 1))
+            return self._arrays(out.float().permute(0, 2, 3, 1))
 
-    def _pictures(self, out: Tensor) -> list[Array]:
+    def _arrays(self, out: Tensor) -> list[Array]:
         """(N, H, W, C) in [-1, 1] -> arrays of the target kind; rounded on the device where it is uint8."""
         if self.target_kind in kinds.PHOTOS:
             return list(((out + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8).cpu().numpy())
@@ -163,8 +168,8 @@ class Translator:
     ) -> Tensor:
         """Overlapping tiles, blended linearly where they overlap.
 
-        Inexact: instance norm takes a tile's statistics instead of the picture's, and a tile does not see
-        beyond its border.
+        Inexact: instance norm takes the statistics of a tile instead of the image's, and the network does not
+        see past a tile's border.
         """
         height, width = source.shape[2:]
         channels = self.model.inputs.target_channels
@@ -194,7 +199,7 @@ class Translator:
         cluster: int,
         reference: tuple[Array, Array, Array] | None,
     ) -> Tensor:
-        """Style features (N, F, H, W): for every instance a style of its class."""
+        """Style features (N, F, H, W): every instance is filled with a style of its class."""
         styles, encoder = self.model.styles, self.model.encoder
         assert encoder is not None
         instances = find_instances(instance, source)
@@ -222,7 +227,7 @@ class Translator:
 
 
 def tile_starts(side: int, tile: int) -> list[int]:
-    """Where tiles begin along a side: evenly, the last one ending at the border."""
+    """The first pixel of each tile along a side: evenly spaced, and the last tile ends at the border."""
     if side <= tile:
         return [0]
     step = max(1, tile - tile // OVERLAP)
@@ -231,7 +236,7 @@ def tile_starts(side: int, tile: int) -> list[int]:
 
 
 def _ramp(length: int, tile: int, like: Tensor) -> Tensor:
-    """Blend weights along a side: rising over the overlap, 1 inside, falling; never 0."""
+    """Blend weights along a side: rising over the overlap, 1 inside, falling at the end; never 0."""
     edge = max(1, tile // OVERLAP)
     rising = (torch.arange(length, device=like.device, dtype=like.dtype) + 1) / (edge + 1)
     return torch.minimum(torch.minimum(rising, rising.flip(0)), torch.ones((), device=like.device))

@@ -3,18 +3,20 @@
     for result in each(list_files, units, stage="ingest"): ...               tasks: any process, one item each
     for row in on_actors(InferenceWorker, job, units, stage="infer", ...):   actors that hold a model
 
-Items and results are plain Python values that can be pickled (dataclasses, dicts, arrays). At most as many
-are in flight as the cluster can run, and results wait for the reader. A process that dies is replaced and its
-item is done again, so a task must be one that may be repeated. An error of ours arrives as the same error.
+Items and results are any Python values that can be pickled. At most as many are in flight as the cluster can
+run, and results wait for the reader. A process that dies is replaced and its item is done again, so a task
+must be one that may be repeated. An error of ours arrives as the same error.
 """
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import ray
 import ray.data
+from ray import cloudpickle
 from ray.data import ActorPoolStrategy
 from ray.exceptions import RayError
 
@@ -26,7 +28,7 @@ Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 UNITS_AT_ONCE = 2
-"""Units in an actor's hands: one is read or written while the other is computed."""
+"""Work units an actor has in hand: one is read or written while the other is computed."""
 
 MAX_BLOCKS = 4096
 """Blocks of one Ray Data run: its cost grows with them."""
@@ -40,10 +42,10 @@ def each(
     num_cpus: float = 1,
     blocks: int = MAX_BLOCKS,
 ) -> Iterator[Value]:
-    """`task(item)` for every item, in no order, by tasks on the cluster; Ray's dashboard names them `stage`.
+    """Yields `task(item)` for every item, in no order, from tasks on the cluster; Ray shows them as `stage`.
 
-    num_cpus   what one task takes of the cluster: less than 1 for tasks that wait for a store
-    blocks     tasks at most: items of one block are done one after the other
+    num_cpus   CPUs that one task reserves: less than 1 for tasks that wait for a store
+    blocks     most tasks to make; the items of one block are done one after the other
 
     Raises the task's own PixloomError, or StageError naming the stage.
     """
@@ -51,40 +53,33 @@ def each(
         return
 
     def run(row: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return {"value": task(row["item"]), "error": None}
-        except PixloomError as error:  # as data: Ray would log its traceback and wrap it several times
-            return {"value": None, "error": error}
+        return {"result": _result(stage, lambda: task(cloudpickle.loads(row["item"])))}
 
     run.__name__ = stage
-    results = ray.data.from_items(
-        [{"item": item} for item in items], override_num_blocks=min(len(items), blocks)
-    ).map(run, num_cpus=num_cpus)
-    try:
-        for row in results.iter_rows():
-            if row["error"] is not None:
-                raise row["error"]
-            yield cast(Value, row["value"])
-    except RayError as error:
-        raise failure(stage, error) from error
+    # Pickled here, since Arrow turns tuples into lists and gives all dicts of a column the same keys.
+    rows = [{"item": cloudpickle.dumps(item)} for item in items]
+    data = ray.data.from_items(rows, override_num_blocks=min(len(items), blocks)).map(run, num_cpus=num_cpus)
+    yield from cast(Iterator[Value], _values(stage, data))
 
 
 def on_actors(
     worker: type, job: Any, units: Sequence[int], *, stage: str, most: int, gpu: bool
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a worker class for all units, in no order.
+    """Yields the rows that a worker class returns for all work units, in no order; Ray shows it as `stage`.
 
-    The class is built once a process as `worker(job=job)` and called with {"unit": array}; units are small
-    numbers whose meaning is in the job. Raises the worker's own PixloomError, or StageError.
+    Each process builds `worker(job=job)` once and calls it with {"unit": array of one}; it returns columns of
+    one row. Units are numbers whose meaning is in the job. Raises as `each` does.
+
+    most   processes at most
     """
     most = max(1, min(most, len(units)))
     for start in range(0, len(units), MAX_BLOCKS * 64):
         chunk = units[start : start + MAX_BLOCKS * 64]
-        rows = ray.data.from_items(
+        data = ray.data.from_items(
             [{"unit": unit} for unit in chunk], override_num_blocks=min(len(chunk), MAX_BLOCKS)
         ).map_batches(
-            worker,
-            fn_constructor_kwargs={"job": job},
+            type(stage, (_Actor,), {}),
+            fn_constructor_kwargs={"worker": worker, "job": job, "stage": stage},
             batch_size=1,
             batch_format="numpy",
             num_cpus=0.5,  # actors that held all logical CPUs would leave none for Ray Data's own tasks
@@ -98,19 +93,62 @@ def on_actors(
                 enable_true_multi_threading=True,
             ),
         )
+        for columns in _values(stage, data):
+            yield {name: column[0] for name, column in columns.items()}
+
+
+class _Actor:
+    """A worker in its process."""
+
+    def __init__(self, worker: type, job: Any, stage: str) -> None:
+        self.stage = stage
+        self.worker: Any = None
+        self.error: PixloomError | None = None
         try:
-            yield from rows.iter_rows()
-        except RayError as error:
-            raise failure(stage, error) from error
+            self.worker = worker(job=job)
+        except Exception as error:  # raised at the first call, which can return it
+            self.error = failure(stage, error)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {"result": [_result(self.stage, lambda: self._call(batch))]}
+
+    def _call(self, batch: dict[str, Any]) -> Any:
+        if self.error is not None:
+            raise self.error
+        return self.worker(batch)
+
+
+def _result(stage: str, call: Callable[[], Any]) -> bytes:
+    """What a call returned or raised, pickled. Ray Data itself loses the type and text of what was raised."""
+    try:
+        return cast(bytes, cloudpickle.dumps((call(), None)))
+    except Exception as error:
+        ours = failure(stage, error)
+        if ours is not error:
+            ours.add_note(traceback.format_exc())
+        return cast(bytes, cloudpickle.dumps((None, ours)))
+
+
+def _values(stage: str, data: Any) -> Iterator[Any]:
+    """The values in a data set of results, as they come. Raises the first error."""
+    try:
+        for row in data.iter_rows():
+            value, error = cloudpickle.loads(row["result"])
+            if error is not None:
+                raise error
+            yield value
+    except RayError as error:
+        raise failure(stage, error) from error
 
 
 def failure(stage: str, error: BaseException) -> PixloomError:
-    """The error of ours that Ray wrapped, or a StageError naming the innermost cause."""
-    full = full_disk(error)
+    """The error of ours, as it is or as Ray wrapped it; else a StageError naming the stage and the cause."""
+    if isinstance(error, PixloomError):
+        return error
     inner = innermost(error)
     if isinstance(inner, PixloomError):
         return type(inner)(str(inner))
-    if full:
+    if full := full_disk(error):
         return StageError(f"{stage}: {full}")
     return StageError(f"{stage}: a worker process failed: {one_line(inner, kind=True)}")
 
@@ -121,17 +159,21 @@ def uses_gpu(resources: Resources) -> bool:
 
 
 def pool_size(resources: Resources, *, gpu: bool) -> int:
-    """Processes at most: as configured, else one a GPU, or one for every two cores."""
+    """The most processes that hold a model: as configured, else as many as suit the cluster."""
     if resources.infer_actors is not None:
         return resources.infer_actors
-    if gpu:
-        return max(1, int(ray.cluster_resources().get("GPU", 1)))
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    # of a single machine Ray may have been told more CPUs than it has
-    cores = own_cores() if len(nodes) == 1 else int(ray.cluster_resources().get("CPU", 1))
-    return max(1, cores // 2)
+    cluster = ray.cluster_resources()
+    nodes = sum(bool(node["Alive"]) for node in ray.nodes())
+    # On a single machine Ray may be started with more CPUs than the machine has.
+    cores = own_cores() if nodes == 1 else int(cluster.get("CPU", 1))
+    return processes(gpus=int(cluster.get("GPU", 0)), cores=cores, gpu=gpu)
+
+
+def processes(*, gpus: int, cores: int, gpu: bool) -> int:
+    """The number of processes that suits a cluster: one a GPU, or one for every two cores."""
+    return max(1, gpus if gpu else cores // 2)
 
 
 def threads(resources: Resources, processes: int) -> int:
-    """Torch threads of one of so many processes."""
+    """Torch threads of each of so many processes: as configured, else its share of this machine's cores."""
     return resources.threads_per_worker or max(1, own_cores() // processes)

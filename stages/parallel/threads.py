@@ -1,7 +1,7 @@
 """Bounded read-ahead by threads of this process. No Ray here.
 
-prefetch_map(pool, read, items, ahead=8)     results in the items' order, at most 8 waiting
-prefetch([iterator_function], depth=4)       an iterator run by a thread, at most 4 items ahead
+prefetch_map(pool, read, items, ahead=8)    results in the items' order, at most 8 of them waiting
+Prefetch([list_pages], depth=4)             an iterator run by a thread, at most 4 values ahead
 """
 
 from __future__ import annotations
@@ -26,11 +26,16 @@ def own_cores() -> int:
 def prefetch_map(
     threads: Executor, call: Callable[[Item], Value], items: Iterable[Item], *, ahead: int
 ) -> Iterator[Value]:
-    """`call(item)` for each item, by threads, in the items' order, with at most `ahead` results waiting."""
+    """Yields `call(item)` for each item, in the items' order; threads work on at most `ahead` items ahead."""
+    return results((threads.submit(call, item) for item in items), ahead=ahead)
+
+
+def results(futures: Iterable[Future[Value]], *, ahead: int) -> Iterator[Value]:
+    """Yields the futures' results in their order; takes at most `ahead` futures before the oldest is done."""
     waiting: deque[Future[Value]] = deque()
     try:
-        for item in items:
-            waiting.append(threads.submit(call, item))
+        for future in futures:
+            waiting.append(future)
             if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:
@@ -41,10 +46,13 @@ def prefetch_map(
 
 
 class Prefetch(Generic[Value]):
-    """The values of one or more iterators, each run by a thread of its own, at most `depth` values ahead.
+    """Iterates over the values of one or more iterators, each run by its own thread, `depth` values ahead.
 
-    The values of one iterator keep their order; those of several come as they are ready. The first error ends
-    the iteration: it is raised to the reader, and again to whoever asks again.
+    sources   functions that return an iterator; called in the thread
+    depth     most values that wait to be read
+
+    The values of one iterator keep their order; those of several are mixed as they are ready. The first error
+    of an iterator ends the iteration: it is raised to the reader, and again at every further read.
     """
 
     def __init__(
@@ -75,8 +83,9 @@ class Prefetch(Generic[Value]):
         raise self._error or StopIteration
 
     def close(self) -> None:
-        """Stop the threads; values that are ready are dropped."""
+        """Stop the threads and drop the values that wait. A thread stops after the value it works on."""
         self._closed.set()
+        self._running = 0
         for thread in self._threads:
             thread.join(timeout=30)
 

@@ -1,9 +1,10 @@
-"""What a data set is like: measures of each image, their sums over millions, the card, leaks between splits.
+"""The data set card: statistics of all images, near-duplicates between splits, sample pictures.
 
-in:  arrays as the shard stage makes them; afterwards the shards' small columns
+in:  an image (H, W, C) of the shard stage -> `measures`, which `Statistics` adds up by role
+     afterwards the shards' small columns (key, perceptual hash)
 out: card.json, card.md, samples.png in the shards folder
 
-Sums are kept as integers (floats only for kind `channels`), so a card does not depend on the order of adding.
+Sums are integers (floats only for kind `channels`), so a card does not depend on the order of adding.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
-import ray.data
 
 from stages import storage
 from stages.base import Kind, Role, Split
 from stages.images import encode, kinds, pictures
 from stages.images.kinds import Array
+from stages.parallel.cluster import each
 from stages.shards.dataset import DatasetSpec, read_split
 
 SAMPLES = 4
@@ -31,16 +32,16 @@ LEAK_DISTANCE = 2
 LEAK_SAMPLE = 20_000
 """Held-out images that every training image is compared with."""
 LEAK_EXAMPLES = 20
-_PLAIN = 6  # a hash with fewer bits set, or unset, is of a plain image: many are alike by nature
+_PLAIN = 6  # a hash with fewer bits set, or unset, is of a plain image, and many of those are alike
 
 
 # -- one image ----------------------------------------------------------------
 
 
 def measures(array: Array, kind: Kind) -> dict[str, Any]:
-    """What is kept of an image (H, W, C) beside its bytes.
+    """Statistics of an image (H, W, C).
 
-    ids:     {ids: those present, counts: pixels of each, pixels}
+    ids:     {ids: the ids in it, counts: pixels of each, pixels}
     amounts: {mean, std: per channel, in stored values; hash: perceptual, or None; sum, square, pixels}
     """
     pixels = array.shape[0] * array.shape[1]
@@ -88,25 +89,25 @@ class RoleSums:
     largest: list[int] = field(default_factory=list)
 
     def merge(self, other: Mapping[str, Any]) -> None:
-        """Add other sums, as `asdict` gives them."""
+        """Add other sums, as `asdict` returns them."""
         self.images += other["images"]
         self.pixels += other["pixels"]
         self.sum = _added(self.sum, other["sum"])
         self.square = _added(self.square, other["square"])
-        for mine, theirs in ((self.id_pixels, other["id_pixels"]), (self.id_images, other["id_images"])):
-            for name, count in theirs.items():
-                mine[name] = mine.get(name, 0) + count
+        for counts, added in ((self.id_pixels, other["id_pixels"]), (self.id_images, other["id_images"])):
+            for name, count in added.items():
+                counts[name] = counts.get(name, 0) + count
         self.smallest = min(filter(None, (self.smallest, other["smallest"])), default=[], key=_area)
         self.largest = max(filter(None, (self.largest, other["largest"])), default=[], key=_area)
 
-    def described(self, kind: Kind) -> dict[str, Any]:
-        """For the card: mean and standard deviation, or the share of each id; original sizes."""
-        found: dict[str, Any] = {"images": self.images, "smallest": self.smallest, "largest": self.largest}
+    def description(self, kind: Kind) -> dict[str, Any]:
+        """The card's entry: original sizes, and mean and standard deviation or the share of each id."""
+        entry: dict[str, Any] = {"images": self.images, "smallest": self.smallest, "largest": self.largest}
         if kind == "instances":
-            return found | {"distinct_ids": len(self.id_images)}
+            return entry | {"distinct_ids": len(self.id_images)}
         if kind == "labels":
             order = sorted(self.id_pixels, key=int)
-            return found | {
+            return entry | {
                 "classes_present": [int(name) for name in order],
                 "frequencies": {name: self.id_pixels[name] / self.pixels for name in order},
                 "images_with": {name: self.id_images[name] for name in order},
@@ -116,7 +117,7 @@ class RoleSums:
             max(0.0, square / max(1, self.pixels) - m * m) ** 0.5
             for square, m in zip(self.square, mean, strict=True)
         ]
-        return found | {"mean": mean, "std": spread}
+        return entry | {"mean": mean, "std": spread}
 
 
 def _area(size: list[int]) -> tuple[int, list[int]]:
@@ -133,30 +134,30 @@ class Statistics:
 
     roles: dict[Role, RoleSums] = field(default_factory=dict)
 
-    def add(self, role: Role, found: Mapping[str, Any], original: tuple[int, int]) -> None:
-        """Count one image by its `measures`."""
+    def add(self, role: Role, image: Mapping[str, Any], original: tuple[int, int]) -> None:
+        """Add the `measures` of one image."""
         self.roles.setdefault(role, RoleSums()).merge(
             {
                 "images": 1,
-                "pixels": found["pixels"],
-                "sum": found.get("sum", []),
-                "square": found.get("square", []),
+                "pixels": image["pixels"],
+                "sum": image.get("sum", []),
+                "square": image.get("square", []),
                 "id_pixels": {
-                    str(i): n for i, n in zip(found.get("ids", ()), found.get("counts", ()), strict=True)
+                    str(i): n for i, n in zip(image.get("ids", ()), image.get("counts", ()), strict=True)
                 },
-                "id_images": {str(i): 1 for i in found.get("ids", ())},
+                "id_images": {str(i): 1 for i in image.get("ids", ())},
                 "smallest": list(original),
                 "largest": list(original),
             }
         )
 
     def merge(self, other: Mapping[Role, Mapping[str, Any]]) -> None:
-        """Add another bucket's sums, from `to_json`."""
+        """Add another partition's sums, from `to_json`."""
         for role, sums in other.items():
             self.roles.setdefault(role, RoleSums()).merge(sums)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for a marker."""
+        """The sums as plain values, for a marker."""
         return {role: asdict(sums) for role, sums in sorted(self.roles.items())}
 
 
@@ -165,9 +166,9 @@ class Statistics:
 
 @dataclass(frozen=True, slots=True)
 class Leaks:
-    """Training images that look like a held-out one, and validation images that look like a test one.
+    """Counts of training images that look like a held-out one, of validation images like a test one.
 
-    By perceptual hash: a hint to look, not a verdict.
+    Perceptual hashes are compared, so these are pairs to look at, not certain duplicates.
     """
 
     role: str = ""
@@ -183,7 +184,7 @@ class Leaks:
 def near(
     ours: npt.NDArray[np.uint64], theirs: npt.NDArray[np.uint64], distance: int = LEAK_DISTANCE
 ) -> npt.NDArray[np.intp]:
-    """For each hash of `ours` the index of its nearest in `theirs`, or -1 if none is within `distance`."""
+    """For each hash of `ours` the index of the nearest of `theirs`, or -1 if none is within `distance`."""
     if not len(ours) or not len(theirs):
         return np.full(len(ours), -1, np.intp)
     apart = np.bitwise_count(ours[:, None] ^ theirs[None, :])
@@ -191,10 +192,30 @@ def near(
     return np.where(apart[np.arange(len(ours)), nearest] <= distance, nearest, -1)
 
 
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """Keys and hashes of held-out images; the first `test` of them are of the test split."""
+
+    keys: list[str]
+    hashes: npt.NDArray[np.uint64]
+    test: int
+
+
+@dataclass(frozen=True, slots=True)
+class Likeness:
+    """The images of one shard: how many, how many look like a held-out one, and examples of those."""
+
+    split: str
+    name: str
+    rows: int
+    found: int
+    examples: list[tuple[str, str, int]]
+
+
 def leakage(folder: str, spec: DatasetSpec) -> Leaks:
     """Compare every training image with (a sample of) the held-out ones, those of val with those of test.
 
-    A shard a task.
+    One task compares one shard.
     """
     role = next((r for r in ("target", "source") if r in spec.roles and hashable(spec.roles[r].kind)), None)
     names: dict[str, list[str]] = {
@@ -202,42 +223,41 @@ def leakage(folder: str, spec: DatasetSpec) -> Leaks:
     }
     if role is None or sum(map(bool, names.values())) < 2:
         return Leaks()
-    keys: list[str] = []
-    hashes: list[npt.NDArray[np.uint64]] = [np.empty(0, np.uint64)]
-    ends: dict[str, int] = {}  # those of test come first: val is compared with these alone
-    for split in ("test", "val"):
-        for name in names[split]:
-            if len(keys) >= LEAK_SAMPLE:
-                break
-            found, values = read_hashes(folder, name, role)
-            keys += found
-            hashes.append(values)
-        ends[split] = min(len(keys), LEAK_SAMPLE)
-    held = np.concatenate(hashes)[:LEAK_SAMPLE]
-    items = [
-        {"name": name, "split": split, "end": end}
-        for split, end in (("train", ends["val"]), ("val", ends["test"]))
-        for name in names[split]
-        if end
-    ]
-    compare = partial(_compare, folder=folder, role=role, held=ray.put((keys, held)))
-    rows: list[dict[str, Any]] = []
-    if items:
-        compared = ray.data.from_items(items, override_num_blocks=min(len(items), 1024)).map(compare)
-        rows = sorted(compared.iter_rows(), key=lambda row: str(row["name"]))
-    examples = [tuple(example) for row in rows for example in json.loads(row["examples"])]
-    total: Counter[str] = Counter()
-    for row in rows:
-        total.update({f"rows_{row['split']}": row["rows"], f"found_{row['split']}": row["found"]})
+    held_out = read_held_out(folder, names, role)
+    shards = [("train", name) for name in names["train"] if held_out.keys]
+    shards += [("val", name) for name in names["val"] if held_out.test]
+    compare = partial(_compare, folder=folder, role=role, held_out=held_out)
+    compared = sorted(each(compare, shards, stage="leakage", blocks=1024), key=lambda shard: shard.name)
+    rows, found = Counter[str](), Counter[str]()
+    for shard in compared:
+        rows[shard.split] += shard.rows
+        found[shard.split] += shard.found
+    examples = [example for shard in compared for example in shard.examples]
     return Leaks(
         role=role,
-        train=total["rows_train"],
-        held_out=len(held),
-        found=total["found_train"],
-        val=total["rows_val"],
-        found_in_val=total["found_val"],
+        train=rows["train"],
+        held_out=len(held_out.keys),
+        found=found["train"],
+        val=rows["val"],
+        found_in_val=found["val"],
         examples=tuple(examples[:LEAK_EXAMPLES]),
     )
+
+
+def read_held_out(folder: str, names: Mapping[str, list[str]], role: Role) -> HeldOut:
+    """The first `LEAK_SAMPLE` images of test, then of val: val is compared with test alone."""
+    keys: list[str] = []
+    hashes = np.empty(0, np.uint64)
+    test = 0
+    for split in ("test", "val"):
+        for name in names[split]:
+            if len(keys) < LEAK_SAMPLE:
+                more_keys, more_hashes = read_hashes(folder, name, role)
+                keys += more_keys
+                hashes = np.concatenate([hashes, more_hashes])
+        if split == "test":
+            test = min(len(keys), LEAK_SAMPLE)
+    return HeldOut(keys[:LEAK_SAMPLE], hashes[:LEAK_SAMPLE], test)
 
 
 def hashable(kind: Kind) -> bool:
@@ -246,7 +266,7 @@ def hashable(kind: Kind) -> bool:
 
 
 def read_hashes(folder: str, name: str, role: Role) -> tuple[list[str], npt.NDArray[np.uint64]]:
-    """Keys and hashes of a shard's images, without those too plain to compare."""
+    """Keys and hashes of a shard's images, without those that are too plain to compare."""
     table = storage.read_parquet(storage.join(folder, name), ["key", f"{role}_hash"]).drop_null()
     hashes = table[f"{role}_hash"].to_numpy().astype(np.uint64)
     bits = np.bitwise_count(hashes)
@@ -254,23 +274,17 @@ def read_hashes(folder: str, name: str, role: Role) -> tuple[list[str], npt.NDAr
     return table["key"].take(kept).to_pylist(), hashes[kept]
 
 
-def _compare(row: dict[str, Any], *, folder: str, role: Role, held: Any) -> dict[str, Any]:
-    held_keys, held_hashes = ray.get(held)
-    held_hashes = held_hashes[: row["end"]]
-    keys, hashes = read_hashes(folder, row["name"], role)
-    nearest = near(hashes, held_hashes)
+def _compare(shard: tuple[str, str], *, folder: str, role: Role, held_out: HeldOut) -> Likeness:
+    split, name = shard
+    others = held_out.hashes if split == "train" else held_out.hashes[: held_out.test]
+    keys, hashes = read_hashes(folder, name, role)
+    nearest = near(hashes, others)
     alike = np.flatnonzero(nearest >= 0)
     examples = [
-        (keys[i], held_keys[nearest[i]], int(np.bitwise_count(hashes[i] ^ held_hashes[nearest[i]])))
+        (keys[i], held_out.keys[nearest[i]], int(np.bitwise_count(hashes[i] ^ others[nearest[i]])))
         for i in alike[:LEAK_EXAMPLES]
     ]
-    return {
-        "name": row["name"],
-        "split": row["split"],
-        "rows": len(keys),
-        "found": len(alike),
-        "examples": json.dumps(examples),
-    }
+    return Likeness(split, name, len(keys), len(alike), examples)
 
 
 # -- the card -----------------------------------------------------------------
@@ -283,16 +297,16 @@ def write(
     rejects: Mapping[str, int],
     leaks: Leaks,
 ) -> dict[str, bytes]:
-    """Write card.json, card.md and samples.png into a shards folder; returns them by name."""
-    found = {
+    """Write card.json, card.md and samples.png into a shards folder; returns their contents by name."""
+    content = {
         "size": list(spec.size),
-        "roles": {role: known.model_dump(exclude_none=True) for role, known in spec.roles.items()},
+        "roles": {role: stored.model_dump(exclude_none=True) for role, stored in spec.roles.items()},
         "splits": {
             split: {
                 "pairs": spec.rows(split),
                 "shards": len(spec.splits[split]),
                 "roles": {
-                    role: sums.described(spec.roles[role].kind)
+                    role: sums.description(spec.roles[role].kind)
                     for role, sums in statistics[split].roles.items()
                 },
             }
@@ -303,8 +317,8 @@ def write(
         "leakage": asdict(leaks),
     }
     files = {
-        "card.json": json.dumps(found, indent=2, ensure_ascii=False).encode() + b"\n",
-        "card.md": markdown(found).encode(),
+        "card.json": json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n",
+        "card.md": markdown(content).encode(),
         "samples.png": encode.encode_png(samples(folder, spec)),
     }
     for name, data in files.items():
@@ -313,7 +327,7 @@ def write(
 
 
 def samples(folder: str, spec: DatasetSpec) -> Array:
-    """The first pairs as a sheet: a row a pair, a column a role."""
+    """A sheet of the first pairs: one row a pair, one column a role."""
     split = next(split for split in get_args(Split) if split in spec.splits)
     blank = np.full((spec.size[1], spec.size[0], 3), 255, np.uint8)
     rows = [
@@ -323,29 +337,29 @@ def samples(folder: str, spec: DatasetSpec) -> Array:
     return pictures.sheet(rows)
 
 
-def markdown(found: Mapping[str, Any]) -> str:
-    """The card for people."""
-    width, height = found["size"]
+def markdown(content: Mapping[str, Any]) -> str:
+    """The card as Markdown."""
+    width, height = content["size"]
     lines = ["# Data set card", "", f"All images are stored at {width}x{height} pixels.", ""]
     lines += ["| role | kind | encoding | classes |", "|---|---|---|---|"]
-    for role, known in found["roles"].items():
-        lines.append(f"| {role} | {known['kind']} | {known['encoding']} | {known.get('classes', '')} |")
+    for role, stored in content["roles"].items():
+        lines.append(f"| {role} | {stored['kind']} | {stored['encoding']} | {stored.get('classes', '')} |")
     lines += ["", "| split | pairs | shards |", "|---|---|---|"]
     lines += [
-        f"| {name} | {split['pairs']:,} | {split['shards']:,} |" for name, split in found["splits"].items()
+        f"| {name} | {split['pairs']:,} | {split['shards']:,} |" for name, split in content["splits"].items()
     ]
     lines += ["", "![samples](samples.png)", ""]
-    for name, split in found["splits"].items():
+    for name, split in content["splits"].items():
         lines += [f"## {name}", "", "| role | original sizes | values |", "|---|---|---|"]
         for role, sums in split["roles"].items():
             sizes = sorted({"x".join(map(str, sums["smallest"])), "x".join(map(str, sums["largest"]))})
             lines.append(f"| {role} | {' to '.join(sizes)} | {_values(sums)} |")
         lines.append("")
-    if found["rejects"]:
+    if content["rejects"]:
         lines += ["## Rejected", "", "| reason | pairs |", "|---|---|"]
-        lines += [f"| {reason} | {count:,} |" for reason, count in found["rejects"].items()]
+        lines += [f"| {reason} | {count:,} |" for reason, count in content["rejects"].items()]
         lines.append("")
-    return "\n".join(lines + _leak_lines(found["leakage"])) + "\n"
+    return "\n".join(lines + _leak_lines(content["leakage"])) + "\n"
 
 
 def _values(sums: Mapping[str, Any]) -> str:
@@ -369,7 +383,7 @@ def _leak_lines(leaks: Mapping[str, Any]) -> list[str]:
         "## Near-duplicates between splits",
         "",
         f"{leaks['found']:,} of {leaks['train']:,} training images ({leaks['role']}) look like one of "
-        f"{leaks['held_out']:,} held-out images, by perceptual hash. Worth a look, not a verdict.",
+        f"{leaks['held_out']:,} held-out images, by perceptual hash. Look at them: they may be duplicates.",
     ]
     if leaks["val"]:
         lines.append(f"So do {leaks['found_in_val']:,} of {leaks['val']:,} validation images of test ones.")
@@ -380,6 +394,6 @@ def _leak_lines(leaks: Mapping[str, Any]) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    """A key, which is a stranger's text, as a cell of a Markdown table."""
+    """A key as a cell of a Markdown table; keys are text that nobody has checked."""
     plain = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:120])
     return "`" + plain.replace("`", "'").replace("|", "\\|") + "`"

@@ -1,15 +1,17 @@
-"""What a shards folder holds, and how to read images back out of it with every checksum verified.
+"""A shards folder: its description, and its pairs read back with every checksum verified.
 
-    dataset.json                  DatasetSpec: size, roles, the files of each split
-    <split>-<bucket>.parquet      rows {key, group, and per role R: R, R_crc, R_uri, R_width, R_height, ...}
+in:  dataset.json            DatasetSpec: size, roles, the files of each split
+     <split>-<n>.parquet     rows {key, group, and per role R: R, R_crc, R_uri, R_width, R_height, ...}
+out: Sample: a pair's images (H, W, C) by role, and where they came from
 
-`docs/data.md` has the whole schema. A row's images are decoded late, from a view on the Parquet buffer.
+`docs/data.md` has the whole schema. Images are decoded from a view on the Parquet buffer.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,7 +22,7 @@ from pydantic import ValidationError
 
 from stages import storage
 from stages.base import Config, Kind, Role, Split
-from stages.errors import StageError, UserError
+from stages.errors import StageError, UserError, first_invalid
 from stages.images import decode, encode, kinds, pictures
 from stages.images.kinds import Array, Encoding, ImageRejected
 from stages.shards.row_groups import num_row_groups, read_unit
@@ -46,7 +48,7 @@ class RoleSpec(Config):
 
 
 class ShardFile(Config):
-    """One Parquet file of a split, its rows, and the rows of each of its row groups."""
+    """One Parquet file of a split: its rows, and the rows of each of its row groups."""
 
     name: str
     rows: int
@@ -54,7 +56,7 @@ class ShardFile(Config):
 
 
 class DatasetSpec(Config):
-    """A shards folder. All its images have one size (width, height)."""
+    """The description of a shards folder. All its images have one size (width, height)."""
 
     version: Literal[1] = 1
     size: tuple[int, int]
@@ -70,13 +72,13 @@ class DatasetSpec(Config):
         return {f"num_{split}": self.rows(split) for split in self.splits}
 
     def digest(self) -> str:
-        """What tells two shards folders apart: files, rows and how they are stored."""
+        """A digest that differs if files, rows or the way images are stored differ."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One pair: per role the image (H, W, C), where it came from and its size (width, height) there."""
+    """One pair: per role the image (H, W, C), its URI and its size (width, height) there."""
 
     key: str
     split: Split
@@ -86,47 +88,47 @@ class Sample:
     original: Mapping[Role, tuple[int, int]]
 
     def picture(self, spec: DatasetSpec, role: Role) -> Array:
-        """The image of a role as a picture (H, W, 3) uint8; colours of Lab need the pair's lightness."""
-        known = spec.roles[role]
+        """The image of a role as a picture (H, W, 3) uint8; `lab_ab` is shown with the pair's lightness."""
+        stored = spec.roles[role]
         lightness = next((i for r, i in self.images.items() if spec.roles[r].kind == "lab_l"), None)
-        return pictures.picture(self.images[role], known.kind, classes=known.classes, lightness=lightness)
+        return pictures.picture(self.images[role], stored.kind, classes=stored.classes, lightness=lightness)
 
 
 def load(folder: str) -> DatasetSpec:
-    """The description of a shards folder. Raises UserError if the folder is none."""
+    """The description of a shards folder. Raises UserError if there is none, or it is damaged."""
     uri = storage.join(folder, NAME)
     try:
         return DatasetSpec.model_validate_json(storage.read_bytes(uri))
     except FileNotFoundError:
         raise UserError(f"{folder}: no {NAME}, so this is not a finished shards folder") from None
     except ValidationError as error:
-        raise UserError(f"{uri}: {error.errors()[0]['msg']}") from error
+        raise UserError(f"{uri}: {first_invalid(error)}") from error
 
 
 def save(folder: str, spec: DatasetSpec) -> None:
-    """Write the description; the last thing a shard run does."""
+    """Write the description. It makes the folder a shards folder, so it is written last."""
     storage.write_bytes(storage.join(folder, NAME), spec.model_dump_json(indent=1).encode() + b"\n")
 
 
 def decode_role(data: memoryview | bytes, crc: int, role: RoleSpec, size: tuple[int, int]) -> Array:
     """A stored image (H, W, C), its checksum verified. Raises ImageRejected `unreadable` if it differs."""
     if encode.checksum(data) != crc:
-        raise ImageRejected("unreadable", "checksum differs from the one taken when the shard was made")
+        raise ImageRejected("unreadable", "its checksum differs from the one that the shard stage stored")
     return decode.decode_stored(
         data, kind=role.kind, encoding=role.encoding, channels=role.channels, size=size
     )
 
 
-def corrupt(folder: str, name: str, key: str, role: str, why: object) -> StageError:
-    """The error for a stored image that is not what was written: shards are made anew, not patched."""
+def corrupt(folder: str, name: str, key: str, role: str, reason: object) -> StageError:
+    """The error for a damaged image: a shard is made again as a whole."""
     return StageError(
-        f"{storage.join(folder, name)}: image '{role}' of pair '{key}' is damaged ({why}); "
+        f"{storage.join(folder, name)}: image '{role}' of pair '{key}' is damaged ({reason}); "
         f"delete that file and its marker in _parts/ (or the whole folder) and run the shard stage again"
     )
 
 
 def columns(spec: DatasetSpec, *, sources: bool = True) -> list[str]:
-    """Columns of a shard that hold images; with `sources`, also where they came from."""
+    """The columns of a shard that hold images; with `sources`, also their URIs and original sizes."""
     names = ["key", "group"] if sources else ["key"]
     for role in spec.roles:
         names += [role, f"{role}_crc"]
@@ -137,61 +139,52 @@ def columns(spec: DatasetSpec, *, sources: bool = True) -> list[str]:
 def read_file(
     folder: str, spec: DatasetSpec, split: Split, name: str, keys: Collection[str] | None = None
 ) -> Iterator[Sample]:
-    """The pairs of one shard file, a row group at a time. Raises StageError on a damaged image."""
+    """Yields the pairs of one shard file, or those with `keys`, a row group at a time.
+
+    Raises StageError on a damaged image.
+    """
     for group in range(num_row_groups(storage.join(folder, name))):
         unit = {"file": name, "group": group}
-        if keys is not None:  # the keys are a small column: look before reading images
-            found = read_unit(folder, unit, ["key"])["key"].to_pylist()
-            if not any(key in keys for key in found):
-                continue
+        # The column of keys is small: images are read only from groups with a key that is asked for.
+        if keys is not None and set(keys).isdisjoint(read_unit(folder, unit, ["key"])["key"].to_pylist()):
+            continue
         table = read_unit(folder, unit, columns(spec))
         for row in range(table.num_rows):
             if keys is None or table["key"][row].as_py() in keys:
                 yield sample_of(folder, spec, split, name, table, row)
 
 
-def read_split(
-    folder: str,
-    spec: DatasetSpec,
-    split: Split,
-    keys: Collection[str] | None = None,
-    limit: int | None = None,
-) -> Iterator[Sample]:
-    """The pairs of a split in the order they are stored, decoded and verified; `keys` picks some of them.
+def read_split(folder: str, spec: DatasetSpec, split: Split, limit: int | None = None) -> Iterator[Sample]:
+    """Yields the pairs of a split, or the first `limit` of them, in the order they are stored.
 
-    For samples and small splits; a task over a large one reads `spec.splits[split]` file by file.
+    For small splits; a task that reads a large one reads `spec.splits[split]` file by file.
     """
-    left = limit if limit is not None else -1
-    for file in spec.splits.get(split, ()):
-        if left == 0:
-            return
-        for sample in read_file(folder, spec, split, file.name, keys):
-            yield sample
-            left -= 1
-            if left == 0:
-                return
+    samples = (
+        sample for file in spec.splits.get(split, ()) for sample in read_file(folder, spec, split, file.name)
+    )
+    return itertools.islice(samples, limit)
 
 
 def example(folder: str, spec: DatasetSpec) -> dict[str, bytes]:
-    """What a served model takes, from the first pair there is: the source and its instance map, encoded.
+    """The input of a served model: the encoded source of the first pair, and its instance map if it has one.
 
-    A corner of them: MLflow keeps it with the model and tries the model on it.
+    Cropped to `EXAMPLE_SIDE`: MLflow stores it as the model's input example and runs the model on it.
     """
     splits: tuple[Split, ...] = ("test", "val", "train")
     sample = next(s for split in splits for s in read_split(folder, spec, split, limit=1))
-    found = {"image": _encoded(sample.images["source"], spec.roles["source"].kind)}
+    images = {"image": _encoded_corner(sample.images["source"], spec.roles["source"].kind)}
     if "instance" in sample.images:
-        found["instance"] = _encoded(sample.images["instance"], "instances")
-    return found
+        images["instance"] = _encoded_corner(sample.images["instance"], "instances")
+    return images
 
 
-def _encoded(array: Array, kind: Kind) -> bytes:
+def _encoded_corner(array: Array, kind: Kind) -> bytes:
     array = array[:EXAMPLE_SIDE, :EXAMPLE_SIDE]
     if kind != "channels":
         return encode.encode_png(array)
-    sink = io.BytesIO()
-    np.save(sink, array)
-    return sink.getvalue()
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
 
 
 def sample_of(folder: str, spec: DatasetSpec, split: Split, name: str, table: pa.Table, row: int) -> Sample:
@@ -200,16 +193,16 @@ def sample_of(folder: str, spec: DatasetSpec, split: Split, name: str, table: pa
     arrays: dict[Role, Array] = {}
     uris: dict[Role, str] = {}
     original: dict[Role, tuple[int, int]] = {}
-    for role, known in spec.roles.items():
+    for role, stored in spec.roles.items():
         scalar: Any = table[role][row]
         if not scalar.is_valid:
             continue  # an optional role that this pair lacks
         try:
             arrays[role] = decode_role(
-                memoryview(scalar.as_buffer()), table[f"{role}_crc"][row].as_py(), known, spec.size
+                memoryview(scalar.as_buffer()), table[f"{role}_crc"][row].as_py(), stored, spec.size
             )
-        except ImageRejected as why:
-            raise corrupt(folder, name, key, role, why) from why
+        except ImageRejected as error:
+            raise corrupt(folder, name, key, role, error) from error
         uris[role] = table[f"{role}_uri"][row].as_py()
         original[role] = (table[f"{role}_width"][row].as_py(), table[f"{role}_height"][row].as_py())
     return Sample(key, split, table["group"][row].as_py() or "", arrays, uris, original)

@@ -1,9 +1,9 @@
-"""Row groups of shards, read whole: what the tasks behind a training input do.
+"""Whole row groups of shards, from local files or a store.
 
 in:  read units {file, group, rows} of a shards folder
-out: Arrow tables of their rows, images as they are stored
+out: Arrow tables of their rows, with images as they are stored
 
-Without torch, so that a process that only reads starts in a second and stays small.
+No torch here, so that a process that only reads starts in a second and stays small.
 """
 
 from __future__ import annotations
@@ -28,11 +28,14 @@ def _metadata(uri: str) -> Any:
 
 
 class _Window(io.RawIOBase):
-    """The bytes of a file from `start` on, at their own places: what a reader of one row group asks for."""
+    """A file of which only the bytes from `start` on are at hand, as a reader of one row group needs them.
+
+    `fsspec.parquet` is no replacement: with pyarrow it reads the footer again for every row group.
+    """
 
     def __init__(self, start: int, data: bytes, size: int) -> None:
         super().__init__()
-        self.start, self.data, self.total, self.at = start, memoryview(data), size, 0
+        self.start, self.data, self.size, self.position = start, memoryview(data), size, 0
 
     def readable(self) -> bool:
         return True
@@ -41,41 +44,43 @@ class _Window(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        self.at = offset + (0, self.at, self.total)[whence]
-        return self.at
+        self.position = offset + (0, self.position, self.size)[whence]
+        return self.position
 
     def tell(self) -> int:
-        return self.at
+        return self.position
 
     def readinto(self, out: Any) -> int:
-        begin = self.at - self.start
+        begin = self.position - self.start
         if not 0 <= begin <= len(self.data):
             raise OSError("a page outside its row group")
         part = self.data[begin : begin + len(out)]
         out[: len(part)] = part
-        self.at += len(part)
+        self.position += len(part)
         return len(part)
 
 
 def num_row_groups(uri: str) -> int:
-    """Row groups of a shard."""
-    if storage.is_local(uri):
-        return int(pq.read_metadata(uri).num_row_groups)
-    return int(storage.patiently(lambda: _metadata(uri), uri).num_row_groups)
+    """The number of row groups of a shard. Raises as `read_unit` does."""
+    read = pq.read_metadata if storage.is_local(uri) else _metadata
+    try:
+        return int(storage.patiently(lambda: read(uri), uri).num_row_groups)
+    except (FileNotFoundError, pa.ArrowException) as error:
+        raise _mismatch(uri, error) from error
 
 
 def read_row_group(uri: str, group: int, columns: list[str]) -> pa.Table:
-    """Columns of one row group; from a store with a single request (its footer is read once a process).
+    """Columns of one row group; from a store by a single request (a process reads each footer once).
 
-    What a store's client hands over is compared with Parquet's page checksums, since clients do not notice
-    flipped bits in parts of objects. Raises OSError if it differs.
+    Bytes from a store are verified by Parquet's page checksums, since clients do not notice flipped bits in
+    parts of objects. Raises OSError if they differ.
     """
     if storage.is_local(uri):
         with pq.ParquetFile(uri, memory_map=True) as file:
             return file.read_row_group(group, columns=columns, use_threads=False)
     try:
         metadata = _metadata(uri)
-    except pa.ArrowInvalid as error:  # a footer that came over damaged, or is
+    except pa.ArrowInvalid as error:  # a footer that is damaged, in the store or on its way
         raise OSError(str(error)) from error
     chunks = [metadata.row_group(group).column(i) for i in range(metadata.num_columns)]
     chunks = [c for c in chunks if c.path_in_schema.partition(".")[0] in columns]
@@ -90,21 +95,24 @@ def read_row_group(uri: str, group: int, columns: list[str]) -> pa.Table:
         with pq.ParquetFile(window, metadata=metadata, page_checksum_verification=True) as file:
             return file.read_row_group(group, columns=columns, use_threads=False)
     except (OSError, pa.ArrowException) as error:
-        _metadata.cache_clear()  # it may be the footer that came over damaged
+        _metadata.cache_clear()  # the footer may have been damaged on its way
         raise OSError(f"row group {group}: {' '.join(str(error).split())}") from error
 
 
 def read_unit(folder: str, unit: Mapping[str, Any], columns: list[str]) -> pa.Table:
-    """The rows of a read unit {file, group, rows}, in their order; rows None are all of the group.
+    """The rows of a read unit {file, group, rows}, in the order of `rows`; None: all rows of the group.
 
     Raises:
-        StageError: the shard is gone or damaged, or the store stayed away. UserError: it refuses access.
+        StageError: the shard is gone or damaged, or the store failed. UserError: it refuses access.
     """
     uri = storage.join(folder, unit["file"])
     try:
         table = storage.patiently(lambda: read_row_group(uri, unit["group"], columns), uri)
     except (FileNotFoundError, pa.ArrowException) as error:
-        text = " ".join(str(error).split())
-        raise StageError(f"{uri}: not the shard that dataset.json describes ({text})") from error
+        raise _mismatch(uri, error) from error
     rows = unit.get("rows")
     return table if rows is None else table.take(pa.array(rows, pa.int64()))
+
+
+def _mismatch(uri: str, error: Exception) -> StageError:
+    return StageError(f"{uri}: not the shard that dataset.json describes ({' '.join(str(error).split())})")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stages.base import Role, Split
 from stages.images import geometry, kinds, pictures
+from stages.images.augment import apply, centre
 from stages.images.kinds import Array
 from stages.models.gan import GanState
 from stages.models.inputs import make_condition, translate
@@ -30,12 +31,12 @@ SPLITS: tuple[Split, ...] = ("val", "test", "train")
 
 
 def fixed(sample: Sample, spec: DatasetSpec, job: PhaseJob) -> dict[Role, Array]:
-    """A pair's images as in the phase but without jitter: a centre crop, at the phase's resolution."""
-    width, height = phases.full_size(spec.size, job.augment)
-    left, top = (spec.size[0] - width) // 2, (spec.size[1] - height) // 2
+    """A pair's images as the phase would see them without jitter: the middle, at the phase's resolution."""
+    crop = job.augment.crop
+    middle = centre(spec.size, crop)
     scale = phases.downscale(job.model, job.phase)
     return {
-        role: geometry.shrink(image[top : top + height, left : left + width], scale, spec.roles[role].kind)
+        role: geometry.shrink(apply(image, middle, spec.size, crop), scale, spec.roles[role].kind)
         for role, image in sample.images.items()
     }
 

@@ -1,4 +1,4 @@
-"""Batch inference where things break: the store, a process that generates, the driver, MLflow."""
+"""Batch inference under faults: of the store, of a worker process, of the driver, of MLflow."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FAULTS = (
     Fault("status", 0.03),
     Fault("status", 0.02, code=500, error="InternalError"),
     Fault("reset", 0.02),
-    Fault("status_after", 0.02, method="PUT"),  # the store has it, the client is told it has not
+    Fault("status_after", 0.02, method="PUT"),  # written, and answered with an error
     Fault("reset_after", 0.02, method="PUT"),
     Fault("truncate", 0.03, method="GET"),
     Fault("flip", 0.03, method="GET", path=r"/in/"),
@@ -74,32 +74,32 @@ def check(client: s3fs.S3FileSystem, bucket: str) -> None:
     assert sorted(row["key"] for row in listed) == [f"{index:03d}" for index in range(COUNT)]
     assert not [row for row in listed if row["error"] is not None]
     client.invalidate_cache()
-    held = {name: client.cat_file(name) for name in client.find(f"{bucket}/out/{outputs.IMAGES}")}
-    assert {name.rpartition("/")[2] for name in held} == {f"{index:03d}.png" for index in range(COUNT)}
+    images = {name: client.cat_file(name) for name in client.find(f"{bucket}/out/{outputs.IMAGES}")}
+    assert {name.rpartition("/")[2] for name in images} == {f"{index:03d}.png" for index in range(COUNT)}
     for row in listed:
-        data = held[f"{bucket}/out/{row['output']}"]
+        data = images[f"{bucket}/out/{row['output']}"]
         assert (zlib.crc32(data), len(data)) == (row["crc"], row["size"])
 
 
 def wait(condition: Callable[[], Any], process: subprocess.Popen[bytes], log: Path) -> Any:
     until = time.monotonic() + 240
-    while not (found := condition()):
+    while not (value := condition()):
         assert process.poll() is None, log.read_text()
-        assert time.monotonic() < until, "it never came to that"
+        assert time.monotonic() < until, "the condition was never true"
         time.sleep(0.05)
-    return found
+    return value
 
 
-def generators(driver: int) -> list[psutil.Process]:
-    """The processes that generate, of this driver's Ray."""
-    found = []
+def workers(driver: int) -> list[psutil.Process]:
+    """The worker processes of this driver's Ray."""
+    processes = []
     for process in psutil.Process(driver).children(recursive=True):
         try:
-            if "MapBatches(Generator)" in " ".join(process.cmdline()):
-                found.append(process)
+            if "MapBatches(infer)" in " ".join(process.cmdline()):
+                processes.append(process)
         except psutil.Error:
             continue
-    return found
+    return processes
 
 
 def test_a_bad_network_a_killed_process_and_a_killed_driver_lose_and_repeat_nothing(
@@ -111,13 +111,13 @@ def test_a_bad_network_a_killed_process_and_a_killed_driver_lose_and_repeat_noth
 
     def written() -> list[str]:
         client.invalidate_cache()
-        found: list[str] = client.find(f"{s3_bucket}/out/{outputs.IMAGES}")
-        return found
+        names: list[str] = client.find(f"{s3_bucket}/out/{outputs.IMAGES}")
+        return names
 
     def parts() -> dict[str, Any]:
         client.invalidate_cache()
-        found = client.find(f"{s3_bucket}/out/{outputs.TABLE}", detail=True)
-        return {name: entry["LastModified"] for name, entry in found.items()}
+        entries = client.find(f"{s3_bucket}/out/{outputs.TABLE}", detail=True)
+        return {name: entry["LastModified"] for name, entry in entries.items()}
 
     with FaultProxy(s3_store.address, FAULTS) as proxy:
         words, environment = command(s3_bucket, proxy.url)
@@ -126,17 +126,17 @@ def test_a_bad_network_a_killed_process_and_a_killed_driver_lose_and_repeat_noth
                 words, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
             )
         wait(written, driver, log)
-        (first,) = generators(driver.pid)
+        (first,) = workers(driver.pid)
         first.kill()
-        wait(lambda: parts() and [p for p in generators(driver.pid) if p.pid != first.pid], driver, log)
+        wait(lambda: parts() and [p for p in workers(driver.pid) if p.pid != first.pid], driver, log)
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait()
         before = parts()
-        told = subprocess.run(
+        result = subprocess.run(
             words, env=environment, timeout=400, capture_output=True, text=True, check=False
         )
-        assert told.returncode == 0, told.stdout + told.stderr
-        assert f"images {COUNT}, errors 0" in told.stdout
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert f"images {COUNT}, errors 0" in result.stdout
         spoiled = {name: number for name, number in proxy.counts.items() if name != "requests"}
         assert spoiled.keys() == {fault.action for fault in FAULTS}, spoiled
     assert {name: when for name, when in parts().items() if name in before} == before
@@ -176,11 +176,11 @@ def test_without_its_mlflow_a_model_in_a_folder_generates_and_a_registered_one_i
     fill(client, s3_bucket, make_model(tmp_path / "model"))
     (port,) = free_ports(1)  # nobody listens there
     words, environment = command(s3_bucket, s3_store.url, f"tracking.uri=http://127.0.0.1:{port}")
-    told = subprocess.run(words, env=environment, timeout=400, capture_output=True, text=True, check=False)
-    assert told.returncode == 0, told.stdout + told.stderr
+    result = subprocess.run(words, env=environment, timeout=400, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
     check(client, s3_bucket)
     words[words.index(f"s3://{s3_bucket}/model")] = "models:/street@champion"
-    told = subprocess.run(words, env=environment, timeout=400, capture_output=True, text=True, check=False)
-    assert told.returncode == 2
-    (line,) = told.stderr.strip().splitlines()
-    assert line.startswith("infer.model: models:/street@champion: ")
+    result = subprocess.run(words, env=environment, timeout=400, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("--model: models:/street@champion: ")

@@ -1,4 +1,4 @@
-"""Sources made from targets."""
+"""Sources source from targets."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ PHOTO = geometry.resize(RNG.integers(0, 256, (8, 8, 3), np.uint8), (96, 64), "rg
 @pytest.mark.parametrize("kind", ["rgb", "grey", "lab_l"])
 def test_every_recipe_makes_a_source_of_the_kind_asked_for(recipe, kind):
     before = PHOTO.copy()
-    made = derive(PHOTO, recipe, key="a", kind=kind)
-    assert made.shape == (64, 96, kinds.CHANNELS[kind])
-    assert made.dtype == np.uint8
-    assert np.array_equal(made, derive(PHOTO, recipe, key="a", kind=kind))
+    source = derive(PHOTO, recipe, key="a", kind=kind)
+    assert source.shape == (64, 96, kinds.CHANNELS[kind])
+    assert source.dtype == np.uint8
+    assert np.array_equal(source, derive(PHOTO, recipe, key="a", kind=kind))
     assert np.array_equal(PHOTO, before)
 
 
@@ -35,22 +35,22 @@ def test_holes_depend_on_the_key_and_leave_the_rest_alone():
 
 
 def test_lightness_is_the_l_of_lab():
-    made = derive(PHOTO, "lab_lightness", key="a", kind="lab_l")
-    assert np.allclose(made[..., 0] / 2.55, colour.rgb_to_lab(PHOTO)[..., 0], atol=0.25)
+    source = derive(PHOTO, "lab_lightness", key="a", kind="lab_l")
+    assert np.allclose(source[..., 0] / 2.55, colour.rgb_to_lab(PHOTO)[..., 0], atol=0.25)
 
 
 def test_edges_are_thin_lines_where_the_image_changes():
     step = np.zeros((40, 40, 3), np.uint8)
     step[:, 20:] = 200
-    made = derive(step, "edges", key="a", kind="grey")[:, :, 0]
-    assert set(np.unique(made)) == {0, 255}
-    columns = np.flatnonzero((made == 0).any(axis=0))
+    source = derive(step, "edges", key="a", kind="grey")[:, :, 0]
+    assert set(np.unique(source)) == {0, 255}
+    columns = np.flatnonzero((source == 0).any(axis=0))
     assert 1 <= len(columns) <= 2
     assert abs(columns.mean() - 19.5) <= 1
 
 
 def test_downscaling_loses_detail_and_keeps_the_mean():
     noise = RNG.integers(0, 256, (64, 64, 3), np.uint8)
-    made = derive(noise, "downscale", key="a", kind="rgb")
-    assert made.std() < noise.std() / 2
-    assert abs(float(made.mean()) - float(noise.mean())) < 3
+    source = derive(noise, "downscale", key="a", kind="rgb")
+    assert source.std() < noise.std() / 2
+    assert abs(float(source.mean()) - float(noise.mean())) < 3

@@ -26,7 +26,7 @@ def test_the_picture_has_the_size_of_its_source_whatever_the_network_takes(tmp_p
         assert out.dtype == np.uint8
 
 
-def test_what_is_beside_the_padding_does_not_reach_a_size_that_needs_none(tmp_path: Path) -> None:
+def test_a_size_that_needs_no_padding_gets_the_networks_own_output(tmp_path: Path) -> None:
     model = load_model(make_model(tmp_path))
     source = labels(32, 32)
     (out,) = Translator(model).translate([source])
@@ -52,8 +52,8 @@ def test_noise_depends_on_the_seed_alone(tmp_path: Path, norm: str) -> None:
     translator = Translator(model, stochastic=True)
     source, other = labels(64, 64), labels(64, 64, 1)
     alone = translator.translate([source], seeds=[5])[0]
-    beside = translator.translate([other, source], seeds=[9, 5])[1]
-    assert np.array_equal(alone, beside)
+    in_batch = translator.translate([other, source], seeds=[9, 5])[1]
+    assert np.array_equal(alone, in_batch)
     assert not np.array_equal(alone, translator.translate([source], seeds=[6])[0])
     assert all(torch.equal(model.generator.state_dict()[name], value) for name, value in before.items())
 

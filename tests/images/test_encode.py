@@ -1,14 +1,53 @@
-"""Our PNG files, read by another's reader."""
+"""What shards store, and our PNG files read by Pillow."""
+
+from __future__ import annotations
 
 import io
+from typing import get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from stages.images import decode, encode
+from stages.base import Kind
+from stages.images import decode, encode, kinds
+from stages.images.kinds import ImageRejected
 
-RNG = np.random.default_rng(3)
+RNG = np.random.default_rng(0)
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+def noise(height: int = 20, width: int = 30, channels: int = 3) -> np.ndarray:
+    return RNG.integers(0, 256, (height, width, channels), np.uint8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("encoding", get_args(kinds.Encoding))
+def test_what_is_stored_comes_back(kind: Kind, encoding: kinds.Encoding):
+    channels = kinds.CHANNELS.get(kind, 5)
+    if kind == "channels":
+        array = RNG.random((10, 12, 5)).astype("<f4")
+    else:
+        array = RNG.integers(0, np.iinfo(kinds.dtype(kind)).max, (10, 12, channels)).astype(kinds.dtype(kind))
+    kept = encode.stored_encoding(kind, encoding)
+    data = encode.encode_image(array, kept, quality=95)
+    back = decode.decode_stored(data, kind=kind, encoding=kept, channels=channels, size=(12, 10))
+    assert back.dtype == array.dtype
+    if kept in ("jpeg", "webp"):
+        assert kind in kinds.PHOTOS
+        assert back.shape == array.shape
+    else:
+        assert np.array_equal(back, array)
+
+
+def test_a_stored_image_of_another_size_is_refused():
+    for encoding in ("raw", "png"):
+        data = encode.encode_image(noise(10, 12), encoding)
+        with pytest.raises(ImageRejected):
+            decode.decode_stored(data, kind="rgb", encoding=encoding, channels=3, size=(11, 10))
+
+
+# -- PNG ---------------------------------------------------------------------
 
 
 def read(data: bytes) -> Image.Image:
@@ -25,22 +64,22 @@ def read(data: bytes) -> Image.Image:
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1), (33, 50), (256, 300)])
 @pytest.mark.parametrize("what", ["noise", "flat", "smooth"])
 def test_what_is_written_is_read(channels: int, mode: str, size: tuple[int, int], what: str):
-    made = {
+    array = {
         "noise": RNG.integers(0, 256, (*size, channels), np.uint8),
         "flat": np.full((*size, channels), 255, np.uint8),
         "smooth": np.indices(size).sum(0).astype(np.uint8)[:, :, None].repeat(channels, 2),
     }[what]
-    image = read(encode.encode_png(made))
+    image = read(encode.encode_png(array))
     assert image.mode == mode
-    assert np.array_equal(np.asarray(image).reshape(made.shape), made)
+    assert np.array_equal(np.asarray(image).reshape(array.shape), array)
 
 
 @pytest.mark.parametrize("order", ["<u2", ">u2"])
 def test_sixteen_bits_keep_their_depth(order: str):
-    made = RNG.integers(0, 65536, (31, 17, 1)).astype(order)
-    image = read(encode.encode_png(made))
+    array = RNG.integers(0, 65536, (31, 17, 1)).astype(order)
+    image = read(encode.encode_png(array))
     assert image.mode == "I;16"
-    assert np.array_equal(np.asarray(image), made[:, :, 0])
+    assert np.array_equal(np.asarray(image), array[:, :, 0])
 
 
 def test_views_are_written_as_they_look():
