@@ -25,10 +25,11 @@ from typing import Any
 import torch.distributed as dist
 
 from benchmarks.distributed import by_two, job, make_shards, random_batch
+from stages.config.train import PhaseJob
 from stages.models.step import build_gan, settle, step
 from stages.shards.dataset import DatasetSpec
 from stages.training import gradients
-from stages.training.phases import PhaseJob, input_spec
+from stages.training.phases import input_spec
 
 STEPS = 5  # a side and turn
 SIDES = ("alone", "waits", "leaves")

@@ -24,10 +24,11 @@ from pathlib import Path
 
 import torch
 
+from stages.base import Precision
 from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD, condition_channels
 from stages.models.fast.process import return_freed_memory, tune_process
-from stages.models.losses import paper_weights
-from stages.models.step import Batch, Precision, build_gan, make_condition, step
+from stages.models.objective import paper_weights
+from stages.models.step import Batch, build_gan, make_condition, step
 from tests.reference.published_step import (
     Plain,
     PlainGenerator,

@@ -18,17 +18,16 @@ import yaml
 from pydantic import Field, JsonValue, ValidationError, field_validator, model_validator
 
 from stages.base import Config, Resources
+from stages.config.evaluate import EvaluateConfig
+from stages.config.infer import InferConfig
+from stages.config.ingest import IngestConfig
+from stages.config.locations import absolute
+from stages.config.pair import PairConfig
+from stages.config.report import ReportConfig
+from stages.config.shard import AugmentConfig, ShardConfig
+from stages.config.tracking import TrackingConfig
+from stages.config.train import TrainConfig
 from stages.errors import UserError
-from stages.evaluate import EvaluateConfig
-from stages.images.augment import AugmentConfig
-from stages.infer import InferConfig
-from stages.ingest import IngestConfig
-from stages.pair import PairConfig
-from stages.report import ReportConfig
-from stages.shard import ShardConfig
-from stages.storage import absolute
-from stages.tracking.run import TrackingConfig
-from stages.train import TrainConfig
 
 SECRET_WORDS = ("secret", "token", "password", "passwd", "credential", "access_key", "account_key", "sas")
 SECRET_NAMES = ("key", "pass", "auth")

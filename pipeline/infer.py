@@ -17,9 +17,9 @@ from pipeline.config import override
 from pipeline.run import exit_code, log_to_stdout
 from stages import infer, storage
 from stages.base import Config, Resources
+from stages.config.infer import InferConfig
+from stages.config.tracking import TrackingConfig
 from stages.errors import UserError
-from stages.infer import InferConfig
-from stages.tracking.run import TrackingConfig
 
 HELP = """\
 Generate an image for every source in a folder, bucket, archive, shards folder or Parquet table of

@@ -29,6 +29,7 @@ from pipeline.dag import Step, needed, steps
 from pipeline.runner import Planned, execute, plan, select
 from stages import storage
 from stages.base import Role
+from stages.config.train import PhaseJob, full_size
 from stages.errors import PixloomError, UserError
 from stages.progress import duration
 from stages.shard import role_specs
@@ -37,7 +38,6 @@ from stages.shards.dataset import DatasetSpec
 from stages.tracking.run import Run, open_parent
 from stages.training import phases
 from stages.training.memory import estimate_memory
-from stages.training.phases import PhaseJob
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ def _run(
     tags |= config.about.tags() | commit() | {"pixloom.config": path}
     with open_parent(config.tracking, time.strftime("%Y-%m-%d %H:%M"), tags, config.workspace) as parent:
         parent.artifact("config.yaml", as_yaml(config).encode())
-        size = phases.full_size(config.shard.size, config.augment)
+        size = full_size(config.shard.size, config.augment)
         parent.params(phases.compared(config.train, config.train.phases, size))
         with cluster(config.resources, config.storage, kept_in(config)):
             parent.tags({"pixloom.hosts": hosts()})
@@ -316,7 +316,7 @@ def memory(config: PipelineConfig, planned: Sequence[Planned]) -> dict[str, int]
             p.step.config,
             spec,
             workers=config.resources.train_workers,
-            at_once=config.resources.pairs_at_once,
+            at_once=config.resources.micro_batch,
         )
         for p in planned
         if p.step.group == "train" and isinstance(p.step.config, PhaseJob) and not p.done

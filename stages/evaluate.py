@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,11 +31,14 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 import torch
-from pydantic import Field, field_validator
 from ray.exceptions import RayError
 
 from stages import storage
-from stages.base import Config, Fraction, Outcome, Resources, Role, Split
+from stages.base import Outcome, Resources, Role, Split
+from stages.config.evaluate import (
+    BaselineConfig,
+    EvaluateConfig,
+)
 from stages.errors import StageError, UserError
 from stages.images import colour, decode, encode, geometry, pictures
 from stages.images.kinds import Array, ImageRejected
@@ -43,7 +46,7 @@ from stages.inference import inputs, outputs
 from stages.inference.inputs import Run as RowGroups
 from stages.inference.model_source import fingerprint
 from stages.inference.translator import Translator
-from stages.models.architecture import build_encoder, build_generator
+from stages.models.build import build_encoder, build_generator
 from stages.models.fast.heap import keep_freed_memory
 from stages.models.files.saved import LoadedModel, Manifest
 from stages.objects.fetch import Object, Reader
@@ -51,18 +54,7 @@ from stages.parallel.cluster import UNITS_AT_ONCE, failure, on_actors, pool_size
 from stages.progress import Progress
 from stages.scoring import metrics
 from stages.scoring.metrics import MeanImage, Moments, Sums
-from stages.scoring.networks import (
-    Inception,
-    InceptionConfig,
-    LpipsConfig,
-    PaletteConfig,
-    Segmenter,
-    SegmenterConfig,
-    feature_names,
-    load_lpips,
-    lpips_name,
-    pairwise_mean,
-)
+from stages.scoring.networks import Inception, Segmenter, feature_names, load_lpips, lpips_name, pairwise_mean
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec, Sample
 from stages.shards.row_groups import num_row_groups, read_unit
@@ -80,48 +72,6 @@ KID_IMAGES = 10_000
 READ_AHEAD = 8
 
 logger = logging.getLogger(__name__)
-
-
-class BaselineConfig(Config):
-    """What any model has to beat."""
-
-    mean_target: Annotated[bool, Field(description="the mean of all training targets, for every source")] = (
-        True
-    )
-    untrained: Annotated[
-        int, Field(ge=0, description="images for which the network with initial weights is run")
-    ] = 64
-    nearest: Annotated[
-        int, Field(ge=0, description="images for which the nearest training source's target is taken")
-    ] = 256
-    nearest_candidates: Annotated[int, Field(ge=1, description="training sources looked through")] = 20_000
-
-
-class EvaluateConfig(Config):
-    """What to judge and by what."""
-
-    split: Split = "test"
-    images: Annotated[
-        str | None, Field(description="folder of another system's images; null: what infer generated")
-    ] = None
-    names: Annotated[
-        str, Field(description="path below `images` from {key}, or from {name}, its last segment")
-    ] = "{key}.png"
-    baselines: BaselineConfig = BaselineConfig()
-    lpips: LpipsConfig | None = None
-    inception: InceptionConfig | None = None
-    segmenter: SegmenterConfig | None = None
-    palette: PaletteConfig | None = None
-    max_missing_fraction: Annotated[
-        Fraction, Field(description="more targets without an image than this fail the stage")
-    ] = 0.1
-
-    @field_validator("names")
-    @classmethod
-    def _names_the_key(cls, text: str) -> str:
-        if "{key}" not in text and "{name}" not in text:
-            raise ValueError("name {key} or {name} in it")
-        return text
 
 
 # -- rules -----------------------------------------------------------------------------------------

@@ -26,17 +26,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 from ray.exceptions import RayError
 
-from stages.base import Config, Fraction, Outcome, Resources, Role, Split
+from stages.base import Outcome, Resources, Role, Split
+from stages.config.pair import PairConfig, SplitConfig
 from stages.errors import StageError, UserError
 from stages.parallel.cluster import failure
 from stages.progress import Progress
@@ -53,8 +53,7 @@ EXCHANGE_KEPT = 24 * 3600.0  # seconds: what a killed run has exchanged is remov
 
 logger = logging.getLogger(__name__)
 
-Half = Literal["left", "right", "top", "bottom"]
-Derivation = Literal["grey", "lab_lightness", "edges", "sketch", "inpaint", "downscale"]
+
 Uint64s = np.ndarray[Any, np.dtype[np.uint64]]
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
@@ -63,57 +62,6 @@ ROLES: tuple[Role, ...] = get_args(Role)
 OTHER_HALF: Mapping[str, str] = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 REJECTS = pa.schema({"key": pa.string(), "role": pa.string(), "uri": pa.string(), "reason": pa.string()})
-
-
-class Region(Config):
-    """A part of a map or a video: positions from `x[0]` to `x[1]`, and `y[0]` to `y[1]`, ends included."""
-
-    split: Literal["val", "test"]
-    x: tuple[float, float] | None = None
-    y: tuple[float, float] | None = None
-
-    @model_validator(mode="after")
-    def _sensible(self) -> Self:
-        if self.x is None and self.y is None:
-            raise ValueError("a region needs x, y or both")
-        for span in (self.x, self.y):
-            if span and span[0] > span[1]:
-                raise ValueError(f"{list(span)} ends before it starts")
-        return self
-
-
-class SplitConfig(Config):
-    """How pairs whose path or table names no split are dealt."""
-
-    val: Annotated[Fraction, Field(description="share of the pairs")] = 0.1
-    test: Annotated[Fraction, Field(description="share of the pairs")] = 0.1
-    seed: int = 0
-    regions: Annotated[tuple[Region, ...], Field(description="by position instead: the rest is train")] = ()
-    buffer: Annotated[
-        NonNegativeFloat, Field(description="pairs this near to a region of another split are left out")
-    ] = 0.0
-
-    @model_validator(mode="after")
-    def _sensible(self) -> Self:
-        if self.val + self.test > 1:
-            raise ValueError("val and test together exceed 1")
-        return self
-
-
-class PairConfig(Config):
-    """What makes a pair, and which split it goes to."""
-
-    source_half: Annotated[Half | None, Field(description="the source's half of a `pair` image")] = None
-    derive_source: Annotated[
-        Derivation | None, Field(description="make the source from the target instead of finding it")
-    ] = None
-    reverse: Annotated[bool, Field(description="swap source and target")] = False
-    optional: Annotated[
-        tuple[Literal["label", "instance"], ...], Field(description="roles a pair may lack")
-    ] = ("instance",)
-    pairs_per_shard: PositiveInt = 512
-    split: SplitConfig = SplitConfig()
-    max_reject_fraction: Fraction = 0.01
 
 
 # -- rules: hashes and splits -------------------------------------------------

@@ -37,6 +37,17 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 
 from stages import storage
 from stages.base import Outcome, Resources
+from stages.config.train import (
+    PhaseConfig,
+    PhaseJob,
+    TrainConfig,
+    check_size,
+    check_workers,
+    downscale,
+    full_size,
+    jobs,
+    phase_size,
+)
 from stages.errors import PixloomError, StageError, UserError
 from stages.models.architecture import Pix2PixHD
 from stages.models.fast.process import tune_process
@@ -49,7 +60,6 @@ from stages.training import control, phases
 from stages.training.checkpoints import Position
 from stages.training.control import Event, Poster
 from stages.training.loop import Ending, Task, Worker, phase_seed, train_phase
-from stages.training.phases import PhaseConfig, PhaseJob, TrainConfig, jobs
 from stages.training.previews import Samples
 from stages.training.relay import Reader, reading
 
@@ -86,9 +96,9 @@ def job_name(job: PhaseJob, shards: str, before: str) -> str:
 
 def preprocessing(job: PhaseJob, spec: DatasetSpec) -> Preprocessing:
     """What inference has to know of the pictures this phase saw."""
-    full = phases.full_size(spec.size, job.augment)
+    full = full_size(spec.size, job.augment)
     return Preprocessing(
-        size=phases.phase_size(job.model, job.phase, full),
+        size=phase_size(job.model, job.phase, full),
         pictures={
             role: Picture(kind=known.kind, classes=known.classes) for role, known in spec.roles.items()
         },
@@ -109,7 +119,7 @@ def out_of_memory(error: BaseException, job: PhaseJob) -> str:
     known = ("can't allocate memory", "low on memory", "OutOfMemoryError")
     if not isinstance(error, torch.OutOfMemoryError) and not any(words in text for words in known):
         return ""
-    lower = ["resources.pairs_at_once"] if job.phase.batch > 1 else ["shard.size or augment.crop"]
+    lower = ["resources.micro_batch"] if job.phase.batch > 1 else ["shard.size or augment.crop"]
     lower.append("train.model.width")
     if isinstance(job.model, Pix2PixHD):
         lower.append("set resources.checkpointing")
@@ -135,10 +145,8 @@ def run(
     if rows == 0:
         raise UserError(f"{shards}: no pair is in the train split (pair.split, or {{split}} in the pattern)")
     try:
-        phases.check_workers(config.phase, resources, key="train")
-        phases.check_size(
-            config.model, config.phase, phases.full_size(spec.size, config.augment), key="train"
-        )
+        check_workers(config.phase, resources, key="train")
+        check_size(config.model, config.phase, full_size(spec.size, config.augment), key="train")
     except ValueError as error:
         raise UserError(str(error)) from error
     notices = control.open_board()
@@ -155,7 +163,7 @@ def run(
         keep_checkpoints=resources.keep_checkpoints,
         checkpointing=resources.checkpointing,
         compiled=resources.compile,
-        pairs_at_once=resources.pairs_at_once,
+        pairs_at_once=resources.micro_batch,
     )
     gpu = resources.gpu if resources.gpu is not None else ray.cluster_resources().get("GPU", 0) >= 1
     setup = Setup(
@@ -167,7 +175,7 @@ def run(
         threads=resources.threads_per_worker,
         stall_s=resources.collective_timeout_s,
     )
-    seen = phases.phase_size(config.model, config.phase, phases.full_size(spec.size, config.augment))
+    seen = phase_size(config.model, config.phase, full_size(spec.size, config.augment))
     track.params(phases.compared(config, [config.phase], seen))
     track.tags({"pixloom.phase": config.phase.name})
     track.artifact("phase.json", config.model_dump_json(indent=1).encode())
@@ -303,7 +311,7 @@ def _train(setup: Setup) -> Ending:
         rank=worker.rank,
         world=worker.world,
         augment=job.augment,
-        scale=phases.downscale(job.model, job.phase),
+        scale=downscale(job.model, job.phase),
         device=device,
         epochs=job.phase.epochs,
     )

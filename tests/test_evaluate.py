@@ -13,10 +13,11 @@ from PIL import Image
 
 from stages import evaluate, infer
 from stages.base import Outcome, Resources
+from stages.config.evaluate import EvaluateConfig
+from stages.config.infer import InferConfig
 from stages.errors import StageError, UserError
-from stages.evaluate import EvaluateConfig, is_candidate, nearest, same_size, summarise
+from stages.evaluate import is_candidate, nearest, same_size, summarise
 from stages.images import encode, geometry
-from stages.infer import InferConfig
 from stages.scoring import metrics
 from stages.shards import dataset
 from stages.tracking.run import NullRun

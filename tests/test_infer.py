@@ -17,9 +17,10 @@ from PIL import Image
 
 from stages import infer
 from stages.base import Outcome, Resources
+from stages.config.infer import InferConfig
 from stages.errors import StageError, UserError
 from stages.images import colour, encode
-from stages.infer import Generator, InferConfig, bucketed, generated_size
+from stages.infer import Generator, bucketed, generated_size
 from stages.inference import outputs
 from stages.inference.inputs import Item, Loaded
 from stages.tracking.run import NullRun

@@ -14,11 +14,12 @@ import pytest
 
 from stages import report, storage
 from stages.base import Resources
+from stages.config.report import ReportConfig
 from stages.errors import UserError
 from stages.evaluate import summarise
 from stages.images import encode
 from stages.inference import outputs
-from stages.report import ReportConfig, curves, phase_name, pick, rejects
+from stages.report import curves, phase_name, pick, rejects
 from stages.scoring import metrics
 from stages.shards import dataset
 from stages.tracking.run import NullRun

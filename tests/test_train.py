@@ -16,13 +16,14 @@ import pytest
 
 from stages import train
 from stages.base import Resources
+from stages.config.shard import AugmentConfig
+from stages.config.tracking import TrackingConfig
+from stages.config.train import PhaseJob, TrainConfig, jobs
 from stages.errors import StageError, UserError
-from stages.images.augment import AugmentConfig
 from stages.models.files.saved import load_model
-from stages.tracking.run import NullRun, TrackingConfig, open_parent
+from stages.tracking.run import NullRun, open_parent
 from stages.tracking.run import _client as mlflow_client
 from stages.training import checkpoints
-from stages.training.phases import PhaseJob, TrainConfig, jobs
 from tests.support.small import make_shards
 from tests.support.undisturbed import losses, undisturbed
 
@@ -184,7 +185,7 @@ def test_more_workers_than_a_batch_has_pairs_are_refused(shards: str, tmp_path: 
 def test_a_lack_of_memory_says_what_to_lower() -> None:
     job = phase_jobs()[0]
     told = train.out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), job)
-    assert "resources.pairs_at_once" in told
+    assert "resources.micro_batch" in told
     assert "bf16" in told
     assert "resources.checkpointing" in told
     assert train.out_of_memory(RuntimeError("something else"), job) == ""

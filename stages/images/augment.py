@@ -11,24 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Annotated
 
-from pydantic import Field
-
-from stages.base import Config, PositiveInt
+from stages.config.shard import AugmentConfig
 from stages.images.kinds import Array
 
 Size = tuple[int, int]
-
-
-class AugmentConfig(Config):
-    """What is drawn anew in each epoch."""
-
-    crop: Annotated[
-        tuple[PositiveInt, PositiveInt] | None,
-        Field(description="width, height taken at random out of the stored image; null: all of it"),
-    ] = None
-    mirror: Annotated[bool, Field(description="mirror every second image, at random")] = True
 
 
 NONE = AugmentConfig(mirror=False)

@@ -13,11 +13,8 @@ import numpy as np
 from isal import isal_zlib
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from stages.base import Kind
-from stages.images.kinds import CHANNELS, IDS, Array, Encoding, ImageRejected, Reason, dtype
-
-MAX_PIXELS = 89_478_485
-"""Largest image accepted whatever the config says: Pillow itself warns of a bomb beyond it."""
+from stages.base import MAX_PIXELS, Encoding, Kind
+from stages.images.kinds import CHANNELS, IDS, Array, ImageRejected, Reason, dtype
 
 # Pillow's plugins that decode in process and in bounded memory. EPS would start Ghostscript.
 _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")

@@ -25,8 +25,6 @@ from stages.base import Kind
 
 Array = npt.NDArray[Any]
 
-Encoding = Literal["raw", "png", "jpeg", "webp"]
-"""How an image is kept in a shard. `raw` is the array itself, planar (C, H, W), little-endian."""
 
 Half = Literal["", "left", "right", "top", "bottom"]
 

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 
 from stages import storage
 from stages.base import Kind, Role, Split
+from stages.config.locations import Pattern, compile_pattern
 from stages.errors import UserError
 from stages.images import decode, geometry
 from stages.images.kinds import Array, ImageRejected
@@ -241,7 +242,7 @@ def _tables(where: Location) -> Iterator[tuple[int, pa.Table]]:
     if where.uri.lower().endswith(".parquet"):
         yield from _rows_of_table(where.uri)
         return
-    pattern = patterns.compile_pattern(where.pattern)
+    pattern = compile_pattern(where.pattern)
     units = listing.split_location(where.uri, want=LISTERS)
 
     def tables(unit: listing.Unit) -> Iterator[tuple[int, pa.Table]]:
@@ -291,7 +292,7 @@ def _at_once(sources: Sequence[Callable[[], Iterator[Value]]]) -> Iterator[Value
             stopped.set()
 
 
-def _fitting(page: listing.Page, pattern: patterns.Pattern, where: Location) -> pa.Table:
+def _fitting(page: listing.Page, pattern: Pattern, where: Location) -> pa.Table:
     paths = pa.array([_valid(path) for path in page.paths], pa.string())
     keys = patterns.match(pattern, paths)["key"].combine_chunks()
     bad = patterns.bad_keys(keys).to_pylist()

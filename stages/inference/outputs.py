@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import Literal
 from urllib.parse import quote
 
 import pyarrow as pa
 
 from stages import storage
-
-Format = Literal["png", "jpeg", "webp"]
+from stages.base import Format
 
 SUFFIX: dict[Format, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 

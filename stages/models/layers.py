@@ -15,13 +15,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from stages.models.architecture import Upsampling
 from stages.models.fast import wide, winograd
 from stages.models.fast.products import FixedMatrix, generates, working_dtype
 from stages.models.fast.wide import as_matrix, wide_conv, wide_transposed_conv
 from stages.models.fast.winograd import Filter
-
-Upsampling = Literal["transpose", "resize"]
-"""Transposed convolution, or nearest-neighbour resize and a convolution (no checkerboards)."""
 
 NormKind = Literal["batch", "instance"]
 

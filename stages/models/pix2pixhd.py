@@ -20,15 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from stages.models.architecture import Upsampling
 from stages.models.inputs import instance_mean
-from stages.models.layers import (
-    Conv,
-    InstanceNorm,
-    Noise,
-    Upsampling,
-    half_resolution,
-    up_conv,
-)
+from stages.models.layers import Conv, InstanceNorm, Noise, half_resolution, up_conv
 from stages.models.pix2pix import PatchDiscriminator
 
 

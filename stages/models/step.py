@@ -19,39 +19,28 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from stages.models.architecture import (
-    InputSpec,
-    Parts,
-    Pix2Pix,
-    Pix2PixHD,
-    build_discriminator,
-    build_encoder,
-    build_generator,
-    trainable_parts,
-    uses_edges,
-)
+from stages.base import Precision
+from stages.models.architecture import InputSpec, Parts, Pix2Pix, Pix2PixHD, uses_edges
+from stages.models.build import build_discriminator, build_encoder, build_generator, trainable_parts
 from stages.models.ema import Ema
 from stages.models.fast.adam import Adam
 from stages.models.inputs import instance_edges, one_hot
 from stages.models.losses import (
     PERCEPTUAL_LAYERS,
     Features,
-    LossWeights,
     discriminator_losses,
     feature_matching_losses,
     generator_gan_loss,
     mean_difference,
     perceptual_losses,
 )
+from stages.models.objective import LossWeights
 from stages.models.pix2pixhd import MultiScaleDiscriminator
-
-Precision = Literal["float32", "bf16"]
-
 
 Arriving = Callable[[], Iterable[Sequence[nn.Parameter]]]
 """Called once, when the gradients are made. Of what it returns, each waits for means of gradients, and gives

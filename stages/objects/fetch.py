@@ -30,6 +30,7 @@ import fsspec.asyn
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
+from stages.config.locations import archive_parts
 from stages.images.kinds import ImageRejected
 from stages.objects import archives
 from stages.objects.listing import etag_of, local_etag
@@ -95,7 +96,7 @@ class Reader:
         inside: dict[str, dict[str, Object]] = {}
         for one in wanted:
             if one.uri.startswith("tar://"):
-                _, _, outer = archives.parts(one.uri)
+                _, _, outer = archive_parts(one.uri)
                 if outer.split("?")[0].lower().endswith(_COMPRESSED):
                     inside.setdefault(outer, {})[one.uri] = one
         for outer, members in inside.items():
@@ -150,7 +151,7 @@ class Reader:
         self._etag_is_md5 = False
 
     def _read_member(self, wanted: Object) -> bytes:
-        protocol, _, outer = archives.parts(wanted.uri)
+        protocol, _, outer = archive_parts(wanted.uri)
         place = (_TAR_PLACE if protocol == "tar" else _ZIP_PLACE).fullmatch(wanted.etag)
         if place is None or outer.split("?")[0].lower().endswith(_COMPRESSED):
             fs, path = filesystem(wanted.uri)  # no place known: fsspec looks through the archive

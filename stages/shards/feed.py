@@ -32,9 +32,10 @@ from torch import Tensor
 
 from stages import storage
 from stages.base import Role, Split
+from stages.config.shard import AugmentConfig
 from stages.errors import PixloomError, UserError
 from stages.images import geometry, kinds
-from stages.images.augment import NONE, AugmentConfig, apply, draw
+from stages.images.augment import NONE, apply, draw
 from stages.images.kinds import ImageRejected
 from stages.models.step import Batch
 from stages.objects.fetch import in_order

@@ -27,9 +27,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stages import storage
+from stages.config.train import PhaseJob, discriminators
 from stages.errors import StageError
 from stages.images import encode
-from stages.models.architecture import InputSpec, Pix2PixHD, grow_discriminator, grow_generator
+from stages.models.architecture import InputSpec, Pix2PixHD
+from stages.models.build import grow_discriminator, grow_generator
 from stages.models.ema import Ema
 from stages.models.fast.process import best_precision
 from stages.models.files.saved import MANIFEST, Preprocessing, load_discriminator, load_model, save_model
@@ -51,11 +53,10 @@ from stages.models.step import (
 )
 from stages.models.styles import Styles, collect_styles
 from stages.tracking.run import system_metrics
-from stages.training import checkpoints, curves, gradients, phases
+from stages.training import checkpoints, curves, gradients
 from stages.training.checkpoints import Checkpoint, Position, Writer
 from stages.training.control import SAVE, Event, Poster
 from stages.training.curves import DivergedError, Point, Window
-from stages.training.phases import PhaseJob
 
 PICTURES = 20  # sample grids per phase, at most
 LOOK_S = 2.0  # between two looks for an order, on which all workers have to agree
@@ -528,7 +529,7 @@ def build(task: Task, device: torch.device) -> GanState:
         task.inputs,
         weights=job.losses,
         enhancers=phase.enhancers if layered else None,
-        discriminators=phases.discriminators(job.model, phase) if layered else None,
+        discriminators=discriminators(job.model, phase) if layered else None,
         parts=phase.parts,
         learning_rate=phase.learning_rate,
         betas=job.optimizer.betas,

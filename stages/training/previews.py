@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from stages.base import Role, Split
+from stages.config.train import PhaseJob, downscale, full_size
 from stages.images import geometry, kinds, pictures
 from stages.images.kinds import Array
 from stages.models.step import GanState, make_condition
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec, Sample
-from stages.training import phases
-from stages.training.phases import PhaseJob
 
 SHOWN = 4
 MEASURED = 16
@@ -30,9 +29,9 @@ SPLITS: tuple[Split, ...] = ("val", "test", "train")
 
 def fixed(sample: Sample, spec: DatasetSpec, job: PhaseJob) -> dict[Role, Array]:
     """A pair's images as the phase would see them without jitter: the middle, at the phase's resolution."""
-    width, height = phases.full_size(spec.size, job.augment)
+    width, height = full_size(spec.size, job.augment)
     left, top = (spec.size[0] - width) // 2, (spec.size[1] - height) // 2
-    scale = phases.downscale(job.model, job.phase)
+    scale = downscale(job.model, job.phase)
     return {
         role: geometry.shrink(image[top : top + height, left : left + width], scale, spec.roles[role].kind)
         for role, image in sample.images.items()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from skimage import color
 
-from stages.base import Kind
+from stages.base import Encoding, Kind
 from stages.images import colour, decode, encode, geometry, kinds, pictures
 from stages.images.kinds import ImageRejected
 
@@ -311,8 +311,8 @@ def test_shrinking_averages_photos():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("encoding", get_args(kinds.Encoding))
-def test_what_is_stored_comes_back(kind: Kind, encoding: kinds.Encoding):
+@pytest.mark.parametrize("encoding", get_args(Encoding))
+def test_what_is_stored_comes_back(kind: Kind, encoding: Encoding):
     channels = kinds.CHANNELS.get(kind, 5)
     if kind == "channels":
         array = RNG.random((10, 12, 5)).astype("<f4")

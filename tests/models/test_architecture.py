@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from stages.models.architecture import (
+    Architecture,
     InputSpec,
     Pix2Pix,
     Pix2PixHD,
-    architecture_from_json,
-    build_discriminator,
-    build_encoder,
-    build_generator,
     condition_channels,
     discriminator_channels,
     generator_channels,
+    size_multiple,
+)
+from stages.models.build import (
+    build_discriminator,
+    build_encoder,
+    build_generator,
     grow_discriminator,
     grow_generator,
-    size_multiple,
     trainable_parts,
 )
 from stages.models.pix2pixhd import CoarseToFineGenerator, MultiScaleDiscriminator
@@ -97,7 +99,8 @@ def test_sizes_are_multiples_of_what_the_network_halves() -> None:
 
 @pytest.mark.parametrize("arch", [Pix2Pix(levels=7, norm="instance"), Pix2PixHD(enhancers=2, width=16)])
 def test_an_architecture_reads_back_from_json(arch: Pix2Pix | Pix2PixHD) -> None:
-    assert architecture_from_json(arch.model_dump_json()) == arch
+    adapter: TypeAdapter[Pix2Pix | Pix2PixHD] = TypeAdapter(Architecture)
+    assert adapter.validate_json(arch.model_dump_json()) == arch
 
 
 def test_wrong_architectures_are_refused() -> None:

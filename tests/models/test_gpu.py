@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from stages.base import Precision
 from stages.models.architecture import InputSpec, Pix2PixHD
 from stages.models.fast.process import tune_process
-from stages.models.losses import LossWeights
-from stages.models.step import Batch, GanState, Precision, all_finite, build_gan, step
+from stages.models.objective import LossWeights
+from stages.models.step import Batch, GanState, all_finite, build_gan, step
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,16 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stages.models.architecture import (
-    InputSpec,
-    Parts,
-    Pix2Pix,
-    Pix2PixHD,
-    grow_discriminator,
-    grow_generator,
-)
+from stages.models.architecture import InputSpec, Parts, Pix2Pix, Pix2PixHD
+from stages.models.build import grow_discriminator, grow_generator
 from stages.models.files.nvidia_names import layer_names, to_published
-from stages.models.losses import LossWeights, paper_weights
+from stages.models.objective import LossWeights, paper_weights
 from stages.models.pix2pixhd import CoarseToFineGenerator, MultiScaleDiscriminator
 from stages.models.step import (
     Arriving,

@@ -19,9 +19,9 @@ from pipeline.dag import steps
 from pipeline.runner import plan
 from stages import evaluate, infer, ingest, pair, shard, train
 from stages.base import Kind, Resources
-from stages.ingest import LocationConfig
+from stages.config.ingest import LocationConfig
+from stages.config.pair import Region
 from stages.models.files.saved import load_model
-from stages.pair import Region
 from stages.shards import dataset
 from stages.tracking.run import NullRun
 

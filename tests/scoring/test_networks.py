@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from stages.config.evaluate import InceptionConfig, LpipsConfig, SegmenterConfig
 from stages.errors import UserError
 from stages.scoring import networks
-from stages.scoring.networks import Inception, InceptionConfig, LpipsConfig, Segmenter, SegmenterConfig
+from stages.scoring.networks import Inception, Segmenter
 from tests.scoring.test_metrics import pictures
 
 

@@ -26,8 +26,8 @@ from ray._raylet import GcsClient
 from ray.core.generated import gcs_pb2
 
 from stages.base import Resources
+from stages.config.train import PhaseJob
 from stages.training import checkpoints
-from stages.training.phases import PhaseJob
 from tests.stores.seaweed import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stages.config.tracking import TrackingConfig
 from stages.errors import UserError
 from stages.tracking import run as tracking
-from stages.tracking.run import KEY_TAG, MetricRow, NullRun, Operation, Run, TrackingConfig, open_parent
+from stages.tracking.run import KEY_TAG, MetricRow, NullRun, Operation, Run, open_parent
 
 
 def metrics(key: str, *steps: int, once: bool = True) -> Operation:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from stages.images.augment import AugmentConfig
+from stages.config.shard import AugmentConfig
+from stages.config.train import TrainConfig, jobs
 from stages.shards.dataset import DatasetSpec, RoleSpec
 from stages.training.memory import estimate_memory
-from stages.training.phases import TrainConfig, jobs
 
 SPEC = DatasetSpec(
     size=(256, 256),

@@ -27,15 +27,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
-from stages.models.architecture import (
-    Architecture,
-    InputSpec,
-    Pix2Pix,
-    Pix2PixHD,
-    build_discriminator,
-    build_encoder,
-    build_generator,
-)
+from stages.models.architecture import Architecture, InputSpec, Pix2Pix, Pix2PixHD
+from stages.models.build import build_discriminator, build_encoder, build_generator
 from stages.models.pix2pix import PatchDiscriminator, PixelDiscriminator, UNet
 from stages.models.pix2pixhd import CoarseToFineGenerator, FeatureEncoder, MultiScaleDiscriminator
 from stages.models.styles import Styles

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stages.models.architecture import Architecture, InputSpec, Pix2Pix, Pix2PixHD, build_generator
+from stages.models.architecture import Architecture, InputSpec, Pix2Pix, Pix2PixHD
+from stages.models.build import build_generator
 from stages.models.fast import wide, winograd
 from stages.models.fast.winograd import Filter
 from stages.models.layers import Conv, TransposedConv, fix_weights, interleaved, over_pixels
