@@ -36,7 +36,7 @@ WAIT_S = 300.0  # for anything that takes seconds on an idle machine
 DRIVER = """
 import json, sys
 from pipeline.cluster import cluster
-from pipeline.run import exit_code, log_to_stdout, stop_on_sigterm
+from pipeline.cli import exit_code, log_to_stdout, stop_on_sigterm
 from stages import storage, train
 from stages.base import Resources
 from stages.phases import PhaseJob
