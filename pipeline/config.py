@@ -203,19 +203,19 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path}: {error.args[0]}") from None
 
 
-def _with_profile(values: dict[str, Any], path: str, wanted: str | None) -> dict[str, Any]:
-    """The values with one of their `profiles` laid over them: the one wanted, or the one named `profile`."""
+def _with_profile(values: dict[str, Any], path: str, requested: str | None) -> dict[str, Any]:
+    """The values merged with one of their `profiles`: the requested one, or the file's own choice."""
     profiles = values.pop("profiles", {})
     default = values.pop("profile", None)
     if not isinstance(profiles, dict) or not all(isinstance(over, dict) for over in profiles.values()):
         raise UserError(f"{path}: profiles: expected sections by the profile's name")
-    name = default if wanted is None else wanted
+    name = default if requested is None else requested
     if name is None:
         return values
     if name not in profiles:
-        there = f"there are {', '.join(map(str, profiles))}" if profiles else "there are none"
-        place = f"{path}: profile" if wanted is None else f"--profile {name}: {path}"
-        raise UserError(f"{place}: no such profile, {there}")
+        names = f"there are {', '.join(map(str, profiles))}" if profiles else "there are none"
+        place = f"{path}: profile" if requested is None else f"--profile {name}: {path}"
+        raise UserError(f"{place}: no such profile, {names}")
     try:
         return cast(dict[str, Any], _merge(values, profiles[name]))
     except LookupError as error:
@@ -223,10 +223,10 @@ def _with_profile(values: dict[str, Any], path: str, wanted: str | None) -> dict
 
 
 def _merge(base: Any, over: Any) -> Any:
-    """`over` on top of `base`: sections are merged, lists and values replaced.
+    """`base` with the values of `over`: sections are merged, lists and values replaced.
 
-    A section whose keys are numbers changes those places of a list, or takes them out where it says null.
-    Raises LookupError for a place that is not there.
+    A section whose keys are numbers changes those items of a list; null removes the item. Raises LookupError
+    for an item that does not exist.
     """
     if isinstance(base, dict) and isinstance(over, dict):
         return base | {key: _merge(base[key], value) if key in base else value for key, value in over.items()}
@@ -239,7 +239,7 @@ def _merge(base: Any, over: Any) -> Any:
 
 
 def _set(values: dict[str, Any], override: str) -> None:
-    """Apply one `a.b=c`, given on the command line."""
+    """Apply one `a.b=c` of the command line."""
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise UserError(f"--set {override}: expected key=value, e.g. --set train.seed=7")
@@ -251,9 +251,9 @@ def _set(values: dict[str, Any], override: str) -> None:
 
 
 def assign(values: dict[str, Any], dotted: str, value: Any, *, said: str) -> None:
-    """Set `a.b` of a config's values, in place; a number in the path is a place in a list, null takes it out.
+    """Set `a.b` of a config's values, in place. A number is an index in a list; null removes the item.
 
-    Raises UserError that begins with what was `said`.
+    Raises UserError that begins with `said`, the text that asks for the change.
     """
     *parents, last = dotted.split(".")
     place: Any = values
@@ -285,7 +285,7 @@ def _item(place: Any, part: str, said: str) -> Any:
 def _first(error: ValidationError, overrides: Sequence[str]) -> str:
     """The most useful error as `key: reason`, with the `--set` that caused it; never the override's value.
 
-    A value given on the command line may be a secret.
+    A value on the command line may be a secret.
     """
     text = first_invalid(error)
     key = text.partition(":")[0]

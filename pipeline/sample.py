@@ -1,4 +1,4 @@
-"""Draw sample data: street-like scenes as photo, class-label map and instance map, laid out as Cityscapes is.
+"""Draw sample data: street-like scenes as photo, class-label map and instance map, in three folders.
 
     python -m pipeline.sample sample --pairs 120 --size 256x128 --seed 0
 
@@ -6,8 +6,8 @@
     sample/label/scene_00000.png      8-bit ids of the classes in CLASSES
     sample/instance/scene_00000.png   16-bit; below 1000 the class itself, else class * 1000 + number
 
-A scene is a pure function of (seed, number, size). What a photo shows follows from its maps, but for fine
-texture and a little light, so that a model can learn it and be judged on scenes it has not seen.
+A scene is a pure function of (seed, number, size). The maps determine the photo, except for fine texture and
+a little light, so that a model can learn the mapping and be evaluated on scenes it has not seen.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class _Canvas:
         self.colour(mask, colour)
 
     def colour(self, mask: Mask, colour: Floats) -> None:
-        """Change the photo alone: detail within a shape."""
+        """Change only the photo: detail within a shape."""
         self.photo[mask] = np.broadcast_to(colour, self.photo.shape)[mask]
 
     def box(self, left: float, top: float, right: float, bottom: float) -> Mask:
@@ -201,17 +201,17 @@ class _Canvas:
 
 
 def write(folder: str, *, pairs: int, width: int, height: int, seed: int) -> None:
-    """Write `pairs` scenes to a local folder or any fsspec location; those already there are left alone."""
-    there = set(storage.list_names(storage.join(folder, "instance")))
+    """Write `pairs` scenes to a local folder or any fsspec location, except those that exist."""
+    existing = set(storage.list_names(storage.join(folder, "instance")))
 
     def one(number: int) -> None:
         scene, name = draw(seed, number, width, height), f"scene_{number:05d}.png"
-        for layer in ("photo", "label", "instance"):  # the instance map last: it says the scene is whole
+        for layer in ("photo", "label", "instance"):  # the instance map last: it marks the scene as complete
             storage.write_bytes(
                 storage.join(folder, layer, name), encode.encode_png(np.atleast_3d(getattr(scene, layer)))
             )
 
-    todo = [number for number in range(pairs) if f"scene_{number:05d}.png" not in there]
+    todo = [number for number in range(pairs) if f"scene_{number:05d}.png" not in existing]
     progress = Progress("sample", total=pairs, unit="scenes", done=pairs - len(todo))
     with progress, ThreadPoolExecutor(4) as pool:
         for _ in pool.map(one, todo):

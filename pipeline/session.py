@@ -14,7 +14,7 @@ import ray
 import yaml
 
 from pipeline.cli import stop_on_sigterm
-from pipeline.cluster import check_folders, cluster, kept_in
+from pipeline.cluster import check_folders, cluster, result_folders
 from pipeline.config import PipelineConfig
 from pipeline.dag import RunView, needed, steps
 from pipeline.runner import PlannedStep, execute, plan, select
@@ -49,7 +49,7 @@ def run(
     path, command: of the config file and as typed, for MLflow and the report
     only, until: see `select`
     """
-    check_folders(kept_in(config), path)
+    check_folders(result_folders(config), path)
     storage.configure(config.storage)
     pipeline = steps(config)
     planned = plan(needed(pipeline, only) if only else pipeline, config.workspace)
@@ -64,7 +64,7 @@ def run(
         parent.artifact("config.yaml", as_yaml(config).encode())
         size = full_size(config.shard.size, config.augment)
         parent.params(phases.compared(config.train, config.train.phases, size))
-        with cluster(config.resources, config.storage, kept_in(config)):
+        with cluster(config.resources, config.storage, result_folders(config)):
             parent.tags({"pixloom.hosts": hosts()})
             stop_on_sigterm()
             markers = execute(

@@ -31,7 +31,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.util.queue import Queue
 
 from pipeline import cli
-from pipeline.cluster import check_folders, cluster, kept_in
+from pipeline.cluster import check_folders, cluster, result_folders
 from pipeline.dag import steps
 from pipeline.runner import PlannedStep, execute, plan
 from pipeline.session import run_tags, run_view
@@ -102,7 +102,7 @@ def run(options: argparse.Namespace, *, command: str) -> None:
     sweep, recipe = configured(options)
     trials = make_trials(sweep, options.sweep, recipe, options.set)
     config = trials[0].config
-    check_folders(kept_in(config), recipe)
+    check_folders(result_folders(config), recipe)
     storage.configure(config.storage)
     digests: dict[str, str] = {}
     plans = [plan(steps(trial.config), trial.config.workspace, digests) for trial in trials]
@@ -120,7 +120,7 @@ def run(options: argparse.Namespace, *, command: str) -> None:
         to_do = [index for index, planned in enumerate(plans) if not all(p.done for p in planned)]
         try:
             if to_do:
-                with cluster(config.resources, config.storage, kept_in(config)):
+                with cluster(config.resources, config.storage, result_folders(config)):
                     cli.stop_on_sigterm()
                     view = run_view(config, plans[0], command)
                     execute(shared(plans), config.resources, parent=parent, view=view)

@@ -237,7 +237,7 @@ def downscale(model: Pix2Pix | Pix2PixHD, phase: PhaseConfig) -> int:
 
 
 def discriminators(model: Pix2Pix | Pix2PixHD, phase: PhaseConfig) -> int:
-    """Number of discriminator scales of a phase: coarser images are judged at fewer."""
+    """Number of discriminator scales of a phase; smaller images have fewer."""
     if isinstance(model, Pix2Pix):
         return 1
     return phase.discriminators or max(1, model.discriminators - (model.enhancers - phase.enhancers))
@@ -333,7 +333,7 @@ def check_size(model: Pix2Pix | Pix2PixHD, phase: PhaseConfig, full: Size, *, ke
     for _ in range(scales - 1):
         size = (_pooled(size[0]), _pooled(size[1]))
     padding = 1 if isinstance(model, Pix2Pix) else 2
-    if layers and not _judges(size, layers, padding):
+    if layers and not _fits(size, layers, padding):
         raise ValueError(
             f"{key}: the {'coarsest ' if scales > 1 else ''}discriminator of '{phase.name}' sees "
             f"{size[0]}x{size[1]} pixels, too few for {layers} layers; lower discriminators or "
@@ -345,7 +345,7 @@ def _pooled(side: int) -> int:
     return (side + 2 - 3) // 2 + 1
 
 
-def _judges(size: Size, layers: int, padding: int) -> bool:
+def _fits(size: Size, layers: int, padding: int) -> bool:
     """Whether every map of a PatchGAN has pixels left, and every normalised one more than one."""
     sides = list(size)
     for layer in range(layers + 2):

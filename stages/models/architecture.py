@@ -1,7 +1,7 @@
 """Which networks a model has and what goes into them, as frozen types without torch.
 
-A saved model is the JSON of one `Architecture` and one `InputSpec` beside its weights; nothing else is needed
-to build it again (`stages.models.build`). What changes the image is here; what only changes speed or memory
+A saved model is its weights and the JSON of one `Architecture` and one `InputSpec`; nothing else is needed to
+build it again (`stages.models.build`). What changes the image is here; what only changes speed or memory
 (activation checkpointing, memory format, precision, compilation) is not.
 """
 

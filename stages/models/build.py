@@ -56,7 +56,7 @@ def build_generator(
     else:
         active = arch.enhancers if enhancers is None else enhancers
         if not 0 <= active <= arch.enhancers:
-            raise ValueError(f"{active} enhancers asked for, the model has {arch.enhancers}")
+            raise ValueError(f"the phase has {active} enhancers, but the model has {arch.enhancers}")
         if arch.global_width % 2**active:
             raise ValueError(f"G1's width {arch.global_width} cannot be halved {active} times")
         network = CoarseToFineGenerator(

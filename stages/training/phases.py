@@ -11,9 +11,9 @@ from stages.shards.dataset import DatasetSpec
 
 
 def compared(recipe: Recipe, phases: Sequence[PhaseConfig], size: Size) -> dict[str, Any]:
-    """The settings by which runs are told apart in MLflow's tables and charts: few, flat, of every run.
+    """The settings that distinguish runs in MLflow's tables and charts: few and flat, the same for every run.
 
-    `config.yaml` beside them holds them all. `size`: of the images trained on.
+    The artifact `config.yaml` holds all settings. `size`: of the training images.
     """
     model, losses = recipe.model, recipe.losses
     own: dict[str, Any] = (
@@ -46,7 +46,7 @@ def compared(recipe: Recipe, phases: Sequence[PhaseConfig], size: Size) -> dict[
 
 
 def input_spec(spec: DatasetSpec) -> InputSpec:
-    """What the networks are given, by the shards' description."""
+    """The shape of the networks' inputs, from the shards' description."""
     source, target = spec.roles["source"], spec.roles["target"]
     labels = source.kind == "labels"
     return InputSpec(

@@ -108,7 +108,7 @@ def test_wrong_architectures_are_refused() -> None:
         Pix2Pix(levles=8)  # type: ignore[call-arg]
     with pytest.raises(ValidationError, match="classes"):
         InputSpec(source="labels")
-    with pytest.raises(ValueError, match="3 enhancers asked for, the model has 2"):
+    with pytest.raises(ValueError, match="the phase has 3 enhancers, but the model has 2"):
         build_generator(SMALL, InputSpec(), enhancers=3)
     with pytest.raises(ValueError, match="needs instance maps"):
         build_encoder(Pix2PixHD(feature_encoder=True), InputSpec())
