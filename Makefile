@@ -22,11 +22,12 @@ test: $(VENV)/test.stamp ## the tests (a quarter of an hour on 2 cores)
 test-long: $(VENV)/test.stamp ## what `make test` leaves out: submitted jobs, every recipe, sweeps, killed drivers
 	$(PYTEST) -m long
 
-check: $(VENV)/test.stamp ## lint, format, types, import layers
+check: $(VENV)/test.stamp ## lint, format, types, import layers, the code's size and shape
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m benchmarks.house
 
 format: $(VENV)/test.stamp ## put the code in shape
 	$(BIN)/ruff check --fix .

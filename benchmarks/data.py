@@ -40,14 +40,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline import sample
 from stages import shard
-from stages.base import Resources
+from stages.base import Encoding, Resources
+from stages.config.shard import AugmentConfig
 from stages.images import colour, decode, encode, geometry, kinds
-from stages.images.augment import AugmentConfig
-from stages.images.kinds import Encoding
 from stages.models.architecture import InputSpec, Pix2Pix
 from stages.models.fast.process import tune_process
 from stages.models.gan import build_gan
-from stages.models.losses import paper_weights
+from stages.models.objective import paper_weights
 from stages.models.step import Batch, step
 from stages.objects.fetch import Object, Reader
 from stages.objects.listing import etag_of, local_etag

@@ -49,8 +49,9 @@ import torch.distributed as dist
 from pipeline.cluster import cluster
 from stages import train
 from stages.base import Resources, Role
+from stages.config.shard import AugmentConfig
+from stages.config.train import PhaseJob, TrainConfig, jobs
 from stages.images import encode, geometry
-from stages.images.augment import AugmentConfig
 from stages.models.fast.process import tune_process
 from stages.models.gan import build_gan, state_of
 from stages.models.step import Batch, step
@@ -60,7 +61,7 @@ from stages.tracking.run import NullRun
 from stages.training import checkpoints, curves, gradients
 from stages.training.checkpoints import Checkpoint, Position
 from stages.training.loop import Worker
-from stages.training.phases import PhaseJob, TrainConfig, input_spec, jobs
+from stages.training.phases import input_spec
 
 CLASSES, BATCH = 8, 8
 ROWS = 400  # as many as Facades has; whole batches of 8 and of 16

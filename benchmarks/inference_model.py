@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.train_step import HD_INPUTS, Case, make_batch
-from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD, build_generator
+from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD
+from stages.models.build import build_generator
 from stages.models.fast.accelerate import accelerate
 from stages.models.fast.heap import keep_freed_memory, return_freed_memory
 from stages.models.inputs import make_condition

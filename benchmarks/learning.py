@@ -41,18 +41,18 @@ from PIL import Image
 from pipeline import config as configuration
 from stages import train
 from stages.base import Split
+from stages.config.train import PhaseJob
 from stages.images import geometry, pictures
 from stages.images.kinds import Array
 from stages.inference.translator import Translator
 from stages.models import step
-from stages.models.architecture import build_generator
+from stages.models.build import build_generator
 from stages.models.fast.process import tune_process
 from stages.models.files.saved import LoadedModel, load_model
 from stages.scoring import metrics
 from stages.scoring.baselines import nearest, thumbnail
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec, Sample
-from stages.training.phases import PhaseJob
 from stages.training.previews import Samples
 from tests.support.undisturbed import train_here
 

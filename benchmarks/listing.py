@@ -29,6 +29,7 @@ from fsspec.spec import AbstractFileSystem
 
 from stages import ingest, pair
 from stages.base import Resources
+from stages.config.ingest import IngestConfig
 from stages.tracking.run import NullRun
 
 CITIES = 500
@@ -103,7 +104,7 @@ def cpu_seconds() -> float:
 
 def measure(size: int, folder: Path) -> dict[str, float]:
     """Seconds of each stage and of the digest, the driver's memory."""
-    config = ingest.IngestConfig.model_validate(
+    config = IngestConfig.model_validate(
         {
             "locations": [
                 {

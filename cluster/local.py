@@ -7,8 +7,8 @@
     python cluster/local.py status
     python cluster/local.py stop
 
-Everything it keeps lies in one folder (`--folder`): cluster.json (addresses, process ids), token, the nodes'
-logs and Ray's own session files. Two clusters with two folders and other ports run side by side.
+One folder (`--folder`) holds its state: cluster.json (addresses, process ids), token, the nodes' logs and
+Ray's own session files. Two clusters with two folders and other ports run side by side.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ STOP_SECONDS = 8.0
 
 
 class LocalClusterError(Exception):
-    """What went wrong, in one line for the person at the terminal."""
+    """An error as one line for the person at the terminal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +105,8 @@ def load(folder: Path) -> Cluster | None:
 def start(options: argparse.Namespace) -> Cluster:
     """Start head and workers and wait until the dashboard counts them all. Raises LocalClusterError."""
     folder = _own_folder(options.folder)
-    known = load(folder)
-    if known and any(node.process() for node in known.nodes):
+    previous = load(folder)
+    if previous and any(node.process() for node in previous.nodes):
         raise LocalClusterError(f"{folder} holds a running cluster; stop it first, or name another --folder")
     cluster = Cluster(str(folder), _port(options.port, 6379), _port(options.dashboard_port, 8265))
     _write_token(cluster.token)
@@ -117,8 +117,8 @@ def start(options: argparse.Namespace) -> Cluster:
     gpus = share_of_gpus(_gpus(), len(names))
     memory = options.object_store_memory << 20 or share_of_memory(psutil.virtual_memory().total, len(names))
     try:
-        for name, mine in zip(names, gpus, strict=True):
-            _bring_up(cluster, name, cores, mine, memory)
+        for name, own_gpus in zip(names, gpus, strict=True):
+            _bring_up(cluster, name, cores, own_gpus, memory)
     except BaseException:
         stop(cluster)
         raise
@@ -145,7 +145,7 @@ def _end(cluster: Cluster, nodes: Sequence[Node], *, patience: float) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             family += [*process.children(recursive=True), process]
             process.terminate()
-    # A job's driver and its watcher lead sessions of their own: known here as descendants, not by group.
+    # A job's driver and its watcher lead their own sessions: they are descendants, but not in the group.
     _, alive = psutil.wait_procs(family, timeout=patience)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -154,14 +154,14 @@ def _end(cluster: Cluster, nodes: Sequence[Node], *, patience: float) -> None:
 
 
 def _orphans(cluster: Cluster, node: Node) -> list[psutil.Process]:
-    """What a killed node left behind: its session's processes, told from strangers by the cluster's token."""
-    found = []
+    """The processes of a killed node's session; the cluster's token distinguishes them from others."""
+    orphans = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             ours = os.getsid(process.pid) == node.pid
             if ours and process.environ().get("RAY_AUTH_TOKEN_PATH") == str(cluster.token):
-                found.append(process)
-    return found
+                orphans.append(process)
+    return orphans
 
 
 def status(cluster: Cluster | None) -> str:
@@ -246,7 +246,9 @@ def _start_node(cluster: Cluster, name: str, cores: int, gpus: Sequence[str], me
 
 def node_environment(shell: Mapping[str, str], cluster: Cluster, gpus: Sequence[str]) -> dict[str, str]:
     """A node's environment, which its jobs inherit: the shell's credentials, this Python first in PATH."""
-    kept = {name: value for name, value in shell.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")}
+    inherited = {
+        name: value for name, value in shell.items() if name not in ("RAY_ADDRESS", "RAY_AUTH_TOKEN")
+    }
     ours = {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), shell.get("PATH", os.defpath)]),
         "RAY_AUTH_MODE": "token",
@@ -255,7 +257,7 @@ def node_environment(shell: Mapping[str, str], cluster: Cluster, gpus: Sequence[
         "RAY_JOB_STOP_WAIT_TIME_S": "30",  # a stopped run says goodbye to MLflow; Ray would wait 3 s
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    return kept | ours | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
+    return inherited | ours | ({"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {})
 
 
 def _wait(cluster: Cluster, ready: Any, complaint: str) -> None:
@@ -294,7 +296,7 @@ def _alive(cluster: Cluster) -> int:
 
 
 def _port(wanted: int | None, default: int) -> int:
-    """The port asked for, the default if that is free, or any free one (0)."""
+    """The requested port, the default if it is free, or any free one (0)."""
     if wanted or (wanted is None and not _listens(default)):
         return wanted or default
     if wanted is None:
@@ -334,9 +336,9 @@ def _gpus() -> list[str]:
         return [gpu.strip() for gpu in visible.split(",") if gpu.strip()]
     if shutil.which("nvidia-smi") is None:
         return []
-    told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
     return [
-        str(i) for i, _ in enumerate(line for line in told.stdout.splitlines() if line.startswith("GPU "))
+        str(i) for i, _ in enumerate(line for line in listing.stdout.splitlines() if line.startswith("GPU "))
     ]
 
 
@@ -352,7 +354,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--folder", type=Path, default=FOLDER, help=f"the cluster's state (default: {FOLDER})")
     commands = p.add_subparsers(dest="command", required=True)
     begin = commands.add_parser("start", help="start head and workers; returns when all have joined")
-    begin.add_argument("--workers", type=int, default=2, metavar="N", help="beside the head (default: 2)")
+    begin.add_argument(
+        "--workers", type=int, default=2, metavar="N", help="number of workers besides the head (default: 2)"
+    )
     begin.add_argument(
         "--cpus-per-node", type=int, default=0, metavar="N", help="default: the cores, shared; 2 at least"
     )
@@ -366,7 +370,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code: 2 for what the caller can mend."""
+    """The command. Returns the exit code: 2 for what the caller can fix."""
     options = parser().parse_args(arguments)
     try:
         if options.command == "start":

@@ -8,7 +8,7 @@
 #
 # This folder is uploaded, without what .gitignore and .rayignore name; objects and results are in a bucket.
 # Without --pip the cluster's image is expected to hold requirements.lock (cluster/Dockerfile).
-# Exit: 0 done; 1 a stage failed; 2 yours to mend (one line says what); 130 stopped; as of the run itself.
+# Exit: 0 done; 1 a stage failed; 2 the config or the data must be fixed (one line says what); 130 stopped; as of the run itself.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,4 +1,4 @@
-"""The Ray cluster a run computes on: the one it is submitted to, the one `RAY_ADDRESS` names, or its own."""
+"""The Ray cluster of a run: the one it is submitted to, the one `RAY_ADDRESS` names, or one started here."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from ray.exceptions import AuthenticationError
 from pipeline.config import PipelineConfig
 from stages import storage
 from stages.base import Resources
-from stages.errors import UserError
+from stages.errors import UserError, one_line
 from stages.models.fast import heap
+from stages.parallel.threads import own_cores
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ QUIET = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # A job may set some of these itself. They are kept (setdefault), and Ray does not call it a conflict.
+    # Environment variables win over these (setdefault); without this, Ray refuses a job that sets one itself.
     "RAY_OVERRIDE_JOB_RUNTIME_ENV": "1",
 }
 
@@ -37,21 +38,21 @@ UNWATCHED = {
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away with notice
     "REPORTER_UPDATE_INTERVAL_MS": "3600000",
-    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",  # looks for new log files twice a second, not ten times
-    "RAY_num_workers_soft_limit": "0",  # processes that wait for work, which wake 100 times a second, ...
-    "RAY_idle_worker_killing_time_threshold_ms": "10000",  # ... end after 10 s of it, however many cores
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",  # look for new log files twice a second, not ten times
+    "RAY_num_workers_soft_limit": "0",  # idle workers wake 100 times a second, ...
+    "RAY_idle_worker_killing_time_threshold_ms": "10000",  # ... so they end after 10 s
 }
-"""For a cluster of our own, whose processes share the cores with the work, and which has no dashboard to show
-what they would measure: on two cores it takes what trains 3 % of the time (benchmarks/README.md)."""
+"""Settings for a cluster we start ourselves. Ray's own monitoring cost 3 % of training time on two cores
+(benchmarks/README.md), and without a dashboard nobody would see it."""
 
 
 @contextmanager
 def cluster(
     resources: Resources, options: Mapping[str, Mapping[str, Any]], folders: Mapping[str, str]
 ) -> Iterator[None]:
-    """Join or start Ray for a `with` block; what was started here is taken down again, what was joined stays.
+    """Join or start Ray for a `with` block. A Ray started here is stopped at the end; a joined one continues.
 
-    `options`: the config's `storage` section, which every worker gets too. `folders`: see `kept_in`.
+    `options`: the config's `storage` section, for every worker. `folders`: see `result_folders`.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -66,14 +67,13 @@ def cluster(
     else:
         for name, value in UNWATCHED.items():
             os.environ.setdefault(name, value)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         ray.init(
-            # Logical CPUs: on a small machine too, training and the reading that feeds it run together.
-            num_cpus=max(4, cores + resources.train_workers),
+            # Logical CPUs: training and the tasks that read for it must fit, also on a small machine.
+            num_cpus=max(4, own_cores() + resources.train_workers),
             include_dashboard=False,
             runtime_env=runtime_env,
             log_to_driver=False,
-            logging_level=logging.ERROR,  # a warning says at every start that tokens are on
+            logging_level=logging.ERROR,  # a warning at every start would say that tokens are on
         )
     _quiet_data()
     try:
@@ -83,36 +83,36 @@ def cluster(
 
 
 def _quiet_data() -> None:
-    """Stages say how far they are themselves; Ray Data's own bars and plans would drown that."""
+    """Switch off Ray Data's own progress bars and plans: stages log their progress themselves."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.issue_detectors_config.detectors = []  # which find that a process that generates takes memory
+    context.issue_detectors_config.detectors = []  # they report a process that generates for its memory
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # that it has no bars
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it would log that bars are off
 
 
 def _join(address: str, runtime_env: Mapping[str, Any]) -> None:
-    """Connect to a running cluster. Raises UserError naming it where there is none, or it refuses."""
+    """Connect to a running cluster. Raises UserError naming the address if that fails."""
     try:
         ray.init(runtime_env=dict(runtime_env), log_to_driver=False, logging_level=logging.WARNING)
     except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
-        told = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"RAY_ADDRESS={address}: cannot join the Ray cluster there: {told[0]}") from error
+        reason = one_line(error)
+        raise UserError(f"RAY_ADDRESS={address}: cannot join the Ray cluster there: {reason}") from error
     logger.info("joined the Ray cluster at %s", address)
 
 
-def kept_in(config: PipelineConfig) -> dict[str, str]:
-    """The folders of this machine that a run keeps results in, by the config's key."""
-    kept = {"workspace": config.workspace} if storage.is_local(config.workspace) else {}
+def result_folders(config: PipelineConfig) -> dict[str, str]:
+    """The folders of this machine that a run writes results to, by the config's key."""
+    folders = {"workspace": config.workspace} if storage.is_local(config.workspace) else {}
     tracked = config.tracking.place(config.workspace)
     if config.tracking.enabled and tracked.startswith("sqlite:///"):
-        kept["tracking.uri"] = tracked.removeprefix("sqlite:///")
-    return kept
+        folders["tracking.uri"] = tracked.removeprefix("sqlite:///")
+    return folders
 
 
 def check_folders(folders: Mapping[str, str], config: str) -> None:
-    """Refuse to keep results in the folder a job was uploaded as: it is deleted when no job needs it.
+    """Refuse to write results to the folder a job was uploaded as: Ray deletes it when no job needs it.
 
     Raises UserError naming the config file and the key.
     """

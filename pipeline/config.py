@@ -1,10 +1,11 @@
 """The whole run's configuration: one section a stage, plus where, how much and how it is tracked.
 
-    what it extends  <-  the file  <-  one of its profiles  <-  --set a.b=c     ->  PipelineConfig, frozen
+    files it extends  <-  the file  <-  one of its profiles  <-  --set a.b=c     ->  PipelineConfig, frozen
 
-Each is laid over the one before: sections are merged, lists and values replaced, and a section whose keys
-are numbers changes those places of a list (`phases: {0: {epochs: 5}, 2: null}`; null takes one out).
-Everything wrong with it is found here, before any work, and told in one line that names file and dotted key.
+Each is merged over the one before: sections are merged, lists and values replaced, and a section whose keys
+are numbers changes those items of a list (`phases: {0: {epochs: 5}, 2: null}`; null removes one). Every
+mistake is found here, before any work, and reported in one line that names the file and the dotted key.
+This module imports neither Ray nor torch, so that a mistake is reported at once.
 """
 
 from __future__ import annotations
@@ -18,59 +19,64 @@ import yaml
 from pydantic import Field, JsonValue, ValidationError, field_validator, model_validator
 
 from stages.base import Config, Resources
-from stages.errors import UserError
-from stages.evaluate import EvaluateConfig
-from stages.images.augment import AugmentConfig
-from stages.infer import InferConfig
-from stages.ingest import IngestConfig
-from stages.pair import PairConfig
-from stages.report import ReportConfig
-from stages.shard import ShardConfig
-from stages.storage import absolute
-from stages.tracking.run import TrackingConfig
-from stages.training.phases import TrainConfig
+from stages.config.evaluate import EvaluateConfig
+from stages.config.infer import InferConfig
+from stages.config.ingest import IngestConfig
+from stages.config.locations import absolute
+from stages.config.pair import PairConfig
+from stages.config.report import ReportConfig
+from stages.config.shard import AugmentConfig, ShardConfig
+from stages.config.tracking import TrackingConfig
+from stages.config.train import TrainConfig
+from stages.errors import UserError, first_invalid
 
 SECRET_WORDS = ("secret", "token", "password", "passwd", "credential", "access_key", "account_key", "sas")
 SECRET_NAMES = ("key", "pass", "auth")
 
+RENAMED = {"resources.pairs_at_once": "resources.micro_batch"}
+"""Keys of earlier versions, which are refused with their new name."""
+
 
 class About(Config):
-    """What the run is, for people: tags of its MLflow run."""
+    """A description of the run for people: tags of its MLflow run."""
 
-    title: str = ""
-    source: Annotated[tuple[str, ...], Field(description="where the data set is published")] = ()
-    licence: Annotated[str, Field(description="what its owners allow, in a line")] = ""
+    title: Annotated[str, Field(description="The name of the application or the data set.")] = ""
+    source: Annotated[
+        tuple[str, ...], Field(description="Where the data set is published: one or more addresses.")
+    ] = ()
+    licence: Annotated[str, Field(description="The data set's licence, in one line.")] = ""
 
     def tags(self) -> dict[str, str]:
-        """The tags that say something."""
-        told = {"title": self.title, "source": " ".join(self.source), "licence": self.licence}
-        return {f"pixloom.{name}": text for name, text in told.items() if text}
+        """The tags that are not empty."""
+        texts = {"title": self.title, "source": " ".join(self.source), "licence": self.licence}
+        return {f"pixloom.{name}": text for name, text in texts.items() if text}
 
 
 class PipelineConfig(Config):
     """A pipeline run. `about`, `resources`, `storage` and `tracking` never change a result."""
 
-    about: About = About()
+    about: Annotated[About, Field(description="A description of the run for people.")] = About()
     workspace: Annotated[
-        str, Field(description="folder of everything the run writes; any fsspec location")
+        str, Field(description="The folder of everything the run writes; any fsspec URI or a local path.")
     ] = "workspace"
     storage: Annotated[
         dict[str, dict[str, JsonValue]],
         Field(
             default_factory=dict,
-            description="client options by protocol, e.g. s3: {endpoint_url: ...}; never credentials",
+            description="Client options by protocol, e.g. s3: {endpoint_url: ...}. Never credentials: these "
+            "come from the environment.",
         ),
     ]
-    resources: Resources = Resources()
-    tracking: TrackingConfig = TrackingConfig()
-    ingest: IngestConfig
-    pair: PairConfig = PairConfig()
-    shard: ShardConfig
-    augment: AugmentConfig = AugmentConfig()
-    train: TrainConfig
-    infer: InferConfig = InferConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    report: ReportConfig = ReportConfig()
+    resources: Annotated[Resources, Field(description="How much of the cluster to use.")] = Resources()
+    tracking: Annotated[TrackingConfig, Field(description="Where runs are recorded.")] = TrackingConfig()
+    ingest: Annotated[IngestConfig, Field(description="Where the images are.")]
+    pair: Annotated[PairConfig, Field(description="What makes a pair, and its split.")] = PairConfig()
+    shard: Annotated[ShardConfig, Field(description="How images are read and stored.")]
+    augment: Annotated[AugmentConfig, Field(description="Random changes to pairs.")] = AugmentConfig()
+    train: Annotated[TrainConfig, Field(description="The model, its losses and its phases.")]
+    infer: Annotated[InferConfig, Field(description="What to generate.")] = InferConfig()
+    evaluate: Annotated[EvaluateConfig, Field(description="What to score.")] = EvaluateConfig()
+    report: Annotated[ReportConfig, Field(description="What the page shows.")] = ReportConfig()
 
     @field_validator("workspace")
     @classmethod
@@ -98,13 +104,13 @@ def load(path: str, overrides: Iterable[str] = (), profile: str | None = None) -
 
     Raises UserError with one line that names the file, the dotted key, and `--set` or `--profile` if by them.
     """
-    values, given = read(path, profile), list(overrides)
-    override(values, given)
-    return validated(values, path, given)
+    values, settings = read(path, profile), list(overrides)
+    override(values, settings)
+    return validated(values, path, settings)
 
 
 def read(path: str, profile: str | None = None) -> dict[str, Any]:
-    """A config file's values with what it extends and its profile merged, not yet checked."""
+    """A config file's values, merged with the files it extends and its profile, not yet checked."""
     return _with_profile(_read(Path(path), seen=()), path, profile)
 
 
@@ -115,11 +121,19 @@ def override(values: dict[str, Any], overrides: Iterable[str]) -> None:
 
 
 def validated(values: Mapping[str, Any], path: str, overrides: Sequence[str] = ()) -> PipelineConfig:
-    """The typed config. Raises UserError that names the file, a key that is wrong, the override it is by."""
+    """The typed config. Raises UserError that names the file, a wrong key, and the override that set it."""
+    refuse_renamed(values, path)
     try:
         return PipelineConfig.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{path}: {_first(error, overrides)}") from error
+
+
+def refuse_renamed(values: Mapping[str, Any], path: str) -> None:
+    """Raise UserError with the new name if a key of an earlier version is used."""
+    for key, _ in _leaves(values):
+        if key in RENAMED:
+            raise UserError(f"{path}: {key}: this key is now {RENAMED[key]}")
 
 
 def schema() -> str:
@@ -129,13 +143,13 @@ def schema() -> str:
     model["properties"] |= {
         "extends": {
             "anyOf": [path, {"type": "array", "items": path}],
-            "description": "config files this one starts from, later over earlier; relative to this file",
+            "description": "Config files to start from, relative to this file; later ones win.",
         },
-        "profile": path | {"description": "the profile taken where the command line names none"},
+        "profile": path | {"description": "The profile to use if the command line names none."},
         "profiles": {
             "type": "object",
             "additionalProperties": {"type": "object"},
-            "description": "sections to lay over this file's, by name: python -m pipeline.run --profile NAME",
+            "description": "Sections to merge over this file's, by the name that --profile takes.",
         },
     }
     return json.dumps(model, indent=2, sort_keys=True) + "\n"
@@ -149,7 +163,7 @@ class _Loader(yaml.SafeLoader):
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice in one section", node.start_mark
+                    None, None, f"the key {key!r} is twice in one section", node.start_mark
                 )
         return super().construct_mapping(node, deep)
 
@@ -189,19 +203,19 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path}: {error.args[0]}") from None
 
 
-def _with_profile(values: dict[str, Any], path: str, wanted: str | None) -> dict[str, Any]:
-    """The values with one of their `profiles` laid over them: the one wanted, or the one named `profile`."""
+def _with_profile(values: dict[str, Any], path: str, requested: str | None) -> dict[str, Any]:
+    """The values merged with one of their `profiles`: the requested one, or the file's own choice."""
     profiles = values.pop("profiles", {})
     default = values.pop("profile", None)
     if not isinstance(profiles, dict) or not all(isinstance(over, dict) for over in profiles.values()):
         raise UserError(f"{path}: profiles: expected sections by the profile's name")
-    name = default if wanted is None else wanted
+    name = default if requested is None else requested
     if name is None:
         return values
     if name not in profiles:
-        there = f"there are {', '.join(map(str, profiles))}" if profiles else "there are none"
-        place = f"{path}: profile" if wanted is None else f"--profile {name}: {path}"
-        raise UserError(f"{place}: no such profile, {there}")
+        names = f"there are {', '.join(map(str, profiles))}" if profiles else "there are none"
+        place = f"{path}: profile" if requested is None else f"--profile {name}: {path}"
+        raise UserError(f"{place}: no such profile, {names}")
     try:
         return cast(dict[str, Any], _merge(values, profiles[name]))
     except LookupError as error:
@@ -209,10 +223,10 @@ def _with_profile(values: dict[str, Any], path: str, wanted: str | None) -> dict
 
 
 def _merge(base: Any, over: Any) -> Any:
-    """`over` on top of `base`: sections are merged, lists and values replaced.
+    """`base` with the values of `over`: sections are merged, lists and values replaced.
 
-    A section whose keys are numbers changes those places of a list, or takes them out where it says null.
-    Raises LookupError for a place that is not there.
+    A section whose keys are numbers changes those items of a list; null removes the item. Raises LookupError
+    for an item that does not exist.
     """
     if isinstance(base, dict) and isinstance(over, dict):
         return base | {key: _merge(base[key], value) if key in base else value for key, value in over.items()}
@@ -225,7 +239,7 @@ def _merge(base: Any, over: Any) -> Any:
 
 
 def _set(values: dict[str, Any], override: str) -> None:
-    """Apply one `a.b=c`, given on the command line."""
+    """Apply one `a.b=c` of the command line."""
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise UserError(f"--set {override}: expected key=value, e.g. --set train.seed=7")
@@ -237,9 +251,9 @@ def _set(values: dict[str, Any], override: str) -> None:
 
 
 def assign(values: dict[str, Any], dotted: str, value: Any, *, said: str) -> None:
-    """Set `a.b` of a config's values, in place; a number in the path is a place in a list, null takes it out.
+    """Set `a.b` of a config's values, in place. A number is an index in a list; null removes the item.
 
-    Raises UserError that begins with what was `said`.
+    Raises UserError that begins with `said`, the text that asks for the change.
     """
     *parents, last = dotted.split(".")
     place: Any = values
@@ -269,28 +283,17 @@ def _item(place: Any, part: str, said: str) -> Any:
 
 
 def _first(error: ValidationError, overrides: Sequence[str]) -> str:
-    """A thing that is wrong, as `dotted.key: what is wrong`, and how many more there are.
+    """The most useful error as `key: reason`, with the `--set` that caused it; never the override's value.
 
-    An unknown key before all: misspelt, it is why another is missing. Of an override the key alone is told:
-    the value may be a secret.
+    A value on the command line may be a secret.
     """
-    errors = error.errors(include_url=False)
-    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
-    key = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        message = "there is no such key"
-    elif first["type"] == "missing":
-        message = "is required"
-    elif not isinstance(first["input"], dict | list) and first["type"] != "value_error":
-        message = f"{message}, got {first['input']!r}"
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    text = first_invalid(error)
+    key = text.partition(":")[0]
     for override in overrides:
         dotted = override.partition("=")[0]
         if f"{dotted}.".startswith(f"{key}.") or key.startswith(f"{dotted}."):
-            more = f" (by --set {dotted}){more}"
-            break
-    return " ".join(f"{key + ': ' if key else ''}{message}{more}".split())
+            return f"{text} (by --set {dotted})"
+    return text
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

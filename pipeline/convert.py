@@ -9,12 +9,10 @@ from __future__ import annotations
 import argparse
 import io
 import logging
-import re
-import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline import cli
 from stages import storage
-from stages.errors import PixloomError, StageError, UserError
+from stages.errors import PixloomError, StageError, UserError, one_line
 from stages.inference.model_source import local_model
 from stages.models.architecture import InputSpec
 from stages.models.files.checkpoint_import import Imported, import_checkpoint
@@ -37,6 +36,7 @@ from stages.models.files.export import (
 )
 from stages.models.files.saved import MANIFEST, LoadedModel, Picture, Preprocessing, load_model, save_model
 from stages.models.files.weights import read_tensors
+from stages.storage.local import local_file, upload_folder
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +57,14 @@ examples:
 exit codes:
   0  done, and checked
   1  the export gives another picture than the model, or torch cannot convert it; nothing is written
-  2  yours to mend: one line names the option and the file
+  2  an option or a file must be fixed: one line names it
 """
 
 IMPORT_HELP = """\
 Read the state dicts of NVIDIA/pix2pixHD or junyanz/pytorch-CycleGAN-and-pix2pix (.pth, today's or the
 legacy format, or .safetensors) and write a model folder. The architecture is read off the tensors: kind,
 widths, depths, enhancers, norm, scales, receptive field. What they leave open is assumed as the
-published code defaults, and said; --source, --classes and --[no-]instances tell it otherwise."""
+published code defaults, and logged; --source, --classes and --[no-]instances override it."""
 
 EXPORT_HELP = """\
 Write the generator with everything around it (one-hot labels, instance edges, padding and cropping) as
@@ -75,12 +75,7 @@ above it, that size only. Its inputs and their ranges are in docs/models.md and 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        prog="python -m pipeline.convert",
-        description=HELP,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = cli.parser("pipeline.convert", HELP, EXAMPLES)
     commands = p.add_subparsers(dest="command", required=True, metavar="import|export")
 
     i = commands.add_parser(
@@ -116,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
     )
     e.add_argument("--format", required=True, choices=sorted(FORMATS), help="what to write")
     e.add_argument(
-        "--size", required=True, type=_size, metavar="WxH", help="width and height to trace and check with"
+        "--size", required=True, type=cli.size, metavar="WxH", help="width and height to trace and check with"
     )
     e.add_argument("--output", required=True, metavar="FILE", help="the file to write, e.g. street.onnx")
     e.add_argument(
@@ -128,22 +123,10 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code."""
     options = parser().parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
-    for name in ("pipeline", "__main__"):
-        logging.getLogger(name).setLevel(logging.INFO)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses packages we do not use
-    try:
-        if options.command == "import":
-            import_model(options)
-        else:
-            export(options)
-    except PixloomError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2 if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped; nothing was written\n")
-        return 130
-    return 0
+    cli.log_to_stdout("%(message)s")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of packages that we do not use
+    work = import_model if options.command == "import" else export
+    return cli.exit_code(lambda: work(options), stopped="nothing was written")
 
 
 # -- import -------------------------------------------------------------------
@@ -177,9 +160,9 @@ def import_model(options: argparse.Namespace) -> None:
             encoder=imported.encoder,
             extra={"imported_from": Path(options.generator).name},
         )
-        load_model(folder)  # what is handed out has been read back
+        load_model(folder)  # the files can be read back
         _reach("--output", output, lambda: _upload(folder, output))
-    logger.info("%s", _told(imported))
+    logger.info("%s", _description(imported))
     logger.info("written to %s", output)
 
 
@@ -198,8 +181,8 @@ def _preprocessing(inputs: InputSpec) -> Preprocessing:
     return Preprocessing(pictures=pictures)
 
 
-def _told(imported: Imported) -> str:
-    """What was found, and what was assumed, for a person to check."""
+def _description(imported: Imported) -> str:
+    """The architecture and inputs that were read off the tensors, and what was assumed."""
     values = imported.architecture.model_dump()
     inputs = imported.inputs.model_dump(exclude_none=True)
     lines = [
@@ -211,59 +194,34 @@ def _told(imported: Imported) -> str:
 
 
 def _upload(folder: Path, output: str) -> None:
-    """Copy a model folder, `model.json` last: until it is there, the folder is no model."""
     fs, path = storage.filesystem(output)
     fs.makedirs(path, exist_ok=True)
-    if fs.exists(f"{path}/{MANIFEST}"):
-        fs.rm_file(f"{path}/{MANIFEST}")
-    for file in sorted(folder.iterdir(), key=lambda file: (file.name == MANIFEST, file.name)):
-        if file.name == MANIFEST:
-            storage.write_bytes(storage.join(output, file.name), file.read_bytes())
-        else:
-            fs.put_file(str(file), f"{path}/{file.name}")
+    upload_folder(folder, output, last=MANIFEST)
 
 
 def _tensors(option: str, uri: str | None) -> dict[str, Tensor] | None:
-    """The tensors of a file anywhere; None if the option was not given."""
+    """The tensors of a file at any location; None if the option was left out."""
     if uri is None:
         return None
-    with _local_file(option, uri) as path:
+    with ExitStack() as stack:
+        path = _reach(option, uri, lambda: stack.enter_context(local_file(storage.absolute(uri))))
         try:
             return read_tensors(path)
         except ValueError as error:
             raise UserError(f"{option}: {str(error).replace(str(path), uri, 1)}") from error
 
 
-@contextmanager
-def _local_file(option: str, uri: str) -> Iterator[Path]:
-    """A file on this machine; one that is elsewhere is copied for as long as it is needed."""
-    fs, path = _reach(option, uri, lambda: storage.filesystem(storage.absolute(uri)))
-    if storage.is_local(storage.absolute(uri)):
-        yield Path(path)
-        return
-    with tempfile.TemporaryDirectory(prefix="pixloom-") as temp:
-        local = Path(temp) / path.rsplit("/", 1)[-1]
-
-        def copy() -> None:
-            with fs.open(path, "rb") as there, local.open("wb") as here:
-                shutil.copyfileobj(there, here, 1 << 22)
-
-        _reach(option, uri, copy)
-        yield local
-
-
 Result = TypeVar("Result")
 
 
 def _reach(option: str, uri: str, action: Callable[[], Result]) -> Result:
-    """Do something with a store; whatever it says goes wrong there is the user's, with the option named."""
+    """The action's result; an error of a store becomes a UserError that names the option."""
     try:
         return action()
     except PixloomError:
         raise
     except Exception as error:  # every kind of store has its own errors
-        text = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"{option}: {uri}: {text}") from error
+        raise UserError(f"{option}: {uri}: {one_line(error, limit=200)}") from error
 
 
 # -- export -------------------------------------------------------------------
@@ -314,10 +272,10 @@ def _model(uri: str, temp: Path, weights: Any) -> LoadedModel:
         raise UserError(f"--model: {error}") from error
 
 
-Run = Callable[[Mapping[str, Tensor]], Tensor]
+Program = Callable[[Mapping[str, Tensor]], Tensor]
 
 
-def _onnx_run(data: bytes) -> Run:
+def _onnx_run(data: bytes) -> Program:
     # imported here: it is in the test extra only, and only this format needs it
     import onnxruntime  # noqa: PLC0415
 
@@ -330,23 +288,16 @@ def _onnx_run(data: bytes) -> Run:
     return run
 
 
-def _program_run(data: bytes) -> Run:
+def _program_run(data: bytes) -> Program:
     module = torch.export.load(io.BytesIO(data)).module()
     return lambda values: module(**values)
 
 
-FORMATS: dict[str, tuple[Callable[[Exported], bytes], Callable[[bytes], Run]]] = {
+FORMATS: dict[str, tuple[Callable[[Exported], bytes], Callable[[bytes], Program]]] = {
     "onnx": (onnx_bytes, _onnx_run),
     "torch_export": (program_bytes, _program_run),
 }
 """How each format is written, and how its file is run again."""
-
-
-def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
-    if match is None or not (int(match[1]) and int(match[2])):
-        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, e.g. 1024x512")
-    return int(match[1]), int(match[2])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The pipeline as steps, and the fingerprint that says whether a step's output is the one wanted.
 
 A step's fingerprint is a hash of its stage's code version, its config, the fingerprints of its inputs and a
-digest of what it reads from elsewhere (ingest: the objects listed; infer: an input or model of its own), so
-it moves exactly when its result may.
+digest of what it reads from elsewhere (ingest: the objects listed; infer: an input or model from outside), so
+it changes exactly when its result may.
 """
 
 from __future__ import annotations
@@ -11,11 +11,40 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
+from typing import Any
 
 from pipeline.config import PipelineConfig
 from stages import evaluate, infer, ingest, pair, report, shard, train
-from stages.base import Config
+from stages.base import Config, Outcome, Resources
+from stages.config.train import PhaseJob, jobs
+from stages.tracking.run import Run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunView:
+    """What the report shows of the run: part of no fingerprint."""
+
+    command: str = ""
+    config_text: str = ""
+    phases: Sequence[str] = ()
+    """Folders of the training phases, in order."""
+    markers: Sequence[Mapping[str, Any]] = ()
+    """The markers of the steps that are finished, in order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepContext:
+    """What the runner gives a step besides its config."""
+
+    resources: Resources
+    output: str
+    track: Run
+    inputs: Mapping[str, str]
+    """Input name -> folder URI."""
+    view: RunView
+
+
+Work = Callable[[StepContext], Outcome]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,69 +52,135 @@ class Step:
     """One stage with its config. `needs` maps the stage's input names to the steps they come from."""
 
     name: str
-    stage: ModuleType
+    stage: str
+    """The stage's name: `train` for every phase. `--only` and `--until` take it, or the step's name."""
+    version: int
     config: Config
+    work: Work
     needs: Mapping[str, str] = field(default_factory=dict)
     digest: Callable[[], str] | None = None
-    """Of what lies outside the pipeline and is read by this step; asked at every plan."""
-
-    @property
-    def group(self) -> str:
-        """The stage's name: `train` for every phase. What `--only` and `--until` take beside the name."""
-        return self.stage.__name__.rpartition(".")[2]
+    """The digest of what the step reads from outside the pipeline; computed at every plan."""
 
 
 def steps(config: PipelineConfig) -> tuple[Step, ...]:
-    """The pipeline. Read it downwards: every name on the right was defined above."""
-    jobs = train.jobs(config.train, config.augment)
-    phases = [f"train-{job.phase.name}" for job in jobs]
+    """The pipeline. Read it downwards: every step needs only steps above it."""
+    phases = jobs(config.train, config.augment)
+    last = f"train-{phases[-1].phase.name}"
     return (
-        Step(name="ingest", stage=ingest, config=config.ingest, digest=lambda: ingest.digest(config.ingest)),
-        Step(name="pair", stage=pair, config=config.pair, needs={"objects": "ingest"}),
-        Step(name="shard", stage=shard, config=config.shard, needs={"pairs": "pair"}),
-        *(
-            Step(
-                name=name,
-                stage=train,
-                config=job,
-                needs={"shards": "shard"} | ({"before": before} if before else {}),
-            )
-            for name, job, before in zip(phases, jobs, ["", *phases], strict=False)
+        Step(
+            name="ingest",
+            stage="ingest",
+            version=ingest.VERSION,
+            config=config.ingest,
+            digest=lambda: ingest.digest(config.ingest),
+            work=lambda at: ingest.run(config.ingest, at.resources, output=at.output, track=at.track),
         ),
         Step(
+            name="pair",
+            stage="pair",
+            version=pair.VERSION,
+            config=config.pair,
+            needs={"objects": "ingest"},
+            work=lambda at: pair.run(
+                config.pair, at.resources, output=at.output, track=at.track, objects=at.inputs["objects"]
+            ),
+        ),
+        Step(
+            name="shard",
+            stage="shard",
+            version=shard.VERSION,
+            config=config.shard,
+            needs={"pairs": "pair"},
+            work=lambda at: shard.run(
+                config.shard, at.resources, output=at.output, track=at.track, pairs=at.inputs["pairs"]
+            ),
+        ),
+        *(_phase(job, before) for job, before in zip(phases, [None, *phases], strict=False)),
+        Step(
             name="infer",
-            stage=infer,
+            stage="infer",
+            version=infer.VERSION,
             config=config.infer,
-            needs=({} if config.infer.model else {"model": phases[-1]})
+            needs=({} if config.infer.model else {"model": last})
             | ({} if config.infer.input else {"shards": "shard"}),
             digest=(lambda: infer.digest(config.infer, config.tracking.place(config.workspace)))
             if config.infer.input or config.infer.model
             else None,
+            work=lambda at: infer.run(
+                config.infer,
+                at.resources,
+                output=at.output,
+                track=at.track,
+                model=at.inputs.get("model", ""),
+                shards=at.inputs.get("shards", ""),
+            ),
         ),
         Step(
             name="evaluate",
-            stage=evaluate,
+            stage="evaluate",
+            version=evaluate.VERSION,
             config=config.evaluate,
             needs={"shards": "shard"} | ({} if config.evaluate.images else {"images": "infer"}),
+            work=lambda at: evaluate.run(
+                config.evaluate,
+                at.resources,
+                output=at.output,
+                track=at.track,
+                shards=at.inputs["shards"],
+                images=at.inputs.get("images", ""),
+            ),
         ),
         Step(
             name="report",
-            stage=report,
+            stage="report",
+            version=report.VERSION,
             config=config.report,
             needs={"shards": "shard", "images": "infer", "metrics": "evaluate"},
+            work=lambda at: report.run(
+                config.report,
+                at.resources,
+                output=at.output,
+                track=at.track,
+                shards=at.inputs["shards"],
+                images=at.inputs["images"],
+                metrics=at.inputs["metrics"],
+                phases=at.view.phases,
+                steps=at.view.markers,
+                config_text=at.view.config_text,
+                command=at.view.command,
+            ),
         ),
     )
 
 
-def needed(steps: Sequence[Step], wanted: str) -> tuple[Step, ...]:
-    """The steps of a stage and those that they come from; all, where there is no such stage.
+def _phase(job: PhaseJob, before: PhaseJob | None) -> Step:
+    """The step of one training phase, which starts from the networks of the phase before it."""
+    return Step(
+        name=f"train-{job.phase.name}",
+        stage="train",
+        version=train.VERSION,
+        config=job,
+        needs={"shards": "shard"} | ({"before": f"train-{before.phase.name}"} if before else {}),
+        work=lambda at: train.run(
+            job,
+            at.resources,
+            output=at.output,
+            track=at.track,
+            shards=at.inputs["shards"],
+            before=at.inputs.get("before", ""),
+        ),
+    )
 
-    What a stage does not come from is not asked for: a model made elsewhere generates without training data.
+
+def needed(steps: Sequence[Step], name: str) -> tuple[Step, ...]:
+    """The steps of a stage or with a name, and those they depend on; all steps if there is no such name.
+
+    The others are not planned: a model from elsewhere generates without training data.
     """
-    names = {step.name for step in steps if wanted in (step.name, step.group)}
+    names = {step.name for step in steps if name in (step.name, step.stage)}
     if not names:
         return tuple(steps)
-    for step in reversed(steps):  # every step stands after those it needs
+    for step in reversed(steps):  # every step comes after those it needs
         if step.name in names:
             names |= set(step.needs.values())
     return tuple(step for step in steps if step.name in names)
@@ -94,8 +189,8 @@ def needed(steps: Sequence[Step], wanted: str) -> tuple[Step, ...]:
 def fingerprint(step: Step, inputs: Mapping[str, str], digest: str | None) -> str:
     """Twelve hex digits that change when the step's result may. `inputs`: input name -> its fingerprint."""
     identity = {
-        "stage": step.group,
-        "version": step.stage.VERSION,
+        "stage": step.stage,
+        "version": step.version,
         "config": step.config.model_dump(mode="json"),
         "inputs": dict(inputs),
         "digest": digest,

@@ -12,21 +12,19 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from pipeline.cluster import cluster
-from pipeline.config import override
-from pipeline.run import exit_code, log_to_stdout
-from stages import infer, storage
+from pipeline import cli
+from pipeline.config import override, refuse_renamed
 from stages.base import Config, Resources
-from stages.errors import UserError
-from stages.infer import InferConfig
-from stages.tracking.run import TrackingConfig
+from stages.config.infer import InferConfig
+from stages.config.tracking import TrackingConfig
+from stages.errors import UserError, first_invalid
 
 HELP = """\
 Generate an image for every source in a folder, bucket, archive, shards folder or Parquet table of
-{key, uri}. The same code as the pipeline's infer stage: killed anywhere, the same command goes on;
-finished images are not generated again, and with nothing to do no cluster is started."""
+{key, uri}. It is the pipeline's infer stage: the same command continues after a crash, finished images
+are not generated again, and if nothing is left to do no cluster is started."""
 
-EXAMPLES = """\
+EXAMPLES = f"""\
 examples:
   python -m pipeline.infer --model workspace/train-joint-1a2b3c4d5e6f --input maps --output generated
   python -m pipeline.infer --model models:/street@champion --input s3://maps --output s3://generated \\
@@ -36,14 +34,13 @@ examples:
 settings (--set) are those of the config's `infer` section, and `resources.*`, `storage.*`, `tracking.uri`
 (where models:/ and runs:/ are looked up; else MLFLOW_TRACKING_URI, else ./workspace).
 
-output: images/<key>.png, table/part-*.parquet with a row an input: checksum, size, seconds, seed, error.
+output: images/<key>.png, table/part-*.parquet with one row per input: checksum, size, seconds, seed, error.
 
-exit codes: 0 done; 1 failed, what was done is kept; 2 yours to mend, one line says what; 130 stopped
-"""
+{cli.EXIT_CODES}"""
 
 
 class Settings(Config):
-    """What `--set` may set beside the stage's own settings."""
+    """What `--set` may set: the stage's own settings and three other sections."""
 
     infer: InferConfig
     resources: Resources = Resources()
@@ -53,17 +50,12 @@ class Settings(Config):
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        prog="python -m pipeline.infer",
-        description=HELP,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = cli.parser("pipeline.infer", HELP, EXAMPLES)
     p.add_argument("--model", required=True, metavar="M", help="folder or URI, models:/name@alias, runs:/id")
     p.add_argument("--input", required=True, metavar="URI", help="where the sources are")
     p.add_argument("--output", required=True, metavar="URI", help="folder to write to")
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting")
-    p.add_argument("--overwrite", action="store_true", help="forget what the output holds, start anew")
+    cli.add_settings(p, "change one setting")
+    p.add_argument("--overwrite", action="store_true", help="generate again what the output folder holds")
     return p
 
 
@@ -73,40 +65,42 @@ def settings(options: argparse.Namespace) -> Settings:
     values["infer"]["overwrite"] = options.overwrite
     sections = ("resources.", "storage.", "tracking.", "infer.")
     override(values, [text if text.startswith(sections) else f"infer.{text}" for text in options.set])
+    refuse_renamed(values, "--set")
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"]).removeprefix("infer.")
-        raise UserError(f"--set {key}: {first['msg'].removeprefix('Value error, ')}") from error
+        raise UserError(f"--set {first_invalid(error).removeprefix('infer.')}") from error
 
 
 def run(options: argparse.Namespace) -> None:
-    """Generate, and say what came of it."""
-    given = settings(options)
-    storage.configure(given.storage)
+    """Check the settings, then import what generates images: Ray and torch take seconds to load."""
+    config = settings(options)
+    from pipeline.cluster import cluster  # noqa: PLC0415
+    from stages import infer, storage  # noqa: PLC0415
+
+    storage.configure(config.storage)
     output = storage.absolute(options.output)
     work = infer.prepare(
-        given.infer,
+        config.infer,
         output=output,
-        tracking_uri=given.tracking.place("workspace"),
+        tracking_uri=config.tracking.place("workspace"),
         model_key="--model",
         input_key="--input",
     )
     if work.left:
-        with cluster(given.resources, given.storage, {}):
-            outcome = infer.finish(given.infer, given.resources, work, output)
+        with cluster(config.resources, config.storage, {}):
+            outcome = infer.finish(config.infer, config.resources, work, output)
     else:
-        outcome = infer.finish(given.infer, given.resources, work, output)
-    told = ", ".join(f"{name} {count:,}" for name, count in outcome.counts.items())
-    sys.stdout.write(f"{told}\n{output}\n")
+        outcome = infer.finish(config.infer, config.resources, work, output)
+    counts = ", ".join(f"{name} {count:,}" for name, count in outcome.counts.items())
+    sys.stdout.write(f"{counts}\n{output}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code."""
     options = parser().parse_args(arguments)
-    log_to_stdout()
-    return exit_code(lambda: run(options))
+    cli.log_to_stdout()
+    return cli.exit_code(lambda: run(options))
 
 
 if __name__ == "__main__":

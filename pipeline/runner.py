@@ -1,7 +1,7 @@
-"""Plan and run the steps: what is done is not done again, what is unfinished is taken up where it stopped.
+"""Plan and run the steps: finished steps are not run again, unfinished ones continue where they stopped.
 
-A step's folder is `<workspace>/<step>-<fingerprint>`. It is finished when it holds `_SUCCESS.json`, which is
-written last; without it, the folder is work in hand that the next run of the same step goes on with.
+A step's folder is `<workspace>/<step>-<fingerprint>`. The step is finished when the folder holds
+`_SUCCESS.json`, which is written last; without it, the next run of the same step continues the work there.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipeline.dag import Step, fingerprint
+from pipeline.dag import RunView, Step, StepContext, fingerprint
 from stages import storage
 from stages.base import Outcome, Resources
-from stages.errors import PixloomError, StageError, UserError
+from stages.errors import PixloomError, StageError, UserError, cause
 from stages.progress import duration
 from stages.tracking.run import Run
 
@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Planned:
-    """A step with its place, and what the last run left there."""
+class PlannedStep:
+    """A step with its folder, and the marker that an earlier run left there."""
 
     step: Step
     fingerprint: str
@@ -34,48 +34,57 @@ class Planned:
     inputs: Mapping[str, str] = field(default_factory=dict)
     """Input name -> folder URI."""
     marker: Mapping[str, Any] | None = None
-    """What the step said of itself when it finished, or None."""
+    """The content of `_SUCCESS.json`, or None."""
     why: str = ""
 
     @property
     def done(self) -> bool:
-        """Whether the output is there, whole, for exactly this config and input."""
+        """Whether the output of exactly this config and these inputs is complete."""
         return self.marker is not None
 
 
-def plan(steps: Sequence[Step], workspace: str) -> tuple[Planned, ...]:
-    """Fingerprint every step and look at what is done. Starts nothing; reads listings and markers only."""
-    planned: dict[str, Planned] = {}
+def plan(
+    steps: Sequence[Step], workspace: str, digests: dict[str, str] | None = None
+) -> tuple[PlannedStep, ...]:
+    """Fingerprint every step and find out what is done. Starts nothing; reads listings and markers only.
+
+    digests: digests of what steps read from outside, computed by an earlier plan; this plan adds its own
+    """
+    digests = {} if digests is None else digests
+    planned: dict[str, PlannedStep] = {}
     earlier = _folders(workspace)
     for step in steps:
         inputs = {name: planned[source] for name, source in step.needs.items()}
-        digest = step.digest() if step.digest else None
+        digest = None
+        if step.digest is not None:
+            read = f"{step.name} {step.config.model_dump_json()}"
+            digest = digests[read] if read in digests else digests.setdefault(read, step.digest())
         print_ = fingerprint(step, {name: source.fingerprint for name, source in inputs.items()}, digest)
         folder = storage.join(workspace, f"{step.name}-{print_}")
-        known = folder.rpartition("/")[2] in earlier.get(step.name, ())
-        marker = _marker(folder) if known else None
-        planned[step.name] = Planned(
+        exists = folder.rpartition("/")[2] in earlier.get(step.name, ())
+        marker = _marker(folder) if exists else None
+        planned[step.name] = PlannedStep(
             step=step,
             fingerprint=print_,
             folder=folder,
             inputs={name: source.folder for name, source in inputs.items()},
             marker=marker,
-            why=_why(step, inputs, digest, marker, known, workspace, earlier.get(step.name, ())),
+            why=_why(step, inputs, digest, marker, exists, workspace, earlier.get(step.name, ())),
         )
     return tuple(planned.values())
 
 
-def select(planned: Sequence[Planned], *, only: str | None, until: str | None) -> tuple[Planned, ...]:
-    """The steps a run was asked for: all, those up to a stage, or one stage whose inputs are there.
+def select(planned: Sequence[PlannedStep], *, only: str | None, until: str | None) -> tuple[PlannedStep, ...]:
+    """The steps to run: all, those up to a stage, or one stage whose inputs are done.
 
     Raises UserError where the stage's name is unknown or an input of it is not done.
     """
     wanted = only or until
     if wanted is None:
         return tuple(planned)
-    places = [i for i, p in enumerate(planned) if wanted in (p.step.name, p.step.group)]
+    places = [i for i, p in enumerate(planned) if wanted in (p.step.name, p.step.stage)]
     if not places:
-        names = ", ".join(dict.fromkeys(p.step.group for p in planned))
+        names = ", ".join(dict.fromkeys(p.step.stage for p in planned))
         raise UserError(f"--{'only' if only else 'until'} {wanted}: no such stage; there are {names}")
     if until:
         return tuple(planned[: places[-1] + 1])
@@ -91,37 +100,46 @@ def select(planned: Sequence[Planned], *, only: str | None, until: str | None) -
 
 
 def execute(
-    planned: Iterable[Planned],
+    planned: Iterable[PlannedStep],
     resources: Resources,
     *,
     parent: Run,
-    extra: Callable[[Step], Mapping[str, Any]],
-    finished: dict[str, dict[str, Any]],
-) -> None:
-    """Run what is not done, in order. `finished` gains every step's marker as it is known, also on failure.
+    view: RunView,
+    observe: Callable[[Step, Run], Run] = lambda _, run: run,
+) -> dict[str, Mapping[str, Any]]:
+    """Run the steps that are not done, in order. Returns every step's marker by the step's name.
 
-    `extra` gives a step further arguments that are no part of its fingerprint (the report's view of the run).
+    view: what the report shows of the run; its `markers` are filled in here
+    observe: returns the MLflow run to give a step, e.g. one that also forwards its metrics
+
     Raises StageError naming the stage and its folder, or the UserError of a stage.
     """
+    markers: dict[str, Mapping[str, Any]] = {}
     for p in planned:
         if p.marker is not None:
-            finished[p.step.name] = dict(p.marker)
+            markers[p.step.name] = p.marker
             logger.info("%-13s done before", p.step.name)
             continue
         logger.info("%-13s starts (%s)", p.step.name, p.why)
         started = time.monotonic()
-        with parent.child(
-            p.step.name, {"pixloom.step": p.step.name, "pixloom.fingerprint": p.fingerprint}
-        ) as run:
-            outcome = _run(p, resources, run, extra(p.step))
+        tags = {"pixloom.step": p.step.name, "pixloom.fingerprint": p.fingerprint}
+        with parent.child(p.step.name, tags) as run:
+            context = StepContext(
+                resources=resources,
+                output=p.folder,
+                track=observe(p.step, run),
+                inputs=p.inputs,
+                view=replace(view, markers=list(markers.values())),
+            )
+            outcome = _run(p, context)
             seconds = time.monotonic() - started
             # A phase has logged its losses as curves already; a last point at step 0 would spoil them.
-            metrics = {} if p.step.group == "train" else outcome.metrics
+            metrics = {} if p.step.stage == "train" else outcome.metrics
             run.metrics({**metrics, **outcome.counts, "seconds": seconds}, step=0)
         marker = {
             "step": p.step.name,
             "fingerprint": p.fingerprint,
-            "version": p.step.stage.VERSION,
+            "version": p.step.version,
             "config": p.step.config.model_dump(mode="json"),
             "inputs": {name: uri.rpartition("/")[2] for name, uri in p.inputs.items()},
             "counts": dict(outcome.counts),
@@ -129,31 +147,21 @@ def execute(
             "seconds": round(seconds, 3),
         }
         storage.write_json(storage.join(p.folder, MARKER), marker)
-        finished[p.step.name] = marker
-        told = ", ".join(f"{name} {value:,}" for name, value in outcome.counts.items())
-        logger.info("%-13s done in %s%s", p.step.name, duration(seconds), f": {told}" if told else "")
+        markers[p.step.name] = marker
+        counts = ", ".join(f"{name} {value:,}" for name, value in outcome.counts.items())
+        logger.info("%-13s done in %s%s", p.step.name, duration(seconds), f": {counts}" if counts else "")
+    return markers
 
 
-def _run(p: Planned, resources: Resources, run: Run, extra: Mapping[str, Any]) -> Outcome:
+def _run(p: PlannedStep, context: StepContext) -> Outcome:
     try:
-        outcome: Outcome = p.step.stage.run(
-            p.step.config, resources, output=p.folder, track=run, **{**p.inputs, **extra}
-        )
+        return p.step.work(context)
     except PixloomError:
         raise
     except Exception as error:
         raise StageError(
-            f"{p.step.name} failed: {_cause(error)} (its work so far is in {p.folder})"
+            f"{p.step.name} failed: {cause(error)} (its work so far is in {p.folder})"
         ) from error
-    return outcome
-
-
-def _cause(error: BaseException) -> str:
-    """The innermost cause in one line: Ray wraps what a task raised several times over."""
-    while (inner := getattr(error, "cause", None) or error.__cause__) is not None and inner is not error:
-        error = inner
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[-1] if text else ''}"[:500]
 
 
 def _folders(workspace: str) -> dict[str, list[str]]:
@@ -181,39 +189,39 @@ def _marker(folder: str) -> Mapping[str, Any] | None:
 
 def _why(
     step: Step,
-    inputs: Mapping[str, Planned],
+    inputs: Mapping[str, PlannedStep],
     digest: str | None,
     marker: Mapping[str, Any] | None,
-    known: bool,
+    exists: bool,
     workspace: str,
     earlier: Sequence[str],
 ) -> str:
-    """The reason in a few words: for a person who wonders why this runs again."""
+    """Why the step runs, or does not, in a few words."""
     if marker is not None:
         return f"done in {duration(marker['seconds'])}"
     waiting = [source.step.name for source in inputs.values() if not source.done]
     if waiting:
         return f"after {', '.join(waiting)}"
-    if known:
-        return "unfinished, goes on"
+    if exists:
+        return "unfinished, continues"
     others = [m for name in earlier if (m := _marker(storage.join(workspace, name))) is not None]
     if not others:
         return "never run"
     closest = min((_changes(m, step, inputs) for m in others), key=len)
     if closest:
         return "changed: " + ", ".join(closest[:3]) + (" ..." if len(closest) > 3 else "")
-    return "what it reads has changed" if digest else "changed"
+    return "the data it reads has changed" if digest else "changed"
 
 
-def _changes(marker: Mapping[str, Any], step: Step, inputs: Mapping[str, Planned]) -> list[str]:
-    """Dotted keys in which a finished run's config and inputs differ from the ones wanted."""
-    wanted = dict(_flat(step.config.model_dump(mode="json")))
-    had = dict(_flat(marker["config"]))
-    changes = [key for key in sorted(wanted.keys() | had.keys()) if wanted.get(key) != had.get(key)]
+def _changes(marker: Mapping[str, Any], step: Step, inputs: Mapping[str, PlannedStep]) -> list[str]:
+    """Dotted keys in which a finished run's config and inputs differ from the step's."""
+    new = dict(_flat(step.config.model_dump(mode="json")))
+    old = dict(_flat(marker["config"]))
+    changes = [key for key in sorted(new.keys() | old.keys()) if new.get(key) != old.get(key)]
     for name, source in inputs.items():
         if marker["inputs"].get(name) != source.folder.rpartition("/")[2]:
             changes.append(f"input {name}")
-    if marker["version"] != step.stage.VERSION:
+    if marker["version"] != step.version:
         changes.append("the stage's code version")
     return changes
 

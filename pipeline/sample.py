@@ -1,4 +1,4 @@
-"""Draw sample data: street-like scenes as photo, class-label map and instance map, laid out as Cityscapes is.
+"""Draw sample data: street-like scenes as photo, class-label map and instance map, in three folders.
 
     python -m pipeline.sample sample --pairs 120 --size 256x128 --seed 0
 
@@ -6,24 +6,23 @@
     sample/label/scene_00000.png      8-bit ids of the classes in CLASSES
     sample/instance/scene_00000.png   16-bit; below 1000 the class itself, else class * 1000 + number
 
-A scene is a pure function of (seed, number, size). What a photo shows follows from its maps, but for fine
-texture and a little light, so that a model can learn it and be judged on scenes it has not seen.
+A scene is a pure function of (seed, number, size). The maps determine the photo, except for fine texture and
+a little light, so that a model can learn the mapping and be evaluated on scenes it has not seen.
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline import cli
 from stages import storage
-from stages.errors import UserError
 from stages.images import encode
 from stages.progress import Progress
 
@@ -48,7 +47,7 @@ class Scene:
 
 
 def rgb(values: Sequence[int]) -> Floats:
-    """A colour, to be reckoned with."""
+    """An RGB colour as float32, for arithmetic."""
     return np.array(values, np.float32)
 
 
@@ -91,7 +90,7 @@ class _Canvas:
         self.colour(mask, colour)
 
     def colour(self, mask: Mask, colour: Floats) -> None:
-        """Change the photo alone: detail within a shape."""
+        """Change only the photo: detail within a shape."""
         self.photo[mask] = np.broadcast_to(colour, self.photo.shape)[mask]
 
     def box(self, left: float, top: float, right: float, bottom: float) -> Mask:
@@ -202,60 +201,46 @@ class _Canvas:
 
 
 def write(folder: str, *, pairs: int, width: int, height: int, seed: int) -> None:
-    """Write `pairs` scenes to a local folder or any fsspec location; those already there are left alone."""
-    there = set(storage.list_names(storage.join(folder, "instance")))
+    """Write `pairs` scenes to a local folder or any fsspec location, except those that exist."""
+    existing = set(storage.list_names(storage.join(folder, "instance")))
 
     def one(number: int) -> None:
         scene, name = draw(seed, number, width, height), f"scene_{number:05d}.png"
-        for layer in ("photo", "label", "instance"):  # the instance map last: it says the scene is whole
+        for layer in ("photo", "label", "instance"):  # the instance map last: it marks the scene as complete
             storage.write_bytes(
                 storage.join(folder, layer, name), encode.encode_png(np.atleast_3d(getattr(scene, layer)))
             )
 
-    todo = [number for number in range(pairs) if f"scene_{number:05d}.png" not in there]
+    todo = [number for number in range(pairs) if f"scene_{number:05d}.png" not in existing]
     progress = Progress("sample", total=pairs, unit="scenes", done=pairs - len(todo))
     with progress, ThreadPoolExecutor(4) as pool:
         for _ in pool.map(one, todo):
             progress.advance()
 
 
-def _size(text: str) -> tuple[int, int]:
-    width, _, height = text.partition("x")
-    if not (width.isdigit() and height.isdigit() and 32 <= int(width) <= 8192 and 32 <= int(height) <= 8192):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size like 256x128 (each side 32 to 8192)")
-    return int(width), int(height)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code."""
-    p = argparse.ArgumentParser(
-        prog="python -m pipeline.sample",
-        description="Draw street-like scenes (photo, label map, instance map) to try the pipeline on.",
+    p = cli.parser(
+        "pipeline.sample", "Draw street-like scenes (photo, label map, instance map) to try the pipeline on."
     )
     p.add_argument("folder", help="where to write: a local folder or a URI such as s3://bucket/sample")
     p.add_argument("--pairs", type=int, default=120, metavar="N", help="how many scenes (default: 120)")
     p.add_argument(
-        "--size", type=_size, default=(256, 128), metavar="WxH", help="of every image (default: 256x128)"
+        "--size",
+        type=partial(cli.size, least=32, most=8192),
+        default=(256, 128),
+        metavar="WxH",
+        help="size of every image (default: 256x128)",
     )
     p.add_argument("--seed", type=int, default=0, help="another seed draws other scenes (default: 0)")
     options = p.parse_args(arguments)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S", stream=sys.stdout
-    )
     if options.pairs < 1:
         p.error("--pairs: at least 1")
-    try:
-        write(
-            options.folder,
-            pairs=options.pairs,
-            width=options.size[0],
-            height=options.size[1],
-            seed=options.seed,
-        )
-    except UserError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    return 0
+    width, height = options.size
+    cli.log_to_stdout()
+    return cli.exit_code(
+        lambda: write(options.folder, pairs=options.pairs, width=width, height=height, seed=options.seed)
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""What every stage has in common: a frozen config, the resources it may use, the outcome it returns.
+"""What every stage has in common: the base of all configuration, the resources a stage may use, its outcome.
 
-A stage is a module with one config type, pure rules, and one function
+A stage is a module with one function
 
     run(config, resources, *, output, track, **inputs) -> Outcome
 
-where `output` and every input are folder URIs (see `stages.storage`) and `track` is the stage's MLflow run
-(see `stages.tracking.run`). The runner writes the `_SUCCESS.json` marker after `run` returns; until then the
-folder is unfinished work that the next run of the same stage takes up again.
+where `config` is the stage's type in `stages.config`, `output` and every input are folder URIs (see
+`stages.storage`) and `track` is the stage's MLflow run (see `stages.tracking.run`). The runner writes the
+`_SUCCESS.json` marker after `run` returns; a folder without it is unfinished work, which the next run of the
+same stage continues.
 """
 
 from __future__ import annotations
@@ -18,14 +19,22 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 Role = Literal["source", "target", "label", "instance", "features"]
-"""What an image is to its pair. `label` and `instance` are optional maps that ride along with the source;
+"""What an image is to its pair. `label` and `instance` are optional maps that belong to the source;
 `features` are further channels of it."""
 
 Kind = Literal["rgb", "grey", "labels", "instances", "grey16", "lab_l", "lab_ab", "channels"]
-"""How an image's values are to be read: colours, lightness, class ids, instance ids (16 bit), 16-bit
-lightness, the L and the ab of CIE Lab (colorization), any number of channels in [-1, 1]."""
+"""How an image's values are read: colours, lightness, class ids, instance ids (16 bit), 16-bit lightness,
+the L and the ab of CIE Lab (colorization), any number of channels in [-1, 1]."""
 
 Split = Literal["train", "val", "test"]
+
+Encoding = Literal["raw", "png", "jpeg", "webp"]
+"""How an image is stored in a shard. `raw` is the array itself, planar (C, H, W), little-endian."""
+
+Format = Literal["png", "jpeg", "webp"]
+"""The file format of generated images."""
+
+Precision = Literal["float32", "bf16"]
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -33,6 +42,9 @@ Level = Annotated[int, Field(ge=0, le=255)]
 
 Colors = Annotated[tuple[tuple[Level, Level, Level], ...], Field(min_length=2, max_length=256)]
 """A label picture's colours, one per class, in order."""
+
+MAX_PIXELS = 89_478_485
+"""The largest image that is decoded: Pillow's limit, below which it gives no warning."""
 
 
 class Config(BaseModel):
@@ -42,59 +54,94 @@ class Config(BaseModel):
 
 
 class Resources(Config):
-    """How much to use, never what to compute: nothing here changes a result or a fingerprint."""
+    """How much of the cluster to use. Nothing here changes a result or a fingerprint."""
 
     train_workers: Annotated[
-        int, Field(ge=1, description="training processes, one GPU each if there are GPUs")
+        int, Field(ge=1, description="Train with this many processes, each on one GPU if there are GPUs.")
     ] = 1
     train_workers_min: Annotated[
         int | None,
         Field(
-            ge=1, description="go on with as few as these when nodes leave, up to train_workers; null: wait"
+            ge=1,
+            description="Continue with as few as this many workers when nodes leave, and return to "
+            "train_workers when nodes join. null: wait for all of them.",
         ),
     ] = None
     gpu: Annotated[
-        bool | None, Field(description="train, infer and evaluate on GPUs; null: if the cluster has any")
+        bool | None,
+        Field(description="Train, generate and evaluate on GPUs. null: if the cluster has any."),
     ] = None
     threads_per_worker: Annotated[
         int | None,
-        Field(ge=1, description="torch threads of a process; null: its share of the cores"),
+        Field(ge=1, description="Use this many torch threads in each process. null: its share of the cores."),
     ] = None
-    io_threads: Annotated[int, Field(ge=1, description="objects read at once by one task")] = 16
+    io_threads: Annotated[int, Field(ge=1, description="Read this many objects at once in each task.")] = 16
     infer_actors: Annotated[
-        int | None,
-        Field(ge=1, description="processes that generate or judge; null: one a GPU, or for every two cores"),
-    ] = None
-    max_failures: Annotated[int, Field(ge=0, description="training restarts before a phase fails")] = 3
-    checkpoint_images: Annotated[
-        int | None,
-        Field(ge=1, description="also checkpoint after every so many images; null: after every epoch only"),
-    ] = None
-    keep_checkpoints: Annotated[int, Field(ge=1, description="newest checkpoints kept of a phase")] = 2
-    pairs_at_once: Annotated[
         int | None,
         Field(
             ge=1,
-            description="pairs a training worker has in memory; more in a step are done in turns; null: all",
+            description="Generate and evaluate with this many processes. null: one per GPU, or one per two "
+            "cores without GPUs.",
+        ),
+    ] = None
+    max_failures: Annotated[
+        int, Field(ge=0, description="Restart training this many times before the phase fails.")
+    ] = 3
+    checkpoint_images: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="Save a checkpoint after every this many images, as well as after every epoch. "
+            "null: after every epoch only.",
+        ),
+    ] = None
+    keep_checkpoints: Annotated[
+        int, Field(ge=1, description="Keep this many of a phase's newest checkpoints.")
+    ] = 2
+    micro_batch: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="Gradient accumulation: a training worker holds this many pairs in memory at a time. "
+            "null: its whole part of the batch.",
         ),
     ] = None
     collective_timeout_s: Annotated[
-        int, Field(ge=10, description="a training worker that does nothing for so long is started again")
+        int, Field(ge=10, description="Restart a worker that makes no progress for this many seconds.")
     ] = 300
     checkpointing: Annotated[
-        bool, Field(description="coarse-to-fine training in less memory and a longer step")
+        bool,
+        Field(
+            description="Recompute activations in the backward pass of a coarse-to-fine generator: less "
+            "memory, slower steps."
+        ),
     ] = False
     compile: Annotated[
-        bool, Field(description="torch.compile the networks that train, for GPUs; CPUs are slower with it")
+        bool,
+        Field(description="Compile the networks that train with torch.compile. For GPUs; CPUs get slower."),
     ] = False
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a finished stage says of itself, in its marker, in MLflow and in the report."""
+    """The counts and metrics of a finished stage, for its marker, MLflow and the report."""
 
     counts: Mapping[str, int] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-__all__ = ["Colors", "Config", "Fraction", "Kind", "Outcome", "PositiveInt", "Resources", "Role", "Split"]
+__all__ = [
+    "MAX_PIXELS",
+    "Colors",
+    "Config",
+    "Encoding",
+    "Format",
+    "Fraction",
+    "Kind",
+    "Outcome",
+    "PositiveInt",
+    "Precision",
+    "Resources",
+    "Role",
+    "Split",
+]

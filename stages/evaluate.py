@@ -18,15 +18,18 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 import torch
-from pydantic import Field, field_validator
 
 from stages import storage
-from stages.base import Config, Fraction, Outcome, Resources, Role, Split
+from stages.base import Outcome, Resources, Role, Split
+from stages.config.evaluate import (
+    BaselineConfig,
+    EvaluateConfig,
+)
 from stages.errors import StageError, UserError
 from stages.images import colour, decode, encode, geometry, pictures
 from stages.images.kinds import Array, ImageRejected
@@ -43,15 +46,7 @@ from stages.scoring import baselines, metrics, table
 from stages.scoring.baselines import BaselineData, Place
 from stages.scoring.lpips import LpipsScorer, lpips_name
 from stages.scoring.metrics import MeanImage
-from stages.scoring.networks import (
-    Inception,
-    InceptionConfig,
-    LpipsConfig,
-    PaletteConfig,
-    Segmenter,
-    SegmenterConfig,
-    feature_names,
-)
+from stages.scoring.networks import Inception, Segmenter, feature_names
 from stages.scoring.table import UnitScores
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec, Sample
@@ -64,48 +59,6 @@ VERSION = 1
 
 READ_AHEAD = 8
 SCAN_PARTS = 256  # parts of the training split at most: the driver adds up as many partial sums
-
-
-class BaselineConfig(Config):
-    """What any model has to beat."""
-
-    mean_target: Annotated[bool, Field(description="the mean of all training targets, for every source")] = (
-        True
-    )
-    untrained: Annotated[
-        int, Field(ge=0, description="images for which the network with initial weights is run")
-    ] = 64
-    nearest: Annotated[
-        int, Field(ge=0, description="images for which the nearest training source's target is taken")
-    ] = 256
-    nearest_candidates: Annotated[int, Field(ge=1, description="training sources looked through")] = 20_000
-
-
-class EvaluateConfig(Config):
-    """What to judge and by what."""
-
-    split: Split = "test"
-    images: Annotated[
-        str | None, Field(description="folder of another system's images; null: what infer generated")
-    ] = None
-    names: Annotated[
-        str, Field(description="path below `images` from {key}, or from {name}, its last segment")
-    ] = "{key}.png"
-    baselines: BaselineConfig = BaselineConfig()
-    lpips: LpipsConfig | None = None
-    inception: InceptionConfig | None = None
-    segmenter: SegmenterConfig | None = None
-    palette: PaletteConfig | None = None
-    max_missing_fraction: Annotated[
-        Fraction, Field(description="more targets without an image than this fail the stage")
-    ] = 0.1
-
-    @field_validator("names")
-    @classmethod
-    def _names_the_key(cls, text: str) -> str:
-        if "{key}" not in text and "{name}" not in text:
-            raise ValueError("name {key} or {name} in it")
-        return text
 
 
 # -- rules -----------------------------------------------------------------------------------------

@@ -22,26 +22,24 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
-from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from stages import storage
-from stages.base import Colors, Config, Fraction, Kind, Outcome, Resources, Split
+from stages.base import MAX_PIXELS, Kind, Outcome, Resources
+from stages.config.infer import InferConfig, StyleConfig
 from stages.errors import StageError, UserError
 from stages.images import colour, decode, encode, geometry, pictures
 from stages.images.kinds import Array, ImageRejected
 from stages.inference import inputs, outputs
 from stages.inference.inputs import InputImages, InputPlan, Item, Location
 from stages.inference.model_source import description, fingerprint, local_model
-from stages.inference.outputs import Format
 from stages.inference.translator import Translator, noise_seed
 from stages.models.fast.process import tune_process
 from stages.models.files.saved import load_model
 from stages.objects.fetch import Object, Reader
-from stages.objects.patterns import compile_pattern
 from stages.parallel.cluster import on_actors, pool_size, threads, uses_gpu
 from stages.parallel.threads import prefetch_map, results
 from stages.progress import Progress
@@ -61,95 +59,6 @@ LARGE_PIXELS = 1 << 19
 MAX_BATCH = 64
 
 logger = logging.getLogger(__name__)
-
-
-class StyleConfig(Config):
-    """How instances are painted by a model with a feature encoder."""
-
-    kind: Literal["random", "cluster", "reference"] = "random"
-    cluster: Annotated[int, Field(ge=0, description="which cluster of its class every instance takes")] = 0
-    picture: Annotated[str | None, Field(description="reference: URI of a target picture")] = None
-    instances: Annotated[str | None, Field(description="reference: URI of its instance map")] = None
-    labels: Annotated[str | None, Field(description="reference: URI of its label map")] = None
-
-    @model_validator(mode="after")
-    def _reference_is_whole(self) -> StyleConfig:
-        if self.kind == "reference" and not (self.picture and self.instances and self.labels):
-            raise ValueError("a reference style needs `picture`, `instances` and `labels`")
-        return self
-
-
-class InferConfig(Config):
-    """What to generate, from what, with which model."""
-
-    input: Annotated[
-        str | None,
-        Field(description="folder, bucket, archive, shards or .parquet table of sources; null: our shards"),
-    ] = None
-    split: Annotated[Split, Field(description="of shards")] = "test"
-    pattern: Annotated[str, Field(description="key of an object below `input`")] = "{key}.*"
-    instance: Annotated[str | None, Field(description="folder of instance maps; null: `input`")] = None
-    instance_pattern: Annotated[
-        str | None, Field(description="path of a source's instance map, from its {key}; null: there are none")
-    ] = None
-    model: Annotated[
-        str | None, Field(description="folder, models:/name@alias or runs:/id; null: the one trained here")
-    ] = None
-    weights: Annotated[Literal["ema", "raw"], Field(description="ema: the moving average, if saved")] = "ema"
-    precision: Literal["float32", "bf16"] = "float32"
-    size: Annotated[
-        tuple[PositiveInt, PositiveInt] | None,
-        Field(
-            description="make sources this width and height first; null: as they are, but shards whose "
-            "training crop covers nearly all of them (jitter) are made as large as the crop"
-        ),
-    ] = None
-    tile: Annotated[
-        int | None, Field(ge=64, description="cut larger pictures into tiles of this side, blended; inexact")
-    ] = None
-    max_pixels: Annotated[int, Field(ge=1, description="larger sources are refused, unless tiled")] = 1 << 24
-    format: Format = "png"
-    quality: Annotated[int, Field(ge=1, le=100, description="of jpeg and webp")] = 95
-    colors: Annotated[
-        Colors | None,
-        Field(
-            description="of a model that paints labels, one per class: write PNGs of class ids, those of the "
-            "nearest colours, with these as their palette; null: what the model paints",
-        ),
-    ] = None
-    stochastic: Annotated[bool, Field(description="dropout as noise, as the Pix2Pix paper generates")] = False
-    samples: Annotated[int, Field(ge=1, description="pictures a source, each with its own noise")] = 1
-    seed: int = 0
-    style: StyleConfig = StyleConfig()
-    overwrite: Annotated[bool, Field(description="forget what the output folder holds")] = False
-    max_reject_fraction: Annotated[
-        Fraction, Field(description="more unusable sources than this fail the stage, when all is done")
-    ] = 0.1
-
-    @field_validator("pattern")
-    @classmethod
-    def _compiles(cls, text: str) -> str:
-        compile_pattern(text)
-        return text
-
-    @field_validator("instance_pattern")
-    @classmethod
-    def _names_the_key(cls, text: str | None) -> str | None:
-        if text is not None and "{key}" not in text:
-            raise ValueError("name the {key} in it")
-        return text
-
-    @model_validator(mode="after")
-    def _ids_are_exact(self) -> InferConfig:
-        if self.colors is not None and self.format != "png":
-            raise ValueError(f"colors: class ids are written as png, not {self.format}")
-        return self
-
-    @model_validator(mode="after")
-    def _samples_differ(self) -> InferConfig:
-        if self.samples > 1 and not self.stochastic and self.style.kind != "random":
-            raise ValueError("samples: without `stochastic` or random styles all samples would be the same")
-        return self
 
 
 # -- rules ---------------------------------------------------------------------------------------------------
@@ -342,7 +251,7 @@ class InferenceWorker:
             self.job.plan,
             unit,
             kind=self.translator.source_kind,
-            max_pixels=decode.MAX_PIXELS if tiled else self.config.max_pixels,
+            max_pixels=MAX_PIXELS if tiled else self.config.max_pixels,
             instances=self.translator.needs_instances,
         )
 

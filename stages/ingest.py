@@ -17,20 +17,21 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, field_validator, model_validator
 
-from stages.base import Config, Outcome, Resources
+from stages.base import Outcome, Resources
+from stages.config.ingest import IngestConfig, LocationConfig
+from stages.config.locations import compile_pattern
 from stages.errors import UserError
-from stages.objects import archives, tables
+from stages.objects import tables
 from stages.objects.digest import Uint64s, no_rows, row_sums, spell
 from stages.objects.listing import Page, Unit, describe, etag_of, pages, split_location
-from stages.objects.patterns import bad_keys, canonical_splits, compile_pattern, match
-from stages.objects.tables import REJECTS, format_of
+from stages.objects.patterns import bad_keys, canonical_splits, match
+from stages.objects.tables import REJECTS
 from stages.parallel.cluster import each
 from stages.progress import Progress
 from stages.storage import absolute, filesystem, join, list_names, write_json, write_parquet
@@ -58,47 +59,6 @@ OBJECTS = pa.schema(
         "location": pa.int32(),
     }
 )
-
-
-class LocationConfig(Config):
-    """One folder, bucket prefix, file server or archive, and what its images are to their pairs."""
-
-    uri: Annotated[str, Field(min_length=1, description="any location fsspec knows, or an archive")]
-    role: Annotated[
-        Literal["source", "target", "label", "instance", "features", "pair", "table"],
-        Field(description="pair: one image holds both halves; table: a CSV, JSON lines or Parquet of pairs"),
-    ]
-    pattern: Annotated[str, Field(description="{key} {split} {group} {x} {y} * ** below uri")] = "{key}.*"
-    within: Annotated[
-        tuple[str, ...], Field(description="where a table may name images, besides its own folder")
-    ] = ()
-
-    @model_validator(mode="after")
-    def _table(self) -> Self:
-        if self.role == "table":
-            format_of(self.uri)
-        elif self.within:
-            raise ValueError("`within` is for tables")
-        return self
-
-    @field_validator("pattern")
-    @classmethod
-    def _compiles(cls, text: str) -> str:
-        compile_pattern(text)
-        return text
-
-    @field_validator("uri")
-    @classmethod
-    def _names_the_archive(cls, uri: str) -> str:
-        if archives.is_archive(uri):
-            archives.parts(uri)
-        return uri
-
-
-class IngestConfig(Config):
-    """Where the images are. Images that only a table names are not listed: their changes go unnoticed."""
-
-    locations: Annotated[tuple[LocationConfig, ...], Field(min_length=1)]
 
 
 # -- rules: a page of objects in, rows out ------------------------------------

@@ -26,16 +26,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
-from stages.base import Config, Fraction, Outcome, Resources, Role, Split
+from stages.base import Outcome, Resources, Role, Split
+from stages.config.pair import PairConfig, SplitConfig
 from stages.errors import StageError, UserError
-from stages.images.kinds import Half
 from stages.objects.digest import key_hashes
 from stages.objects.tables import ROLES
 from stages.parallel.cluster import each
@@ -59,57 +58,6 @@ Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 OTHER_HALF: Mapping[str, str] = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
-
-
-class Region(Config):
-    """A part of a map or a video: positions from `x[0]` to `x[1]`, and `y[0]` to `y[1]`, ends included."""
-
-    split: Literal["val", "test"]
-    x: tuple[float, float] | None = None
-    y: tuple[float, float] | None = None
-
-    @model_validator(mode="after")
-    def _sensible(self) -> Self:
-        if self.x is None and self.y is None:
-            raise ValueError("a region needs x, y or both")
-        for span in (self.x, self.y):
-            if span and span[0] > span[1]:
-                raise ValueError(f"{list(span)} ends before it starts")
-        return self
-
-
-class SplitConfig(Config):
-    """How pairs whose path or table names no split are dealt."""
-
-    val: Annotated[Fraction, Field(description="share of the pairs")] = 0.1
-    test: Annotated[Fraction, Field(description="share of the pairs")] = 0.1
-    seed: int = 0
-    regions: Annotated[tuple[Region, ...], Field(description="by position instead: the rest is train")] = ()
-    buffer: Annotated[
-        NonNegativeFloat, Field(description="pairs this near to a region of another split are left out")
-    ] = 0.0
-
-    @model_validator(mode="after")
-    def _sensible(self) -> Self:
-        if self.val + self.test > 1:
-            raise ValueError("val and test together exceed 1")
-        return self
-
-
-class PairConfig(Config):
-    """What makes a pair, and which split it goes to."""
-
-    source_half: Annotated[Half | None, Field(description="the source's half of a `pair` image")] = None
-    derive_source: Annotated[
-        Derivation | None, Field(description="make the source from the target instead of finding it")
-    ] = None
-    reverse: Annotated[bool, Field(description="swap source and target")] = False
-    optional: Annotated[
-        tuple[Literal["label", "instance"], ...], Field(description="roles a pair may lack")
-    ] = ("instance",)
-    pairs_per_shard: PositiveInt = 512
-    split: SplitConfig = SplitConfig()
-    max_reject_fraction: Fraction = 0.01
 
 
 # -- rules: hashes and splits -------------------------------------------------

@@ -16,15 +16,15 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import Field
 
 from stages import seeding, storage
-from stages.base import Config, Outcome, Resources, Split
+from stages.base import Outcome, Resources, Split
+from stages.config.report import ReportConfig
 from stages.errors import UserError, one_line
 from stages.images import decode, encode, geometry, pictures
 from stages.images.kinds import Array, ImageRejected
@@ -49,17 +49,6 @@ Picks = Mapping[str, tuple[Mapping[str, Any], tuple[str, ...]]]
 """By key: the image's row of metrics, and why it was picked (worst, best, sample)."""
 
 logger = logging.getLogger(__name__)
-
-
-class ReportConfig(Config):
-    """What the page shows."""
-
-    title: Annotated[str | None, Field(description="null: made of the model and the kinds of images")] = None
-    max_images: Annotated[int, Field(ge=1, le=2000, description="a third each: worst, best, random")] = 100
-    order_by: Annotated[str, Field(description="metric by which images are worst and best")] = "l1"
-    max_side: Annotated[int, Field(ge=32, description="larger pictures are shown smaller")] = 1024
-    max_megabytes: Annotated[float, Field(ge=1, description="of the page; pictures are made to fit")] = 18
-    seed: int = 0
 
 
 # -- rules -------------------------------------------------------------------------------------------

@@ -22,19 +22,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Self, cast, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, PositiveInt, model_validator
 
 from stages import storage
-from stages.base import Config, Fraction, Kind, Outcome, Resources, Role, Split
+from stages.base import Encoding, Kind, Outcome, Resources, Role, Split
+from stages.config.shard import ShardConfig
 from stages.errors import StageError, UserError
 from stages.images import colour, decode, encode, geometry, kinds
 from stages.images.derive import derive
-from stages.images.kinds import Array, Encoding, ImageRejected
+from stages.images.kinds import Array, ImageRejected
 from stages.models.fast.heap import keep_freed_memory
 from stages.objects.fetch import Object, Reader
 from stages.parallel.cluster import each
@@ -65,7 +65,6 @@ _ENCODED_SHARE: Mapping[Encoding, float] = {"raw": 1.0, "png": 0.5, "jpeg": 0.15
 
 logger = logging.getLogger(__name__)
 
-Side = Annotated[int, Field(ge=1, le=16384)]
 
 QUARANTINE = pa.schema(
     {
@@ -76,50 +75,6 @@ QUARANTINE = pa.schema(
         "detail": pa.string(),
     }
 )
-
-
-class ShardConfig(Config):
-    """What images are stored as."""
-
-    size: Annotated[tuple[Side, Side], Field(description="width, height that training loads")] = (286, 286)
-    kinds: Annotated[
-        dict[Role, Kind],
-        Field(default_factory=dict, description="how a role's images are read; source and target are rgb"),
-    ]
-    classes: Annotated[int | None, Field(ge=1, le=256, description="number of label ids")] = None
-    channels: Annotated[int | None, Field(ge=1, le=512, description="channels of kind `channels`")] = None
-    features: Annotated[
-        int | None,
-        Field(ge=1, le=512, description="channels of the role features"),
-    ] = None
-    ignore_label: Annotated[
-        int | None, Field(ge=0, le=255, description="an id that becomes void_class instead of a reject")
-    ] = None
-    void_class: Annotated[int | None, Field(ge=0, le=255, description="null: the last class")] = None
-    downscale: Annotated[int, Field(ge=2, le=64, description="factor of the derived source `downscale`")] = 4
-    encoding: Annotated[
-        Encoding, Field(description="raw reads fastest; png, jpeg and webp are smaller; ids are never lossy")
-    ] = "raw"
-    quality: Annotated[int, Field(ge=1, le=100, description="of jpeg and webp")] = 95
-    row_group_rows: Annotated[PositiveInt | None, Field(description="null: as many as make about 8 MiB")] = (
-        None
-    )
-    max_pixels: Annotated[int, Field(ge=1, le=decode.MAX_PIXELS)] = decode.MAX_PIXELS
-    min_side: Annotated[int, Field(ge=1, description="smaller images are placeholders")] = 8
-    max_reject_fraction: Fraction = 0.01
-
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
-        kinds = set(self.kinds.values())
-        if "labels" in kinds and self.classes is None:
-            raise ValueError("kind labels needs shard.classes, the number of label ids")
-        if "channels" in kinds and self.channels is None:
-            raise ValueError("kind channels needs shard.channels, their number")
-        if "features" in self.kinds:
-            raise ValueError("features are always of kind channels")
-        if self.void_class is not None and self.classes is not None and self.void_class >= self.classes:
-            raise ValueError(f"void_class {self.void_class} is no class of {self.classes}")
-        return self
 
 
 # -- rules: an image, a pair --------------------------------------------------

@@ -25,7 +25,6 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import ray
@@ -38,6 +37,17 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from stages import storage
 from stages.base import Outcome, Resources
+from stages.config.train import (
+    PhaseConfig,
+    PhaseJob,
+    TrainConfig,
+    check_size,
+    check_workers,
+    downscale,
+    full_size,
+    jobs,
+    phase_size,
+)
 from stages.errors import PixloomError, StageError, UserError, cause, one_line
 from stages.models.architecture import Pix2PixHD
 from stages.models.fast.process import tune_process
@@ -52,7 +62,6 @@ from stages.training.checkpoints import Position
 from stages.training.control import Courier, CurveSink, LostWorkers, NewsRecorder, open_mailbox, reading
 from stages.training.loop import Ending, Task, Worker, phase_seed, train_phase
 from stages.training.news import Channel, Note
-from stages.training.phases import PhaseConfig, PhaseJob, TrainConfig, jobs
 from stages.training.previews import Samples
 
 __all__ = ["VERSION", "PhaseConfig", "PhaseJob", "TrainConfig", "jobs", "run"]
@@ -79,7 +88,7 @@ class TrackedRun(CurveSink, Protocol):
     def curves(self, folder: str) -> None:
         """Where the curves are kept, from which MLflow is completed."""
 
-    def artifact(self, name: str, data: bytes | Path) -> None:
+    def artifact(self, name: str, data: bytes) -> None:
         """Record a file."""
 
     def dataset(self, name: str, *, uri: str, digest: str, context: str, counts: Mapping[str, int]) -> None:
@@ -110,9 +119,9 @@ def job_name(job: PhaseJob, shards: str, before: str) -> str:
 
 def preprocessing(job: PhaseJob, spec: DatasetSpec) -> Preprocessing:
     """How inference has to prepare images so that they are as in this phase."""
-    full = phases.full_size(spec.size, job.augment)
+    full = full_size(spec.size, job.augment)
     return Preprocessing(
-        size=phases.phase_size(job.model, job.phase, full),
+        size=phase_size(job.model, job.phase, full),
         pictures={role: Picture(kind=one.kind, classes=one.classes) for role, one in spec.roles.items()},
     )
 
@@ -130,7 +139,7 @@ def out_of_memory(error: BaseException, job: PhaseJob) -> str:
     signs = ("can't allocate memory", "low on memory", "OutOfMemoryError")
     if not isinstance(error, torch.OutOfMemoryError) and not any(sign in text for sign in signs):
         return ""
-    size = "resources.pairs_at_once" if job.phase.batch > 1 else "shard.size or augment.crop"
+    size = "resources.micro_batch" if job.phase.batch > 1 else "shard.size or augment.crop"
     advice = [f"lower {size} or train.model.width"]
     if isinstance(job.model, Pix2PixHD):
         advice.append("set resources.checkpointing: true")
@@ -173,7 +182,7 @@ def run(
         keep_checkpoints=resources.keep_checkpoints,
         checkpointing=resources.checkpointing,
         compiled=resources.compile,
-        micro_batch=resources.pairs_at_once,
+        micro_batch=resources.micro_batch,
     )
     setup = Setup(
         task=task,
@@ -184,7 +193,7 @@ def run(
         threads=resources.threads_per_worker,
         stall_s=resources.collective_timeout_s,
     )
-    size = phases.phase_size(config.model, config.phase, phases.full_size(spec.size, config.augment))
+    size = phase_size(config.model, config.phase, full_size(spec.size, config.augment))
     track.params(phases.compared(config, [config.phase], size))
     track.tags({"pixloom.phase": config.phase.name})
     track.curves(output)
@@ -212,10 +221,8 @@ def _check(config: PhaseJob, resources: Resources, spec: DatasetSpec, shards: st
     if spec.rows("train") == 0:
         raise UserError(f"{shards}: no pair is in the train split (pair.split, or {{split}} in the pattern)")
     try:
-        phases.check_workers(config.phase, resources, key="train")
-        phases.check_size(
-            config.model, config.phase, phases.full_size(spec.size, config.augment), key="train"
-        )
+        check_workers(config.phase, resources, key="train")
+        check_size(config.model, config.phase, full_size(spec.size, config.augment), key="train")
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -321,7 +328,7 @@ def _train(setup: Setup) -> Ending:
         rank=worker.rank,
         world=worker.world,
         augment=job.augment,
-        scale=phases.downscale(job.model, job.phase),
+        scale=downscale(job.model, job.phase),
         device=device,
         epochs=job.phase.epochs,
         read=read_here if storage.is_local(setup.shards) else read_with_ray,

@@ -18,15 +18,15 @@ from torch import nn
 
 from stages import evaluate
 from stages.base import Outcome, Resources
+from stages.config.evaluate import EvaluateConfig, LpipsConfig
 from stages.errors import StageError, UserError
-from stages.evaluate import EvaluateConfig, same_size
+from stages.evaluate import same_size
 from stages.images import encode, geometry
 from stages.inference import outputs
 from stages.inference.translator import Translator
 from stages.models.files.saved import load_model
 from stages.scoring import metrics
 from stages.scoring.lpips import LpipsScorer, lpips_name
-from stages.scoring.networks import LpipsConfig
 from stages.shards import dataset
 from stages.tracking.run import NullRun
 from tests.scoring.test_lpips import alexnet

@@ -18,9 +18,10 @@ from PIL import Image
 
 from stages import infer
 from stages.base import Outcome, Resources
+from stages.config.infer import InferConfig
 from stages.errors import StageError, UserError
 from stages.images import colour, encode
-from stages.infer import InferConfig, InferenceWorker, LoadedItem, same_shape_batches, source_size
+from stages.infer import InferenceWorker, LoadedItem, same_shape_batches, source_size
 from stages.inference import outputs
 from stages.inference.inputs import InputImages, Item
 from stages.tracking.run import NullRun

@@ -15,8 +15,9 @@ from pydantic import ValidationError
 
 from stages import ingest, pair, storage
 from stages.base import Resources
+from stages.config.ingest import IngestConfig, LocationConfig
 from stages.errors import UserError
-from stages.ingest import IngestConfig, LocationConfig, LocationUnit
+from stages.ingest import LocationUnit
 from stages.objects.listing import Page, Unit
 from stages.tracking.run import NullRun
 from tests.stores.faults import Fault, FaultProxy

@@ -20,9 +20,9 @@ from pydantic import ValidationError
 
 from stages import pair
 from stages.base import Resources
+from stages.config.pair import PairConfig, SplitConfig
 from stages.errors import StageError, UserError
 from stages.ingest import OBJECTS
-from stages.pair import PairConfig, SplitConfig
 from stages.tracking.run import NullRun
 
 BOTH = ("source", "target")

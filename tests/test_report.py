@@ -14,10 +14,11 @@ import pytest
 
 from stages import report, storage
 from stages.base import Resources
+from stages.config.report import ReportConfig
 from stages.errors import UserError
 from stages.images import encode
 from stages.inference import outputs
-from stages.report import ReportConfig, curves, phase_name, pick, rejects
+from stages.report import curves, phase_name, pick, rejects
 from stages.scoring import metrics
 from stages.scoring.table import summarise
 from stages.shards import dataset

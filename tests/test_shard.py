@@ -17,10 +17,11 @@ from pydantic import ValidationError
 
 from stages import shard
 from stages.base import Resources
+from stages.config.shard import ShardConfig
 from stages.errors import StageError, UserError
 from stages.images import colour, decode, kinds
 from stages.images.kinds import ImageRejected
-from stages.shard import ShardConfig, check_labels, check_shapes, row_group_rows
+from stages.shard import check_labels, check_shapes, row_group_rows
 from stages.shards import dataset
 from stages.tracking.run import NullRun
 from tests.support.pairs import SIZE, ids, make_shards, pair_row, photo, photo_pairs, write_image, write_parts

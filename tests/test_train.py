@@ -17,13 +17,14 @@ import torch
 
 from stages import train
 from stages.base import Resources
+from stages.config.shard import AugmentConfig
+from stages.config.tracking import TrackingConfig
+from stages.config.train import PhaseJob, TrainConfig, jobs
 from stages.errors import StageError, UserError
-from stages.images.augment import AugmentConfig
 from stages.models.files.saved import load_model
-from stages.tracking.run import NullRun, TrackingConfig, open_parent
+from stages.tracking.run import NullRun, open_parent
 from stages.tracking.sender import connect
 from stages.training import checkpoints
-from stages.training.phases import PhaseJob, TrainConfig, jobs
 from tests.support.small import make_shards
 from tests.support.undisturbed import losses, undisturbed
 

@@ -10,25 +10,12 @@ probability one half. A draw is a function of its arguments alone: it does not d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
-
-from pydantic import Field
 
 from stages import seeding
-from stages.base import Config, PositiveInt
+from stages.config.shard import AugmentConfig
 from stages.images.kinds import Array
 
 Size = tuple[int, int]
-
-
-class AugmentConfig(Config):
-    """What is drawn anew in each epoch."""
-
-    crop: Annotated[
-        tuple[PositiveInt, PositiveInt] | None,
-        Field(description="width, height taken at random out of the stored image; null: all of it"),
-    ] = None
-    mirror: Annotated[bool, Field(description="mirror every second image, at random")] = True
 
 
 NONE = AugmentConfig(mirror=False)

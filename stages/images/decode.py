@@ -16,8 +16,8 @@ import numpy as np
 from isal import isal_zlib
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from stages.base import Kind
-from stages.images.kinds import CHANNELS, IDS, Array, Encoding, ImageRejected, Reason, dtype
+from stages.base import Encoding, Kind
+from stages.images.kinds import CHANNELS, IDS, Array, ImageRejected, Reason, dtype
 
 MAX_PIXELS = 89_478_485
 """The most pixels of an image, whatever the config says: Pillow warns of decompression bombs above it."""

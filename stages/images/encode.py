@@ -19,8 +19,8 @@ import numpy.typing as npt
 from isal import isal_zlib
 from PIL import Image
 
-from stages.base import Kind
-from stages.images.kinds import PHOTOS, Array, Encoding
+from stages.base import Encoding, Kind
+from stages.images.kinds import PHOTOS, Array
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 

@@ -28,9 +28,6 @@ from stages.base import Kind
 
 Array = npt.NDArray[Any]
 
-Encoding = Literal["raw", "png", "jpeg", "webp"]
-"""How an image is stored in a shard. `raw` is the array itself, planar (C, H, W), little-endian."""
-
 Half = Literal["left", "right", "top", "bottom"]
 
 Reason = Literal[

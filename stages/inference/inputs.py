@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from stages import storage
 from stages.base import Kind, Role, Split
+from stages.config.locations import Pattern, compile_pattern
 from stages.errors import UserError
 from stages.images import decode, geometry
 from stages.images.kinds import Array, ImageRejected
@@ -232,7 +233,7 @@ def _tables(where: Location) -> Iterator[tuple[int, pa.Table]]:
     if where.uri.lower().endswith(".parquet"):
         yield from _rows_of_table(where.uri)
         return
-    pattern = patterns.compile_pattern(where.pattern)
+    pattern = compile_pattern(where.pattern)
 
     def tables(unit: listing.Unit) -> Iterator[tuple[int, pa.Table]]:
         for page in listing.pages(where.uri, unit):
@@ -245,7 +246,7 @@ def _tables(where: Location) -> Iterator[tuple[int, pa.Table]]:
         yield from pages
 
 
-def _fitting(page: listing.Page, pattern: patterns.Pattern, where: Location) -> pa.Table:
+def _fitting(page: listing.Page, pattern: Pattern, where: Location) -> pa.Table:
     paths = pa.array([_valid(path) for path in page.paths], pa.string())
     keys = patterns.match(pattern, paths)["key"].combine_chunks()
     bad = patterns.bad_keys(keys).to_pylist()

@@ -4,28 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from stages.models.architecture import (
-    InputSpec,
-    Parts,
-    Pix2Pix,
-    Pix2PixHD,
-    build_discriminator,
-    build_encoder,
-    build_generator,
-    trainable_parts,
-)
+from stages.base import Precision
+from stages.models.architecture import InputSpec, Parts, Pix2Pix, Pix2PixHD
+from stages.models.build import build_discriminator, build_encoder, build_generator, trainable_parts
 from stages.models.ema import Ema
 from stages.models.fast.accelerate import accelerate
 from stages.models.fast.adam import Adam
-from stages.models.losses import LossWeights
-
-Precision = Literal["float32", "bf16"]
+from stages.models.objective import LossWeights
 
 
 @dataclass(slots=True, kw_only=True)

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages import seeding
-
-Upsampling = Literal["transpose", "resize"]
-"""Transposed convolution, or nearest-neighbour resize and a convolution (no checkerboards)."""
+from stages.models.architecture import Upsampling
 
 NormKind = Literal["batch", "instance"]
 

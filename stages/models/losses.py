@@ -7,50 +7,17 @@ predictions (logits) last.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stages.models.architecture import Pix2Pix, Pix2PixHD
+from stages.models.objective import GanKind
 
-GanKind = Literal["least_squares", "hinge", "bce"]
 Features = Sequence[Sequence[Tensor]]
 
 PERCEPTUAL_LAYERS = ("relu1_1", "relu2_1", "relu3_1", "relu4_1", "relu5_1")
 PERCEPTUAL_WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)
-
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-class LossWeights(BaseModel):
-    """What the generator minimises. A weight of 0 leaves the term out, and its cost too.
-
-    The pix2pix ablations: L1 only (gan_weight 0), GAN or cGAN alone (l1 0), L1+GAN, L1+cGAN; whether the
-    discriminator sees the source is the architecture's `conditional`.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    gan: GanKind = "least_squares"
-    gan_weight: Weight = 1.0
-    feature_matching: Weight = 10.0
-    l1: Weight = 0.0
-    perceptual: Annotated[Weight, Field(description="needs VGG19 weights")] = 0.0
-
-    @property
-    def uses_discriminator(self) -> bool:
-        """Whether a discriminator has anything to say."""
-        return self.gan_weight > 0 or self.feature_matching > 0
-
-
-def paper_weights(arch: Pix2Pix | Pix2PixHD) -> LossWeights:
-    """Isola et al.: L1 (100) + cGAN with BCE. Wang et al.: least squares + feature matching (10)."""
-    if isinstance(arch, Pix2Pix):
-        return LossWeights(gan="bce", feature_matching=0, l1=100)
-    return LossWeights()
 
 
 def gan_loss(logits: Tensor, kind: GanKind, *, real: bool) -> Tensor:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stages.models.layers import Conv, Dropout, Noise, NormKind, Upsampling, make_norm, up_conv
+from stages.models.architecture import Upsampling
+from stages.models.layers import Conv, Dropout, Noise, NormKind, make_norm, up_conv
 
 DropoutPlacement = Literal["paper", "common", "none"]
 

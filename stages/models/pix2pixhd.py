@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from stages.models.layers import Conv, Noise, Upsampling, half_resolution, instance_mean, up_conv
+from stages.models.architecture import Upsampling
+from stages.models.layers import Conv, Noise, half_resolution, instance_mean, up_conv
 from stages.models.pix2pix import PatchDiscriminator
 
 

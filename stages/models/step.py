@@ -30,13 +30,13 @@ from stages.models.inputs import make_condition, translate, unit_range
 from stages.models.losses import (
     PERCEPTUAL_LAYERS,
     Features,
-    LossWeights,
     discriminator_losses,
     feature_matching_losses,
     generator_gan_loss,
     mean_difference,
     perceptual_losses,
 )
+from stages.models.objective import LossWeights
 from stages.models.pix2pixhd import MultiScaleDiscriminator
 
 Losses = dict[str, Tensor]

@@ -21,10 +21,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any, cast
 
+from stages.config.locations import archive_parts
 from stages.storage import filesystem
-
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-ZIP_SUFFIXES = (".zip",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,30 +36,6 @@ class Member:
     fault: str = ""
 
 
-def is_archive(uri: str) -> bool:
-    """Whether a location is an archive, by its chain or its suffix."""
-    return uri.startswith(("tar://", "zip://")) or uri.split("?", maxsplit=1)[0].lower().endswith(
-        TAR_SUFFIXES + ZIP_SUFFIXES
-    )
-
-
-def parts(uri: str) -> tuple[str, str, str]:
-    """Protocol ("tar" or "zip"), folder or member inside, and the archive's own location.
-
-    Raises:
-        ValueError: the chain names no archive.
-    """
-    if uri.startswith(("tar://", "zip://")):
-        protocol, _, rest = uri.partition("://")
-        inside, chained, outer = rest.partition("::")
-        if not chained or not outer:
-            raise ValueError(
-                f"name the archive after '::', as in {protocol}://::https://host/images.{protocol}"
-            )
-        return protocol, inside.strip("/"), outer
-    return "zip" if _file_name(uri).endswith(ZIP_SUFFIXES) else "tar", "", uri
-
-
 def _file_name(uri: str) -> str:
     return uri.partition("?")[0].lower()
 
@@ -72,7 +46,7 @@ def info(uri: str) -> dict[str, Any]:
     Raises:
         FileNotFoundError, PermissionError, OSError: there is none, or it cannot be read.
     """
-    fs, path = filesystem(parts(uri)[2])
+    fs, path = filesystem(archive_parts(uri)[2])
     fs.invalidate_cache()
     entry: dict[str, Any] = fs.info(path)
     if entry["type"] == "directory":
@@ -90,7 +64,7 @@ def members(uri: str, version: str) -> Iterator[Member]:
     Raises:
         OSError: the archive is damaged or cut off.
     """
-    protocol, folder, outer = parts(uri)
+    protocol, folder, outer = archive_parts(uri)
     below = f"{folder}/" if folder else ""
     fs, path = filesystem(outer)
     try:

@@ -28,6 +28,7 @@ from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
+from stages.config.locations import archive_parts
 from stages.images.kinds import ImageRejected
 from stages.objects import archives
 from stages.objects.listing import etag_of, local_etag
@@ -89,7 +90,7 @@ class Reader:
         members_of: dict[str, dict[str, Object]] = {}
         for member in wanted:
             if member.uri.startswith("tar://"):
-                _, _, outer = archives.parts(member.uri)
+                _, _, outer = archive_parts(member.uri)
                 if outer.split("?")[0].lower().endswith(_COMPRESSED):
                     members_of.setdefault(outer, {})[member.uri] = member
         for outer, members in members_of.items():
@@ -143,7 +144,7 @@ class Reader:
         self._etag_is_md5 = False
 
     def _read_member(self, wanted: Object) -> bytes:
-        protocol, _, outer = archives.parts(wanted.uri)
+        protocol, _, outer = archive_parts(wanted.uri)
         place = (_TAR_PLACE if protocol == "tar" else _ZIP_PLACE).fullmatch(wanted.etag)
         if place is None or outer.split("?")[0].lower().endswith(_COMPRESSED):
             fs, path = filesystem(wanted.uri)  # the place is unknown: fsspec searches the archive

@@ -27,6 +27,7 @@ from urllib.parse import unquote, urlsplit
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
+from stages.config.locations import is_archive
 from stages.objects import archives
 from stages.storage import filesystem, passing, retried, s3, speaks
 
@@ -134,7 +135,7 @@ def split_location(uri: str, *, want: int) -> list[Unit]:
     Raises:
         FileNotFoundError, PermissionError, OSError: there is no such location, or it cannot be read.
     """
-    if archives.is_archive(uri):
+    if is_archive(uri):
         retried(lambda: archives.info(uri))
         return [Unit("archive")]
     fs, base = filesystem(uri)

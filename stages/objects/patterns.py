@@ -15,64 +15,19 @@ the length of a path whatever the pattern, so that no name can stall it.
 
 from __future__ import annotations
 
-import re
 import unicodedata
-from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
+
+from stages.config.locations import Pattern
 
 _IMAGE = r"(?i)\.(?:bmp|gif|jfif|jpe|jpeg|jpg|npy|pbm|pgm|png|pnm|ppm|tif|tiff|webp)\z"
 
 MAX_KEY_BYTES = 512
 """A key names the image made from it, and its percent-encoded form has to fit a file name's path."""
 
-_NUMBER = r"-?[0-9]{1,15}(?:\.[0-9]{1,9})?"
-_CAPTURES = {"key": r"(?s:.+)", "split": r"[^/]+", "group": r"[^/]+", "x": _NUMBER, "y": _NUMBER}
 _HIDDEN = r"(?:\A|/)\.[^./]"  # .DS_Store, and the ._ files that macOS adds to archives
-_TOKEN = re.compile(r"\{([^{}]*)\}|(\*\*)|(\*)|([^{}*]+)|(.)", re.DOTALL)
-
-
-@dataclass(frozen=True, slots=True)
-class Pattern:
-    """A compiled key pattern: its RE2 expression and the names it captures, in order of appearance."""
-
-    regex: str
-    names: tuple[str, ...]
-    images_only: bool  # the pattern has no suffix, so the path must have an image's
-
-
-def compile_pattern(text: str) -> Pattern:
-    """Compile a key pattern.
-
-    Raises:
-        ValueError: a name in braces that is not one of the five, twice the same, or nothing captured.
-    """
-    names: list[str] = []
-    parts: list[str] = []
-    for match in _TOKEN.finditer(text):
-        name, across, within, literal, stray = match.groups()
-        if name is not None:
-            if name not in _CAPTURES:
-                raise ValueError(f"'{{{name}}}' is not one of {{{'}, {'.join(_CAPTURES)}}} in {text!r}")
-            if name in names:
-                raise ValueError(f"'{{{name}}}' comes twice in {text!r}")
-            names.append(name)
-            parts.append(f"(?P<{name}>{_CAPTURES[name]})")
-        elif across is not None:
-            parts.append(r"(?s:.*)")
-        elif within is not None:
-            parts.append(r"[^/]*")
-        elif literal is not None:
-            parts.append(re.escape(literal))
-        else:
-            raise ValueError(f"unbalanced {stray!r} in {text!r}")
-    if not set(names) - {"split"}:
-        raise ValueError(f"{text!r} captures nothing that could tell one image from another: add {{key}}")
-    if text.startswith("/") or ".." in text.split("/"):
-        raise ValueError(f"{text!r} must be a path below the location")
-    expression = unicodedata.normalize("NFC", "".join(parts))
-    return Pattern(rf"\A{expression}\z", tuple(names), images_only=text.endswith(("*", "}")))
 
 
 def match(pattern: Pattern, paths: pa.Array) -> pa.Table:

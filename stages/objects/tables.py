@@ -21,30 +21,17 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from stages.base import Role
+from stages.config.locations import table_format
 from stages.objects.patterns import bad_keys, canonical_splits, compose
 from stages.storage import filesystem
 
 ROLES: tuple[Role, ...] = get_args(Role)
 COLUMNS = (*ROLES, "key", "split", "group")
-FORMATS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 
 REJECTS = pa.schema({"key": pa.string(), "role": pa.string(), "uri": pa.string(), "reason": pa.string()})
 """Objects that cannot be in a pair, and why, as ingest and pair write them."""
 
 _TEXT = pa.schema({name: pa.string() for name in COLUMNS})
-
-
-def format_of(uri: str) -> str:
-    """The format of a table, by its suffix; csv, tsv and json may be compressed (`.csv.gz`).
-
-    Raises:
-        ValueError: an unknown suffix.
-    """
-    name = uri.partition("?")[0].lower().removesuffix(".gz")
-    for suffix, kind in FORMATS.items():
-        if name.endswith(suffix):
-            return kind
-    raise ValueError(f"a table ends in one of {' '.join(FORMATS)}")
 
 
 def count_row_groups(uri: str) -> int:
@@ -54,7 +41,7 @@ def count_row_groups(uri: str) -> int:
         FileNotFoundError, PermissionError, OSError, ValueError: missing, not readable, or damaged.
     """
     fs, path = filesystem(uri)
-    if format_of(uri) != "parquet":
+    if table_format(uri) != "parquet":
         if not fs.isfile(path):
             raise FileNotFoundError(uri)
         return 1
@@ -73,7 +60,7 @@ def read(uri: str, row_groups: Sequence[int] = (0,)) -> Iterator[tuple[pa.Table,
         OSError, ValueError: not readable; not a table of this kind; no column `source` or `target`.
     """
     fs, path = filesystem(uri)
-    kind = format_of(uri)
+    kind = table_format(uri)
     if kind == "parquet":
         with fs.open(path, "rb") as file:
             parquet = pq.ParquetFile(file)

@@ -15,7 +15,7 @@ import numpy as np
 from stages import seeding
 from stages.images import geometry
 from stages.images.kinds import Array
-from stages.models.architecture import build_encoder, build_generator
+from stages.models.build import build_encoder, build_generator
 from stages.models.files.saved import LoadedModel, Manifest
 from stages.scoring.metrics import MeanImage
 

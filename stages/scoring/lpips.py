@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stages.config.evaluate import LpipsConfig
 from stages.errors import UserError, one_line
 from stages.images.kinds import Array
 from stages.models.files.weights import read_tensors
 from stages.scoring.metrics import to_unit
-from stages.scoring.networks import LpipsConfig, checksum, weights_file
+from stages.scoring.networks import checksum, weights_file
 
 PUBLISHED_BACKBONES = {"alex": "7be5be79", "vgg": "397923af"}
 """First digits of the SHA-256 of torchvision's files, as in their names (alexnet-owt-7be5be79.pth)."""

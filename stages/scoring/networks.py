@@ -12,15 +12,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from stages import storage
-from stages.base import Colors, Config
+from stages.config.evaluate import InceptionConfig, SegmenterConfig
 from stages.errors import UserError, one_line
 from stages.images import geometry
 from stages.images.kinds import Array
@@ -28,62 +27,6 @@ from stages.models.files.weights import read_tensors
 from stages.storage.local import local_file
 
 INCEPTION, SEGMENTER = "evaluate.inception.weights", "evaluate.segmenter.weights"
-
-
-class LpipsConfig(Config):
-    """LPIPS v0.1. The five linear layers come with torchmetrics; the backbone is torchvision's."""
-
-    kind: Literal["alex", "vgg"] = "alex"
-    backbone: Annotated[str, Field(description="alexnet-owt-7be5be79.pth or vgg16-397923af.pth, path or URI")]
-    linear: Annotated[str | None, Field(description="other linear layers; null: the published ones")] = None
-
-
-class InceptionConfig(Config):
-    """Features for FID and KID."""
-
-    weights: Annotated[
-        str,
-        Field(
-            description="TorchScript (NVIDIA's inception-2015-12-05.pt) or ONNX: uint8 (N, 3, H, W) -> "
-            "(N, D); path or URI"
-        ),
-    ]
-    size: Annotated[
-        int | None, Field(ge=32, description="resize to this square first; null: the network does it")
-    ] = None
-    published: Annotated[
-        str | None,
-        Field(
-            pattern="^[0-9a-f]{64}$",
-            description="SHA-256 of the published weights; only of these the numbers are called fid and kid",
-        ),
-    ] = None
-
-
-class SegmenterConfig(Config):
-    """A network that finds the classes in an image, judged against the pair's label map."""
-
-    weights: Annotated[
-        str, Field(description="TorchScript or ONNX: float (N, 3, H, W) -> class scores or ids")
-    ]
-    classes: PositiveInt
-    size: Annotated[tuple[PositiveInt, PositiveInt] | None, Field(description="width, height it wants")] = (
-        None
-    )
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    ignore: Annotated[int | None, Field(description="label id that is not judged")] = 255
-    train_ids: Annotated[
-        dict[int, int],
-        Field(default_factory=dict, description="label id -> the segmenter's class; others are not judged"),
-    ]
-
-
-class PaletteConfig(Config):
-    """Targets that are label pictures: each pixel is the class whose colour is nearest."""
-
-    colors: Annotated[Colors, Field(description="one per class, in order")]
-    ignore: Annotated[int | None, Field(description="class that is not judged")] = None
 
 
 # -- weights ---------------------------------------------------------------------------------------

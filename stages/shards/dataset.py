@@ -21,10 +21,10 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from stages import storage
-from stages.base import Config, Kind, Role, Split
+from stages.base import Config, Encoding, Kind, Role, Split
 from stages.errors import StageError, UserError, first_invalid
 from stages.images import decode, encode, kinds, pictures
-from stages.images.kinds import Array, Encoding, ImageRejected
+from stages.images.kinds import Array, ImageRejected
 from stages.shards.row_groups import num_row_groups, read_unit
 
 NAME = "dataset.json"

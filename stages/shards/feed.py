@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from stages.base import Role, Split
+from stages.config.shard import AugmentConfig
 from stages.errors import UserError
 from stages.images import geometry, kinds
-from stages.images.augment import NONE, AugmentConfig, apply, draw
+from stages.images.augment import NONE, apply, draw
 from stages.images.kinds import ImageRejected
 from stages.models.step import Batch
 from stages.parallel.threads import Prefetch, own_cores, prefetch_map

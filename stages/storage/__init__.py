@@ -1,7 +1,7 @@
 """Files and folders at any fsspec URI: read and written whole, with retries while a store fails."""
 
+from stages.config.locations import absolute
 from stages.storage.files import (
-    absolute,
     configure,
     create,
     exists,

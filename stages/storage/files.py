@@ -60,11 +60,6 @@ def is_local(uri: str) -> bool:
     return isinstance(filesystem(uri)[0], LocalFileSystem)
 
 
-def absolute(uri: str) -> str:
-    """The same location, independent of the working directory (workers have another one)."""
-    return str(Path(uri).expanduser().resolve()) if "://" not in uri and "::" not in uri else uri
-
-
 def join(uri: str, *parts: str) -> str:
     """A location inside a folder. Parts are ours, never a user's text."""
     return "/".join([uri.rstrip("/"), *parts])

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import time
 import uuid
@@ -20,64 +19,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import psutil
 from PIL import Image
-from pydantic import Field, field_validator
 
 from stages import storage
-from stages.base import Config
+from stages.config.tracking import TrackingConfig
 from stages.errors import UserError, one_line
 from stages.images import encode
 from stages.tracking import sender
 from stages.tracking.sender import Fact, MetricRow, Sender
 
-__all__ = ["MetricRow", "NullRun", "Run", "TrackingConfig", "catch_up", "open_parent", "system_metrics"]
+__all__ = ["MetricRow", "NullRun", "Run", "catch_up", "open_parent", "system_metrics"]
 
 LONGEST_VALUE = 6000  # characters; MLflow refuses longer parameter values
-
-
-class TrackingConfig(Config):
-    """Where runs are recorded."""
-
-    enabled: bool = True
-    uri: Annotated[
-        str | None,
-        Field(description="MLflow tracking URI (sqlite:////..., postgresql://..., https://...); null: "
-              "MLFLOW_TRACKING_URI, else a SQLite file in the workspace"),
-    ] = None  # fmt: skip
-    experiment: Annotated[str, Field(min_length=1)] = "pixloom"
-    model: Annotated[
-        str | None, Field(min_length=1, description="register the model by this name; null: the experiment's")
-    ] = None
-    alias: Annotated[
-        str, Field(pattern=r"^[A-Za-z][\w-]*$", description="of the best version that was registered")
-    ] = "champion"
-    metric: Annotated[str, Field(description="one of evaluate's, by which a version is the best")] = "l1"
-
-    @field_validator("uri")
-    @classmethod
-    def _database_or_server(cls, uri: str | None) -> str | None:
-        if uri is not None and "://" not in uri and uri != "databricks":
-            raise ValueError("must be a database or server, e.g. sqlite:////absolute/mlflow.db or http://...")
-        if uri is not None and uri.startswith("file:"):
-            raise ValueError("MLflow no longer writes to plain folders; use sqlite:////absolute/mlflow.db")
-        return uri
-
-    def place(self, workspace: str) -> str:
-        """The tracking URI of runs in a workspace."""
-        folder = Path(storage.absolute(workspace)) if storage.is_local(workspace) else Path.cwd()
-        default = f"sqlite:///{folder / 'mlflow' / 'mlflow.db'}"
-        return self.uri or os.environ.get("MLFLOW_TRACKING_URI") or default
-
-    def page_command(self, workspace: str) -> str:
-        """The command that shows the runs, or the address where they are shown."""
-        if not self.enabled:
-            return "not tracked (tracking.enabled: false)"
-        place = self.place(workspace)
-        return place if place.startswith("http") else f"mlflow ui --backend-store-uri {place}"
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

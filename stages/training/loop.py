@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from stages import storage
+from stages.config.train import PhaseJob, discriminators
 from stages.errors import StageError
 from stages.images import encode
-from stages.models.architecture import InputSpec, Pix2PixHD, grow_discriminator, grow_generator
+from stages.models.architecture import InputSpec, Pix2PixHD
+from stages.models.build import grow_discriminator, grow_generator
 from stages.models.ema import Ema
 from stages.models.fast.process import best_precision
 from stages.models.files.saved import MANIFEST, Preprocessing, load_discriminator, load_model, save_model
@@ -45,12 +47,11 @@ from stages.models.styles import Styles, collect_styles
 from stages.seeding import number
 from stages.shards.order import num_steps
 from stages.storage.local import local_file, local_folder
-from stages.training import checkpoints, curves, gradients, phases
+from stages.training import checkpoints, curves, gradients
 from stages.training.checkpoints import Checkpoint, Position, Writer
 from stages.training.curves import DivergedError, Window
 from stages.training.gradients import GradientAverager
 from stages.training.news import Advance, Channel, Note, Order, Point, Points, SampleGrid, Save, Stop
-from stages.training.phases import PhaseJob
 
 PICTURES = 20  # sample grids per phase, at most
 ORDERS_S = 2.0  # between two polls for orders, on which all workers have to agree
@@ -487,7 +488,7 @@ def build(task: Task, device: torch.device) -> GanState:
         task.inputs,
         weights=job.losses,
         enhancers=phase.enhancers if layered else None,
-        discriminators=phases.discriminators(job.model, phase) if layered else None,
+        discriminators=discriminators(job.model, phase) if layered else None,
         parts=phase.parts,
         learning_rate=phase.learning_rate,
         betas=job.optimizer.betas,

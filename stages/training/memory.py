@@ -15,20 +15,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from stages.models.architecture import (
-    InputSpec,
-    Parts,
-    Pix2PixHD,
-    build_discriminator,
-    build_encoder,
-    build_generator,
-    discriminator_channels,
-    generator_channels,
-    trainable_parts,
-)
+from stages.config.train import PhaseJob, discriminators, full_size, phase_size
+from stages.models.architecture import InputSpec, Parts, Pix2PixHD, discriminator_channels, generator_channels
+from stages.models.build import build_discriminator, build_encoder, build_generator, trainable_parts
 from stages.shards.dataset import DatasetSpec
 from stages.training import phases
-from stages.training.phases import PhaseJob
 
 FLOAT = 4  # bytes
 SLACK = 1.2
@@ -61,7 +52,7 @@ def _counting() -> Iterator[_Saved]:
 def estimate_memory(job: PhaseJob, spec: DatasetSpec, *, workers: int = 1, at_once: int | None = None) -> int:
     """Bytes one worker needs for a step of this phase. `at_once`: `resources.pairs_at_once`."""
     inputs = phases.input_spec(spec)
-    width, height = phases.phase_size(job.model, job.phase, phases.full_size(spec.size, job.augment))
+    width, height = phase_size(job.model, job.phase, full_size(spec.size, job.augment))
     rows = -(-job.phase.batch // workers)
     rows = rows if at_once is None else min(rows, at_once)
     layered = isinstance(job.model, Pix2PixHD)
@@ -73,7 +64,7 @@ def estimate_memory(job: PhaseJob, spec: DatasetSpec, *, workers: int = 1, at_on
         discriminator: nn.Module = build_discriminator(
             job.model,
             inputs,
-            discriminators=phases.discriminators(job.model, job.phase) if layered else None,
+            discriminators=discriminators(job.model, job.phase) if layered else None,
         )
     networks = _states(generator, job.phase.parts, job.ema is not None)
     activations = _activations(job, inputs, generator, discriminator, (rows, height, width))

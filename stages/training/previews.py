@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stages.base import Role, Split
+from stages.config.train import PhaseJob, downscale
 from stages.images import geometry, kinds, pictures
 from stages.images.augment import apply, centre
 from stages.images.kinds import Array
@@ -22,8 +23,6 @@ from stages.models.gan import GanState
 from stages.models.inputs import make_condition, translate
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec, Sample
-from stages.training import phases
-from stages.training.phases import PhaseJob
 
 SHOWN = 4
 MEASURED = 16
@@ -34,7 +33,7 @@ def fixed(sample: Sample, spec: DatasetSpec, job: PhaseJob) -> dict[Role, Array]
     """A pair's images as the phase would see them without jitter: the middle, at the phase's resolution."""
     crop = job.augment.crop
     middle = centre(spec.size, crop)
-    scale = phases.downscale(job.model, job.phase)
+    scale = downscale(job.model, job.phase)
     return {
         role: geometry.shrink(apply(image, middle, spec.size, crop), scale, spec.roles[role].kind)
         for role, image in sample.images.items()

@@ -195,18 +195,6 @@ def test_ray_is_the_locked_version(spec: dict[str, Any]) -> None:
     assert spec["rayVersion"] == locked()["ray"]
 
 
-def test_every_pod_asks_for_a_token(spec: dict[str, Any]) -> None:
-    assert spec["authOptions"] == {"mode": "token"}
-
-
-def test_the_job_is_taken_down_and_taken_up_again(job: dict[str, Any]) -> None:
-    assert job["spec"]["shutdownAfterJobFinishes"] is True
-    assert job["spec"]["ttlSecondsAfterFinished"] > 0
-    assert job["spec"]["backoffLimit"] > 0
-    assert job["spec"]["activeDeadlineSeconds"] > 24 * 3600
-    assert job["spec"]["submissionMode"] in ("K8sJobMode", "HTTPMode", "SidecarMode")
-
-
 def test_quantities_parse_and_pods_get_what_they_ask_for(spec: dict[str, Any]) -> None:
     asked = [container["resources"] for _, container in containers(spec)]
     for resources in [*asked, spec["autoscalerOptions"]["resources"]]:
@@ -240,10 +228,6 @@ def test_groups_scale_between_bounds_and_only_one_has_gpus(spec: dict[str, Any])
     assert groups(spec)["cpu"]["minReplicas"] >= 1, "Ray Data plans by the CPUs it sees"
     tolerated = [toleration["key"] for toleration in pods(spec)["gpu"]["tolerations"]]
     assert tolerated == ["nvidia.com/gpu"]
-
-
-def test_work_stays_off_the_head(spec: dict[str, Any]) -> None:
-    assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
 
 
 def test_start_parameters_are_flags_of_ray_start_and_text(spec: dict[str, Any]) -> None:

@@ -190,7 +190,7 @@ def test_a_stopped_run_is_taken_up_by_the_next_job(cluster: Cluster, config: Pat
     assert (info["status"], info["driver_exit_code"]) == ("SUCCEEDED", 0)
     for step in ("ingest", "pair", "shard"):
         assert f"{step:<13} done before" in told
-    assert "unfinished, goes on" in told
+    assert "unfinished, continues" in told
     (report,) = workspace.glob("report-*/report.html")
     assert str(report) in told
     assert dict(runs(workspace))["train-global"] == "FINISHED"

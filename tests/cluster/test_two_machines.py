@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from stages import storage
+from stages.config.train import PhaseJob
 from stages.training import checkpoints
-from stages.training.phases import PhaseJob
 from tests.faults.test_train_faults import TWO, phase_job
 from tests.stores.seaweed import SeaweedS3, executable
 from tests.support.nodes import Driver, Network, Nodes, until

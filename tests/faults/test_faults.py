@@ -22,9 +22,9 @@ import torch
 
 from stages import shard, storage
 from stages.base import Role
+from stages.config.ingest import IngestConfig
+from stages.config.shard import ShardConfig
 from stages.errors import StageError, UserError
-from stages.ingest import IngestConfig
-from stages.shard import ShardConfig
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec
 from stages.shards.feed import Feed, read_here

@@ -20,8 +20,8 @@ import pytest
 from PIL import Image
 
 from stages import shard
-from stages.ingest import IngestConfig
-from stages.shard import ShardConfig
+from stages.config.ingest import IngestConfig
+from stages.config.shard import ShardConfig
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec
 from tests.support.pairs import SIZE, list_and_pair, photo

@@ -19,13 +19,14 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from stages import storage, train
-from stages.images.augment import AugmentConfig
+from stages.config.shard import AugmentConfig
+from stages.config.tracking import TrackingConfig
+from stages.config.train import PhaseJob
 from stages.models.step import Batch
 from stages.shards.feed import Feed
-from stages.tracking.run import TrackingConfig, open_parent
+from stages.tracking.run import open_parent
 from stages.training import checkpoints
 from stages.training.news import Mailbox, Note
-from stages.training.phases import PhaseJob
 from tests.faults.test_train_faults import ONE, phase_job
 from tests.stores.seaweed import SeaweedS3, free_ports
 from tests.support.nodes import Driver, Nodes

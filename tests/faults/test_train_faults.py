@@ -16,10 +16,10 @@ import pyarrow.compute as pc
 import pytest
 
 from stages.base import Resources
-from stages.images.augment import AugmentConfig
+from stages.config.shard import AugmentConfig
+from stages.config.train import PhaseJob, TrainConfig, jobs
 from stages.train import job_name
 from stages.training import checkpoints
-from stages.training.phases import PhaseJob, TrainConfig, jobs
 from tests.support.nodes import Nodes, autoscaling, cluster, until
 from tests.support.small import make_shards
 from tests.support.undisturbed import Losses, images, losses, undisturbed
@@ -201,7 +201,7 @@ def test_too_little_memory_says_what_to_lower(nodes: Nodes, shards: str, tmp_pat
     job = jobs(TrainConfig.model_validate({"model": huge, "phases": [phase]}), AugmentConfig())[0]
     told = nodes.train(job, shards, str(tmp_path / "o"), ONE).end(expect=1)
     assert "out of memory" in told.splitlines()[-1]
-    assert "lower resources.pairs_at_once or train.model.width" in told.splitlines()[-1]
+    assert "lower resources.micro_batch or train.model.width" in told.splitlines()[-1]
 
 
 def test_a_killed_head(shards: str, expected: Losses, tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from typing import get_args
 import numpy as np
 import pytest
 
+from stages.config.pair import Derivation
 from stages.images import colour, geometry, kinds
 from stages.images.derive import derive
-from stages.pair import Derivation
 
 RNG = np.random.default_rng(1)
 PHOTO = geometry.resize(RNG.integers(0, 256, (8, 8, 3), np.uint8), (96, 64), "rgb")

@@ -11,15 +11,17 @@ from stages.models.architecture import (
     InputSpec,
     Pix2Pix,
     Pix2PixHD,
-    build_discriminator,
-    build_encoder,
-    build_generator,
     condition_channels,
     discriminator_channels,
     generator_channels,
+    size_multiple,
+)
+from stages.models.build import (
+    build_discriminator,
+    build_encoder,
+    build_generator,
     grow_discriminator,
     grow_generator,
-    size_multiple,
     trainable_parts,
 )
 from stages.models.pix2pixhd import CoarseToFineGenerator, MultiScaleDiscriminator
@@ -99,7 +101,7 @@ def test_wrong_architectures_are_refused() -> None:
         Pix2Pix(levles=8)  # type: ignore[call-arg]
     with pytest.raises(ValidationError, match="classes"):
         InputSpec(source="labels")
-    with pytest.raises(ValueError, match="3 enhancers asked for, the model has 2"):
+    with pytest.raises(ValueError, match="the phase has 3 enhancers, but the model has 2"):
         build_generator(SMALL, InputSpec(), enhancers=3)
     with pytest.raises(ValueError, match="needs instance maps"):
         build_encoder(Pix2PixHD(feature_encoder=True), InputSpec())

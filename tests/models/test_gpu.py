@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from stages.base import Precision
 from stages.models.architecture import InputSpec, Pix2PixHD
 from stages.models.fast.process import tune_process
-from stages.models.gan import GanState, Precision, build_gan
-from stages.models.losses import LossWeights
+from stages.models.gan import GanState, build_gan
+from stages.models.objective import LossWeights
 from stages.models.step import Batch, all_finite, step
 
 pytestmark = [

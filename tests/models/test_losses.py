@@ -10,15 +10,14 @@ from torch.nn import functional as F
 
 from stages.models.architecture import Pix2Pix, Pix2PixHD
 from stages.models.losses import (
-    LossWeights,
     discriminator_losses,
     feature_matching_losses,
     gan_loss,
     generator_gan_loss,
     mean_difference,
-    paper_weights,
     perceptual_losses,
 )
+from stages.models.objective import LossWeights, paper_weights
 
 LOGITS = torch.linspace(-3, 3, 12).view(1, 1, 3, 4)
 

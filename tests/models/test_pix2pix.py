@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from stages.models.architecture import InputSpec, Pix2Pix, build_discriminator, build_generator
+from stages.models.architecture import InputSpec, Pix2Pix
+from stages.models.build import build_discriminator, build_generator
 from stages.models.inputs import padded_size, reflect_to
 from stages.models.layers import noise_sources
 from stages.models.pix2pix import UNet

@@ -6,13 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.models.architecture import (
-    InputSpec,
-    Pix2PixHD,
-    build_discriminator,
-    build_generator,
-    trainable_parts,
-)
+from stages.models.architecture import InputSpec, Pix2PixHD
+from stages.models.build import build_discriminator, build_generator, trainable_parts
 from stages.models.inputs import padded_size, reflect_to
 from stages.models.pix2pixhd import CoarseToFineGenerator, FeatureEncoder, MultiScaleDiscriminator
 

@@ -12,18 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stages.models.architecture import (
-    InputSpec,
-    Parts,
-    Pix2Pix,
-    Pix2PixHD,
-    grow_discriminator,
-    grow_generator,
-)
+from stages.models.architecture import InputSpec, Parts, Pix2Pix, Pix2PixHD
+from stages.models.build import grow_discriminator, grow_generator
 from stages.models.files.nvidia_names import layer_names, to_nvidia
 from stages.models.gan import GanState, build_gan, learning_rates, load_state, set_learning_rate, state_of
 from stages.models.inputs import make_condition
-from stages.models.losses import LossWeights, paper_weights
+from stages.models.objective import LossWeights, paper_weights
 from stages.models.pix2pixhd import CoarseToFineGenerator, MultiScaleDiscriminator
 from stages.models.step import Batch, all_finite, step
 from tests.reference.published_step import (

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from stages.config.locations import archive_parts, is_archive
 from stages.objects import archives, listing
 
 
@@ -36,7 +37,7 @@ def members(uri: str) -> list[archives.Member]:
 def test_a_tar_is_listed_in_place(tmp_path: Path, name: str) -> None:
     mode = {"gz": "w:gz", "tgz": "w:gz", "bz2": "w:bz2", "xz": "w:xz"}.get(name.rpartition(".")[2], "w")
     uri = make_tar(tmp_path / name, ["train/1.jpg", "./train/2.jpg", "notes.md"], mode)
-    assert archives.is_archive(uri)
+    assert is_archive(uri)
     listed = members(uri)
     assert [member.path for member in listed] == ["train/1.jpg", "train/2.jpg", "notes.md"]
     assert listed[0].uri == f"tar://train/1.jpg::{uri}"
@@ -59,7 +60,7 @@ def test_a_folder_of_an_archive_is_a_location(tmp_path: Path) -> None:
 
 def test_a_chain_without_an_archive_is_refused() -> None:
     with pytest.raises(ValueError, match="after '::'"):
-        archives.parts("tar://facades.tar")
+        archive_parts("tar://facades.tar")
 
 
 def test_a_member_that_comes_twice_is_listed_twice(tmp_path: Path) -> None:

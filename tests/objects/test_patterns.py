@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.objects.patterns import bad_keys, canonical_splits, compile_pattern, match
+from stages.config.locations import compile_pattern
+from stages.objects.patterns import bad_keys, canonical_splits, match
 
 
 def captures(pattern: str, *paths: str) -> list[dict[str, object]]:

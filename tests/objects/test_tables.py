@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stages.config.locations import table_format
 from stages.objects import tables
 
 ROWS = [
@@ -122,7 +123,7 @@ def test_json_that_is_none_is_an_error_of_its_own(tmp_path: Path, text: str) -> 
 
 def test_an_unknown_suffix_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\.parquet"):
-        tables.format_of("s3://bucket/pairs.xlsx")
+        table_format("s3://bucket/pairs.xlsx")
 
 
 CELLS = st.one_of(st.none(), st.text(st.characters(exclude_categories=("Cs",)), max_size=30))

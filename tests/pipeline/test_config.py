@@ -85,7 +85,7 @@ def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "twice.yaml"
     file.write_text("train: {seed: 1}\ntrain: {seed: 2}\n")
     assert "twice.yaml" in refused(path=str(file))
-    assert "'train' stands twice" in refused(path=str(file))
+    assert "'train' is twice" in refused(path=str(file))
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "\x00", "!!python/object/apply:os.system ['true']\n"])

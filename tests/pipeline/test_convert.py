@@ -15,13 +15,8 @@ from torch import Tensor
 from pipeline import convert
 from stages import storage
 from stages.inference.translator import Translator
-from stages.models.architecture import (
-    InputSpec,
-    Pix2Pix,
-    Pix2PixHD,
-    build_discriminator,
-    build_generator,
-)
+from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD
+from stages.models.build import build_discriminator, build_generator
 from stages.models.files.nvidia_names import layer_names, to_nvidia
 from stages.models.files.saved import load_discriminator, load_model, save_model
 

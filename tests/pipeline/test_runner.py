@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 
-from pipeline.dag import Step, needed
-from pipeline.runner import MARKER, Planned, execute, plan, select
+from pipeline.dag import RunView, Step, StepContext, needed
+from pipeline.runner import MARKER, PlannedStep, execute, plan, select
 from stages import storage
 from stages.base import Config, Outcome, Resources
 from stages.errors import StageError, UserError
@@ -20,12 +19,6 @@ class NumberConfig(Config):
     number: int = 1
 
 
-def stage(name: str, run: Callable[..., Outcome]) -> ModuleType:
-    module = ModuleType(f"stages.{name}")
-    module.VERSION, module.run = 1, run  # type: ignore[attr-defined]
-    return module
-
-
 class Line:
     """A pipeline of two stages: `make` writes a number, `double` reads it. Counts what ran."""
 
@@ -33,44 +26,48 @@ class Line:
         self.workspace, self.ran, self.fails = str(workspace), [], False
         self.listed = "objects-1"
 
-    def make(self, config: NumberConfig, resources: Resources, *, output: str, track: object) -> Outcome:
+    def make(self, config: NumberConfig, output: str) -> Outcome:
         self.ran.append("make")
         storage.write_json(storage.join(output, "number.json"), config.number)
         return Outcome(counts={"numbers": 1})
 
-    def double(
-        self, config: NumberConfig, resources: Resources, *, output: str, track: object, numbers: str
-    ) -> Outcome:
+    def double(self, config: NumberConfig, numbers: str) -> Outcome:
         self.ran.append("double")
         if self.fails:
             raise RuntimeError("the disk is on fire")
         value = storage.read_json(storage.join(numbers, "number.json"))
         return Outcome(metrics={"value": float(2 * value * config.number)})
 
-    def plan(self, make: int = 1, double: int = 1) -> tuple[Planned, ...]:
+    def plan(self, make: int = 1, double: int = 1) -> tuple[PlannedStep, ...]:
+        first, second = NumberConfig(number=make), NumberConfig(number=double)
         return plan(
             (
                 Step(
                     name="make",
-                    stage=stage("make", self.make),
-                    config=NumberConfig(number=make),
+                    stage="make",
+                    version=1,
+                    config=first,
+                    work=lambda at: self.make(first, at.output),
                     digest=lambda: self.listed,
                 ),
                 Step(
                     name="double",
-                    stage=stage("double", self.double),
-                    config=NumberConfig(number=double),
+                    stage="double",
+                    version=1,
+                    config=second,
+                    work=lambda at: self.seen(at) or self.double(second, at.inputs["numbers"]),
                     needs={"numbers": "make"},
                 ),
             ),
             self.workspace,
         )
 
-    def run(self, planned: tuple[Planned, ...]) -> dict[str, dict[str, object]]:
+    def seen(self, context: StepContext) -> None:
+        self.context = context
+
+    def run(self, planned: tuple[PlannedStep, ...]) -> dict[str, Any]:
         self.ran.clear()
-        finished: dict[str, dict[str, object]] = {}
-        execute(planned, Resources(), parent=NullRun(), extra=lambda step: {}, finished=finished)
-        return finished
+        return execute(planned, Resources(), parent=NullRun(), view=RunView(command="run"))
 
 
 @pytest.fixture
@@ -82,6 +79,20 @@ def test_steps_run_in_order_and_pass_their_folders_on(line: Line) -> None:
     finished = line.run(line.plan(make=4))
     assert line.ran == ["make", "double"]
     assert finished["double"]["metrics"] == {"value": 8.0}
+
+
+def test_a_step_sees_the_markers_of_those_before_it(line: Line) -> None:
+    line.run(line.plan())
+    assert line.context.view.command == "run"
+    assert [marker["step"] for marker in line.context.view.markers] == ["make"]
+
+
+def test_a_digest_of_an_earlier_plan_is_not_computed_again(line: Line) -> None:
+    steps, digests = [p.step for p in line.plan()], {}
+    first = plan(steps, line.workspace, digests)
+    line.listed = "objects-2"
+    assert plan(steps, line.workspace, digests)[0].fingerprint == first[0].fingerprint
+    assert plan(steps, line.workspace)[0].fingerprint != first[0].fingerprint
 
 
 def test_a_rerun_does_nothing(line: Line) -> None:
@@ -111,7 +122,7 @@ def test_a_change_upstream_moves_everything_after_it(line: Line) -> None:
 def test_changed_objects_are_noticed_and_named_as_the_reason(line: Line) -> None:
     line.run(line.plan())
     line.listed = "objects-2"
-    assert line.plan()[0].why == "what it reads has changed"
+    assert line.plan()[0].why == "the data it reads has changed"
 
 
 def test_going_back_to_an_earlier_setting_finds_its_output(line: Line) -> None:
@@ -138,7 +149,7 @@ def test_a_folder_without_a_marker_is_unfinished_work(line: Line) -> None:
     line.run(line.plan())
     (Path(line.plan()[1].folder) / MARKER).unlink()
     storage.write_bytes(storage.join(line.plan()[1].folder, "half"), b"x")
-    assert line.plan()[1].why == "unfinished, goes on"
+    assert line.plan()[1].why == "unfinished, continues"
 
 
 def test_a_torn_marker_counts_as_none(line: Line) -> None:

@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,23 @@ import mlflow
 import pytest
 from pydantic import JsonValue
 
-from pipeline import sample, sweep
-from pipeline.runner import Planned, plan
-from pipeline.sweep import Asked, MeanByEpoch, Result, SweepConfig, Trial
+from pipeline import sample
+from pipeline.dag import steps
+from pipeline.runner import PlannedStep, plan
+from pipeline.sweep.config import SweepConfig, load
+from pipeline.sweep.run import table
+from pipeline.sweep.trials import (
+    State,
+    Trial,
+    TrialResult,
+    best_of,
+    make_trials,
+    reporting,
+    shared,
+    variants,
+)
 from stages.errors import UserError
+from stages.tracking.run import NullRun
 from stages.tracking.sender import MetricRow
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,14 +42,14 @@ def config(**values: Any) -> SweepConfig:
 
 
 def trials(**values: Any) -> list[Trial]:
-    return sweep.make_trials(config(**values), "sweep.yaml", YAML, [])
+    return make_trials(config(**values), "sweep.yaml", YAML, [])
 
 
 # -- from a file to trials ----------------------------------------------------
 
 
 def test_settings_meet_every_combination_of_the_grid() -> None:
-    found = sweep.variants(
+    found = variants(
         config(
             settings={"plain": {}, "l1": {"train.losses.l1": 1}},
             grid={"train.seed": [1, 2], "train.ema": [0.9, None]},
@@ -53,9 +66,9 @@ def test_settings_meet_every_combination_of_the_grid() -> None:
 
 def test_draws_lie_between_their_ends_and_come_again_with_the_seed() -> None:
     space: dict[str, JsonValue] = {"a.rate": {"low": 1e-5, "high": 1e-2, "log": True}, "a.size": [8, 16]}
-    found = sweep.variants(config(random=space, trials=50))
-    assert found == sweep.variants(config(random=space, trials=50))
-    assert found != sweep.variants(config(random=space, trials=50, seed=1))
+    found = variants(config(random=space, trials=50))
+    assert found == variants(config(random=space, trials=50))
+    assert found != variants(config(random=space, trials=50, seed=1))
     rates = [values["a.rate"] for _, values in found]
     assert all(isinstance(rate, float) and 1e-5 <= rate <= 1e-2 for rate in rates)
     assert sum(rate < 3e-4 for rate in rates) > 10, (
@@ -65,7 +78,7 @@ def test_draws_lie_between_their_ends_and_come_again_with_the_seed() -> None:
 
 
 def test_trials_are_named_by_whole_keys_where_their_last_parts_are_alike() -> None:
-    (name, _), *_ = sweep.variants(config(grid={"a.b": [1], "c.b": [2], "c.d": [3]}))
+    (name, _), *_ = variants(config(grid={"a.b": [1], "c.b": [2], "c.d": [3]}))
     assert name == "a.b=1, c.b=2, d=3"
 
 
@@ -95,7 +108,7 @@ def test_a_sweep_file_that_makes_no_sense_is_refused_in_one_line(
     file = tmp_path / "sweep.yaml"
     file.write_text(json.dumps({"recipe": YAML, **values}))
     with pytest.raises(UserError) as caught:
-        sweep.load(str(file))
+        load(str(file))
     assert told in str(caught.value)
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -124,13 +137,13 @@ def data(tmp_path: Path) -> list[str]:
     ]
 
 
-def planned(found: list[Trial]) -> list[tuple[Planned, ...]]:
-    asked = Asked()
-    return [plan(asked.steps(trial.config), trial.config.workspace) for trial in found]
+def planned(found: list[Trial]) -> list[tuple[PlannedStep, ...]]:
+    digests: dict[str, str] = {}
+    return [plan(steps(trial.config), trial.config.workspace, digests) for trial in found]
 
 
 def test_what_several_trials_need_is_done_once(data: list[str]) -> None:
-    found = sweep.make_trials(
+    found = make_trials(
         config(
             settings={"complete": {}, "no joint phase": {"train.phases.2": None}, "other": {"train.seed": 9}}
         ),
@@ -138,22 +151,12 @@ def test_what_several_trials_need_is_done_once(data: list[str]) -> None:
         YAML,
         data,
     )
-    names = [p.step.name for p in sweep.shared(planned(found))]
+    names = [p.step.name for p in shared(planned(found))]
     assert names == ["ingest", "pair", "shard", "train-global", "train-local"]
 
 
-def test_the_listing_is_asked_for_once_for_all_trials(
-    data: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = sweep.make_trials(config(grid={"train.seed": [1, 2, 3]}), "sweep.yaml", YAML, data)
-    asked = Asked()
-    first = plan(asked.steps(found[0].config), found[0].config.workspace)
-    monkeypatch.setattr("stages.ingest.digest", None)  # asking again would fail
-    assert plan(asked.steps(found[1].config), found[1].config.workspace)[0].folder == first[0].folder
-
-
-def result(name: str, state: sweep.State, **metrics: float) -> Result:
-    return Result(
+def result(name: str, state: State, **metrics: float) -> TrialResult:
+    return TrialResult(
         trial=Trial(name=name, values={}, config=trials(grid={"train.seed": [1]})[0].config),
         state=state,
         metrics=metrics,
@@ -166,34 +169,58 @@ def test_the_best_trial_is_the_best_of_those_that_were_judged() -> None:
         result("b", "done", l1=0.2, psnr=8),
         result("c", "failed"),
     ]
-    assert sweep.best_of(results, "l1", "min") is results[1]
-    assert sweep.best_of(results, "psnr", "max") is results[0]
-    assert sweep.best_of(results, "fid", "min") is None
+    assert best_of(results, "l1", "min") is results[1]
+    assert best_of(results, "psnr", "max") is results[0]
+    assert best_of(results, "fid", "min") is None
 
 
 def test_the_table_begins_with_the_best_and_says_why_one_failed() -> None:
     results = [
         result("worse", "done", l1=0.3),
         result("better", "done", l1=0.2),
-        Result(trial=result("x", "failed").trial, state="failed", reason="out of memory"),
+        TrialResult(trial=result("x", "failed").trial, state="failed", reason="out of memory"),
     ]
-    told = sweep.table(results, results[1], config(grid={"train.seed": [1]}))
+    told = table(results, results[1], config(grid={"train.seed": [1]}))
     assert told.index("better") < told.index("worse") < told.index("failed: out of memory")
     assert "best by l1 on val: better" in told
+
+
+class Record(NullRun):
+    """A run that keeps the rows it is sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        object.__setattr__(self, "rows", [])
+
+    def metrics_batch(self, rows: Iterable[MetricRow]) -> None:
+        self.rows.extend(rows)  # type: ignore[attr-defined]
 
 
 def rows(name: str, values: Mapping[int, float]) -> list[MetricRow]:
     return [MetricRow(name, value, step, 0) for step, value in values.items()]
 
 
-def test_a_curve_is_told_as_its_mean_when_an_epoch_is_over() -> None:
-    epochs = MeanByEpoch(before=10)
-    assert not list(epochs.take(rows("loss", {1: 1.0, 2: 3.0}), "loss"))
-    assert not list(epochs.take(rows("epoch", {1: 0, 2: 0}), "loss"))
-    assert not list(epochs.take(rows("loss", {3: 5.0}) + rows("other", {3: 99.0}), "loss"))
-    assert list(epochs.take(rows("epoch", {3: 1}), "loss")) == [(11, 2.0)]
-    assert not list(epochs.take(rows("loss", {4: 7.0, 5: 1.0}), "loss"))
-    assert list(epochs.take(rows("epoch", {4: 1, 5: 2}), "loss")) == [(12, 6.0)]
+def test_a_curve_reaches_tune_as_its_mean_when_an_epoch_is_over() -> None:
+    (trial,) = trials(settings={"a": {"train.phases.0.epochs": 10}})
+    reports: list[dict[str, Any]] = []
+    run = Record()
+    track = reporting(run, "train-local", trial.config, "loss", reports.append)
+    track.metrics_batch(rows("loss", {1: 1.0, 2: 3.0}))
+    track.metrics_batch(rows("epoch", {1: 0, 2: 0}))
+    track.metrics_batch(rows("loss", {3: 5.0}) + rows("other", {3: 99.0}))
+    assert reports == []
+    track.metrics_batch(rows("epoch", {3: 1}))
+    assert reports == [{"loss": 2.0, "epoch": 11}]
+    track.metrics_batch(rows("loss", {4: 7.0, 5: 1.0}))
+    track.metrics_batch(rows("epoch", {4: 1, 5: 2}))
+    assert reports[1:] == [{"loss": 6.0, "epoch": 12}]
+    assert len(run.rows) == 11  # type: ignore[attr-defined]  MLflow gets every row
+
+
+def test_only_training_phases_report_epochs() -> None:
+    (trial,) = trials(settings={"as it is": {}})
+    run = NullRun()
+    assert reporting(run, "evaluate", trial.config, "loss", lambda report: None) is run
 
 
 # -- one that runs ------------------------------------------------------------

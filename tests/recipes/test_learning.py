@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks import learning
-from stages.images.augment import AugmentConfig
-from stages.training.phases import TrainConfig, jobs
+from stages.config.shard import AugmentConfig
+from stages.config.train import TrainConfig, jobs
 from tests.support.small import make_shards
 
 

@@ -13,15 +13,16 @@ from PIL import Image
 
 from benchmarks import learning, results
 from pipeline import config as configuration
-from pipeline import sweep
 from pipeline.config import PipelineConfig
 from pipeline.dag import steps
 from pipeline.runner import plan
+from pipeline.sweep.config import load as load_sweep
+from pipeline.sweep.trials import make_trials
 from stages import evaluate, infer, ingest, pair, shard, train
 from stages.base import Kind, Resources
-from stages.ingest import LocationConfig
+from stages.config.ingest import LocationConfig
+from stages.config.pair import Region
 from stages.models.files.saved import load_model
-from stages.pair import Region
 from stages.shards import dataset
 from stages.tracking.run import NullRun
 
@@ -141,8 +142,8 @@ def test_sketches_are_painted_by_the_model_that_edges_trained() -> None:
 @every_sweep
 @every_profile
 def test_every_trial_of_a_sweep_is_a_valid_config_of_its_own(path: Path, profile: str) -> None:
-    wanted = sweep.load(str(path)).model_copy(update={"profile": profile})
-    trials = sweep.make_trials(
+    wanted = load_sweep(str(path)).model_copy(update={"profile": profile})
+    trials = make_trials(
         wanted, str(path), str(path.parent / wanted.recipe), ["train.vgg_weights=vgg.safetensors"]
     )
     jobs = [trial.config.train.model_dump_json() for trial in trials]

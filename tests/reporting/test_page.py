@@ -10,7 +10,8 @@ import re
 import numpy as np
 import pytest
 
-from stages.report import ReportConfig, budget
+from stages.config.report import ReportConfig
+from stages.report import budget
 from stages.reporting.page import (
     Curve,
     PictureCard,

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from stages.config.evaluate import LpipsConfig
 from stages.errors import UserError
 from stages.scoring import lpips
 from stages.scoring.lpips import LpipsScorer
-from stages.scoring.networks import LpipsConfig
 from tests.scoring.test_metrics import pictures
 
 

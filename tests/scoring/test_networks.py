@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from stages.config.evaluate import InceptionConfig, SegmenterConfig
 from stages.errors import UserError
 from stages.scoring import networks
-from stages.scoring.networks import Inception, InceptionConfig, Segmenter, SegmenterConfig
+from stages.scoring.networks import Inception, Segmenter
 
 
 def script(module: nn.Module, path: Path) -> Path:

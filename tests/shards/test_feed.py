@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stages.config.shard import AugmentConfig
 from stages.errors import StageError, UserError
 from stages.images import geometry
-from stages.images.augment import AugmentConfig, apply, draw
+from stages.images.augment import apply, draw
 from stages.models.step import Batch
 from stages.shards.dataset import DatasetSpec, read_split
 from stages.shards.feed import Feed, copy_pixels, read_here

@@ -26,8 +26,8 @@ from ray._raylet import GcsClient
 from ray.core.generated import gcs_pb2
 
 from stages.base import Resources
+from stages.config.train import PhaseJob
 from stages.training import checkpoints
-from stages.training.phases import PhaseJob
 from tests.stores.seaweed import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +36,7 @@ WAIT_S = 300.0  # for anything that takes seconds on an idle machine
 DRIVER = """
 import json, sys
 from pipeline.cluster import cluster
-from pipeline.run import exit_code, log_to_stdout, stop_on_sigterm
+from pipeline.cli import exit_code, log_to_stdout, stop_on_sigterm
 from stages import storage, train
 from stages.base import Resources
 from stages.tracking.run import NullRun

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 
 from stages import ingest, pair, shard
 from stages.base import Role
+from stages.config.ingest import IngestConfig
 from stages.images import encode, geometry
-from stages.ingest import IngestConfig
 from stages.objects.listing import local_etag
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec

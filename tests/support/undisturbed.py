@@ -12,12 +12,12 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from stages import storage, train
+from stages.config.train import PhaseJob, downscale
 from stages.shards import dataset
 from stages.shards.feed import Feed
 from stages.training import curves, phases
 from stages.training.loop import Ending, Preview, Task, Worker, phase_seed, train_phase
 from stages.training.news import Channel, Mailbox
-from stages.training.phases import PhaseJob
 
 Losses = dict[tuple[int, str], float]
 PLAIN_NAME = "here"  # whose checkpoints they are
@@ -89,7 +89,7 @@ def train_here(
         rank=worker.rank,
         world=worker.world,
         augment=job.augment,
-        scale=phases.downscale(job.model, job.phase),
+        scale=downscale(job.model, job.phase),
         epochs=job.phase.epochs,
     )
     prepare(feed)

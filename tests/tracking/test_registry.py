@@ -20,13 +20,14 @@ from mlflow.entities import LoggedModelStatus
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
+from stages.config.tracking import TrackingConfig
 from stages.images import encode
 from stages.inference.model_source import local_model
 from stages.inference.translator import Translator
 from stages.models.files.saved import DISCRIMINATOR, load_model
 from stages.tracking import sender
 from stages.tracking.registry import register
-from stages.tracking.run import TrackingConfig, open_parent
+from stages.tracking.run import open_parent
 from tests.stores.seaweed import free_ports
 from tests.support.small import make_model, scene
 

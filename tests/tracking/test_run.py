@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stages.config.tracking import TrackingConfig
 from stages.errors import UserError
 from stages.tracking import run as tracking
 from stages.tracking import sender
-from stages.tracking.run import NullRun, Run, TrackingConfig, open_parent
+from stages.tracking.run import NullRun, Run, open_parent
 from stages.tracking.sender import KEY_TAG, PROCESS_TAG, MetricRow
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from stages import storage
+from stages.config.tracking import TrackingConfig
 from stages.tracking import sender
-from stages.tracking.run import Run, TrackingConfig, catch_up, open_parent
+from stages.tracking.run import Run, catch_up, open_parent
 from stages.tracking.sender import KEY_TAG, MetricRow
 from stages.training import curves
 from stages.training.news import Point

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stages.images.augment import AugmentConfig
+from stages.config.shard import AugmentConfig
+from stages.config.train import PhaseJob, TrainConfig, jobs
 from stages.models.architecture import InputSpec
 from stages.models.files.saved import Preprocessing, load_model
 from stages.models.gan import GanState
@@ -24,7 +25,6 @@ from stages.training import checkpoints, curves, loop
 from stages.training.checkpoints import Position
 from stages.training.loop import Ending, Task, Worker, train_phase
 from stages.training.news import Advance, Channel, Mailbox, Points, SampleGrid
-from stages.training.phases import PhaseJob, TrainConfig, jobs
 
 ROWS, BATCH = 10, 4
 HD = {

@@ -11,14 +11,14 @@ import psutil
 import pytest
 import torch
 
-from stages.images.augment import AugmentConfig
+from stages.config.shard import AugmentConfig
+from stages.config.train import PhaseJob, TrainConfig, jobs
 from stages.models.fast.process import tune_process
 from stages.models.files.saved import Preprocessing
 from stages.models.step import Batch
 from stages.shards.dataset import DatasetSpec, RoleSpec
 from stages.training import loop, phases
 from stages.training.memory import estimate_memory
-from stages.training.phases import PhaseJob, TrainConfig, jobs
 
 SPEC = DatasetSpec(
     size=(256, 256),

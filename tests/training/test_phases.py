@@ -8,10 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from stages.base import Resources
-from stages.images.augment import AugmentConfig
+from stages.config.shard import AugmentConfig
+from stages.config.train import PhaseConfig, TrainConfig, check_phases, discriminators, jobs, phase_size
 from stages.models.architecture import Pix2Pix, Pix2PixHD
-from stages.training import phases
-from stages.training.phases import PhaseConfig, TrainConfig, jobs
 
 
 def config(*steps: dict[str, Any], **model: Any) -> TrainConfig:
@@ -43,7 +42,7 @@ def test_phases_that_are_left_out_are_the_papers(model: Pix2Pix | Pix2PixHD, nam
     given = TrainConfig.model_validate({"model": model.model_dump()})
     assert [phase.name for phase in given.phases] == names
     assert TrainConfig.model_validate({"model": model, "phases": None}).phases == given.phases
-    phases.check_phases(model, given.phases)
+    check_phases(model, given.phases)
 
 
 def test_losses_that_are_left_out_are_those_of_the_models_paper() -> None:
@@ -137,9 +136,9 @@ def test_more_workers_than_a_batch_has_pairs_are_refused() -> None:
 
 def test_a_phase_works_on_the_size_its_enhancers_stand_for() -> None:
     given = config(GLOBAL, LOCAL, JOINT, {**LOCAL, "enhancers": 2}, enhancers=2)
-    sizes = [phases.phase_size(given.model, phase, (2048, 1024)) for phase in given.phases]
+    sizes = [phase_size(given.model, phase, (2048, 1024)) for phase in given.phases]
     assert sizes == [(512, 256), (1024, 512), (1024, 512), (2048, 1024)]
-    assert [phases.discriminators(given.model, phase) for phase in given.phases] == [1, 2, 2, 3]
+    assert [discriminators(given.model, phase) for phase in given.phases] == [1, 2, 2, 3]
 
 
 def test_a_change_to_a_later_phase_leaves_the_job_of_an_earlier_one_alone() -> None:

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from stages.images.augment import AugmentConfig
+from stages.config.shard import AugmentConfig
+from stages.config.train import PhaseJob, TrainConfig, jobs
 from stages.models.architecture import InputSpec, Pix2PixHD
 from stages.models.gan import GanState, build_gan
-from stages.models.losses import LossWeights
+from stages.models.objective import LossWeights
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec
 from stages.training import previews
-from stages.training.phases import PhaseJob, TrainConfig, jobs
 from stages.training.previews import Samples
 from tests.support.small import make_shards
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from stages.base import Resources
-from stages.images.augment import AugmentConfig
-from stages.training.phases import PhaseJob, TrainConfig, jobs
+from stages.config.shard import AugmentConfig
+from stages.config.train import PhaseJob, TrainConfig, jobs
 from tests.support.small import make_shards
 from tests.support.undisturbed import undisturbed
 
@@ -50,5 +50,5 @@ def test_two_workers_with_synchronised_batch_norm_train_as_one(tmp_path: Path) -
 
 
 def test_turns_and_synchronised_norms_exclude_one_another() -> None:
-    with pytest.raises(ValueError, match=r"pairs_at_once: .*train\.synchronised_norms"):
-        config(synchronised_norms=True).check_resources(Resources(pairs_at_once=1))
+    with pytest.raises(ValueError, match=r"micro_batch: .*train\.synchronised_norms"):
+        config(synchronised_norms=True).check_resources(Resources(micro_batch=1))

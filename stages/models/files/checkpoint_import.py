@@ -16,14 +16,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from stages.errors import first_invalid
-from stages.models.architecture import (
-    InputSpec,
-    Pix2Pix,
-    Pix2PixHD,
-    build_discriminator,
-    build_encoder,
-    build_generator,
-)
+from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD
+from stages.models.build import build_discriminator, build_encoder, build_generator
 from stages.models.files import nvidia_names
 
 __all__ = ["Imported", "import_checkpoint"]

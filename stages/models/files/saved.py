@@ -29,15 +29,8 @@ from torch import Tensor, nn
 
 from stages.base import Config
 from stages.errors import first_invalid, one_line
-from stages.models.architecture import (
-    Architecture,
-    InputSpec,
-    Pix2Pix,
-    Pix2PixHD,
-    build_discriminator,
-    build_encoder,
-    build_generator,
-)
+from stages.models.architecture import Architecture, InputSpec, Pix2Pix, Pix2PixHD
+from stages.models.build import build_discriminator, build_encoder, build_generator
 from stages.models.files.manifest import FileEntry, verified, write_folder
 from stages.models.pix2pix import PatchDiscriminator, PixelDiscriminator, UNet
 from stages.models.pix2pixhd import CoarseToFineGenerator, FeatureEncoder, MultiScaleDiscriminator

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from stages.models.architecture import Architecture, InputSpec, Pix2Pix, Pix2PixHD, build_generator
+from stages.models.architecture import Architecture, InputSpec, Pix2Pix, Pix2PixHD
+from stages.models.build import build_generator
 from stages.models.fast import wide, winograd
 from stages.models.fast.accelerate import accelerate
 from stages.models.fast.frozen import FrozenConv

@@ -13,14 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from stages.models.architecture import (
-    InputSpec,
-    Pix2Pix,
-    Pix2PixHD,
-    build_discriminator,
-    build_encoder,
-    build_generator,
-)
+from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD
+from stages.models.build import build_discriminator, build_encoder, build_generator
 from stages.models.files.checkpoint_import import import_checkpoint
 from stages.models.files.nvidia_names import layer_names, to_nvidia
 from stages.models.files.saved import load_discriminator, load_model, save_model

@@ -13,13 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.models.architecture import (
-    Architecture,
-    InputSpec,
-    Pix2Pix,
-    Pix2PixHD,
-    build_generator,
-)
+from stages.models.architecture import Architecture, InputSpec, Pix2Pix, Pix2PixHD
+from stages.models.build import build_generator
 from stages.models.files.export import (
     Exported,
     example,

@@ -8,14 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stages.models.architecture import (
-    InputSpec,
-    Pix2Pix,
-    Pix2PixHD,
-    build_discriminator,
-    build_encoder,
-    build_generator,
-)
+from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD
+from stages.models.build import build_discriminator, build_encoder, build_generator
 from stages.models.fast import wide, winograd
 from stages.models.fast.accelerate import accelerate
 from stages.models.files.nvidia_names import (

@@ -10,14 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load, save_file
 
-from stages.models.architecture import (
-    InputSpec,
-    Pix2Pix,
-    Pix2PixHD,
-    build_discriminator,
-    build_encoder,
-    build_generator,
-)
+from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD
+from stages.models.build import build_discriminator, build_encoder, build_generator
 from stages.models.files.saved import (
     Manifest,
     Picture,

@@ -1,0 +1,171 @@
+"""Measure the code's shape against the limits it is held to; exit 1 if one is exceeded.
+
+    python -m benchmarks.house
+
+What a reader has to follow is the import closure of a module: every module of ours that it imports, directly
+or not. Imports for type checkers alone and packages whose `__init__` is only a docstring do not count.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("pipeline", "stages")
+MODELS_MAY_IMPORT = {"numpy", "pydantic", "safetensors", "stages", "torch", *sys.stdlib_module_names}
+HEAVY = ("PIL", "mlflow", "numpy", "pandas", "pyarrow", "ray", "torch")
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module of ours: its file, its lines, its classes, and the modules that it names in imports."""
+
+    path: Path
+    lines: int
+    classes: tuple[str, ...]
+    imports: frozenset[str]
+    only_docstring: bool
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured number and the most it may be."""
+
+    name: str
+    value: int
+    most: int
+    detail: str = ""
+
+    @property
+    def holds(self) -> bool:
+        return self.value <= self.most
+
+
+def read_modules(root: Path) -> dict[str, Module]:
+    """Every module below `root` that is in one of `PACKAGES`, by its dotted name."""
+    modules = {}
+    for package in PACKAGES:
+        for path in sorted((root / package).rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            text = path.read_text(encoding="utf-8")
+            tree = ast.parse(text)
+            modules[name] = Module(
+                path=path,
+                lines=len(text.splitlines()),
+                classes=tuple(node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)),
+                imports=frozenset(imported_names(tree)),
+                only_docstring=all(
+                    isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in tree.body
+                ),
+            )
+    return modules
+
+
+def imported_names(tree: ast.AST) -> Iterator[str]:
+    """Dotted names that code imports: of `from a import b` both `a` and `a.b`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None, "imports are absolute"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for statement in node.orelse:
+                yield from imported_names(ast.Module([statement], []))
+        else:
+            yield from imported_names(node)
+
+
+def closure(modules: Mapping[str, Module], start: str) -> dict[str, Module]:
+    """The module and all modules of ours that it imports, directly or not, without docstring packages."""
+    waiting, seen = [start], set()
+    while waiting:
+        name = waiting.pop()
+        if name in seen or name not in modules:
+            continue
+        seen.add(name)
+        waiting += modules[name].imports
+        waiting.append(name.rpartition(".")[0])  # Python runs a package before its modules
+    return {name: modules[name] for name in sorted(seen) if not modules[name].only_docstring}
+
+
+def packages_of(modules: Mapping[str, Module]) -> set[str]:
+    """Top-level names of everything that these modules import."""
+    return {name.partition(".")[0] for module in modules.values() for name in module.imports}
+
+
+def repeated_classes(modules: Mapping[str, Module]) -> dict[str, list[str]]:
+    """Class names that more than one definition has, with the modules."""
+    places: dict[str, list[str]] = defaultdict(list)
+    for name, module in modules.items():
+        for one in module.classes:
+            places[one].append(name)
+    return {name: found for name, found in sorted(places.items()) if len(found) > 1}
+
+
+def private_ray_imports(modules: Mapping[str, Module]) -> list[str]:
+    """Modules of Ray that a module imports or imports from and that are private, as `module: name`."""
+
+    def is_private(name: str) -> bool:
+        return name.startswith("ray.") and any(part.startswith("_") for part in name.split("."))
+
+    return [
+        f"{name}: {one}"
+        for name, module in modules.items()
+        for one in sorted(module.imports)
+        if is_private(one) and one.rpartition(".")[0] not in module.imports
+    ]
+
+
+def lines_of(modules: Mapping[str, Module], prefix: str = "") -> int:
+    """Lines of the modules whose names begin so."""
+    return sum(module.lines for name, module in modules.items() if name.startswith(prefix))
+
+
+def figures(root: Path = ROOT) -> tuple[Figure, ...]:
+    """Every number with its limit."""
+    modules = read_modules(root)
+    train, config = closure(modules, "stages.train"), closure(modules, "pipeline.config")
+    loose = [path.stem for path in (root / "stages").glob("*.py") if path.stem != "__init__"]
+    heavy = sorted(packages_of(config) & set(HEAVY))
+    models = {name: module for name, module in modules.items() if name.startswith("stages.models")}
+    foreign = sorted(packages_of(models) - MODELS_MAY_IMPORT)
+    repeated, private = repeated_classes(modules), private_ray_imports(modules)
+    return (
+        Figure("loose modules in stages/", len(loose), 12),
+        Figure("modules to follow stages/train.py", len(train), 28),
+        Figure("lines to follow stages/train.py", lines_of(train), 6_500),
+        Figure("modules imported to read a YAML", len(config), 15),
+        Figure("heavy packages imported to read a YAML", len(heavy), 0, ", ".join(heavy)),
+        Figure(
+            "class names that exist twice",
+            len(repeated),
+            0,
+            "; ".join(f"{name} in {', '.join(places)}" for name, places in repeated.items()),
+        ),
+        Figure("lines of pipeline/ and stages/", lines_of(modules), 18_000),
+        Figure("packages foreign to stages/models/", len(foreign), 0, ", ".join(foreign)),
+        Figure("private Ray imports", len(private), 0, "; ".join(private)),
+        Figure("lines of stages/models/step.py", lines_of(modules, "stages.models.step"), 479),
+        Figure("lines of stages/tracking/", lines_of(modules, "stages.tracking"), 549),
+    )
+
+
+def main() -> int:
+    """Print the table. Returns 1 if a limit is exceeded."""
+    measured = figures()
+    for one in measured:
+        mark = "" if one.holds else "  TOO MANY" + (f": {one.detail}" if one.detail else "")
+        print(f"{one.name:<40} {one.value:>7,} of {one.most:>6,}{mark}")
+    return 0 if all(one.holds for one in measured) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""What the commands share: argument types, log lines, signals and exit codes, without Ray and torch."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+from stages.errors import PixloomError, UserError
+
+logger = logging.getLogger(__name__)
+
+EXIT_CODES = """\
+exit codes:
+  0    everything that was asked for is done
+  1    a stage failed; what was done is kept
+  2    the command, the config or the data must be fixed: one line names the file and key, or the object
+  130  stopped by Ctrl-C or SIGTERM; what was done is kept, and the same command continues
+"""
+
+
+def parser(module: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
+    """A command's parser, without its arguments. Help texts keep their line breaks."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_settings(p: argparse.ArgumentParser, text: str = "change one setting, e.g. train.seed=7") -> None:
+    """Add `--set KEY=VALUE`, which may be repeated."""
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+
+
+def size(text: str, *, least: int = 1, most: int = 99_999) -> tuple[int, int]:
+    """The argument type of `WxH`: width and height in pixels."""
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if match is None or not all(least <= int(side) <= most for side in match.groups()):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not WIDTHxHEIGHT, e.g. 256x128, with sides from {least} to {most}"
+        )
+    return int(match[1]), int(match[2])
+
+
+def log_to_stdout(line: str = "%(asctime)s  %(message)s") -> None:
+    """Write our log lines to stdout, and only warnings of other packages."""
+    logging.basicConfig(level=logging.WARNING, format=line, datefmt="%H:%M:%S", stream=sys.stdout, force=True)
+    for name in ("pipeline", "stages", "pixloom", "__main__"):
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+def exit_code(
+    work: Callable[[], None], *, stopped: str = "what was done is kept, and the same command continues"
+) -> int:
+    """Do a command's work and return its exit code. An error becomes one line on stderr.
+
+    stopped: what to say after "stopped; " on Ctrl-C and SIGTERM
+    """
+    stop_on_sigterm()
+    try:
+        work()
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    except PixloomError as error:
+        logger.error("%s", error, exc_info=error.__cause__)
+        sys.stderr.write(f"{error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write(f"stopped; {stopped}\n")
+        return 130
+    return 0
+
+
+def stop_on_sigterm() -> None:
+    """Handle SIGTERM (`ray job stop`, schedulers) like Ctrl-C. Call it again after `ray.init`."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)

@@ -1,0 +1,209 @@
+"""One run of the pipeline: plan, execute on a cluster, record in MLflow, register the model, summarise."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+import ray
+import yaml
+
+from pipeline.cli import stop_on_sigterm
+from pipeline.cluster import check_folders, cluster, result_folders
+from pipeline.config import PipelineConfig
+from pipeline.dag import RunView, needed, steps
+from pipeline.runner import PlannedStep, execute, plan, select
+from stages import storage
+from stages.base import Role
+from stages.config.train import PhaseJob, full_size
+from stages.progress import duration
+from stages.shard import role_specs
+from stages.shards import dataset
+from stages.shards.dataset import DatasetSpec
+from stages.tracking.run import Run, catch_up, open_parent
+from stages.training import phases
+from stages.training.memory import estimate_memory
+
+Markers = Mapping[str, Mapping[str, Any]]
+"""The markers of finished steps by the step's name."""
+
+logger = logging.getLogger(__name__)
+
+
+def run(
+    config: PipelineConfig,
+    *,
+    path: str,
+    command: str,
+    only: str | None = None,
+    until: str | None = None,
+    plan_only: bool = False,
+) -> str:
+    """Run what is not done, and return a summary; with `plan_only`, return the plan and run nothing.
+
+    path, command: of the config file and as typed, for MLflow and the report
+    only, until: see `select`
+    """
+    check_folders(result_folders(config), path)
+    storage.configure(config.storage)
+    pipeline = steps(config)
+    planned = plan(needed(pipeline, only) if only else pipeline, config.workspace)
+    if plan_only:
+        return table(planned, memory(config, planned))
+    chosen = select(planned, only=only, until=until)
+    if all(p.done for p in chosen):
+        logger.info("nothing to do: every step is done")
+        catch_up(config.tracking, config.workspace)
+        return summary(config, chosen, {p.step.name: p.marker for p in chosen if p.marker is not None})
+    tags = config.about.tags() | run_tags(config, command) | {"pixloom.config": path}
+    with open_parent(config.tracking, time.strftime("%Y-%m-%d %H:%M"), tags, config.workspace) as parent:
+        parent.artifact("config.yaml", as_yaml(config).encode())
+        size = full_size(config.shard.size, config.augment)
+        parent.params(phases.compared(config.train, config.train.phases, size))
+        with cluster(config.resources, config.storage, result_folders(config)):
+            parent.tags({"pixloom.hosts": hosts()})
+            stop_on_sigterm()
+            markers = execute(
+                chosen, config.resources, parent=parent, view=run_view(config, planned, command)
+            )
+        log_results(config, planned, markers, parent)
+        register_model(config, planned, markers, parent)
+    return summary(config, chosen, markers)
+
+
+def as_yaml(config: PipelineConfig) -> str:
+    """The whole config, defaults included."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def run_view(config: PipelineConfig, planned: Sequence[PlannedStep], command: str) -> RunView:
+    """What the report shows of this run."""
+    return RunView(
+        command=command,
+        config_text=as_yaml(config),
+        phases=[p.folder for p in planned if p.step.stage == "train"],
+    )
+
+
+def run_tags(config: PipelineConfig, command: str) -> dict[str, str]:
+    """The tags of the parent run in MLflow: the command, the workspace, the code's commit."""
+    return {"pixloom.command": command, "pixloom.workspace": config.workspace} | commit()
+
+
+def log_results(
+    config: PipelineConfig, planned: Sequence[PlannedStep], markers: Markers, parent: Run
+) -> None:
+    """Log the data set, and the metrics by which runs are compared, to the parent run."""
+    if "shard" in markers:
+        folder = next(p.folder for p in planned if p.step.name == "shard")
+        spec, (source, *_) = dataset.load(folder), config.ingest.locations
+        parent.dataset(
+            config.about.title or config.tracking.experiment,
+            uri=source.uri,
+            digest=spec.digest(),
+            context="training",
+            counts=spec.counts(),
+        )
+    if "evaluate" in markers:
+        parent.metrics(markers["evaluate"]["metrics"], step=0)
+
+
+def register_model(
+    config: PipelineConfig, planned: Sequence[PlannedStep], markers: Markers, parent: Run
+) -> None:
+    """Log and register the model of the last phase, with its score if this run evaluated it."""
+    trained = [p for p in planned if p.step.stage == "train" and p.step.name in markers][-1:]
+    if not trained or trained[0].step.name != f"train-{config.train.phases[-1].name}":
+        return
+    own_images = not (config.infer.model or config.infer.input or config.evaluate.images)
+    scores = markers.get("evaluate", {}).get("metrics", {}) if own_images else {}
+    metric = config.tracking.metric
+    if scores and metric not in scores:
+        logger.warning("tracking.metric: %s was not measured; there are %s", metric, ", ".join(scores))
+    shards = trained[0].inputs["shards"]
+    parent.model(
+        storage.join(trained[0].folder, "model"),
+        dataset.example(shards, dataset.load(shards)),
+        name=config.tracking.model or config.tracking.experiment,
+        alias=config.tracking.alias,
+        metric=metric,
+        value=scores.get(metric),
+        data=f"{shards.rpartition('/')[2]} {config.evaluate.split}",
+    )
+
+
+def commit() -> dict[str, str]:
+    """The code's git commit as a tag, if known. A job's folder is no repository: `submit.sh` names it."""
+    revision = os.environ.get("PIXLOOM_COMMIT")
+    if not revision:
+        try:
+            git = subprocess.run(
+                ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True
+            )
+        except (OSError, subprocess.SubprocessError):
+            return {}
+        revision = git.stdout.strip()
+    return {"mlflow.source.git.commit": revision}
+
+
+def hosts() -> str:
+    """The cluster's machines and what Ray may use of them, as a tag: `2 x 8 CPU, 1 GPU`."""
+    kinds = Counter(
+        ", ".join(f"{node['Resources'].get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+        for node in ray.nodes()
+        if node["Alive"]
+    )
+    return "; ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
+
+
+def memory(config: PipelineConfig, planned: Sequence[PlannedStep]) -> dict[str, int]:
+    """Bytes that a training worker needs, by step, from the shards' description or the expected one."""
+    done = next((p for p in planned if p.step.name == "shard" and p.done), None)
+    if done is not None:
+        spec = dataset.load(done.folder)
+    else:
+        roles: set[Role] = {"source", "target", *config.shard.kinds}
+        listed = {location.role for location in config.ingest.locations}
+        roles |= {role for role in get_args(Role) if role in listed}
+        spec = DatasetSpec(size=config.shard.size, roles=role_specs(config.shard, roles), splits={})
+    return {
+        p.step.name: estimate_memory(
+            p.step.config,
+            spec,
+            workers=config.resources.train_workers,
+            at_once=config.resources.micro_batch,
+        )
+        for p in planned
+        if isinstance(p.step.config, PhaseJob) and not p.done
+    }
+
+
+def table(planned: Sequence[PlannedStep], bytes_: Mapping[str, int]) -> str:
+    """The plan as a table: step, done or to do, why; `bytes_` of memory by step."""
+    lines = [f"{'step':<15} {'fingerprint':<13} {'':<6} why"]
+    for p in planned:
+        line = f"{p.step.name:<15} {p.fingerprint:<13} {'done' if p.done else 'to do':<6} {p.why}"
+        if p.step.name in bytes_:
+            line += f"; a training worker needs about {bytes_[p.step.name] / 1e9:.1f} GB"
+        lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def summary(config: PipelineConfig, chosen: Sequence[PlannedStep], markers: Markers) -> str:
+    """The results of each step, where the report is, and the command that opens MLflow."""
+    lines = ["", f"{'step':<15} {'time':>12}  results"]
+    for name, marker in markers.items():
+        values = [f"{key} {value:,}" for key, value in marker["counts"].items()]
+        values += [f"{key} {value:.4g}" for key, value in marker["metrics"].items()]
+        lines.append(f"{name:<15} {duration(marker['seconds']):>12}  {', '.join(values[:6])}")
+    report = next((p for p in chosen if p.step.name == "report" and "report" in markers), None)
+    lines.append("")
+    if report is not None:
+        lines.append(f"report  {storage.join(report.folder, 'report.html')}")
+    lines.append(f"runs    {config.tracking.page_command(config.workspace)}")
+    return "\n".join(lines) + "\n"

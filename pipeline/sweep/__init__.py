@@ -1,0 +1,1 @@
+"""Try a recipe with other settings: an ablation, a grid, a random search. `python -m pipeline.sweep`."""

@@ -1,0 +1,7 @@
+"""`python -m pipeline.sweep`."""
+
+import sys
+
+from pipeline.sweep.run import main
+
+sys.exit(main())

@@ -1,0 +1,355 @@
+"""Run a sweep: do what the trials share, run the rest of each with Ray Tune, name the best.
+
+    python -m pipeline.sweep recipes/sweeps/losses.yaml
+
+Train V2 trainers cannot be passed to Tune, so each trial is a function that runs its own steps as
+`pipeline.run` does. It runs on the machine of this command, where MLflow's SQLite file may be; its workers
+run anywhere. The results are read from the trials' folders, not from Tune: the same command does what is
+missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import logging.handlers
+import os
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.progress_reporter import TrialProgressCallback
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.util.queue import Queue
+
+from pipeline import cli
+from pipeline.cluster import check_folders, cluster, result_folders
+from pipeline.dag import steps
+from pipeline.runner import PlannedStep, execute, plan
+from pipeline.session import run_tags, run_view
+from pipeline.sweep.config import EarlyStop, SweepConfig, load
+from pipeline.sweep.trials import State, Trial, TrialResult, best_of, make_trials, reporting, shared
+from stages import storage
+from stages.errors import StageError, UserError, cause
+from stages.tracking.run import Run, open_parent
+
+logger = logging.getLogger(__name__)
+
+HELP = """\
+Try a recipe with other settings, evaluate every trial in the same way, name the best.
+
+The data is prepared once. Each trial is a child run in MLflow whose parameters are the settings that
+differ, so that MLflow's own pages compare them. The same command does only what is missing."""
+
+EXAMPLES = f"""\
+examples:
+  python -m pipeline.sweep recipes/sweeps/losses.yaml                  the paper's ablation of its losses
+  python -m pipeline.sweep recipes/sweeps/losses.yaml --plan           which trials there are, what is to do
+  python -m pipeline.sweep recipes/sweeps/tuning.yaml --trials 30 --concurrent 4
+  python -m pipeline.sweep recipes/sweeps/losses.yaml -c recipes/pix2pix/maps-to-aerial.yaml --profile paper
+
+{cli.EXIT_CODES}"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = cli.parser("pipeline.sweep", HELP, EXAMPLES)
+    p.add_argument("sweep", metavar="SWEEP", help="the sweep's YAML file")
+    p.add_argument("-c", "--config", metavar="FILE", help="vary this recipe, not the sweep's own")
+    p.add_argument("--profile", metavar="NAME", help="profile of the recipe")
+    cli.add_settings(p, "change one setting of all trials")
+    p.add_argument("--trials", type=int, metavar="N", help="draws of a random search")
+    p.add_argument(
+        "--concurrent",
+        type=int,
+        default=1,
+        metavar="N",
+        help="trials at a time (default 1); each has its own workers",
+    )
+    p.add_argument("--plan", action="store_true", help="print the trials and what is to do; run nothing")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser().parse_args(words)
+    cli.log_to_stdout()
+    command = shlex.join(["python", "-m", "pipeline.sweep", *words])
+    return cli.exit_code(lambda: run(options, command=command))
+
+
+def configured(options: argparse.Namespace) -> tuple[SweepConfig, str]:
+    """The sweep with the command line's changes, and the recipe's path."""
+    sweep = load(options.sweep)
+    recipe = options.config or str(Path(options.sweep).parent / sweep.recipe)
+    if options.concurrent < 1 or (options.trials is not None and options.trials < 1):
+        raise UserError("--trials, --concurrent: must be at least 1")
+    changes = {"profile": options.profile, "trials": options.trials}
+    return sweep.model_copy(update={k: v for k, v in changes.items() if v is not None}), recipe
+
+
+def run(options: argparse.Namespace, *, command: str) -> None:
+    """Plan the trials, run the steps they share, run the rest of each, record and print the results."""
+    sweep, recipe = configured(options)
+    trials = make_trials(sweep, options.sweep, recipe, options.set)
+    config = trials[0].config
+    check_folders(result_folders(config), recipe)
+    storage.configure(config.storage)
+    digests: dict[str, str] = {}
+    plans = [plan(steps(trial.config), trial.config.workspace, digests) for trial in trials]
+    if options.plan:
+        sys.stdout.write(plan_table(trials, plans))
+        return
+    failed: dict[int, str] = {}
+    name = Path(options.sweep).stem
+    tags = config.about.tags() | run_tags(config, command) | {"pixloom.sweep": name}
+    title = f"{name} {time.strftime('%Y-%m-%d %H:%M')}"
+    with open_parent(config.tracking, title, tags, config.workspace) as parent:
+        parent.artifact("sweep.yaml", Path(options.sweep).read_bytes())
+        runs = [child(parent, trial, sweep) for trial in trials]
+        parent.flush()  # a trial's process looks its run up
+        to_do = [index for index, planned in enumerate(plans) if not all(p.done for p in planned)]
+        try:
+            if to_do:
+                with cluster(config.resources, config.storage, result_folders(config)):
+                    cli.stop_on_sigterm()
+                    view = run_view(config, plans[0], command)
+                    execute(shared(plans), config.resources, parent=parent, view=view)
+                    failed = run_with_tune(sweep, trials, runs, digests, to_do, options.concurrent, command)
+        finally:
+            results = outcomes(trials, digests, failed)
+            best = best_of(results, sweep.metric, sweep.best)
+            record(parent, runs, results, best, sweep)
+        sys.stdout.write(table(results, best, sweep))
+    if failed:
+        raise StageError(f"{len(failed)} of {len(trials)} trials failed; what they did so far is kept")
+
+
+# -- trials on Ray Tune -------------------------------------------------------
+
+
+def run_trial(
+    space: Mapping[str, int],
+    *,
+    trials: Sequence[Trial],
+    runs: Sequence[Run],
+    digests: dict[str, str],
+    stop_early: EarlyStop | None,
+    log: Queue,
+    command: str,
+) -> None:
+    """Run one trial's steps, in a process of Tune's. Results are in the trial's folders and in MLflow."""
+    trial, run = trials[space["trial"]], runs[space["trial"]]
+    cli.log_to_stdout()
+    handler = logging.handlers.QueueHandler(log)
+    handler.setFormatter(logging.Formatter(f"{trial.name}: %(message)s"))
+    logging.getLogger().handlers = [handler]
+    logger.info("starts")
+    storage.configure(trial.config.storage)
+    planned = plan(steps(trial.config), trial.config.workspace, digests)
+    with run:
+        execute(
+            planned,
+            trial.config.resources,
+            parent=run,
+            view=run_view(trial.config, planned, command),
+            observe=lambda step, child: (
+                child
+                if stop_early is None
+                else reporting(child, step.name, trial.config, stop_early.metric, tune.report)
+            ),
+        )
+    logger.info("is done")
+
+
+class Silent(TrialProgressCallback):  # type: ignore[misc]
+    """In place of Tune's own lines: trials write theirs."""
+
+    def on_trial_result(self, *_: Any, **__: Any) -> None:
+        """Print nothing."""
+
+    on_trial_complete = on_trial_error = on_trial_result
+
+
+@contextmanager
+def written_here() -> Iterator[Queue]:
+    """A queue whose log records are written by this process's handlers."""
+    queue = Queue()
+    listener = logging.handlers.QueueListener(queue, *logging.getLogger().handlers)
+    listener.start()
+    try:
+        yield queue
+    finally:
+        listener.stop()
+        queue.shutdown()
+
+
+def run_with_tune(
+    sweep: SweepConfig,
+    trials: Sequence[Trial],
+    runs: Sequence[Run],
+    digests: dict[str, str],
+    to_do: Sequence[int],
+    concurrent: int,
+    command: str,
+) -> dict[int, str]:
+    """Run the trials with these indices; returns the reasons of those that failed, by index."""
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C ends the whole command
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial that is done reports no curve
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    here = f"node:{ray.util.get_node_ip_address()}"
+    with tempfile.TemporaryDirectory(prefix="pixloom-sweep-") as folder, written_here() as log:
+        work = tune.with_parameters(
+            run_trial,
+            trials=trials,
+            runs=runs,
+            digests=digests,
+            stop_early=sweep.stop_early,
+            log=log,
+            command=command,
+        )
+        tuner = tune.Tuner(
+            # A trial's own process only waits: its steps request their CPUs and GPUs themselves.
+            tune.with_resources(work, {"cpu": 0, here: 0.001}),
+            param_space={"trial": tune.grid_search(list(to_do))},
+            tune_config=tune.TuneConfig(
+                max_concurrent_trials=concurrent, scheduler=scheduler(sweep.stop_early, trials)
+            ),
+            run_config=tune.RunConfig(storage_path=folder, verbose=0, callbacks=[Silent()]),
+        )
+        results = tuner.fit()
+    return {
+        result.config["trial"]: cause(result.error)
+        for result in results
+        if result.config is not None and result.error is not None
+    }
+
+
+def scheduler(stop_early: EarlyStop | None, trials: Sequence[Trial]) -> TrialScheduler:
+    """ASHA over epochs if trials may be stopped early."""
+    if stop_early is None:
+        return FIFOScheduler()
+    longest = max(sum(phase.epochs for phase in trial.config.train.phases) for trial in trials)
+    return ASHAScheduler(
+        time_attr="epoch",
+        metric=stop_early.metric,
+        mode=stop_early.best,
+        max_t=max(longest, stop_early.grace_epochs) + 1,  # ASHA stops a trial at max_t; ours end before
+        grace_period=stop_early.grace_epochs,
+        reduction_factor=stop_early.factor,
+    )
+
+
+# -- results ------------------------------------------------------------------
+
+
+def child(parent: Run, trial: Trial, sweep: SweepConfig) -> Run:
+    """A trial's run in MLflow. Every key of the sweep is a parameter, set by this trial or not."""
+    run = parent.child(trial.name, {"pixloom.trial": trial.name})
+    values = trial.config.model_dump(mode="json")
+    run.params({"trial": trial.name, **{key: _value(values, key) for key in sweep.keys}})
+    return run
+
+
+def _value(values: Any, key: str) -> Any:
+    """The value of a dotted key, or None."""
+    for part in key.split("."):
+        try:
+            values = values[int(part) if isinstance(values, list) else part]
+        except (LookupError, TypeError, ValueError):
+            return None
+    return values
+
+
+def outcomes(
+    trials: Sequence[Trial], digests: dict[str, str], failed: Mapping[int, str]
+) -> list[TrialResult]:
+    """The result of each trial, as its folders show it. `failed`: reasons by the trial's index."""
+    results = []
+    for index, trial in enumerate(trials):
+        planned = plan(steps(trial.config), trial.config.workspace, digests)
+        marker = next((p.marker for p in planned if p.step.name == "evaluate"), None)
+        begun = any(p.why.startswith("unfinished") for p in planned)
+        state: State = "stopped early" if begun else "to do"
+        if index in failed:
+            state = "failed"
+        elif marker is not None:
+            state = "done"
+        metrics = marker["metrics"] if marker else {}
+        results.append(TrialResult(trial=trial, state=state, metrics=metrics, reason=failed.get(index, "")))
+    return results
+
+
+def record(
+    parent: Run,
+    runs: Sequence[Run],
+    results: Sequence[TrialResult],
+    best: TrialResult | None,
+    sweep: SweepConfig,
+) -> None:
+    """Write the results to MLflow: each trial's to its run, the best one's to the sweep's."""
+    status = {"done": "FINISHED", "failed": "FAILED"}
+    for run, result in zip(runs, results, strict=True):
+        if result.metrics:
+            run.metrics(result.metrics, step=0)
+        tags = {"pixloom.state": result.state, "pixloom.why": result.reason}
+        tags["pixloom.best"] = "true" if result is best else ""
+        run.tags({name: text for name, text in tags.items() if text})
+        run.end(status.get(result.state, "KILLED"))  # type: ignore[arg-type]
+    rows = [
+        {
+            "trial": result.trial.name,
+            "state": result.state,
+            "values": result.trial.values,
+            "metrics": result.metrics,
+            "why": result.reason,
+        }
+        for result in results
+    ]
+    parent.artifact("trials.json", json.dumps(rows, indent=1).encode())
+    if best is not None:
+        parent.metrics(best.metrics, step=0)
+        parent.tags({"pixloom.best": best.trial.name, "pixloom.best_by": f"{sweep.metric} ({sweep.split})"})
+
+
+def plan_table(trials: Sequence[Trial], plans: Sequence[Sequence[PlannedStep]]) -> str:
+    """The steps to do once, then each trial with its own steps to do."""
+    common = {p.folder: p for p in shared(plans)}
+    lines = [f"once         {', '.join(p.step.name for p in common.values() if not p.done) or 'all done'}"]
+    for trial, planned in zip(trials, plans, strict=True):
+        left = [p.step.name for p in planned if not p.done and p.folder not in common]
+        lines.append(f"{trial.name:<24} {', '.join(left) or 'all done'}")
+    return "\n".join(lines) + "\n"
+
+
+def table(results: Sequence[TrialResult], best: TrialResult | None, sweep: SweepConfig) -> str:
+    """The trials, best first, with a few metrics, and how to run the best one."""
+    names = list(dict.fromkeys([sweep.metric, "l1", "psnr", "ssim"]))
+    width = max(12, *(len(result.trial.name) for result in results))
+    sign = 1 if sweep.best == "min" else -1
+    ranked = sorted(
+        results, key=lambda r: (sweep.metric not in r.metrics, sign * r.metrics.get(sweep.metric, 0.0))
+    )
+    lines = ["", f"{'trial':<{width}} " + " ".join(f"{name:>10}" for name in names)]
+    for result in ranked:
+        numbers = [f"{result.metrics[n]:>10.4g}" if n in result.metrics else f"{'':>10}" for n in names]
+        state = "" if result.state == "done" else f"  {result.state}"
+        reason = f": {result.reason}" if result.reason else ""
+        lines.append(f"{result.trial.name:<{width}} {' '.join(numbers)}{state}{reason}")
+    if best is not None:
+        lines.append(f"\nbest by {sweep.metric} on {sweep.split}: {best.trial.name}")
+        lines += [f"  --set {key}={json.dumps(value)}" for key, value in best.trial.values.items()]
+    else:
+        lines.append(f"\nno trial has a value of {sweep.metric}")
+    config = results[0].trial.config
+    lines.append(f"runs    {config.tracking.page_command(config.workspace)}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,152 @@
+"""The trials of a sweep: their configs, what they share, how one runs, and which is the best.
+
+A trial is the pipeline with some keys set. The steps that several trials share (the data, or the phases
+before the one that differs) are done once, before the trials.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import numpy as np
+from pydantic import JsonValue
+from ray import tune
+
+from pipeline import config as configuration
+from pipeline.config import PipelineConfig
+from pipeline.runner import PlannedStep
+from pipeline.sweep.config import Best, Range, SweepConfig
+from stages.tracking.run import Run
+from stages.tracking.sender import MetricRow
+
+State = Literal["done", "stopped early", "failed", "to do"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One config of the sweep, and the values in which it differs from the recipe."""
+
+    name: str
+    values: Mapping[str, JsonValue]
+    config: PipelineConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialResult:
+    """The state of a trial after the sweep; its metrics if it is done, the reason if it failed."""
+
+    trial: Trial
+    state: State
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    reason: str = ""
+
+
+def variants(sweep: SweepConfig) -> list[tuple[str, dict[str, JsonValue]]]:
+    """Name and values of every trial: each setting with each combination of the grid with each draw."""
+    grid = [dict(zip(sweep.grid, values, strict=True)) for values in itertools.product(*sweep.grid.values())]
+    generator = np.random.RandomState(sweep.seed)
+    draws = [
+        {key: _draw(space, generator) for key, space in sweep.random.items()}
+        for _ in range(sweep.trials if sweep.random else 1)
+    ]
+    short = short_names([*sweep.grid, *sweep.random])
+    trials: list[tuple[str, dict[str, JsonValue]]] = []
+    for (setting, fixed), cell, draw in itertools.product(sweep.settings.items() or [("", {})], grid, draws):
+        varied = cell | draw
+        labels = [f"{short[key]}={_shown(value)}" for key, value in varied.items()]
+        trials.append((", ".join([setting, *labels] if setting else labels), {**fixed, **varied}))
+    return trials
+
+
+def _draw(space: Range | tuple[JsonValue, ...], generator: np.random.RandomState) -> JsonValue:
+    if not isinstance(space, Range):
+        return space[generator.randint(len(space))]
+    distribution = tune.loguniform if space.log else tune.uniform
+    return float(distribution(space.low, space.high).sample(random_state=generator))
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """Each key's last part, or the whole key if two keys have the same last part."""
+    last = Counter(key.rpartition(".")[2] for key in keys)
+    return {key: tail if last[tail := key.rpartition(".")[2]] == 1 else key for key in keys}
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else json.dumps(value).strip('"')
+
+
+def make_trials(sweep: SweepConfig, path: str, recipe: str, overrides: Sequence[str]) -> list[Trial]:
+    """The checked config of every trial. Raises UserError naming the trial that has a wrong key."""
+    base = configuration.read(recipe, sweep.profile)
+    for section in ("infer", "evaluate"):
+        configuration.assign(base, f"{section}.split", sweep.split, said=recipe)
+    configuration.override(base, overrides)
+    trials = []
+    for name, values in variants(sweep):
+        changed = copy.deepcopy(base)
+        for key, value in values.items():
+            configuration.assign(changed, key, value, said=f"{path}: {name}: {key}")
+        config = configuration.validated(changed, f"{path}: {name}")
+        trials.append(Trial(name=name, values=values, config=config))
+    return trials
+
+
+def shared(plans: Iterable[Sequence[PlannedStep]]) -> tuple[PlannedStep, ...]:
+    """The steps that more than one trial needs, each after those it needs itself."""
+    steps = list(itertools.chain(*plans))
+    counts = Counter(p.folder for p in steps)
+    return tuple({p.folder: p for p in steps if counts[p.folder] > 1}.values())
+
+
+def best_of(results: Sequence[TrialResult], metric: str, best: Best) -> TrialResult | None:
+    """The finished trial with the best value of the metric, or None."""
+    scored = [result for result in results if result.state == "done" and metric in result.metrics]
+    choose = min if best == "min" else max
+    return choose(scored, key=lambda result: result.metrics[metric]) if scored else None
+
+
+class EpochReports:
+    """A phase's MLflow run that also reports one curve's mean over each epoch, e.g. to Tune.
+
+    Rows come as the train stage sends them: a step's curves, then its epoch. `before`: the epochs of earlier
+    phases. `report` gets {curve: mean, "epoch": epochs so far} when the first row of the next epoch comes.
+    """
+
+    def __init__(self, run: Run, curve: str, before: int, report: Callable[[dict[str, Any]], None]) -> None:
+        self._run, self._curve, self._before, self._report = run, curve, before, report
+        self._epoch = 0
+        self._values: dict[int, float] = {}  # by step, of this epoch and of steps after it
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._run, name)
+
+    def metrics_batch(self, rows: Iterable[MetricRow]) -> None:
+        """Record rows in MLflow, and report every epoch that they end."""
+        rows = list(rows)
+        self._run.metrics_batch(rows)
+        for row in rows:
+            if row.name == self._curve:
+                self._values[row.step] = row.value
+            elif row.name == "epoch" and row.value > self._epoch:
+                past = [self._values.pop(step) for step in list(self._values) if step < row.step]
+                if past:
+                    self._report({self._curve: float(np.mean(past)), "epoch": self._before + self._epoch + 1})
+                self._epoch = int(row.value)
+
+
+def reporting(
+    run: Run, step: str, trial: PipelineConfig, curve: str, report: Callable[[dict[str, Any]], None]
+) -> Run:
+    """The run of a trial's step; a training phase's run also reports its epochs."""
+    before = 0
+    for phase in trial.train.phases:
+        if step == f"train-{phase.name}":
+            return cast(Run, EpochReports(run, curve, before, report))
+        before += phase.epochs
+    return run

@@ -1,0 +1,65 @@
+"""The `ingest` section: the locations of the images."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from stages.base import Config
+from stages.config.locations import archive_parts, compile_pattern, is_archive, table_format
+
+
+class LocationConfig(Config):
+    """One folder, bucket prefix, file server, archive or table, and what its images are to their pairs."""
+
+    uri: Annotated[
+        str, Field(min_length=1, description="The location: any fsspec URI, a folder, an archive or a table.")
+    ]
+    role: Annotated[
+        Literal["source", "target", "label", "instance", "features", "pair", "table"],
+        Field(
+            description="What each image is to its pair. pair: one image holds source and target side by "
+            "side. table: the location is a CSV, TSV, JSON lines or Parquet file that lists pairs."
+        ),
+    ]
+    pattern: Annotated[
+        str,
+        Field(
+            description="The path of an image below `uri`, with its variable parts as {key}, {split}, "
+            "{group}, {x}, {y}, * or **. Images of different roles with the same key make a pair."
+        ),
+    ] = "{key}.*"
+    within: Annotated[
+        tuple[str, ...],
+        Field(description="Further locations whose images a table may name, besides its own folder."),
+    ] = ()
+
+    @model_validator(mode="after")
+    def _table_has_a_known_format(self) -> Self:
+        if self.role == "table":
+            table_format(self.uri)
+        elif self.within:
+            raise ValueError("`within` is for tables")
+        return self
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern_compiles(cls, text: str) -> str:
+        compile_pattern(text)
+        return text
+
+    @field_validator("uri")
+    @classmethod
+    def _chain_names_the_archive(cls, uri: str) -> str:
+        if is_archive(uri):
+            archive_parts(uri)
+        return uri
+
+
+class IngestConfig(Config):
+    """Where the images are. Images that only a table names are not listed, so their changes go unnoticed."""
+
+    locations: Annotated[
+        tuple[LocationConfig, ...], Field(min_length=1, description="The locations to list, at least one.")
+    ]

@@ -1,0 +1,110 @@
+"""How a config names images: locations, archives, tables, and the patterns of keys below a location.
+
+A pattern is the path with its variable parts named (`{split}/{group}/{key}_leftImg8bit.png`):
+
+    {key}            anything, "/" included      {x} {y}   a number: the position of a map tile, a frame
+    {split} {group}  one segment                 *  **     anything within a segment; across segments
+
+A pair's key is everything captured, joined by "/" in order of appearance, so that two locations whose names
+differ only in their fixed parts meet under one key. `stages.objects.patterns` matches paths.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+ZIP_SUFFIXES = (".zip",)
+FORMATS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
+
+_NUMBER = r"-?[0-9]{1,15}(?:\.[0-9]{1,9})?"
+_CAPTURES = {"key": r"(?s:.+)", "split": r"[^/]+", "group": r"[^/]+", "x": _NUMBER, "y": _NUMBER}
+_TOKEN = re.compile(r"\{([^{}]*)\}|(\*\*)|(\*)|([^{}*]+)|(.)", re.DOTALL)
+
+
+def absolute(uri: str) -> str:
+    """The same location, independent of the working directory (workers have another one)."""
+    return str(Path(uri).expanduser().resolve()) if "://" not in uri and "::" not in uri else uri
+
+
+def is_archive(uri: str) -> bool:
+    """Whether a location is an archive, by its chain or its suffix."""
+    return uri.startswith(("tar://", "zip://")) or uri.split("?", maxsplit=1)[0].lower().endswith(
+        TAR_SUFFIXES + ZIP_SUFFIXES
+    )
+
+
+def archive_parts(uri: str) -> tuple[str, str, str]:
+    """Protocol ("tar" or "zip"), folder or member inside, and the archive's own location.
+
+    Raises:
+        ValueError: the chain names no archive.
+    """
+    if uri.startswith(("tar://", "zip://")):
+        protocol, _, rest = uri.partition("://")
+        inside, chained, outer = rest.partition("::")
+        if not chained or not outer:
+            raise ValueError(
+                f"name the archive after '::', as in {protocol}://::https://host/images.{protocol}"
+            )
+        return protocol, inside.strip("/"), outer
+    name = uri.partition("?")[0].lower()
+    return "zip" if name.endswith(ZIP_SUFFIXES) else "tar", "", uri
+
+
+def table_format(uri: str) -> str:
+    """How a table is written, by its suffix; csv, tsv and json may be compressed (`.csv.gz`).
+
+    Raises:
+        ValueError: the suffix is not one of `FORMATS`.
+    """
+    name = uri.partition("?")[0].lower().removesuffix(".gz")
+    for suffix, kind in FORMATS.items():
+        if name.endswith(suffix):
+            return kind
+    raise ValueError(f"a table ends in one of {' '.join(FORMATS)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """A compiled key pattern: its RE2 expression and the names it captures, in order of appearance."""
+
+    regex: str
+    names: tuple[str, ...]
+    images_only: bool  # the suffix is left open, so the path itself has to say that it is an image
+
+
+def compile_pattern(text: str) -> Pattern:
+    """Compile a key pattern.
+
+    Raises:
+        ValueError: a name in braces that is not one of the five, twice the same, or nothing captured.
+    """
+    names: list[str] = []
+    parts: list[str] = []
+    for match in _TOKEN.finditer(text):
+        name, across, within, literal, stray = match.groups()
+        if name is not None:
+            if name not in _CAPTURES:
+                raise ValueError(f"'{{{name}}}' is not one of {{{'}, {'.join(_CAPTURES)}}} in {text!r}")
+            if name in names:
+                raise ValueError(f"'{{{name}}}' comes twice in {text!r}")
+            names.append(name)
+            parts.append(f"(?P<{name}>{_CAPTURES[name]})")
+        elif across is not None:
+            parts.append(r"(?s:.*)")
+        elif within is not None:
+            parts.append(r"[^/]*")
+        elif literal is not None:
+            parts.append(re.escape(literal))
+        else:
+            raise ValueError(f"unbalanced {stray!r} in {text!r}")
+    if not set(names) - {"split"}:
+        raise ValueError(f"{text!r} captures nothing that could tell one image from another: add {{key}}")
+    if text.startswith("/") or ".." in text.split("/"):
+        raise ValueError(f"{text!r} must be a path below the location")
+    expression = unicodedata.normalize("NFC", "".join(parts))
+    return Pattern(rf"\A{expression}\z", tuple(names), images_only=text.endswith(("*", "}")))

@@ -1,0 +1,29 @@
+"""The `report` section."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from stages.base import Config
+
+
+class ReportConfig(Config):
+    """What the report's page shows."""
+
+    title: Annotated[
+        str | None, Field(description="The page's title. null: the model and the kinds of images.")
+    ] = None
+    max_images: Annotated[
+        int,
+        Field(ge=1, le=2000, description="Show at most this many images: the worst, the best, random ones."),
+    ] = 100
+    order_by: Annotated[str, Field(description="The metric that ranks images from best to worst.")] = "l1"
+    max_side: Annotated[
+        int, Field(ge=32, description="Shrink images in the page to this many pixels a side.")
+    ] = 1024
+    max_megabytes: Annotated[
+        float, Field(ge=1, description="Shrink images until the page is below this many MB.")
+    ] = 18
+    seed: Annotated[int, Field(description="Seed of the random images.")] = 0

@@ -1,0 +1,61 @@
+"""The `tracking` section: where MLflow records runs, and which model version is the best."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from stages.base import Config
+from stages.config.locations import absolute
+
+
+class TrackingConfig(Config):
+    """Where runs are recorded and how models are registered."""
+
+    enabled: Annotated[bool, Field(description="Record runs in MLflow.")] = True
+    uri: Annotated[
+        str | None,
+        Field(
+            description="MLflow tracking URI (sqlite:////..., postgresql://..., https://...). null: the "
+            "environment's MLFLOW_TRACKING_URI, else a SQLite file in the workspace."
+        ),
+    ] = None
+    experiment: Annotated[str, Field(min_length=1, description="The MLflow experiment.")] = "pixloom"
+    model: Annotated[
+        str | None,
+        Field(min_length=1, description="Register the model by this name. null: by the experiment's name."),
+    ] = None
+    alias: Annotated[
+        str,
+        Field(pattern=r"^[A-Za-z][\w-]*$", description="The alias of the best registered model version."),
+    ] = "champion"
+    metric: Annotated[
+        str, Field(description="The metric of `evaluate` that decides which model version is the best.")
+    ] = "l1"
+
+    @field_validator("uri")
+    @classmethod
+    def _is_a_database_or_server(cls, uri: str | None) -> str | None:
+        if uri is not None and "://" not in uri and uri != "databricks":
+            raise ValueError("must be a database or server, e.g. sqlite:////absolute/mlflow.db or http://...")
+        if uri is not None and uri.startswith("file:"):
+            raise ValueError("MLflow no longer writes to plain folders; use sqlite:////absolute/mlflow.db")
+        return uri
+
+    def place(self, workspace: str) -> str:
+        """The tracking URI of runs in a workspace."""
+        local = workspace.removeprefix("file://")
+        remote = "://" in local or "::" in local
+        folder = Path.cwd() if remote else Path(absolute(local))
+        default = f"sqlite:///{folder / 'mlflow' / 'mlflow.db'}"
+        return self.uri or os.environ.get("MLFLOW_TRACKING_URI") or default
+
+    def page_command(self, workspace: str) -> str:
+        """The command that shows the runs, or the address that shows them."""
+        if not self.enabled:
+            return "not tracked (tracking.enabled: false)"
+        place = self.place(workspace)
+        return place if place.startswith("http") else f"mlflow ui --backend-store-uri {place}"

@@ -1,0 +1,57 @@
+"""What commands share: sizes, exit codes, SIGTERM."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from pipeline import cli
+from stages.errors import StageError, UserError
+
+
+@pytest.fixture(autouse=True)
+def handler() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def raising(error: BaseException) -> int:
+    def work() -> None:
+        raise error
+
+    return cli.exit_code(work)
+
+
+def test_a_size_is_width_times_height() -> None:
+    assert cli.size("256x128") == (256, 128)
+    assert cli.size("32x8192", least=32, most=8192) == (32, 8192)
+
+
+@pytest.mark.parametrize("text", ["256", "x128", "0x5", "16x64", "-64x64", "64x64x3", "64X64"])
+def test_another_text_is_no_size(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is not WIDTHxHEIGHT"):
+        cli.size(text, least=32, most=8192)
+
+
+def test_a_users_error_is_exit_2_with_its_line_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert raising(UserError("pipeline.yaml: train.seed: must be positive")) == 2
+    assert capsys.readouterr().err == "pipeline.yaml: train.seed: must be positive\n"
+
+
+def test_a_stages_error_is_exit_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert raising(StageError("shard failed")) == 1
+    assert capsys.readouterr().err.endswith("shard failed\n")
+
+
+def test_sigterm_ends_like_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.exit_code(lambda: os.kill(os.getpid(), signal.SIGTERM), stopped="nothing was written") == 130
+    assert capsys.readouterr().err == "stopped; nothing was written\n"
+
+
+def test_work_that_returns_is_exit_0() -> None:
+    assert cli.exit_code(lambda: None) == 0
