@@ -1,6 +1,6 @@
-"""Generating with G1 at 512x256 or a U-Net at 256x256: settings against the published way, in turns.
+"""Generating with G1 at 512x256 or a U-Net at 256x256: settings against the published code, alternating.
 
-python -m benchmarks.inference_model [--network g1] [--turns 5] [--settings fixed bf16 ...]
+python -m benchmarks.inference_model [--network g1] [--turns 5] [--settings frozen bf16 ...]
 
     published       eager float32, the layers of the published code
     plain           our network without `stages.models.fast`

@@ -220,15 +220,15 @@ def pix2pixhd_step(
     on_fake = gan.discriminator(torch.cat([condition, fake], 1))
     zero, one = target.new_zeros(()), target.new_ones(())
 
-    def judge(predictions: list[list[Tensor]], goal: Tensor) -> Tensor:
+    def gan_loss(predictions: list[list[Tensor]], goal: Tensor) -> Tensor:
         return sum((F.mse_loss(p[-1], goal.expand_as(p[-1])) for p in predictions), zero)
 
-    d_fake, d_real, g_gan = judge(on_detached, zero), judge(on_real, one), judge(on_fake, one)
+    d_fake, d_real, g_gan = gan_loss(on_detached, zero), gan_loss(on_real, one), gan_loss(on_fake, one)
     matching = zero
-    for ours, theirs in zip(on_fake, on_real, strict=True):
-        for x, y in zip(ours[:-1], theirs[:-1], strict=True):
+    for of_fake, of_real in zip(on_fake, on_real, strict=True):
+        for x, y in zip(of_fake[:-1], of_real[:-1], strict=True):
             matching = (
-                matching + 4 / (len(ours) - 1) / len(on_fake) * F.l1_loss(x, y.detach()) * feature_weight
+                matching + 4 / (len(of_fake) - 1) / len(on_fake) * F.l1_loss(x, y.detach()) * feature_weight
             )
     gan.generator_optimizer.zero_grad()
     (g_gan + matching).backward()
@@ -257,8 +257,8 @@ def pix2pix_step(gan: Plain, source: Tensor, target: Tensor, l1_weight: float = 
     gan.discriminator_optimizer.step()
     gan.discriminator.requires_grad_(False)
     gan.generator_optimizer.zero_grad()
-    judged = gan.discriminator(torch.cat([source, fake], 1))
-    g_gan = F.binary_cross_entropy_with_logits(judged, torch.ones_like(judged))
+    logits = gan.discriminator(torch.cat([source, fake], 1))
+    g_gan = F.binary_cross_entropy_with_logits(logits, torch.ones_like(logits))
     l1 = F.l1_loss(fake, target) * l1_weight
     (g_gan + l1).backward()
     gan.generator_optimizer.step()
