@@ -1,4 +1,4 @@
-"""Progress of long work, in lines that read well in a terminal and in a job's log file.
+"""Progress of long work, as lines for a terminal and for a job's log file.
 
 shard   312/500 pairs  62 %  85.1/s  2 s left
 """
@@ -14,7 +14,7 @@ logger = logging.getLogger("pixloom.progress")
 
 
 def duration(seconds: float) -> str:
-    """A span of time as a person says it: `8 s`, `3 min 05 s`, `2 h 10 min`."""
+    """A duration for people: `8 s`, `3 min 05 s`, `2 h 10 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -24,7 +24,7 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Counts units done and says so every `interval` seconds, and at the end what was not said yet."""
+    """Counts finished units and logs a line every `interval` seconds, and a last one at the end."""
 
     def __init__(
         self, label: str, *, total: int | None, unit: str, done: int = 0, interval: float = 5.0
@@ -35,13 +35,13 @@ class Progress:
         self.started = self.spoken = time.monotonic()
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Count `count` more units; `note` follows the line, e.g. the latest losses."""
+        """Count more units; `note` ends the line, e.g. the latest losses."""
         self.done += count
         if time.monotonic() - self.spoken >= self.interval:
             self.say(note)
 
     def say(self, note: str = "") -> None:
-        """Write the line now."""
+        """Log the line now."""
         self.spoken, self.said = time.monotonic(), self.done
         logger.info("%s", self.line(self.spoken - self.started, note))
 

@@ -80,16 +80,23 @@ def missing(rows: Iterable[MetricRow], last_steps: Mapping[str, int]) -> list[Me
 
 def curve_rows(folder: str) -> list[MetricRow]:
     """The curves of a phase as MLflow shows them, from its result or else from its newest checkpoint."""
+    if not folder:
+        return []
     fs, path = storage.filesystem(folder)
     fs.invalidate_cache()
     newest = sorted(fs.glob(f"{path}/checkpoints/*/curves.parquet"), reverse=True)
     for place in [*fs.glob(f"{path}/metrics.parquet"), *newest]:
-        with suppress(FileNotFoundError):  # a newer checkpoint has replaced it
+        try:
             points = storage.read_parquet(fs.unstrip_protocol(place)).to_pylist()
-            rows = [MetricRow(p["name"], p["value"], p["step"], p["time_ms"]) for p in points]
-            steps = {point["step"]: point for point in points}.values()
-            seen = [MetricRow(n, p[n], p["step"], p["time_ms"]) for p in steps for n in ("images", "epoch")]
-            return [row for row in rows if "/layer" not in row.name] + seen
+        except FileNotFoundError:  # a newer checkpoint has replaced it
+            continue
+        except (OSError, ValueError, PixloomError) as error:
+            logger.warning("%s: these curves cannot be read, MLflow misses them: %s", place, one_line(error))
+            continue
+        rows = [MetricRow(p["name"], p["value"], p["step"], p["time_ms"]) for p in points]
+        steps = {point["step"]: point for point in points}.values()
+        seen = [MetricRow(n, p[n], p["step"], p["time_ms"]) for p in steps for n in ("images", "epoch")]
+        return [row for row in rows if "/layer" not in row.name] + seen
     return []
 
 
@@ -206,26 +213,20 @@ class Sender:
         for run in self.client.search_runs([self.experiment], filter_string=where, max_results=1000):
             if is_gone(run.data.tags.get(PROCESS_TAG, "")):
                 self.client.set_terminated(run.info.run_id, status="KILLED")
-                rows = self._curve_rows(run.data.tags.get(CURVES_TAG, ""))
-                self.put(run.data.tags[KEY_TAG], killed, rows)
+                self.put(run.data.tags[KEY_TAG], killed, curve_rows(run.data.tags.get(CURVES_TAG, "")))
         for uri in documents(self.workspace):
             document = storage.read_json(uri)
             process, gone = document["process"], is_gone(document["process"])
             if not gone and process != this_process() and process.split()[0] == socket.gethostname():
                 continue  # it sends them itself
-            self._folders.append(uri.rpartition("/")[0])
-            for key, record in document["records"].items():
-                facts = {tuple(fact): value for fact, value in record["facts"]}
-                unfinished = killed if gone and ("create",) in facts else {}
-                self.put(key, unfinished | facts, self._curve_rows(record["curves"]))
-
-    def _curve_rows(self, folder: str) -> list[MetricRow]:
-        """The curves in a phase's folder; none, and a warning, if it cannot be read."""
-        try:
-            return curve_rows(folder) if folder else []
-        except (OSError, ValueError, PixloomError) as error:
-            logger.warning("%s: MLflow misses its curves, they cannot be read: %s", folder, one_line(error))
-            return []
+            records = document["records"].items()
+            rows = {key: curve_rows(record["curves"]) for key, record in records}
+            with self._changed:
+                self._folders.append(uri.rpartition("/")[0])
+                for key, record in records:
+                    facts = {tuple(fact): value for fact, value in record["facts"]}
+                    unfinished = killed if gone and ("create",) in facts else {}
+                    self.put(key, unfinished | facts, rows[key])
 
     # -- the thread -----------------------------------------------------------
 
@@ -277,7 +278,7 @@ class Sender:
         for start in range(0, len(small), 100):
             self._deliver(record, held, small[start : start + 100])
         if ("end",) in facts and record.curves:
-            rows = self._curve_rows(record.curves)
+            rows = curve_rows(record.curves)
             with self._changed:
                 record.rows += rows
                 record.curves = ""
@@ -411,8 +412,7 @@ class Sender:
         if self._away_since is not None:
             logger.warning("MLflow answers again after %.0f s", time.monotonic() - self._away_since)
             self._away_since = None
-        if self._folders and not any(record.facts for record in self._records.values()):
-            self._clear()
+        self._clear()
 
     def _store(self) -> None:
         """Write unsent facts into the workspace; the bytes of artifacts leave the memory."""
@@ -434,19 +434,22 @@ class Sender:
                     document[key] = {"curves": record.curves, "facts": stored}
                 whole = {"process": this_process(), "records": document}
                 storage.write_json(storage.join(self._folder, DOCUMENT), whole)
-                self._folders = list({*self._folders, self._folder})
+                with self._changed:
+                    self._folders = list({*self._folders, self._folder})
             except (OSError, PixloomError) as error:
                 logger.warning("%s cannot be written: %s", self._folder, one_line(error))
 
     def _clear(self) -> None:
-        """Remove the folders whose facts MLflow holds by now."""
+        """Remove what the workspace keeps, if MLflow holds all of it by now."""
         with self._storing:
-            for folder in self._folders:
+            with self._changed:
+                folders = [] if any(record.facts for record in self._records.values()) else self._folders[:]
+            for folder in folders:
                 fs, path = storage.filesystem(folder)
-                with suppress(OSError):  # sent again by the next run, it changes nothing
+                with suppress(OSError):  # the next run sends it again, which changes nothing
                     fs.rm(path, recursive=True)
             with self._changed:
-                self._folders = []
+                self._folders = [folder for folder in self._folders if folder not in folders]
                 self._changed.notify_all()
 
 
