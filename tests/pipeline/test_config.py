@@ -118,6 +118,95 @@ def test_the_published_schema_is_the_one_the_code_makes() -> None:
     assert json.loads(configuration.schema())["additionalProperties"] is False
 
 
+RECIPES = sorted(
+    path for name in ("", "pix2pix", "pix2pixhd") for path in (ROOT / "recipes" / name).glob("*.yaml")
+)
+
+
+def profiles(recipe: Path) -> list[str]:
+    names = configuration.parse(recipe).get("profiles", {})
+    return list(names)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_recipe_loads_in_every_profile(recipe: Path) -> None:
+    assert len(RECIPES) >= 24
+    for profile in [None, *profiles(recipe)]:
+        assert configuration.load(str(recipe), profile=profile).train.phases
+
+
+# -- keys of earlier versions -------------------------------------------------
+
+
+def test_a_renamed_key_is_refused_with_its_new_name_wherever_it_is_set(tmp_path: Path) -> None:
+    expected = "resources.pairs_at_once: this key is now resources.micro_batch"
+    assert refused("resources.pairs_at_once=1") == f"{YAML}: {expected}"
+    file = tmp_path / "old.yaml"
+    file.write_text(f"extends: {YAML}\nresources: {{pairs_at_once: 1}}\n")
+    assert refused(path=str(file)) == f"{file}: {expected}"
+    file.write_text(f"extends: {YAML}\nprofile: a\nprofiles: {{a: {{resources: {{pairs_at_once: null}}}}}}\n")
+    assert refused(path=str(file)) == f"{file}: {expected}"
+
+
+@pytest.mark.parametrize("key", configuration.RENAMED)
+def test_new_names_exist_and_old_names_do_not(key: str) -> None:
+    def exists(dotted: str) -> bool:
+        model: Any = configuration.PipelineConfig
+        *sections, name = dotted.split(".")
+        for section in sections:
+            model = model.model_fields[section].annotation
+        return name in model.model_fields
+
+    assert exists(configuration.RENAMED[key])
+    assert not exists(key)
+
+
+# -- light: no Ray, no torch --------------------------------------------------
+
+HEAVY = ("ray", "torch", "pyarrow", "numpy", "PIL", "pandas", "mlflow", "fsspec")
+WATCH = """
+import runpy, sys
+sys.argv = ["pipeline.run", *sys.argv[1:]]
+try:
+    runpy.run_module("pipeline.run", run_name="__main__")
+except SystemExit as error:
+    code = error.code
+ours = [name for name, module in sys.modules.items()
+        if name.split(".")[0] in ("pipeline", "stages") and not hasattr(module, "__path__")]
+heavy = [name for name in sys.modules if name in {heavy!r}]
+sys.stderr.write(f"\\nRESULT {{code}} {{len(ours)}} {{heavy}}\\n")
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "code"), [(["--help"], 0), (["--schema"], 0), (["--set", "trian.seed=1"], 2)], ids=str
+)
+def test_help_schema_and_a_misspelt_key_import_neither_ray_nor_torch(words: list[str], code: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WATCH.format(heavy=HEAVY), *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    result = re.search(r"RESULT (\d+) (\d+) (.*)", done.stderr)
+    assert result is not None, done.stderr
+    assert int(result[1]) == code
+    assert int(result[2]) <= 16  # 15 to read a YAML, and pipeline.cli
+    assert result[3] == "[]"
+
+
+def test_the_command_as_a_file_says_how_to_start_it() -> None:
+    done = subprocess.run(
+        [sys.executable, "pipeline/run.py"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "start it as a module, from the repository's folder: python -m pipeline.run"
+    ]
+
+
 PROFILED = """
 extends: {base}
 train: {{seed: 1}}
