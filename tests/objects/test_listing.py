@@ -245,7 +245,7 @@ def test_a_store_that_is_away_for_a_while_is_waited_for(
     ],
     ids=["secret", "user", "anonymous", "bucket", "prefix", "endpoint"],
 )
-def test_what_the_user_has_to_mend_is_said_in_a_line(
+def test_what_the_user_can_fix_is_said_in_a_line(
     s3_store: SeaweedS3,
     s3_data: str,
     s3_options: None,
