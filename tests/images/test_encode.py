@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stages.base import Kind
+from stages.base import Encoding, Kind
 from stages.images import decode, encode, kinds
 from stages.images.kinds import ImageRejected
 
@@ -22,8 +22,8 @@ def noise(height: int = 20, width: int = 30, channels: int = 3) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("encoding", get_args(kinds.Encoding))
-def test_what_is_stored_comes_back(kind: Kind, encoding: kinds.Encoding):
+@pytest.mark.parametrize("encoding", get_args(Encoding))
+def test_what_is_stored_comes_back(kind: Kind, encoding: Encoding):
     channels = kinds.CHANNELS.get(kind, 5)
     if kind == "channels":
         array = RNG.random((10, 12, 5)).astype("<f4")
