@@ -222,7 +222,8 @@ def run_with_tune(
             tune.with_resources(work, {"cpu": 0, here: 0.001}),
             param_space={"trial": tune.grid_search(list(to_do))},
             tune_config=tune.TuneConfig(
-                max_concurrent_trials=concurrent, scheduler=scheduler(sweep.stop_early, trials)
+                max_concurrent_trials=concurrent,
+                scheduler=scheduler(sweep.stop_early, [trials[index] for index in to_do]),
             ),
             run_config=tune.RunConfig(storage_path=folder, verbose=0, callbacks=[Silent()]),
         )

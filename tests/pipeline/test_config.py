@@ -74,7 +74,7 @@ def test_a_key_that_is_wrong_by_an_override_says_so_without_the_value() -> None:
     assert refused("storage.s3.secret=abc").count("abc") == 0
 
 
-def test_a_misspelt_section_is_told_before_the_one_that_is_missing(tmp_path: Path) -> None:
+def test_a_misspelt_section_is_named_before_the_one_that_is_missing(tmp_path: Path) -> None:
     file = tmp_path / "misspelt.yaml"
     file.write_text(Path(YAML).read_text().replace("\nshard:", "\nshrad:"))
     assert refused(path=str(file)) == f"{file}: shrad: there is no such key (and 1 more)"
@@ -250,7 +250,7 @@ def test_a_place_that_a_list_lacks_is_named(tmp_path: Path) -> None:
     assert refused(path=str(file)) == f"{file}: 7 is not a place in a list of 3"
 
 
-def test_an_unknown_profile_is_told_with_the_known_ones(tmp_path: Path) -> None:
+def test_an_unknown_profile_is_refused_with_the_names_of_the_others(tmp_path: Path) -> None:
     path = profiled(tmp_path)
     with pytest.raises(UserError, match=r"--profile big: .*no such profile, there are small, large"):
         configuration.load(path, profile="big")

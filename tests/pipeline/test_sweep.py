@@ -114,7 +114,7 @@ def test_a_sweep_file_that_makes_no_sense_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_wrong_key_is_told_with_its_trial_before_anything_runs() -> None:
+def test_a_wrong_key_is_named_with_its_trial_before_anything_runs() -> None:
     with pytest.raises(UserError, match=r"sweep.yaml: sed=1: train.sed: there is no such key"):
         trials(grid={"train.sed": [1]})
     with pytest.raises(UserError, match=r"train.phases.9: 9 is not a place in a list of 3"):
