@@ -188,12 +188,15 @@ class Sender:
     def flush(self, wait: float | None = None) -> bool:
         """Wait until MLflow holds everything; if not after `wait` seconds, the workspace has the rest.
 
-        A model, which may be gigabytes, is waited for as long as the server takes it.
+        By default, for 20 s, or less if the server is away. A model, which may be gigabytes, is waited for as
+        long as the server takes it.
         """
-        wait = wait if wait is not None else 20.0 if self._away_since is None else 2.0
-        done = self._wait(self._is_settled, wait)
+        away = self._away_since is not None
+        if wait is None and not away:
+            self._wait(lambda: self._is_settled() or self._away_since is not None, 20.0)
+        done = self._wait(self._is_settled, wait or (2.0 if away else 0.0))
         while not done and self._uploads:
-            done = self._wait(self._is_settled, wait)
+            done = self._wait(self._is_settled, 20.0)
         if not done:
             self._store()
         return done
@@ -408,6 +411,8 @@ class Sender:
                 reason = one_line(self._trouble, limit=200)
                 logger.warning("MLflow at %s does not answer (%s): it is completed later", where, reason)
             self._store()
+            with self._changed:
+                self._changed.notify_all()
             return
         if self._away_since is not None:
             logger.warning("MLflow answers again after %.0f s", time.monotonic() - self._away_since)

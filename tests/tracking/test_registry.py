@@ -110,12 +110,12 @@ def test_what_a_kill_left_of_a_model_is_taken_away(uri: str, tmp_path: Path) -> 
         patch.setattr("mlflow.tracking.client.MlflowClient.log_model_artifacts", _killed)
         with pytest.raises(KeyboardInterrupt):
             register(str(model), tracking_uri=uri, run_id=new_run(client), example=EXAMPLE)
-    told = register(str(model), tracking_uri=uri, run_id=new_run(client), example=EXAMPLE)
-    assert register(str(model), tracking_uri=uri, run_id=new_run(client), example=EXAMPLE) == told
+    line = register(str(model), tracking_uri=uri, run_id=new_run(client), example=EXAMPLE)
+    assert register(str(model), tracking_uri=uri, run_id=new_run(client), example=EXAMPLE) == line
     experiment = client.get_experiment_by_name("e").experiment_id
     found = client.search_logged_models([experiment])
     assert all(one.status == LoggedModelStatus.READY for one in found)
-    assert [one.model_id for one in found if one.model_id in told]
+    assert [one.model_id for one in found if one.model_id in line]
 
 
 def _killed(*args: object, **kwargs: object) -> None:
@@ -160,10 +160,10 @@ def test_a_registered_model_is_loaded_and_served_where_this_repository_is_not(
 ) -> None:
     client = MlflowClient(tracking_uri=uri)
     folder = make_model(tmp_path / "model")
-    told = register(
+    line = register(
         str(folder), tracking_uri=uri, run_id=new_run(client), example=EXAMPLE, name="served", value=0.5
     )
-    assert "now champion" in told
+    assert "now champion" in line
     labels = scene(1, 40, 24)["source"]
     expected = Translator(load_model(folder)).translate([labels])[0]
     (tmp_path / "in.png").write_bytes(encode.encode_image(labels, "png"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -103,7 +104,7 @@ def test_an_error_is_the_runs_status(parent: Run, error: type[BaseException], st
     assert stored(child).info.status == status
 
 
-def test_a_child_with_the_same_key_is_taken_up_again_without_repeated_steps(parent: Run) -> None:
+def test_a_child_with_the_same_key_is_continued_without_repeated_steps(parent: Run) -> None:
     rows = [MetricRow("loss", float(step), step, step) for step in range(6)]
     first = parent.child("train", key="phase-1")
     first.metrics_batch(rows[:4])
@@ -195,10 +196,22 @@ def test_what_a_process_could_not_send_the_next_one_sends(parent: Run, gate: Gat
     child.metrics({"loss": 2.0}, step=1)
     assert not child.flush(wait=0.3)
     open_parent(TrackingConfig(), "next", None, workspace).flush()  # with a sender of its own
-    found = sender.connect(parent.uri).search_runs(
+    runs = sender.connect(parent.uri).search_runs(
         [parent.sender.experiment], filter_string=f"tags.`{KEY_TAG}` = 'left-behind'"
     )
-    assert [run.data.metrics for run in found] == [{"loss": 2.0}]
+    assert [run.data.metrics for run in runs] == [{"loss": 2.0}]
+
+
+def test_a_stage_that_ends_in_an_outage_waits_for_no_timeout(parent: Run, gate: Gate) -> None:
+    gate.open = False
+    for _ in range(2):  # the server is away, and is known to be
+        started = time.monotonic()
+        with parent.child("pair") as child:
+            child.metrics({"pairs": 1.0})
+        assert time.monotonic() - started < 10.0
+    gate.open = True
+    assert parent.flush()
+    assert stored(child).info.status == "FINISHED"
 
 
 def test_the_page_of_a_local_run_is_one_command_away(tmp_path: Path) -> None:
@@ -219,7 +232,7 @@ class Dead(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_broken_server_is_the_users_to_mend_at_the_start(tmp_path: Path) -> None:
+def test_a_broken_server_is_named_at_the_start(tmp_path: Path) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Dead)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
