@@ -109,7 +109,7 @@ def side_by_side(folder: Path | None, scratch: Path) -> list[Path]:
     made = []
     for n in range(200):
         scene = sample.draw(0, n, 256, 256)
-        both = np.concatenate([scene.photo, colour.colorize(scene.labels)], axis=1)
+        both = np.concatenate([scene.photo, colour.colorize(scene.label)], axis=1)
         made.append(scratch / f"{n}.jpg")
         Image.fromarray(both).save(made[-1], quality=90)
     return made
