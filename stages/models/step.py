@@ -185,7 +185,7 @@ def _step_pix2pix(
         return pair, _generate(gan, pair)
 
     if gan.discriminator is not None:
-        statistics = [buffer.clone() for buffer in gan.generator.buffers()]
+        statistics = [buffer.clone() for buffer in gan.generator.buffers()] if several else []
         for index in range(len(micro_batches)):
             with _autocast(gan):
                 with torch.set_grad_enabled(not several):
