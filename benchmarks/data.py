@@ -416,7 +416,7 @@ def measure_objects(
         reader = Reader()
         ways: dict[str, Callable[[str], object]] = {
             "read by s3fs": fs.cat_file,
-            "read by stages.fetch": lambda name: reader.read(wanted[name]),
+            "read by stages.objects.fetch": lambda name: reader.read(wanted[name]),
             "written by s3fs": lambda name: fs.pipe_file(name, contents[name]),
             "written by stages.storage": lambda name: storage.write_bytes(f"s3://{name}", contents[name]),
         }
@@ -428,7 +428,7 @@ def measure_objects(
                     list(threads.map(way, contents))
                     found[name].append(1000 * (time.process_time() - before) / len(contents))
     for ours, theirs in (
-        ("read by stages.fetch", "read by s3fs"),
+        ("read by stages.objects.fetch", "read by s3fs"),
         ("written by stages.storage", "written by s3fs"),
     ):
         middle = {name: statistics.median(found[name]) for name in (ours, theirs)}

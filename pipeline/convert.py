@@ -220,6 +220,8 @@ def _reach(option: str, uri: str, action: Callable[[], Result]) -> Result:
         return action()
     except PixloomError:
         raise
+    except FileNotFoundError as error:
+        raise UserError(f"{option}: {uri}: no such file") from error
     except Exception as error:  # every kind of store has its own errors
         raise UserError(f"{option}: {uri}: {one_line(error, limit=200)}") from error
 

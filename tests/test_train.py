@@ -127,7 +127,7 @@ import ray
 from stages import train
 from stages.base import Resources
 from stages.tracking.run import NullRun
-from stages.training.phases import PhaseJob
+from stages.config.train import PhaseJob
 
 job, shards, output = sys.argv[1:]
 ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20)
@@ -189,7 +189,7 @@ def test_a_lack_of_memory_says_what_to_lower() -> None:
     advice = train.out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), job)
     assert advice == (
         "out of memory (DefaultCPUAllocator: can't allocate memory: 9 bytes); "
-        "lower resources.pairs_at_once or train.model.width, or set resources.checkpointing: true, "
+        "lower resources.micro_batch or train.model.width, or set resources.checkpointing: true, "
         "or set train.precision: bf16"
     )
     assert "out of memory (OutOfMemoryError); lower" in train.out_of_memory(torch.OutOfMemoryError(), job)

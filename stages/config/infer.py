@@ -124,3 +124,15 @@ class InferConfig(Config):
         if text is not None and "{key}" not in text:
             raise ValueError("name the {key} in it")
         return text
+
+    @model_validator(mode="after")
+    def _ids_are_exact(self) -> InferConfig:
+        if self.colors is not None and self.format != "png":
+            raise ValueError(f"colors: class ids are written as png, not {self.format}")
+        return self
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> InferConfig:
+        if self.samples > 1 and not self.stochastic and self.style.kind != "random":
+            raise ValueError("samples: without `stochastic` or random styles all samples would be the same")
+        return self

@@ -40,7 +40,7 @@ from pipeline.cli import exit_code, log_to_stdout, stop_on_sigterm
 from stages import storage, train
 from stages.base import Resources
 from stages.tracking.run import NullRun
-from stages.training.phases import PhaseJob
+from stages.config.train import PhaseJob
 
 given = json.loads(sys.argv[1])
 train.RESIZE_S = 5.0

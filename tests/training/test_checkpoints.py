@@ -152,10 +152,10 @@ class FailingStore(MemoryFileSystem):  # type: ignore[misc]
     cachable = False
     errors: ClassVar[list[OSError]] = []
 
-    def put_file(self, *args: Any, **named: Any) -> None:
-        if self.errors:
+    def _open(self, path: str, mode: str = "rb", **named: Any) -> Any:
+        if "w" in mode and self.errors:
             raise self.errors.pop(0)
-        super().put_file(*args, **named)
+        return super()._open(path, mode, **named)
 
 
 @pytest.fixture
