@@ -22,7 +22,7 @@ test: $(VENV)/test.stamp ## the tests (a quarter of an hour on 2 cores)
 test-long: $(VENV)/test.stamp ## what `make test` leaves out: submitted jobs, every recipe, sweeps, killed drivers
 	$(PYTEST) -m long
 
-check: $(VENV)/test.stamp ## lint, format, types, import layers, the size of the code, the code's size and shape
+check: $(VENV)/test.stamp ## lint, format, types, import layers, the code's size and shape
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

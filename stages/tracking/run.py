@@ -22,7 +22,6 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
-import psutil
 from PIL import Image
 
 from stages import storage
@@ -32,7 +31,7 @@ from stages.images import encode
 from stages.tracking import sender
 from stages.tracking.sender import Fact, MetricRow, Sender
 
-__all__ = ["MetricRow", "NullRun", "Run", "catch_up", "open_parent", "system_metrics"]
+__all__ = ["MetricRow", "NullRun", "Run", "catch_up", "open_parent"]
 
 LONGEST_VALUE = 6000  # characters; MLflow refuses longer parameter values
 
@@ -226,13 +225,3 @@ def _open_experiment(uri: str, name: str) -> str:
 
 def _now_ms() -> int:
     return int(time.time() * 1000)
-
-
-def system_metrics() -> dict[str, float]:
-    """This machine's load, under the names MLflow's page shows as system metrics."""
-    memory = psutil.virtual_memory()
-    return {
-        "system/cpu_utilization_percentage": psutil.cpu_percent(),
-        "system/system_memory_usage_megabytes": memory.used / 1e6,
-        "system/system_memory_usage_percentage": memory.percent,
-    }

@@ -242,9 +242,3 @@ def test_a_broken_server_is_named_at_the_start(tmp_path: Path) -> None:
     finally:
         server.shutdown()
         server.server_close()
-
-
-def test_the_machines_load_has_the_names_mlflow_shows() -> None:
-    values = tracking.system_metrics()
-    assert all(name.startswith("system/") for name in values)
-    assert 0 < values["system/system_memory_usage_percentage"] <= 100
