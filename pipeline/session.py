@@ -176,7 +176,7 @@ def memory(config: PipelineConfig, planned: Sequence[PlannedStep]) -> dict[str, 
             p.step.config,
             spec,
             workers=config.resources.train_workers,
-            at_once=config.resources.micro_batch,
+            micro_batch=config.resources.micro_batch,
         )
         for p in planned
         if isinstance(p.step.config, PhaseJob) and not p.done

@@ -49,12 +49,14 @@ def _counting() -> Iterator[_Saved]:
         yield saved
 
 
-def estimate_memory(job: PhaseJob, spec: DatasetSpec, *, workers: int = 1, at_once: int | None = None) -> int:
-    """Bytes one worker needs for a step of this phase. `at_once`: `resources.pairs_at_once`."""
+def estimate_memory(
+    job: PhaseJob, spec: DatasetSpec, *, workers: int = 1, micro_batch: int | None = None
+) -> int:
+    """Bytes one worker needs for a step of this phase. `micro_batch`: as in `resources`."""
     inputs = phases.input_spec(spec)
     width, height = phase_size(job.model, job.phase, full_size(spec.size, job.augment))
     rows = -(-job.phase.batch // workers)
-    rows = rows if at_once is None else min(rows, at_once)
+    rows = rows if micro_batch is None else min(rows, micro_batch)
     layered = isinstance(job.model, Pix2PixHD)
     with torch.device("meta"):
         generator: nn.Module = build_generator(

@@ -31,12 +31,12 @@ SPEC = DatasetSpec(
 def needed(
     *,
     workers: int = 1,
-    at_once: int | None = None,
+    micro_batch: int | None = None,
     index: int = 0,
     spec: DatasetSpec = SPEC,
     **changes: Any,
 ) -> int:
-    return estimate_memory(job(index, **changes), spec, workers=workers, at_once=at_once)
+    return estimate_memory(job(index, **changes), spec, workers=workers, micro_batch=micro_batch)
 
 
 def job(index: int = 0, **changes: Any) -> PhaseJob:
@@ -101,7 +101,7 @@ def test_weights_gradients_and_moments_are_four_times_the_parameters() -> None:
 def test_more_images_a_worker_need_more() -> None:
     assert needed(phases=phase(8)) > needed(phases=phase(1))
     assert needed(phases=phase(8), workers=8) == needed(phases=phase(1))
-    assert needed(phases=phase(8), at_once=1) == needed(phases=phase(1))
+    assert needed(phases=phase(8), micro_batch=1) == needed(phases=phase(1))
 
 
 def test_an_average_needs_a_copy_of_the_weights() -> None:
