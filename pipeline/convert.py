@@ -161,7 +161,7 @@ def import_model(options: argparse.Namespace) -> None:
             extra={"imported_from": Path(options.generator).name},
         )
         load_model(folder)  # the files can be read back
-        _reach("--output", output, lambda: _upload(folder, output))
+        _reach("--output", output, lambda: upload_folder(folder, output, last=MANIFEST))
     logger.info("%s", _description(imported))
     logger.info("written to %s", output)
 
@@ -191,12 +191,6 @@ def _description(imported: Imported) -> str:
         *(f"note: {note}" for note in imported.notes),
     ]
     return "\n".join(lines)
-
-
-def _upload(folder: Path, output: str) -> None:
-    fs, path = storage.filesystem(output)
-    fs.makedirs(path, exist_ok=True)
-    upload_folder(folder, output, last=MANIFEST)
 
 
 def _tensors(option: str, uri: str | None) -> dict[str, Tensor] | None:
