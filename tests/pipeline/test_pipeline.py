@@ -273,7 +273,7 @@ def test_ctrl_c_ends_with_130_and_keeps_what_was_done(whole: Place, data: Path, 
     process.wait(timeout=120)
     output = place.log.read_text()
     assert process.returncode == 130, output
-    assert "the same command goes on" in output
+    assert "the same command continues" in output
     assert place.done("ingest")
 
 

@@ -236,7 +236,7 @@ def test_a_store_that_is_back_is_used_at_once(client_options: None) -> None:
     with tempfile.TemporaryDirectory(prefix="weed", ignore_cleanup_errors=True) as folder:
         store = SeaweedS3(Path(folder)).start()
         try:
-            fs = store.client(config_kwargs={"retries": {"max_attempts": 0}}, retries=1)
+            fs = store.client(config_kwargs={"retries": {"max_attempts": 0}})
             fs.call_s3("create_bucket", Bucket="bucket")
             s3.put(fs, "bucket/a", b"x")
             store.kill()
