@@ -148,7 +148,10 @@ def _dropout_levels(levels: int, placement: DropoutPlacement) -> set[int]:
 class PatchDiscriminator(nn.Module):
     """PatchGAN: classifies overlapping patches. Returns every layer's features, the patch predictions last.
 
-    Padding is 1 in pix2pix and 2 in pix2pixHD. Weight names: `blocks.I.conv`, `blocks.I.norm`.
+    Channels double per layer up to `most_channels`. Padding is 1 in pix2pix and 2 in pix2pixHD. Weight names:
+    `blocks.I.conv`, `blocks.I.norm`.
+
+    most_channels   None: 8 times the width, as in pix2pix's code
     """
 
     def __init__(
@@ -159,9 +162,11 @@ class PatchDiscriminator(nn.Module):
         layers: int = 3,
         norm: NormKind = "batch",
         padding: int = 1,
+        most_channels: int | None = None,
     ) -> None:
         super().__init__()
-        widths = [in_channels, *(width * 2 ** min(layer, 3) for layer in range(layers + 1)), 1]
+        most = 8 * width if most_channels is None else most_channels
+        widths = [in_channels, width, *(min(width * 2**layer, most) for layer in range(1, layers + 1)), 1]
         self.blocks = nn.ModuleList(
             DiscriminatorBlock(
                 widths[index],

@@ -196,6 +196,10 @@ class CoarseToFineGenerator(nn.Module):
         return run(self.head, features)
 
 
+MOST_CHANNELS = 512
+"""Of a discriminator's layer, whatever its width: the published code's `min(2 * nf, 512)`."""
+
+
 class MultiScaleDiscriminator(nn.Module):
     """Identical PatchGANs; scale k sees its input average-pooled k times (section 3.2)."""
 
@@ -203,7 +207,14 @@ class MultiScaleDiscriminator(nn.Module):
         super().__init__()
         self.layers = layers
         self.scales = nn.ModuleList(
-            PatchDiscriminator(in_channels, width=width, layers=layers, norm="instance", padding=2)
+            PatchDiscriminator(
+                in_channels,
+                width=width,
+                layers=layers,
+                norm="instance",
+                padding=2,
+                most_channels=MOST_CHANNELS,
+            )
             for _ in range(scales)
         )
 

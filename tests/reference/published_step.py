@@ -101,7 +101,7 @@ class PlainMultiScale(nn.Module):
         for scale in range(scales):
             before = channels
             for block in range(layers + 2):
-                after = width * 2 ** min(block, 3) if block <= layers else 1
+                after = (width if block == 0 else min(2 * before, 512)) if block <= layers else 1
                 conv = nn.Conv2d(before, after, 4, stride=2 if block < layers else 1, padding=2)
                 norm = [nn.InstanceNorm2d(after)] if 0 < block <= layers else []
                 activation = [nn.LeakyReLU(0.2, True)] if block <= layers else []

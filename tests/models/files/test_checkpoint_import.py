@@ -19,6 +19,8 @@ from stages.models.files.checkpoint_import import import_checkpoint
 from stages.models.files.nvidia_names import layer_names, to_nvidia
 from stages.models.files.saved import load_discriminator, load_model, save_model
 from stages.models.files.weights import read_tensors
+from stages.models.pix2pixhd import MultiScaleDiscriminator
+from tests.reference.published_step import PlainMultiScale
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -222,6 +224,19 @@ def test_a_discriminator_without_intermediate_features_is_read_too() -> None:
     assert imported.discriminator is not None
     for name, tensor in imported.discriminator.state_dict().items():
         assert torch.equal(tensor, network.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(("width", "layers"), [(32, 5), (128, 3), (16, 3), (64, 4)])
+def test_discriminators_of_other_widths_and_depths_have_at_most_512_channels(width: int, layers: int) -> None:
+    """pix2pixHD's code caps channels at 512, pix2pix's at 8 times the width: the default cannot tell."""
+    inputs = InputSpec(source="labels", classes=5, instances=True)
+    network = PlainMultiScale(5 + 1 + 3, scales=2, width=width, layers=layers)
+    imported = import_checkpoint(published_hd(inputs), discriminator=network.state_dict())
+    assert isinstance(imported.discriminator, MultiScaleDiscriminator)
+    image = torch.rand(1, 9, 96, 96)
+    for ours, plain in zip(imported.discriminator(image), network(image), strict=True):
+        for feature, expected in zip(ours, plain, strict=True):
+            close(feature, expected)
 
 
 @pytest.mark.parametrize(
