@@ -112,11 +112,13 @@ def result_folders(config: PipelineConfig) -> dict[str, str]:
 
 
 def check_folders(folders: Mapping[str, str], config: str) -> None:
-    """Refuse to write results to the folder a job was uploaded as: Ray deletes it when no job needs it.
+    """Refuse a workspace that is a file, and the folder a job was uploaded as: Ray deletes it after the job.
 
     Raises UserError naming the config file and the key.
     """
     for key, folder in folders.items():
+        if key == "workspace" and Path(folder).is_file():
+            raise UserError(f"{config}: workspace: {folder} is a file; name a folder")
         if "runtime_resources" in Path(folder).parts:
             other = "a bucket (s3://...)" if key == "workspace" else "an MLflow server (http://...)"
             raise UserError(

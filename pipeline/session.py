@@ -54,6 +54,7 @@ def run(
     pipeline = steps(config)
     planned = plan(needed(pipeline, only) if only else pipeline, config.workspace)
     if plan_only:
+        select(planned, only=None, until=until)  # refuses an unknown stage
         return table(planned, memory(config, planned))
     chosen = select(planned, only=only, until=until)
     if all(p.done for p in chosen):

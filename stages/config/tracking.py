@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import posixpath
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages.base import Config
 from stages.config.locations import absolute
@@ -44,6 +45,14 @@ class TrackingConfig(Config):
         if uri is not None and uri.startswith("file:"):
             raise ValueError("MLflow no longer writes to plain folders; use sqlite:////absolute/mlflow.db")
         return uri
+
+    @model_validator(mode="after")
+    def _model_name_is_one_that_mlflow_takes(self) -> Self:
+        name = self.model or self.experiment
+        if self.enabled and (set("/:") & set(name) or posixpath.normpath(name) != name):
+            advice = "name it differently" if self.model else "set tracking.model"
+            raise ValueError(f"MLflow cannot register a model as {name!r} (no '/' or ':'): {advice}")
+        return self
 
     def place(self, workspace: str) -> str:
         """The tracking URI of runs in a workspace."""

@@ -23,7 +23,8 @@ MAX_PIXELS = 89_478_485
 """The most pixels of an image, whatever the config says: Pillow warns of decompression bombs above it."""
 
 # Pillow's plugins that decode in process and in bounded memory. EPS would start Ghostscript.
-_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
+_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000")
+PHOTOMETRIC = 262  # the TIFF tag PhotometricInterpretation
 _NPY_MAGIC = b"\x93NUMPY"
 _ID_MODES = ("L", "P", "1", "I;16", "I;16L", "I;16B", "I")
 _DEEP_MODES = ("I;16", "I;16L", "I;16B", "I")
@@ -70,7 +71,9 @@ def _text(error: BaseException) -> str:
 
 
 def _head(data: bytes) -> str:
-    return f"begins with {data[:12]!r}"
+    if data[4:8] == b"ftyp" and data[8:11] in (b"hei", b"hev", b"mif"):
+        return "HEIC is not read: convert it to PNG or JPEG"
+    return f"no format that is read; begins with {data[:12]!r}"
 
 
 def _from_image(data: bytes, kind: Kind, limit: int, channels: int | None) -> Array:
@@ -85,10 +88,21 @@ def _from_image(data: bytes, kind: Kind, limit: int, channels: int | None) -> Ar
             return _from_pages(image, frames, limit, channels)
         if frames > 1 and image.format != "MPO":  # a camera's MPO holds the photo first, then previews
             raise ImageRejected("animated", f"{frames} frames")
-        if kind in IDS and image.format in ("JPEG", "MPO"):
-            raise ImageRejected("wrong_kind", "JPEG is lossy, it cannot hold ids")
+        if kind in IDS and image.format in ("JPEG", "MPO", "AVIF"):
+            raise ImageRejected("wrong_kind", f"{image.format} is lossy, it cannot hold ids")
+        spread = _spread(image)
         ImageOps.exif_transpose(image, in_place=True)
-        return _READERS[kind](image, channels)
+        array = _READERS[kind](image, channels)
+        return array // spread if kind in IDS else array
+
+
+def _spread(image: Image.Image) -> int:
+    """The distance between neighbouring values of a grey image: Pillow spreads 2 and 4 bits over 0..255."""
+    for tile in getattr(image, "tile", ()):
+        mode = tile[3] if isinstance(tile[3], str) else tile[3][0] if tile[3] else ""
+        if image.mode == "L" and mode.startswith(("L;2", "L;4")):
+            return 85 if mode.startswith("L;2") else 17
+    return 1
 
 
 def _verify_png(data: bytes) -> None:
@@ -117,11 +131,14 @@ def _flat(image: Image.Image) -> Image.Image:
 
 
 def _deep(image: Image.Image) -> Array:
-    """A 16-bit (or wider integer) image as unsigned 16-bit values."""
+    """A 16-bit (or wider integer) image as unsigned 16-bit values; light is large."""
     values = np.asarray(image)
     if values.size and (values.min() < 0 or values.max() > 65535):
         raise ImageRejected("value_range", f"values {values.min()}..{values.max()}, 16 bits hold 0..65535")
-    return values.astype("<u2")
+    array = values.astype("<u2")
+    # WhiteIsZero, as radiographs have it: Pillow inverts images of up to 8 bits, not deeper ones
+    inverted = image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0  # type: ignore[attr-defined]
+    return np.uint16(65535) - array if inverted else array
 
 
 def _read_rgb(image: Image.Image, _: int | None) -> Array:

@@ -22,7 +22,8 @@ import pyarrow.compute as pc
 
 from stages.config.locations import Pattern
 
-_IMAGE = r"(?i)\.(?:bmp|gif|jfif|jpe|jpeg|jpg|npy|pbm|pgm|png|pnm|ppm|tif|tiff|webp)\z"
+# HEIC and JPEG XL too, which decoding refuses: they are rejected with a reason, not ignored.
+_IMAGE = r"(?i)\.(?:avif|bmp|gif|hei[cf]|j2k|jfif|jp2|jpe|jpg|jpeg|jpx|jxl|npy|p[bgpn]m|png|tiff?|webp)\z"
 
 MAX_KEY_BYTES = 512
 """A key names the image made from it, and its percent-encoded form has to fit a file name's path."""

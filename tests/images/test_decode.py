@@ -105,6 +105,48 @@ def test_labels_of_a_palette_image_are_its_indices():
     assert np.array_equal(decode.decode_image(file_of(image), "labels")[:, :, 0], ids)
 
 
+@pytest.mark.parametrize("format", ["AVIF", "JPEG2000"])
+def test_newer_formats_are_read(format: str):  # noqa: A002
+    image = np.full((24, 32, 3), (200, 40, 90), np.uint8)
+    got = decode.decode_image(
+        file_of(image, format, quality=100) if format == "AVIF" else file_of(image, format), "rgb"
+    )
+    assert np.abs(got.astype(int) - image).max() <= 3
+
+
+def test_heic_is_refused_by_name():
+    with pytest.raises(ImageRejected, match="HEIC is not read"):
+        decode.decode_image(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "rgb")
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_ids_of_grey_images_with_few_bits_are_as_written(bits: int):
+    ids = np.arange(4, dtype=np.uint8).reshape(1, 4)
+    row = np.packbits(np.unpackbits(ids, axis=0)[8 - bits :].T.reshape(-1)).tobytes()
+    header = struct.pack(">IIBBBBB", 4, 1, bits, 0, 0, 0, 0)
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    png += chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
+    for kind in ("labels", "instances"):
+        assert decode.decode_image(png, kind)[0, :, 0].tolist() == [0, 1, 2, 3]
+    assert decode.decode_image(png, "grey")[0, -1, 0] == 3 * (255 // (2**bits - 1))  # amounts span the range
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_where_white_is_zero_light_is_large(bits: int):
+    top = 2**bits - 1
+    stored = np.array([[0, top // 3, top]], np.uint8 if bits == 8 else np.uint16)
+    fields = [(256, 3, 3), (257, 3, 1), (258, 3, bits), (259, 3, 1), (262, 3, 0), (273, 4, 0), (277, 3, 1)]
+    fields += [(278, 3, 1), (279, 4, stored.nbytes)]
+    start = 8 + 2 + 12 * len(fields) + 4
+    entries = b"".join(
+        struct.pack("<HHII", tag, kind, 1, start if tag == 273 else value) for tag, kind, value in fields
+    )
+    tiff = b"II*\0" + struct.pack("<IH", 8, len(fields)) + entries + struct.pack("<I", 0) + stored.tobytes()
+    assert decode.decode_image(tiff, "grey")[0, :, 0].tolist() == [255, 170, 0]
+    expected = [65535, 65535 - (top // 3) * (257 if bits == 8 else 1), 0]
+    assert decode.decode_image(tiff, "grey16")[0, :, 0].tolist() == expected
+
+
 def test_instances_are_sixteen_bit():
     ids = np.array([[0, 26001], [65535, 7]], np.uint16)
     got = decode.decode_image(file_of(Image.fromarray(ids)), "instances")

@@ -37,6 +37,11 @@ def test_the_default_pattern_takes_images_of_any_suffix_at_any_depth() -> None:
     assert captured == ["a", "deep/er/b", "c.tar", None, None, None]
 
 
+def test_pictures_that_may_not_be_readable_are_taken_to_be_rejected_by_name() -> None:
+    names = ("a.avif", "b.JP2", "c.heic", "d.jxl")
+    assert [captured is not None for captured in keys("{key}.*", *names)] == [True] * 4
+
+
 def test_a_suffix_that_is_written_out_is_taken_at_its_word() -> None:
     assert keys("{key}.dat", "a.dat", "a.jpg") == ["a", None]
 

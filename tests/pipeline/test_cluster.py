@@ -31,3 +31,10 @@ def test_results_in_a_jobs_uploaded_folder_are_refused() -> None:
     with pytest.raises(UserError, match=r"run.yaml: workspace: .* name a bucket"):
         check_folders({"workspace": uploaded}, "run.yaml")
     check_folders({"workspace": "/data/workspace"}, "run.yaml")
+
+
+def test_a_workspace_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "ws"
+    file.touch()
+    with pytest.raises(UserError, match=rf"^run.yaml: workspace: {file} is a file; name a folder$"):
+        check_folders({"workspace": str(file)}, "run.yaml")

@@ -139,6 +139,14 @@ def test_every_recipe_loads_in_every_profile(recipe: Path) -> None:
         assert configuration.load(str(recipe), profile=profile).train.phases
 
 
+@pytest.mark.parametrize(
+    "setting", ["tracking.model=team/street", "tracking.model='a:b'", "tracking.experiment=a/b"]
+)
+def test_a_model_name_that_mlflow_refuses_is_refused_before_training(setting: str) -> None:
+    assert re.search(r"tracking: MLflow cannot register a model as '(team/street|a:b|a/b)'", refused(setting))
+    assert configuration.load(YAML, ["tracking.experiment=a/b", "tracking.model=b"]).tracking.model == "b"
+
+
 # -- keys of earlier versions -------------------------------------------------
 
 
