@@ -264,7 +264,7 @@ class InferenceWorker:
 
     def _checked(self, images: InputImages) -> InputImages:
         """The images as the model takes them. Raises ImageRejected if it cannot."""
-        config, model = self.config, self.translator.model
+        config = self.config
         source, instance = images.source, images.instance
         if self.job.size is None and config.size is not None:
             source = geometry.resize(source, config.size, self.translator.source_kind)
@@ -277,14 +277,7 @@ class InferenceWorker:
             raise ImageRejected(
                 "too_large", f"{width}x{height}, infer.max_pixels is {limit}; infer.tile cuts it"
             )
-        classes, ignored = model.inputs.classes, model.preprocessing.ignore_label
-        if self.translator.source_kind == "labels" and self.spec is None and classes is not None:
-            if ignored is not None and int(source.max()) >= classes:
-                source[source == ignored] = classes - 1
-            highest = int(source.max())
-            if highest >= classes:
-                raise ImageRejected("label_range", f"id {highest}, the model knows 0..{classes - 1}")
-        return InputImages(source, instance)
+        return InputImages(self.translator.prepared(source), instance)
 
     def _usable(
         self, items: Iterable[LoadedItem | UnusableItem], rows: dict[tuple[int, int], Row]

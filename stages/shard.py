@@ -94,6 +94,8 @@ def role_specs(config: ShardConfig, roles: Iterable[Role]) -> dict[Role, RoleSpe
             kind=kind,
             encoding=encode.stored_encoding(kind, config.encoding),
             classes=config.classes if kind == "labels" else None,
+            ignore_label=config.ignore_label if kind == "labels" else None,
+            void_class=config.void_class if kind == "labels" else None,
             channel_count=count if kind == "channels" else None,
         )
     return specs
@@ -128,17 +130,6 @@ def row_group_rows(config: ShardConfig, specs: Mapping[Role, RoleSpec]) -> int:
         for spec in specs.values()
     )
     return max(1, min(ROW_GROUP_ROWS, int(ROW_GROUP_BYTES / row)))
-
-
-def check_labels(ids: Array, config: ShardConfig) -> Array:
-    """Label ids, the ignored one replaced by the void class. Raises ImageRejected `label_range`."""
-    assert config.classes is not None
-    if config.ignore_label is not None:
-        void = config.classes - 1 if config.void_class is None else config.void_class
-        ids = np.where(ids == config.ignore_label, np.uint8(void), ids)
-    if ids.size and int(ids.max()) >= config.classes:
-        raise ImageRejected("label_range", f"id {int(ids.max())}, classes are 0..{config.classes - 1}")
-    return ids
 
 
 def check_shapes(sizes: Mapping[Role, tuple[int, int]]) -> None:
@@ -246,7 +237,10 @@ class PairReader:
         whole = geometry.crop_half(decoded[place], row.get(f"{role}_crop") or "")
         size = (whole.shape[1], whole.shape[0])
         if kind == "labels":
-            whole = check_labels(whole, config)
+            assert spec.classes is not None
+            whole = kinds.class_ids(
+                whole, spec.classes, ignore_label=spec.ignore_label, void_class=spec.void_class
+            )
         array = geometry.resize(whole, config.size, kind)
         if recipe:
             array = derive(array, recipe, key=row["key"], kind=spec.kind, factor=config.downscale)

@@ -123,6 +123,8 @@ def preprocessing(job: PhaseJob, spec: DatasetSpec) -> Preprocessing:
     return Preprocessing(
         size=phase_size(job.model, job.phase, full),
         pictures={role: Picture(kind=one.kind, classes=one.classes) for role, one in spec.roles.items()},
+        ignore_label=spec.roles["source"].ignore_label,
+        void_class=spec.roles["source"].void_class,
     )
 
 

@@ -20,8 +20,8 @@ from stages.base import Resources
 from stages.config.shard import ShardConfig
 from stages.errors import StageError, UserError
 from stages.images import colour, decode, kinds
-from stages.images.kinds import ImageRejected
-from stages.shard import check_labels, check_shapes, row_group_rows
+from stages.images.kinds import ImageRejected, class_ids
+from stages.shard import check_shapes, row_group_rows
 from stages.shards import dataset
 from stages.tracking.run import NullRun
 from tests.support.pairs import SIZE, ids, make_shards, pair_row, photo, photo_pairs, write_image, write_parts
@@ -61,13 +61,14 @@ def test_row_groups_have_about_eight_mebibytes():
 def test_an_id_outside_the_classes_is_a_reject_unless_it_is_the_ignored_one():
     array = np.array([[[0], [255]]], np.uint8)
     with pytest.raises(ImageRejected) as caught:
-        check_labels(array, ShardConfig(classes=5))
+        class_ids(array, 5)
     assert caught.value.reason == "label_range"
-    assert check_labels(array, ShardConfig(classes=5, ignore_label=255)).ravel().tolist() == [0, 4]
-    assert check_labels(array, ShardConfig(classes=5, ignore_label=255, void_class=2)).ravel().tolist() == [
-        0,
-        2,
-    ]
+    assert class_ids(array, 5, ignore_label=255).ravel().tolist() == [0, 4]
+    config = ShardConfig(classes=5, ignore_label=255, void_class=2, kinds={"source": "labels"})
+    spec = shard.role_specs(config, ["source", "target"])
+    assert (spec["source"].ignore_label, spec["source"].void_class) == (255, 2)
+    assert spec["target"].ignore_label is None
+    assert class_ids(array, 5, ignore_label=255, void_class=2).ravel().tolist() == [0, 2]
 
 
 def test_images_of_a_pair_may_differ_in_resolution_but_not_in_shape():

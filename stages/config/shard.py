@@ -77,6 +77,15 @@ class ShardConfig(Config):
             raise ValueError("kind channels needs shard.channels, their number")
         if "features" in self.kinds:
             raise ValueError("features are always of kind channels")
+        for role, kind in self.kinds.items():
+            if role == "target" and kind in ("labels", "instances"):
+                raise ValueError(
+                    f"kinds.target: networks generate colours, not {kind}: draw the label maps in one colour "
+                    "a class, take kind rgb, and set infer.colors to write ids again"
+                )
+            wanted = {"label": "labels", "instance": "instances"}.get(role)
+            if (wanted or kind) != kind or (role == "source" and kind == "instances"):
+                raise ValueError(f"kinds.{role}: {kind} is no kind of this role")
         if self.void_class is not None and self.classes is not None and self.void_class >= self.classes:
             raise ValueError(f"void_class {self.void_class} is no class of {self.classes}")
         return self

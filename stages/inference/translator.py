@@ -80,6 +80,13 @@ class Translator:
             padded_size(width, multiple=self.multiple, minimum=self.minimum),
         )
 
+    def prepared(self, source: Array) -> Array:
+        """A source as the model was trained on it. Raises ImageRejected if its ids are no classes."""
+        classes, rules = self.model.inputs.classes, self.model.preprocessing
+        if self.source_kind != "labels" or classes is None:
+            return source
+        return kinds.class_ids(source, classes, ignore_label=rules.ignore_label, void_class=rules.void_class)
+
     def translate(
         self,
         sources: Sequence[Array],
@@ -96,8 +103,9 @@ class Translator:
         seeds       one per source, for the noise and for random styles
         reference   a target image with its instance and label maps, for that style
 
-        Raises ValueError for input that the model cannot take.
+        Raises ValueError for input that the model cannot take, ImageRejected for ids that are no classes.
         """
+        sources = [self.prepared(source) for source in sources]
         if self.needs_instances and instances is None:
             raise ValueError("this model needs an instance map with every source")
         if self.stochastic and len(sources) > 1:  # one at a time: the same bits whatever the batch
@@ -206,7 +214,8 @@ class Translator:
         if style == "reference":
             if reference is None:
                 raise ValueError("a reference style needs a picture with its instance and label maps")
-            picture, instance_map, label_map = (self._stack([array]) for array in reference)
+            arrays = (*reference[:2], self.prepared(reference[2]))
+            picture, instance_map, label_map = (self._stack([array]) for array in arrays)
             shown = find_instances(instance_map, label_map)
             features = encoder.features(unit_range(picture, kind=self.target_kind))
             vectors = from_reference(

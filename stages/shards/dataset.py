@@ -38,6 +38,9 @@ class RoleSpec(Config):
     encoding: Encoding
     classes: int | None = None
     """Number of class ids, for kind `labels`."""
+    ignore_label: int | None = None
+    void_class: int | None = None
+    """The id that was stored as `void_class` (None: the last class), for kind `labels`."""
     channel_count: int | None = None
     """Number of channels, for kind `channels`."""
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from stages.images.kinds import ImageRejected
 from stages.inference.translator import Translator, noise_seed, tile_starts
+from stages.models.files import export
 from stages.models.files.saved import load_model
 from tests.support.small import make_model, scene
 
@@ -56,6 +59,25 @@ def test_noise_depends_on_the_seed_alone(tmp_path: Path, norm: str) -> None:
     assert np.array_equal(alone, in_batch)
     assert not np.array_equal(alone, translator.translate([source], seeds=[6])[0])
     assert all(torch.equal(model.generator.state_dict()[name], value) for name, value in before.items())
+
+
+def test_a_model_reads_ignored_labels_as_in_training_wherever_it_is_used(tmp_path: Path) -> None:
+    model = load_model(make_model(tmp_path, source="labels"))
+    rules = model.preprocessing.model_copy(update={"ignore_label": 255, "void_class": 1})
+    trained = replace(model, preprocessing=rules)
+    void = labels(64, 64)
+    void[:20, :30] = 1
+    unlabelled = void.copy()
+    unlabelled[:20, :30] = 255
+    (expected,) = Translator(model).translate([void])
+    (image,) = Translator(trained).translate([unlabelled])
+    assert np.array_equal(image, expected)
+    with pytest.raises(ImageRejected, match="id 255, classes are"):
+        Translator(model).translate([unlabelled])
+    source = torch.from_numpy(unlabelled).permute(2, 0, 1)[None].long()
+    plain = torch.from_numpy(void).permute(2, 0, 1)[None].long()
+    with torch.no_grad():
+        assert torch.equal(export.translator(trained)(source), export.translator(model)(plain))
 
 
 def test_seeds_differ_by_seed_key_and_sample() -> None:

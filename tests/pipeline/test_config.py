@@ -147,6 +147,20 @@ def test_a_model_name_that_mlflow_refuses_is_refused_before_training(setting: st
     assert configuration.load(YAML, ["tracking.experiment=a/b", "tracking.model=b"]).tracking.model == "b"
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("target: labels", "kinds.target: networks generate colours, not labels"),
+        ("target: instances", "kinds.target: networks generate colours, not instances"),
+        ("source: instances", "kinds.source: instances is no kind of this role"),
+        ("label: rgb", "kinds.label: rgb is no kind of this role"),
+        ("instance: grey16", "kinds.instance: grey16 is no kind of this role"),
+    ],
+)
+def test_a_kind_that_a_role_cannot_have_is_refused_before_anything_runs(kind: str, message: str) -> None:
+    assert message in refused(f"shard.kinds={{{kind}}}", "shard.classes=4")
+
+
 # -- keys of earlier versions -------------------------------------------------
 
 

@@ -53,8 +53,10 @@ MAX_ONNX_BYTES = (1 << 31) - 1
 class ExportedTranslator(nn.Module):
     """Source to image, padding and conditioning included: what is exported.
 
-    `any_size`: written so that one graph serves every size above the network's multiple. Below that, padding
-    may reflect more than once, and the innermost map can be a single pixel: torch.export needs the size.
+    ignored    a label id, and the class that it is read as
+    any_size   written so that one graph serves every size above the network's multiple. Below that, padding
+               may reflect more than once, and the innermost map can be a single pixel: torch.export needs
+               the size
     """
 
     def __init__(
@@ -65,8 +67,10 @@ class ExportedTranslator(nn.Module):
         inputs: InputSpec,
         enhancers: int,
         any_size: bool,
+        ignored: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
+        self.ignored = ignored
         self.generator = generator
         self.architecture, self.inputs, self.any_size = architecture, inputs, any_size
         self.multiple, self.minimum = size_multiple(architecture, enhancers=enhancers)
@@ -74,6 +78,8 @@ class ExportedTranslator(nn.Module):
     def forward(self, source: Tensor, instance: Tensor | None = None, style: Tensor | None = None) -> Tensor:
         """(N,C,H,W) and, where the model takes them, instance ids and style features -> (N,C_out,H,W)."""
         height, width = source.shape[2:]
+        if self.ignored is not None:
+            source = source.masked_fill(source == self.ignored[0], self.ignored[1])
         padded = None if instance is None else self._pad(instance)
         condition = make_condition(self._pad(source), padded, arch=self.architecture, inputs=self.inputs)
         image = translate(self.generator, condition, None if style is None else self._pad(style))
@@ -168,12 +174,17 @@ def export_model(model: LoadedModel, *, width: int, height: int) -> Exported:
 
 def translator(model: LoadedModel, *, any_size: bool = False) -> ExportedTranslator:
     """The plain module, for `largest_difference`."""
+    rules, classes = model.preprocessing, model.inputs.classes
+    ignored = None
+    if rules.ignore_label is not None and classes is not None:
+        ignored = (rules.ignore_label, classes - 1 if rules.void_class is None else rules.void_class)
     return ExportedTranslator(
         model.generator,
         architecture=model.architecture,
         inputs=model.inputs,
         enhancers=model.enhancers,
         any_size=any_size,
+        ignored=ignored,
     ).eval()
 
 

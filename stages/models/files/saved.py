@@ -90,7 +90,10 @@ class Preprocessing(Config):
     pictures: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}$")], Picture] = Field(
         default_factory=dict, description="per role"
     )
-    ignore_label: Annotated[int | None, Field(ge=0, description="the id that was mapped to no class")] = None
+    ignore_label: Annotated[
+        int | None, Field(ge=0, description="the source's label id that was read as `void_class`")
+    ] = None
+    void_class: Annotated[int | None, Field(ge=0, description="null: the last class")] = None
 
 
 class Manifest(Config):
