@@ -142,7 +142,7 @@ def figures(root: Path = ROOT) -> tuple[Figure, ...]:
     return (
         Figure("loose modules in stages/", len(loose), 12),
         Figure("modules to follow stages/train.py", len(train), 59, goal=28),
-        Figure("lines to follow stages/train.py", lines_of(train), 9_200, goal=6_500),
+        Figure("lines to follow stages/train.py", lines_of(train), 9_250, goal=6_500),
         Figure("modules imported to read a YAML", len(config), 15),
         Figure("heavy packages imported to read a YAML", len(heavy), 0, ", ".join(heavy)),
         Figure(
