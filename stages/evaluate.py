@@ -59,6 +59,7 @@ VERSION = 1
 
 READ_AHEAD = 8
 SCAN_PARTS = 256  # parts of the training split at most: the driver adds up as many partial sums
+PAIRS_A_SCAN = 1000  # that a process is worth starting for: it takes some seconds
 
 
 # -- rules -----------------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ def scan_training_split(config: BaselineConfig, shards: str, spec: DatasetSpec) 
         return part, scan_files(files[part::count], shards=shards, share=share, mean=config.mean_target)
 
     width, height = spec.size
-    parts = dict(each(scan, range(count), stage="evaluate", num_cpus=0.5))
+    parts = dict(each(scan, range(count), stage="evaluate", blocks=1 + spec.rows("train") // PAIRS_A_SCAN))
     return baselines.merge([parts[part] for part in range(count)], MeanImage.empty(height, width, 3))
 
 
