@@ -2,7 +2,7 @@
 
 in:  locations, each with a role and a key pattern
 out: objects-*.parquet  {key, role, split, group, x, y, uri, size, etag, location}   one object a row
-     rejects-*.parquet  {key, role, uri, reason}   bad_key, link, encrypted; of tables: outside, bad_row
+     rejects-*.parquet  {key, role, uri, reason, detail}  bad_key, link, encrypted; tables: outside, bad_row
      _listing.json      the objects' files that count, and how many objects each role has
 
 A location is cut into units, which tasks list in parallel. Each unit has its own files of about
@@ -31,7 +31,7 @@ from stages.objects import tables
 from stages.objects.digest import Uint64s, no_rows, row_sums, spell
 from stages.objects.listing import Page, Unit, describe, etag_of, pages, split_location
 from stages.objects.patterns import bad_keys, canonical_splits, match
-from stages.objects.tables import REJECTS
+from stages.objects.tables import REJECTS, reject_text
 from stages.parallel.cluster import each
 from stages.progress import Progress
 from stages.storage import absolute, filesystem, join, list_names, write_json, write_parquet
@@ -39,10 +39,11 @@ from stages.storage import absolute, filesystem, join, list_names, write_json, w
 if TYPE_CHECKING:
     from stages.tracking.run import Run
 
-VERSION = 1
+VERSION = 2
 ROWS_PER_BATCH = 16_000
 ROWS_PER_FILE = 256_000
 UNITS_PER_LOCATION = 64
+EXAMPLES = 3  # rejects of a location that a message quotes
 LISTING_THREADS = 8  # units that the planner, and each task, lists at the same time
 
 OBJECTS = pa.schema(
@@ -84,12 +85,13 @@ def rows(location: LocationConfig, index: int, page: Page) -> tuple[pa.Table, pa
         },
         schema=OBJECTS,
     ).append_column("reason", pa.array(page.faults, pa.string()))
+    table = table.append_column("detail", pa.array(np.full(count, "", object), pa.string()))
     table = table.filter(pc.is_valid(table["key"]))
     bad = bad_keys(table["key"])
     if not page.chained:
         bad = pc.or_(bad, pc.match_substring(table["uri"], "::"))
     reason = pc.if_else(pc.not_equal(table["reason"], ""), table["reason"], pc.if_else(bad, "bad_key", ""))
-    table = table.set_column(table.num_columns - 1, "reason", reason)
+    table = table.set_column(table.schema.get_field_index("reason"), "reason", reason)
     good = pc.equal(reason, "")
     objects, rejects = table.filter(good), table.filter(pc.invert(good))
     return objects.select(OBJECTS.names), rejects.select(REJECTS.names), count - table.num_rows
@@ -112,7 +114,7 @@ def escape(page: Page) -> Page:
 def table_rows(
     location: LocationConfig, index: int, table: pa.Table, broken: list[str]
 ) -> tuple[pa.Table, pa.Table]:
-    """Objects and rejects of a batch of a table's rows; lines that are no rows are rejects."""
+    """Objects and rejects of a batch of a table's rows; `broken` lines are no rows, and so rejects."""
     within = [absolute(uri) for uri in location.within]
     candidates = tables.objects(table, root(location), within)
     good = candidates.filter(pc.equal(candidates["reason"], ""))
@@ -124,16 +126,13 @@ def table_rows(
         "etag": pa.array(np.full(count, "", object), pa.string()),
         "location": pa.array(np.full(count, index, np.int32)),
     }
-    objects = pa.table({**{name: good[name] for name in good.column_names if name != "reason"}, **unknown})
+    objects = pa.table({**dict(zip(good.column_names, good.columns, strict=True)), **unknown})
     rejects = candidates.filter(pc.not_equal(candidates["reason"], "")).select(REJECTS.names)
-    lines = [line.encode(errors="backslashreplace").decode()[:200] for line in broken]
-    no_rows = pa.table(
-        {
-            "key": lines,
-            "role": ["table"] * len(lines),
-            "uri": [location.uri] * len(lines),
-            "reason": ["bad_row"] * len(lines),
-        },
+    no_rows = pa.Table.from_pylist(
+        [
+            {"key": "", "role": "table", "uri": location.uri, "reason": "bad_row", "detail": text[:200]}
+            for text in broken
+        ],
         schema=REJECTS,
     )
     return objects.select(OBJECTS.names), pa.concat_tables([rejects, no_rows])
@@ -180,19 +179,26 @@ class ListingTask:
 
 @dataclass(slots=True)
 class Listing:
-    """The files that listing some units wrote, with their rows, and the counts and sums of each location."""
+    """The files that listing some units wrote, with their rows; of each location counts, sums and rejects."""
 
     files: dict[str, int] = field(default_factory=dict)
+    examples: defaultdict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
     counts: defaultdict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     sums: defaultdict[int, Uint64s] = field(default_factory=lambda: defaultdict(no_rows))
 
     def add(self, other: Listing) -> None:
         """Add the listing of other units."""
         self.files |= other.files
+        for location, examples in other.examples.items():
+            self.add_examples(location, examples)
         for location, counts in other.counts.items():
             self.counts[location].update(counts)
         for location, sums in other.sums.items():
             self.sums[location] += sums
+
+    def add_examples(self, location: int, examples: Iterable[str]) -> None:
+        """Keep a few of a location's rejects, for its messages."""
+        self.examples[location] = [*self.examples[location], *examples][:EXAMPLES]
 
     @property
     def total(self) -> Counter[str]:
@@ -259,7 +265,7 @@ def unit_rows(
 ) -> Iterator[tuple[pa.Table, pa.Table, int]]:
     """Objects, rejects and the number of ignored objects of a unit, batch by batch."""
     if unit.kind == "table":
-        for table, broken in tables.read(root(location), [unit.row_group]):
+        for table, broken in tables.read(root(location), unit.row_group):
             yield *table_rows(location, index, table, broken), 0
     else:
         for batch in batches(pages(root(location), unit, requests=requests)):
@@ -328,6 +334,7 @@ def list_unit(item: LocationUnit, *, config: IngestConfig, output: str, requests
         for objects, rejects, ignored in unit_rows(location, index, item.unit, requests=requests):
             listing.sums[index] += sums_of(objects, rejects)
             listing.counts[index].update(counts_of(objects, rejects, ignored))
+            listing.add_examples(index, map(reject_text, rejects.slice(0, EXAMPLES).to_pylist()))
             for kind, table in (("objects", objects), ("rejects", rejects)):
                 waiting[kind].append(table)
                 write(kind, at_least=ROWS_PER_FILE)
@@ -351,10 +358,10 @@ def list_units(task: ListingTask, *, config: IngestConfig, output: str, requests
 
 
 def check(config: IngestConfig, listing: Listing) -> None:
-    """Every location must have an object that its pattern matches.
+    """Every location must have an object that its pattern matches and that can be used.
 
     Raises:
-        UserError: a location is empty, or its pattern matches nothing.
+        UserError: a location has none.
     """
     for index, location in enumerate(config.locations):
         count = listing.counts[index]
@@ -364,6 +371,11 @@ def check(config: IngestConfig, listing: Listing) -> None:
             raise UserError(
                 f"ingest.locations.{index}.pattern: {location.pattern!r} matches none of the "
                 f"{count['listed']:,} objects of {location.uri}"
+            )
+        if not count["objects"]:
+            raise UserError(
+                f"{place(config, index)}: none of its {count['rejected']:,} images can be used: "
+                + "; ".join(listing.examples[index])
             )
 
 
@@ -376,6 +388,7 @@ def finish(config: IngestConfig, output: str, listing: Listing) -> None:
             "files": {name: n for name, n in sorted(listing.files.items()) if name.startswith("objects-")},
             "roles": {name.removeprefix("role_"): n for name, n in total.items() if name.startswith("role_")},
             "rejected": total["rejected"],
+            "examples": [text for examples in listing.examples.values() for text in examples][:EXAMPLES],
             "locations": [
                 {"uri": location.uri, "role": location.role, **listing.counts[index]}
                 for index, location in enumerate(config.locations)

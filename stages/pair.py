@@ -2,7 +2,7 @@
 
 in:  objects-*.parquet   {key, role, split, group, x, y, uri, size, etag}   one object a row
 out: part-*.parquet      {key, split, group, and per role R: R_uri, R_size, R_etag, R_crop, R_derive}
-     rejects-*.parquet   {key, role, uri, reason}
+     rejects-*.parquet   {key, role, uri, reason, detail}
 
 The objects of a key meet by a hash shuffle, so no side is ever in memory as a whole. The hash of a key is
 its partition. A first set of tasks (`scatter`) writes each object to the task that joins its partition; a
@@ -36,7 +36,7 @@ from stages.base import Outcome, Resources, Role, Split
 from stages.config.pair import PairConfig, SplitConfig
 from stages.errors import StageError, UserError
 from stages.objects.digest import key_hashes
-from stages.objects.tables import ROLES
+from stages.objects.tables import ROLES, reject_text
 from stages.parallel.cluster import each
 from stages.progress import Progress
 from stages.storage import filesystem, join, read_json, read_parquet, write_parquet
@@ -44,7 +44,7 @@ from stages.storage import filesystem, join, read_json, read_parquet, write_parq
 if TYPE_CHECKING:
     from stages.tracking.run import Run
 
-VERSION = 1
+VERSION = 2
 ROWS_PER_TASK = (128_000, 1_000_000)  # least, most
 SPLIT_BINS = 1 << 16
 EXCHANGE = "_exchange-"  # folder of the shuffle's files; followed by its start in seconds and a random name
@@ -58,6 +58,16 @@ Mask = np.ndarray[Any, np.dtype[np.bool_]]
 
 OTHER_HALF: Mapping[str, str] = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+EXAMPLES = 3  # rejected images that a message quotes
+ADVICE: Mapping[str, str] = {
+    "duplicate": "several images of one role have one key: give a table a `key` column, or let the pattern "
+    "capture more",
+    "no": "no image of this role has the key: compare the locations' patterns",
+    "case": "keys must also agree in upper and lower case",
+    "bad": "a split is train, val or test, and the same for all images of a key",
+}
+"""What to do about a reject reason, by its first word."""
 
 
 # -- rules: hashes and splits -------------------------------------------------
@@ -182,6 +192,8 @@ def join_roles(
         row_of[role] = np.full(len(order), -1, np.int64)
         row_of[role][key_of_row[rows]] = rows
         twice = np.bincount(key_of_row[rows], minlength=len(order)) > 1
+        if twice.any() and (distinct := _distinct(objects)).num_rows < objects.num_rows:
+            return join_roles(distinct, roles, config, cuts)
         reasons[twice & (reasons == "")] = f"duplicate_{role}"
     lacking = np.zeros(len(order), bool)
     for role in roles:
@@ -206,7 +218,13 @@ def join_roles(
         take = pa.array(at, pa.int64(), mask=at < 0)
         for name in ("uri", "size", "etag", "crop", "derive"):
             columns[f"{role}_{name}"] = table[name].take(take)
-    return pa.table(columns), _rejects(table, key_of_row, reasons)
+    details = np.where(unknown & ~placed, split.to_numpy(zero_copy_only=False), "")
+    return pa.table(columns), _rejects(table, key_of_row, reasons, details)
+
+
+def _distinct(objects: pa.Table) -> pa.Table:
+    """Objects without exact repetitions, as of a row that a table holds twice."""
+    return objects.group_by(objects.column_names, use_threads=False).aggregate([])
 
 
 def _case_twins(names: pa.Array) -> Mask:
@@ -245,12 +263,15 @@ def _shared_columns(
     return shared
 
 
-def _rejects(table: pa.Table, key_of_row: Ints, reasons: np.ndarray[Any, Any]) -> pa.Table:
-    reason_of_row = reasons[key_of_row]
-    rows = np.flatnonzero(reason_of_row != "")
+def _rejects(
+    table: pa.Table, key_of_row: Ints, reasons: np.ndarray[Any, Any], details: np.ndarray[Any, Any]
+) -> pa.Table:
+    rows = np.flatnonzero(reasons[key_of_row] != "")
     rows = rows[np.argsort(key_of_row[rows], kind="stable")]
     taken = table.select(["key", "role", "uri"]).take(pa.array(rows))
-    return taken.append_column("reason", pa.array(reason_of_row[rows], pa.string()))
+    for name, texts in (("reason", reasons), ("detail", details)):
+        taken = taken.append_column(name, pa.array(texts[key_of_row[rows]], pa.string()))
+    return taken
 
 
 def cut(rows: pa.Table, numbers: Ints) -> list[tuple[int, pa.Table]]:
@@ -310,10 +331,11 @@ class GatherTask:
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """The files that a gathering task wrote, and its counts of pairs by split and of rejected keys."""
+    """What a gathering task wrote: files, pairs by split and rejects by reason, the text of some rejects."""
 
     files: Sequence[str]
     counts: Counter[str]
+    examples: Sequence[str]
 
 
 def scatter(task: ScatterTask, *, shuffle: Shuffle) -> Scattered:
@@ -361,7 +383,8 @@ def gather(
     counts = Counter(pairs["split"].to_pylist())
     reasons = rejects.group_by("reason").aggregate([("key", "count_distinct")])
     counts.update({f"reject_{row['reason']}": row["key_count_distinct"] for row in reasons.to_pylist()})
-    return Gathered(list(files), counts)
+    left_out = rejects.filter(pc.not_equal(rejects["reason"], "buffer"))
+    return Gathered(list(files), counts, list(map(reject_text, left_out.slice(0, EXAMPLES).to_pylist())))
 
 
 @dataclass(frozen=True, slots=True)
@@ -416,12 +439,18 @@ def check_roles(config: PairConfig, objects: Mapping[str, int]) -> tuple[Role, .
         roles.add("source")
     for role in ("source", "target"):
         if role not in roles:
-            raise UserError(f"ingest.locations: none gives an object of role {role} (or pair)")
+            raise UserError(
+                f"ingest.locations: none gives an object of role {role} (or pair, or a table's column {role})"
+            )
     return tuple(role for role in ROLES if role in roles)
 
 
-def outcome(config: PairConfig, counts: Mapping[str, int], unusable: int, output: str) -> Outcome:
+def outcome(
+    config: PairConfig, counts: Mapping[str, int], unusable: int, output: str, examples: Sequence[str] = ()
+) -> Outcome:
     """The stage's counts; `unusable` objects were rejected when they were listed.
+
+    examples: some rejected images, for the message
 
     Raises:
         StageError: more was rejected than the config allows.
@@ -436,8 +465,12 @@ def outcome(config: PairConfig, counts: Mapping[str, int], unusable: int, output
     if rejected > config.max_reject_fraction * total or not any(pairs.values()):
         raise StageError(
             f"pair: {rejected:,} of {total:,} pairs rejected, pair.max_reject_fraction allows "
-            f"{config.max_reject_fraction:.3g} ({text or 'there was nothing to pair'}); "
-            f"they are listed in {output}/rejects-*.parquet"
+            f"{config.max_reject_fraction:.3g} ({text or 'there was nothing to pair'}), "
+            + "".join(f"{example}; " for example in examples[:EXAMPLES])
+            + "".join(
+                f"{advice}; " for word, advice in ADVICE.items() if f"reject_{word}_" in " ".join(reasons)
+            )
+            + f"{output}/rejects-*.parquet lists them"
         )
     if rejected:
         logger.warning("pair: %d of %d pairs rejected: %s", rejected, total, text)
@@ -490,6 +523,7 @@ def run(
     scatters: defaultdict[int, list[int]] = defaultdict(list)  # of each gathering task
     counts: Counter[str] = Counter()
     files: set[str] = set()
+    examples: list[str] = listing["examples"]
     with Progress("pair", total=len(layout.scatters) + layout.gathers, unit="tasks") as progress:
         for part in each(partial(scatter, shuffle=shuffle), layout.scatters, stage="pair"):
             histogram += part.histogram
@@ -509,6 +543,7 @@ def run(
         for done in each(call, tasks, stage="pair"):
             counts.update(done.counts)
             files.update(done.files)
+            examples += done.examples
             progress.advance()
     tidy(output, exchange, files)
-    return outcome(config, counts, listing["rejected"], output)
+    return outcome(config, counts, listing["rejected"], output, examples)

@@ -77,7 +77,13 @@ def test_hostile_names_are_rejects_with_a_reason(path: str) -> None:
 def test_names_that_are_no_unicode_are_written_out() -> None:
     _, rejects, _ = ingest.rows(location(), 0, page("caf\udce9.png"))
     assert rejects.to_pylist() == [
-        {"key": "caf\\udce9", "role": "target", "uri": "/data/caf\\udce9.png", "reason": "bad_key"}
+        {
+            "key": "caf\\udce9",
+            "role": "target",
+            "uri": "/data/caf\\udce9.png",
+            "reason": "bad_key",
+            "detail": "",
+        }
     ]
 
 
@@ -186,6 +192,18 @@ def test_a_unit_writes_files_of_bounded_length(tmp_path: Path, monkeypatch: pyte
         f"objects-00007-{number:04d}.parquet": rows for number, rows in enumerate((12, 12, 6))
     }
     assert sorted(read(tmp_path / "out", "objects")["key"].to_pylist()) == sorted(map(str, range(30)))
+
+
+def test_a_location_of_which_nothing_can_be_used_says_why(tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text("source,target\n/x/a.png,b.png,c\n/x/a.png,../b.png\n")
+    listed = config({"uri": f"{tmp_path}/pairs.csv", "role": "table"})
+    task = ingest.ListingTask(ingest.units(listed))
+    listing = ingest.list_units(task, config=listed, output=f"{tmp_path}/out", requests=1)
+    with pytest.raises(
+        UserError, match=r"none of its 3 .*/x/a.png \(outside, line 3, column source\); .*b.png \("
+    ) as info:
+        ingest.check(listed, listing)
+    assert "pairs.csv (bad_row, line 2: it has 3 cells, the header 2: /x/a.png,b.png,c)" in str(info.value)
 
 
 def test_a_table_gives_objects_of_several_roles(tmp_path: Path) -> None:

@@ -83,6 +83,14 @@ def test_a_key_that_comes_twice_in_a_role_is_rejected_with_all_its_objects() -> 
     assert rejects["reason"].to_pylist() == ["duplicate_target"] * 3
 
 
+def test_an_object_that_is_listed_twice_is_one() -> None:
+    pairs, rejects = join(
+        objects(*both("a"), *both("b"), *both("a"), {"key": "b", "role": "target", "uri": "/x"})
+    )
+    assert [row["key"] for row in pairs] == ["a"]
+    assert rejects == {"duplicate_target": {"b"}}
+
+
 def test_keys_that_differ_only_in_case_are_reported_as_such() -> None:
     table = objects(
         {"key": "Img", "role": "source"}, {"key": "img", "role": "target"}, {"key": "c", "role": "source"}
@@ -133,6 +141,8 @@ def test_roles_that_disagree_on_the_split_and_unknown_splits_are_rejected() -> N
     pairs, rejects = join(objects(*rows, *both("b", split="extra"), *both("c", split="test")))
     assert [(row["key"], row["split"]) for row in pairs] == [("c", "test")]
     assert rejects == {"bad_split": {"a", "b"}}
+    _, table = pair.join_roles(objects(*both("b", split="extra")), BOTH, PairConfig(), (0, 0))
+    assert table["detail"].to_pylist() == ["extra", "extra"]
 
 
 def test_a_split_that_one_role_names_holds_for_the_pair() -> None:
@@ -286,6 +296,8 @@ def test_roles_keep_their_order() -> None:
 def test_too_many_rejects_fail_the_stage_and_say_why() -> None:
     with pytest.raises(StageError, match=r"3 of 10 pairs rejected.*no_target 2.*not usable by name 1"):
         pair.outcome(PairConfig(), {"train": 7, "reject_no_target": 2}, 1, "/out")
+    with pytest.raises(StageError, match=r"a.png \(duplicate_source\); several images .* a `key` column"):
+        pair.outcome(PairConfig(), {"reject_duplicate_source": 2}, 0, "/out", ["a.png (duplicate_source)"])
     allowed = pair.outcome(
         PairConfig(max_reject_fraction=0.3), {"train": 7, "reject_no_target": 3}, 0, "/out"
     )
@@ -326,7 +338,8 @@ def write_listing(folder: Path, *tables: pa.Table) -> str:
         pq.write_table(table, folder / name)
         files[name] = table.num_rows
         roles.update(table["role"].to_pylist())
-    (folder / "_listing.json").write_text(json.dumps({"files": files, "roles": roles, "rejected": 0}))
+    listing = {"files": files, "roles": roles, "rejected": 0, "examples": []}
+    (folder / "_listing.json").write_text(json.dumps(listing))
     return str(folder)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 ZIP_SUFFIXES = (".zip",)
-FORMATS = {".csv": "csv", ".tsv": "tsv", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
+FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 
 _NUMBER = r"-?[0-9]{1,15}(?:\.[0-9]{1,9})?"
 _CAPTURES = {"key": r"(?s:.+)", "split": r"[^/]+", "group": r"[^/]+", "x": _NUMBER, "y": _NUMBER}

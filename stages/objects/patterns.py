@@ -89,7 +89,7 @@ def bad_keys(keys: pa.Array) -> pa.Array:
 
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
 """Names of splits in paths and tables."""
