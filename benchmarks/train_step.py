@@ -28,7 +28,7 @@ from stages.base import Precision
 from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD, condition_channels
 from stages.models.fast.heap import return_freed_memory
 from stages.models.fast.process import tune_process
-from stages.models.gan import build_gan
+from stages.models.gan import GanState, build_gan
 from stages.models.inputs import make_condition
 from stages.models.objective import paper_weights
 from stages.models.step import Batch, step
@@ -52,12 +52,18 @@ class Case:
 
     arch: Pix2Pix | Pix2PixHD
     size: tuple[int, int]  # width, height
+    rows: int = 1  # pairs of a batch
     enhancers: int = 0
     scales: int = 0
     local: bool = False
     checkpointing: bool = False
     time_goal: tuple[float, float] | None = None  # float32, bf16
     memory_goal: float | None = None  # float32
+
+    @property
+    def inputs(self) -> InputSpec:
+        """Streets for pix2pixHD, photos for pix2pix."""
+        return HD_INPUTS if isinstance(self.arch, Pix2PixHD) else InputSpec()
 
 
 CASES = {
@@ -74,28 +80,26 @@ CASES = {
 
 
 def make_batch(case: Case, seed: int = 0) -> Batch:
-    """A street-like batch of one: blocky labels and instances, a random photo."""
+    """A street-like batch: blocky labels and instances, random photos."""
     source = torch.Generator().manual_seed(seed)
     width, height = case.size
-    photo = torch.randint(0, 256, (1, 3, height, width), generator=source, dtype=torch.uint8, device="cpu")
+    shape = (case.rows, 3, height, width)
+    photo = torch.randint(0, 256, shape, generator=source, dtype=torch.uint8, device="cpu")
     if isinstance(case.arch, Pix2Pix):
         return Batch(source=photo.flip(3), target=photo)
-    shape = (1, 1, height // 16, width // 16)
+    shape = (case.rows, 1, height // 16, width // 16)
     blocks = torch.randint(0, 35, shape, generator=source, dtype=torch.uint8, device="cpu")
     labels = blocks.repeat_interleave(16, 2).repeat_interleave(16, 3)
     return Batch(source=labels, target=photo, instance=labels.to(torch.int32))
 
 
-def our_side(
-    case: Case, precision: Precision, device: str = "cpu"
-) -> tuple[Callable[[], None], torch.nn.Module, torch.nn.Module]:
-    """Our step, and the networks it trains."""
-    weights = paper_weights(case.arch)
+def our_gan(case: Case, precision: Precision, device: torch.device | str = "cpu") -> GanState:
+    """The state of our step."""
     hd = isinstance(case.arch, Pix2PixHD)
-    gan = build_gan(
+    return build_gan(
         case.arch,
-        HD_INPUTS if hd else InputSpec(),
-        weights=weights,
+        case.inputs,
+        weights=paper_weights(case.arch),
         enhancers=case.enhancers if hd else None,
         discriminators=case.scales if hd else None,
         parts="outermost" if case.local else "all",
@@ -103,6 +107,14 @@ def our_side(
         checkpointing=case.checkpointing,
         device=device,
     )
+
+
+def our_side(
+    case: Case, precision: Precision, device: str = "cpu"
+) -> tuple[Callable[[], None], torch.nn.Module, torch.nn.Module]:
+    """Our step, and the networks it trains."""
+    weights = paper_weights(case.arch)
+    gan = our_gan(case, precision, device)
     batch = make_batch(case).to(device)
     assert gan.discriminator is not None
     if device == "meta":  # only operations are counted, and fused optimizers do not know the device
@@ -117,33 +129,48 @@ def _drop_gradients(parameters: Sequence[torch.Tensor]) -> None:
         parameter.grad = None
 
 
+def plain_gan(case: Case) -> Plain:
+    """The state of the published step."""
+    arch = case.arch
+    if isinstance(arch, Pix2Pix):
+        noisy = {level for level in (7, 6, 5) if level < arch.levels}
+        unet = PlainUnet(3, 3, levels=arch.levels, width=arch.width, noisy=noisy)
+        return Plain(unet, PlainPatch(6, width=arch.discriminator_width, layers=arch.discriminator_layers))
+    channels = condition_channels(arch, HD_INPUTS)
+    coarse_to_fine = PlainGenerator(
+        channels,
+        global_width=arch.global_width,
+        downsamplings=arch.downsamplings,
+        blocks=arch.blocks,
+        enhancers=case.enhancers,
+        enhancer_blocks=arch.enhancer_blocks,
+    )
+    scales = PlainMultiScale(
+        channels + 3, scales=case.scales, width=arch.discriminator_width, layers=arch.discriminator_layers
+    )
+    return Plain(coarse_to_fine, scales, local=case.local)
+
+
+def plain_step(case: Case, plain: Plain, batch: Batch) -> None:
+    """One published step."""
+    target = batch.target.float() / 127.5 - 1
+    if isinstance(case.arch, Pix2Pix):
+        pix2pix_step(plain, batch.source.float() / 127.5 - 1, target)
+    else:
+        condition = make_condition(batch.source, batch.instance, arch=case.arch, inputs=HD_INPUTS)
+        pix2pixhd_step(plain, condition, target)
+
+
 def plain_side(
     case: Case, generator: torch.nn.Module | None, discriminator: torch.nn.Module | None
 ) -> Callable[[], None]:
     """The published step, with the weights of ours if given."""
     batch = make_batch(case).to(torch.get_default_device())
-    target = batch.target.float() / 127.5 - 1
-    if isinstance(case.arch, Pix2Pix):
-        unet, patch = PlainUnet(3, 3, levels=8, width=64, noisy={7, 6, 5}), PlainPatch(6)
-        plain = Plain(_filled(unet, generator), _filled(patch, discriminator))
-        image = batch.source.float() / 127.5 - 1
-        return lambda: _discard(pix2pix_step(plain, image, target))
-    channels = condition_channels(case.arch, HD_INPUTS)
-    coarse_to_fine = PlainGenerator(channels, enhancers=case.enhancers)
-    scales = PlainMultiScale(channels + 3, scales=case.scales)
-    plain = Plain(_filled(coarse_to_fine, generator), _filled(scales, discriminator), local=case.local)
-
-    def run() -> None:
-        condition = make_condition(batch.source, batch.instance, arch=case.arch, inputs=HD_INPUTS)
-        pix2pixhd_step(plain, condition, target)
-
-    return run
-
-
-def _filled(plain: torch.nn.Module, ours: torch.nn.Module | None) -> torch.nn.Module:
-    if ours is not None:
-        copy_weights(ours, plain)
-    return plain
+    plain = plain_gan(case)
+    if generator is not None and discriminator is not None:
+        copy_weights(generator, plain.generator)
+        copy_weights(discriminator, plain.discriminator)
+    return lambda: plain_step(case, plain, batch)
 
 
 def _discard(_: object) -> None:
