@@ -60,12 +60,15 @@ class Step:
     needs: Mapping[str, str] = field(default_factory=dict)
     digest: Callable[[], str] | None = None
     """The digest of what the step reads from outside the pipeline; computed at every plan."""
+    check: Callable[[Mapping[str, str]], None] | None = None
+    """Raises UserError for what the step would refuse. Takes the folders of its inputs that are done."""
 
 
 def steps(config: PipelineConfig) -> tuple[Step, ...]:
     """The pipeline. Read it downwards: every step needs only steps above it."""
     phases = jobs(config.train, config.augment)
     last = f"train-{phases[-1].phase.name}"
+    scored = config.evaluate.model_copy(update={"split": config.evaluate.split or config.infer.split})
     return (
         Step(
             name="ingest",
@@ -106,6 +109,7 @@ def steps(config: PipelineConfig) -> tuple[Step, ...]:
             digest=(lambda: infer.digest(config.infer, config.tracking.place(config.workspace)))
             if config.infer.input or config.infer.model
             else None,
+            check=lambda inputs: infer.check(config.infer, inputs.get("shards", "")),
             work=lambda at: infer.run(
                 config.infer,
                 at.resources,
@@ -119,10 +123,11 @@ def steps(config: PipelineConfig) -> tuple[Step, ...]:
             name="evaluate",
             stage="evaluate",
             version=evaluate.VERSION,
-            config=config.evaluate,
+            config=scored,
             needs={"shards": "shard"} | ({} if config.evaluate.images else {"images": "infer"}),
+            check=lambda inputs: evaluate.check(scored, inputs.get("shards", "")),
             work=lambda at: evaluate.run(
-                config.evaluate,
+                scored,
                 at.resources,
                 output=at.output,
                 track=at.track,
@@ -161,6 +166,7 @@ def _phase(job: PhaseJob, before: PhaseJob | None) -> Step:
         version=train.VERSION,
         config=job,
         needs={"shards": "shard"} | ({"before": f"train-{before.phase.name}"} if before else {}),
+        check=lambda _: train.check(job),
         work=lambda at: train.run(
             job,
             at.resources,

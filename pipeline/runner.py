@@ -99,8 +99,15 @@ def select(planned: Sequence[PlannedStep], *, only: str | None, until: str | Non
     return tuple(chosen)
 
 
+def check(planned: Iterable[PlannedStep]) -> None:
+    """Raise UserError for what a step to do would refuse, as far as its inputs that are done show it."""
+    for p in planned:
+        if p.step.check is not None and not p.done:
+            p.step.check({name: uri for name, uri in p.inputs.items() if _marker(uri) is not None})
+
+
 def execute(
-    planned: Iterable[PlannedStep],
+    planned: Sequence[PlannedStep],
     resources: Resources,
     *,
     parent: Run,
@@ -108,6 +115,8 @@ def execute(
     observe: Callable[[Step, Run], Run] = lambda _, run: run,
 ) -> dict[str, Mapping[str, Any]]:
     """Run the steps that are not done, in order. Returns every step's marker by the step's name.
+
+    After each step, the later ones that need it are checked, before work is wasted.
 
     view: what the report shows of the run; its `markers` are filled in here
     observe: returns the MLflow run to give a step, e.g. one that also forwards its metrics
@@ -150,6 +159,7 @@ def execute(
         markers[p.step.name] = marker
         counts = ", ".join(f"{name} {value:,}" for name, value in outcome.counts.items())
         logger.info("%-13s done in %s%s", p.step.name, duration(seconds), f": {counts}" if counts else "")
+        check(q for q in planned if q.step.name not in markers and p.step.name in q.step.needs.values())
     return markers
 
 

@@ -17,7 +17,7 @@ from pipeline.cli import stop_on_sigterm
 from pipeline.cluster import check_folders, cluster, result_folders
 from pipeline.config import PipelineConfig
 from pipeline.dag import RunView, needed, steps
-from pipeline.runner import PlannedStep, execute, plan, select
+from pipeline.runner import PlannedStep, check, execute, plan, select
 from stages import storage
 from stages.base import Role
 from stages.config.train import PhaseJob, full_size
@@ -54,9 +54,10 @@ def run(
     pipeline = steps(config)
     planned = plan(needed(pipeline, only) if only else pipeline, config.workspace)
     if plan_only:
-        select(planned, only=None, until=until)  # refuses an unknown stage
+        check(select(planned, only=None, until=until))
         return table(planned, memory(config, planned))
     chosen = select(planned, only=only, until=until)
+    check(chosen)
     if all(p.done for p in chosen):
         logger.info("nothing to do: every step is done")
         catch_up(config.tracking, config.workspace)
@@ -127,14 +128,16 @@ def register_model(
     if scores and metric not in scores:
         logger.warning("tracking.metric: %s was not measured; there are %s", metric, ", ".join(scores))
     shards = trained[0].inputs["shards"]
+    spec = dataset.load(shards)
+    split = spec.scored_split(config.evaluate.split or config.infer.split, "evaluate.split") if scores else ""
     parent.model(
         storage.join(trained[0].folder, "model"),
-        dataset.example(shards, dataset.load(shards)),
+        dataset.example(shards, spec),
         name=config.tracking.model or config.tracking.experiment,
         alias=config.tracking.alias,
         metric=metric,
         value=scores.get(metric),
-        data=f"{shards.rpartition('/')[2]} {config.evaluate.split}",
+        data=f"{shards.rpartition('/')[2]} {split}",
     )
 
 

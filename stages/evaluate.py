@@ -15,6 +15,7 @@ and many give the same numbers.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -35,9 +36,9 @@ from stages.images import colour, decode, encode, geometry, pictures
 from stages.images.kinds import Array, ImageRejected
 from stages.inference import inputs, outputs
 from stages.inference.inputs import RowGroupRange as RowGroups
-from stages.inference.model_source import fingerprint
 from stages.inference.translator import Translator
 from stages.models.fast.heap import keep_freed_memory
+from stages.models.files.saved import fingerprint
 from stages.objects.fetch import Object, Reader
 from stages.parallel.cluster import UNITS_AT_ONCE, each, on_actors, pool_size, threads, uses_gpu
 from stages.parallel.threads import prefetch_map
@@ -60,6 +61,8 @@ VERSION = 1
 READ_AHEAD = 8
 SCAN_PARTS = 256  # parts of the training split at most: the driver adds up as many partial sums
 PAIRS_A_SCAN = 1000  # that a process is worth starting for: it takes some seconds
+
+logger = logging.getLogger(__name__)
 
 
 # -- rules -----------------------------------------------------------------------------------------
@@ -172,7 +175,8 @@ class EvaluationWorker:
         keep_freed_memory()
         self.job, self.config = job, job.config
         self.spec = dataset.load(job.shards)
-        self.units = inputs.shard_units(self.spec, job.config.split)
+        self.split = split_of(job.config, self.spec)
+        self.units = inputs.shard_units(self.spec, self.split)
         data: BaselineData | None = None if job.baseline_data is None else ray.get(job.baseline_data)
         self.baseline_data = data
         self.mean_target = data.mean.image() if data is not None and data.mean.count else None
@@ -191,7 +195,7 @@ class EvaluationWorker:
     def score(self, unit: int) -> int:
         """Score one unit and write its part; returns the number of its images."""
         scores = UnitScores()
-        pairs = stored_pairs(self.job.shards, self.spec, self.config.split, self.units[unit])
+        pairs = stored_pairs(self.job.shards, self.spec, self.split, self.units[unit])
         for place, sample, samples in prefetch_map(self.pool, self._read, pairs, ahead=READ_AHEAD):
             file, row_group, row = place
             record: dict[str, Any] = {
@@ -311,6 +315,25 @@ class EvaluationWorker:
 # -- wiring ----------------------------------------------------------------------------------------
 
 
+def split_of(config: EvaluateConfig, spec: DatasetSpec) -> Split:
+    """The split of these shards to score. Raises UserError if it has no pair."""
+    return spec.scored_split(config.split, "evaluate.split")
+
+
+def check(config: EvaluateConfig, shards: str = "") -> None:
+    """Raise UserError for what is not there. `shards`: where the targets are; "" if not known yet."""
+    files = {"images": config.images}
+    if config.lpips is not None:
+        files |= {"lpips.backbone": config.lpips.backbone, "lpips.linear": config.lpips.linear}
+    for name, network in {"inception": config.inception, "segmenter": config.segmenter}.items():
+        files |= {} if network is None else {f"{name}.weights": network.weights}
+    for key, uri in files.items():
+        if uri is not None:
+            storage.require(uri, f"evaluate.{key}")
+    if shards:
+        split_of(config, dataset.load(shards))
+
+
 def run(
     config: EvaluateConfig,
     resources: Resources,
@@ -325,9 +348,9 @@ def run(
     Raises UserError for absent weights, an absent folder or split; StageError where images are missing.
     """
     spec = dataset.load(shards)
-    units = inputs.shard_units(spec, config.split)
-    if not units:
-        raise UserError(f"evaluate.split: the shards hold no pair of the split {config.split!r}")
+    split = split_of(config, spec)
+    logger.info("evaluate      scores the %s split: %s pairs", split, f"{spec.rows(split):,}")
+    units = inputs.shard_units(spec, split)
     distances = feature_names(config.inception) if config.inception else ()
     job = make_job(config, resources, spec, shards, images, output)
     score_units(job, resources, spec, len(units))
@@ -358,8 +381,7 @@ def make_job(
     folder, suffix, samples, manifest = generated, "", 1, ""
     if config.images is not None:
         folder = storage.absolute(config.images)
-        if not storage.exists(folder):
-            raise UserError(f"evaluate.images: {folder}: there is no such folder")
+        storage.require(folder, "evaluate.images")
     elif folder:
         infer_config = storage.read_json(storage.join(folder, outputs.MANIFEST))["config"]
         suffix, samples = outputs.SUFFIX[infer_config["format"]], int(infer_config["samples"])
@@ -367,7 +389,8 @@ def make_job(
     else:
         raise UserError("evaluate.images: name a folder of images; none were generated here")
     gpu = uses_gpu(resources)
-    units = inputs.shard_units(spec, config.split)
+    split = split_of(config, spec)
+    units = inputs.shard_units(spec, split)
     return EvaluateJob(
         config=config,
         shards=shards,
@@ -380,15 +403,15 @@ def make_job(
         threads=threads(resources, pool_size(resources, gpu=gpu)),
         io_threads=resources.io_threads,
         lpips=lpips_name(config.lpips) if config.lpips else "",
-        untrained=first_units(spec, config.split, units, config.baselines.untrained),
-        nearest=first_units(spec, config.split, units, config.baselines.nearest),
+        untrained=first_units(spec, split, units, config.baselines.untrained),
+        nearest=first_units(spec, split, units, config.baselines.nearest),
     )
 
 
 def score_units(job: EvaluateJob, resources: Resources, spec: DatasetSpec, count: int) -> None:
     """Score the units that are not finished yet; the mean training target is also written as a picture."""
     config, gpu = job.config, job.device == "cuda"
-    with Progress("evaluate", total=spec.rows(config.split), unit="images") as progress:
+    with Progress("evaluate", total=spec.rows(split_of(config, spec)), unit="images") as progress:
         finished = outputs.finished_units(job.output)
         unfinished = [unit for unit in range(count) if unit not in finished]
         if not unfinished:

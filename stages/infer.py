@@ -28,22 +28,23 @@ import pyarrow as pa
 import torch
 
 from stages import storage
-from stages.base import MAX_PIXELS, Kind, Outcome, Resources
+from stages.base import MAX_PIXELS, Kind, Outcome, Resources, Split
 from stages.config.infer import InferConfig, StyleConfig
 from stages.errors import StageError, UserError
 from stages.images import colour, decode, encode, geometry, pictures
 from stages.images.kinds import Array, ImageRejected
 from stages.inference import inputs, outputs
 from stages.inference.inputs import InputImages, InputPlan, Item, Location
-from stages.inference.model_source import description, fingerprint, local_model
+from stages.inference.model_source import description, local_model
 from stages.inference.translator import Translator, noise_seed
 from stages.models.fast.process import tune_process
-from stages.models.files.saved import load_model
+from stages.models.files.saved import fingerprint, load_model
 from stages.objects.fetch import Object, Reader
 from stages.parallel.cluster import on_actors, pool_size, threads, uses_gpu
 from stages.parallel.threads import prefetch_map, results
 from stages.progress import Progress
 from stages.shards import dataset
+from stages.shards.dataset import DatasetSpec
 
 if TYPE_CHECKING:
     from stages.tracking.run import Run
@@ -189,7 +190,7 @@ class InferenceWorker:
             self.one_thread_each = ThreadPoolExecutor(self.at_once, "infer-one", torch.set_num_threads, (1,))
         self.fingerprint = self.translator.model.fingerprint
         self.spec = dataset.load(job.shards) if job.shards else None
-        self.units = inputs.shard_units(self.spec, job.config.split) if self.spec else []
+        self.units = inputs.shard_units(self.spec, split_of(job.config, self.spec)) if self.spec else []
         self.reference = self._reference()
         self.pool = ThreadPoolExecutor(job.io_threads, thread_name_prefix="infer-io")
 
@@ -382,6 +383,23 @@ def _named(key: str) -> Iterator[None]:
         raise UserError(f"{key}: {error}") from error
 
 
+def split_of(config: InferConfig, spec: DatasetSpec) -> Split:
+    """The split of these shards to generate. Raises UserError if it has no pair."""
+    return spec.scored_split(config.split, "infer.split")
+
+
+def check(config: InferConfig, shards: str = "") -> None:
+    """Raise UserError for what is not there. `shards`: where the sources are; "" if not known yet."""
+    if config.style.kind == "reference":
+        for name in ("picture", "instances", "labels"):
+            storage.require(getattr(config.style, name), f"infer.style.{name}")
+    if config.input is not None:
+        uri = location(config).uri
+        shards = uri if is_shards(uri) else ""
+    if shards:
+        split_of(config, dataset.load(shards))
+
+
 def digest(config: InferConfig, tracking_uri: str | None = None) -> str:
     """A digest of what a run reads from outside the pipeline: the listing of `input`, the model's files."""
     texts = []
@@ -464,9 +482,9 @@ def prepare(
                 plan = inputs.plan(where, None if begun else output)
     if plan is None:
         spec = dataset.load(shards)
-        units, rows = len(inputs.shard_units(spec, config.split)), spec.rows(config.split)
-        if not rows:
-            raise UserError(f"infer.split: the shards hold no pair of the split {config.split!r}")
+        split = split_of(config, spec)
+        logger.info("infer         generates the %s split: %s pairs", split, f"{spec.rows(split):,}")
+        units, rows = len(inputs.shard_units(spec, split)), spec.rows(split)
         content = storage.read_bytes(storage.join(shards, dataset.NAME))
         source = hashlib.sha256(content).hexdigest()[:16]
     else:

@@ -218,6 +218,12 @@ def run(
     )
 
 
+def check(config: PhaseJob) -> None:
+    """Raise UserError for weights that are not there."""
+    if config.losses.perceptual > 0 and config.vgg_weights is not None:
+        storage.require(config.vgg_weights, "train.vgg_weights")
+
+
 def _check(config: PhaseJob, resources: Resources, spec: DatasetSpec, shards: str) -> None:
     """Raises UserError where the phase cannot train on these shards with these workers."""
     if spec.rows("train") == 0:

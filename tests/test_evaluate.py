@@ -59,6 +59,21 @@ def test_the_larger_picture_is_made_as_small_as_the_smaller() -> None:
     assert same_size(small, small)[0] is small
 
 
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"images": "/no"}, "images: /no"),
+        ({"lpips": {"backbone": "/no.pth"}}, "lpips.backbone: /no.pth"),
+        ({"lpips": {"backbone": "/", "linear": "/no.pth"}}, "lpips.linear: /no.pth"),
+        ({"inception": {"weights": "/no.pt"}}, "inception.weights: /no.pt"),
+        ({"segmenter": {"weights": "/no.pt", "classes": 2}}, "segmenter.weights: /no.pt"),
+    ],
+)
+def test_what_is_not_there_is_named_before_training(config: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=f"evaluate.{named}: there is no such file or folder"):
+        evaluate.check(EvaluateConfig(**config))
+
+
 # -- runs ---------------------------------------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ from stages.images import colour, encode
 from stages.infer import InferenceWorker, LoadedItem, same_shape_batches, source_size
 from stages.inference import outputs
 from stages.inference.inputs import InputImages, Item
+from stages.models.files.saved import load_model
 from stages.tracking.run import NullRun
 from tests.support.here import workers_here
 from tests.support.small import make_model, make_shards, scene
@@ -99,6 +100,18 @@ def test_a_wrong_setting_is_named(values: dict[str, Any], named: str) -> None:
         InferConfig(**values)
 
 
+def test_what_is_not_there_is_named_before_training(tmp_path: Path) -> None:
+    make_shards(tmp_path / "shards", {"train": [4]})
+    with pytest.raises(UserError, match=r"infer.split: .* the split 'test' \(they hold: train 4\)"):
+        infer.check(InferConfig(), str(tmp_path / "shards"))
+    infer.check(InferConfig())  # no shards yet
+    with pytest.raises(UserError, match=r"infer.split: .* the split 'val'"):
+        infer.check(InferConfig(input=str(tmp_path / "shards"), split="val"))
+    style = {"kind": "reference", "picture": "/no.png", "instances": "/no.png", "labels": "/no.png"}
+    with pytest.raises(UserError, match=r"infer.style.picture: /no.png: there is no such file"):
+        infer.check(InferConfig(style=style))
+
+
 # -- runs ---------------------------------------------------------------------------------------
 
 
@@ -118,6 +131,19 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 def workers_in_process() -> Iterator[None]:
     with workers_here(infer):
         yield
+
+
+def test_without_a_test_split_validation_is_generated_by_a_model_of_one_fingerprint(
+    workers_in_process: None, tmp_path: Path, model: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    make_shards(tmp_path / "shards", {"train": [4], "val": [3]})
+    outcome = run(tmp_path / "out", model=model, shards=str(tmp_path / "shards"))
+    assert outcome.counts == {"images": 3, "errors": 0}
+    assert "generates the val split: 3 pairs" in caplog.text
+    begun = json.loads((tmp_path / "out" / outputs.MANIFEST).read_text())
+    fingerprints = {row["model"] for row in table(tmp_path / "out")} | {begun["model"]}
+    assert fingerprints == {load_model(Path(model)).fingerprint}
 
 
 @pytest.mark.ray

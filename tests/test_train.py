@@ -197,6 +197,13 @@ def test_a_lack_of_memory_says_what_to_lower() -> None:
     assert train.out_of_memory(RuntimeError(), job) == ""
 
 
+def test_weights_that_are_not_there_are_named_before_training() -> None:
+    losses = {"gan": "least_squares", "perceptual": 10.0}
+    job = phase_jobs(losses=losses, vgg_weights="/no.pth")[0]
+    with pytest.raises(UserError, match=r"train.vgg_weights: /no.pth: there is no such file or folder"):
+        train.check(job)
+
+
 def test_threads_are_a_workers_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert train.threads(None, workers_here=2, gpu=False) == 4

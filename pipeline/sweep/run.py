@@ -33,7 +33,7 @@ from ray.util.queue import Queue
 from pipeline import cli
 from pipeline.cluster import check_folders, cluster, result_folders
 from pipeline.dag import steps
-from pipeline.runner import PlannedStep, execute, plan
+from pipeline.runner import PlannedStep, check, execute, plan
 from pipeline.session import run_tags, run_view
 from pipeline.sweep.config import EarlyStop, SweepConfig, load
 from pipeline.sweep.trials import State, Trial, TrialResult, best_of, make_trials, reporting, shared
@@ -106,6 +106,8 @@ def run(options: argparse.Namespace, *, command: str) -> None:
     storage.configure(config.storage)
     digests: dict[str, str] = {}
     plans = [plan(steps(trial.config), trial.config.workspace, digests) for trial in trials]
+    for planned in plans:
+        check(planned)
     if options.plan:
         sys.stdout.write(plan_table(trials, plans))
         return

@@ -101,7 +101,10 @@ class PaletteConfig(Config):
 class EvaluateConfig(Config):
     """Which images to score, and by what."""
 
-    split: Annotated[Split, Field(description="The split whose targets are compared.")] = "test"
+    split: Annotated[
+        Split | None,
+        Field(description="The split whose targets are compared. null: infer.split."),
+    ] = None
     images: Annotated[
         str | None,
         Field(description="A folder of another system's images. null: the images that infer generated."),

@@ -44,7 +44,10 @@ class InferConfig(Config):
             "run's own shards."
         ),
     ] = None
-    split: Annotated[Split, Field(description="The split to read where the input is shards.")] = "test"
+    split: Annotated[
+        Split | None,
+        Field(description="The split to read where the input is shards. null: test, or val without test."),
+    ] = None
     pattern: Annotated[
         str, Field(description="The path of a source below `input`, with its variable part as {key}.")
     ] = "{key}.*"

@@ -10,11 +10,10 @@ with the location; the caller puts its config key or option before it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -57,11 +56,6 @@ def description(uri: str, tracking_uri: str | None = None) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{uri}: {MANIFEST} is damaged")
     return value
-
-
-def fingerprint(manifest: Mapping[str, Any]) -> str:
-    """Sixteen hex digits of a model's `model.json`: they differ whenever its weights or settings do."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def local_model(

@@ -29,6 +29,7 @@ from stages.shards.row_groups import num_row_groups, read_unit
 
 NAME = "dataset.json"
 EXAMPLE_SIDE = 128
+SCORED: tuple[Split, ...] = ("test", "val")  # to generate and evaluate by default: the first that has pairs
 
 
 class RoleSpec(Config):
@@ -69,6 +70,20 @@ class DatasetSpec(Config):
     def rows(self, split: Split) -> int:
         """Number of pairs of a split."""
         return sum(file.rows for file in self.splits.get(split, ()))
+
+    def scored_split(self, configured: Split | None, key: str) -> Split:
+        """The split to generate or evaluate: the configured one; None: test, or val if test has no pair.
+
+        Raises UserError that names the config key if the split has no pair.
+        """
+        split = configured or next((name for name in SCORED if self.rows(name)), SCORED[0])
+        if not self.rows(split):
+            there = ", ".join(f"{name} {self.rows(name):,}" for name in self.splits)
+            raise UserError(
+                f"{key}: the shards hold no pair of the split {split!r} (they hold: {there}); change it, or "
+                "pair.split, or {split} in the patterns"
+            )
+        return split
 
     def counts(self) -> dict[str, int]:
         """Number of pairs of every split, as MLflow shows it."""

@@ -24,6 +24,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
+from stages.config.locations import absolute
 from stages.errors import UserError, one_line
 from stages.storage import s3
 from stages.storage.retry import ATTEMPTS, patiently
@@ -70,6 +71,12 @@ def exists(uri: str) -> bool:
     fs, path = filesystem(uri)
     fs.invalidate_cache()
     return bool(call_store(lambda: fs.exists(path), uri))
+
+
+def require(uri: str, key: str) -> None:
+    """Raise UserError that names the config key if there is no such file or folder."""
+    if not exists(absolute(uri)):
+        raise UserError(f"{key}: {uri}: there is no such file or folder")
 
 
 def list_names(uri: str) -> list[str]:

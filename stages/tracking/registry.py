@@ -22,8 +22,8 @@ from mlflow.models import Model, ModelSignature
 from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
-from stages.inference.model_source import description, fingerprint, local_model, tracking_server
-from stages.models.files.saved import DISCRIMINATOR, EMA, WEIGHTS, read_manifest
+from stages.inference.model_source import description, local_model, tracking_server
+from stages.models.files.saved import DISCRIMINATOR, EMA, WEIGHTS, fingerprint, read_manifest
 from stages.scoring.metrics import lower_is_better
 from stages.tracking import served
 

@@ -16,14 +16,13 @@ from stages import storage
 from stages.errors import UserError
 from stages.inference.model_source import (
     description,
-    fingerprint,
     is_mlflow,
     local_model,
     mlflow_model,
     model_folder,
     tracking_server,
 )
-from stages.models.files.saved import DISCRIMINATOR, EMA, MANIFEST, WEIGHTS, load_model
+from stages.models.files.saved import DISCRIMINATOR, EMA, MANIFEST, WEIGHTS, fingerprint, load_model
 from stages.storage.local import upload_folder
 from tests.support.small import make_model
 

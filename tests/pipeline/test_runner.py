@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.dag import RunView, Step, StepContext, needed
-from pipeline.runner import MARKER, PlannedStep, execute, plan, select
+from pipeline.runner import MARKER, PlannedStep, check, execute, plan, select
 from stages import storage
 from stages.base import Config, Outcome, Resources
 from stages.errors import StageError, UserError
@@ -20,10 +20,11 @@ class NumberConfig(Config):
 
 
 class Line:
-    """A pipeline of two stages: `make` writes a number, `double` reads it. Counts what ran."""
+    """A pipeline of two stages: `make` writes a number, `double` reads it. Keeps what ran and was checked."""
 
     def __init__(self, workspace: Path) -> None:
         self.workspace, self.ran, self.fails = str(workspace), [], False
+        self.checked: list[list[str]] = []
         self.listed = "objects-1"
 
     def make(self, config: NumberConfig, output: str) -> Outcome:
@@ -57,6 +58,7 @@ class Line:
                     config=second,
                     work=lambda at: self.seen(at) or self.double(second, at.inputs["numbers"]),
                     needs={"numbers": "make"},
+                    check=lambda inputs: self.checked.append(list(inputs)),
                 ),
             ),
             self.workspace,
@@ -93,6 +95,15 @@ def test_a_digest_of_an_earlier_plan_is_not_computed_again(line: Line) -> None:
     line.listed = "objects-2"
     assert plan(steps, line.workspace, digests)[0].fingerprint == first[0].fingerprint
     assert plan(steps, line.workspace)[0].fingerprint != first[0].fingerprint
+
+
+def test_a_step_is_checked_before_the_run_and_again_as_soon_as_its_inputs_are_done(line: Line) -> None:
+    check(line.plan())
+    assert line.checked == [[]]
+    line.run(line.plan())
+    assert line.checked == [[], ["numbers"]]
+    check(line.plan())  # it is done
+    assert line.checked == [[], ["numbers"]]
 
 
 def test_a_rerun_does_nothing(line: Line) -> None:

@@ -13,6 +13,8 @@ from pipeline import session
 from pipeline.config import PipelineConfig
 from pipeline.dag import steps
 from pipeline.runner import PlannedStep
+from stages.errors import UserError
+from stages.shards.dataset import DatasetSpec, ShardFile
 from stages.tracking.run import NullRun
 
 YAML = str(Path(__file__).resolve().parents[2] / "pipeline.yaml")
@@ -37,7 +39,9 @@ class Record(NullRun):
 @pytest.fixture(autouse=True)
 def shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards are not written here; the example is theirs."""
-    monkeypatch.setattr("stages.shards.dataset.load", lambda folder: None)
+    files = (ShardFile(name="test-0.parquet", rows=1, row_groups=(1,)),)
+    spec = DatasetSpec(size=(64, 64), roles={}, splits={"test": files})
+    monkeypatch.setattr("stages.shards.dataset.load", lambda folder: spec)
     monkeypatch.setattr("stages.shards.dataset.example", lambda folder, spec: {})
 
 
@@ -105,6 +109,20 @@ def test_memory_is_estimated_for_every_phase_from_the_config_alone() -> None:
     assert all(accumulated[name] < whole[name] for name in whole)
     text = session.table(planned(config), whole)
     assert "a training worker needs about" in text.splitlines()[4]
+
+
+def test_the_plan_refuses_weights_that_are_not_there(tmp_path: Path) -> None:
+    for role in ("label", "photo", "instance"):
+        (tmp_path / role).mkdir()
+        (tmp_path / role / "a.png").touch()
+    places = [
+        f"ingest.locations.{i}.uri={tmp_path}/{r}" for i, r in enumerate(("label", "photo", "instance"))
+    ]
+    lpips = "evaluate.lpips={backbone: /no.pth}"
+    config = configuration.load(YAML, [f"workspace={tmp_path}/w", lpips, *places])
+    with pytest.raises(UserError, match=r"evaluate.lpips.backbone: /no.pth: there is no such file"):
+        session.run(config, path=YAML, command="", plan_only=True)
+    assert "evaluate" in session.run(config, path=YAML, command="", plan_only=True, until="train")
 
 
 def test_the_summary_has_times_results_and_where_the_report_is() -> None:

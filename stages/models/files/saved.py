@@ -15,11 +15,12 @@ built only after its tensors' sizes are compared with the file's.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import torch
 from pydantic import Field, PositiveInt, ValidationError
@@ -42,6 +43,7 @@ __all__ = [
     "Manifest",
     "Picture",
     "Preprocessing",
+    "fingerprint",
     "load_discriminator",
     "load_model",
     "read_manifest",
@@ -128,6 +130,11 @@ def read_manifest(folder: Path) -> Manifest:
     if WEIGHTS not in manifest.files:
         raise ValueError(f"{path}: files: {WEIGHTS} is missing")
     return manifest
+
+
+def fingerprint(manifest: Mapping[str, Any]) -> str:
+    """Sixteen hex digits of a model's `model.json`: they differ whenever its weights or settings do."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
 
 
 # -- saving -------------------------------------------------------------------
@@ -220,7 +227,7 @@ class LoadedModel:
     weights: Literal["ema", "raw"]
     """Which weights these are; "raw" as well where no average was saved."""
     fingerprint: str
-    """Sixteen hexadecimal digits that differ whenever the weights or anything of `model.json` do."""
+    """See `fingerprint`."""
 
 
 def load_model(
@@ -237,7 +244,6 @@ def load_model(
     assert isinstance(generator, Generator)
     encoder = _load(folder, manifest, ENCODER, device) if ENCODER in manifest.files else None
     assert encoder is None or isinstance(encoder, FeatureEncoder)
-    digest = hashlib.sha256(f"{name}\n{manifest.model_dump_json()}".encode()).hexdigest()
     return LoadedModel(
         generator=generator,
         encoder=encoder,
@@ -248,7 +254,7 @@ def load_model(
         preprocessing=manifest.preprocessing,
         extra=manifest.extra,
         weights="ema" if name == EMA else "raw",
-        fingerprint=digest[:16],
+        fingerprint=fingerprint(json.loads((folder / MANIFEST).read_bytes())),
     )
 
 
