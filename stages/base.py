@@ -95,6 +95,14 @@ class Resources(Config):
             "null: after every epoch only.",
         ),
     ] = None
+    checkpoint_seconds: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="Save a checkpoint no sooner than this many seconds after the last one. Epochs with "
+            "sample images, the last one among them, always save one.",
+        ),
+    ] = 30.0
     keep_checkpoints: Annotated[
         int, Field(ge=1, description="Keep this many of a phase's newest checkpoints.")
     ] = 2

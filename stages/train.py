@@ -61,6 +61,7 @@ from stages.training import phases
 from stages.training.checkpoints import Position
 from stages.training.control import Courier, CurveSink, LostWorkers, NewsRecorder, open_mailbox, reading
 from stages.training.loop import Ending, Task, Worker, phase_seed, train_phase
+from stages.training.machine import machine_metrics
 from stages.training.news import Channel, Note
 from stages.training.previews import Samples
 
@@ -135,6 +136,12 @@ def threads(configured: int | None, workers_here: int, gpu: bool) -> int:
     return 1 if gpu else max(1, own_cores() // max(1, workers_here))
 
 
+def decode_threads(workers_here: int, gpu: bool) -> int:
+    """Threads of a worker that decode: its share of the cores; few on a CPU, where the step needs them."""
+    share = max(1, own_cores() // max(1, workers_here))
+    return share if gpu else min(4, share)
+
+
 def out_of_memory(error: BaseException, job: PhaseJob) -> str:
     """What to change if an error says that memory did not suffice; else ""."""
     text = str(error)
@@ -181,6 +188,7 @@ def run(
         before=before,
         run_id=track.run_id(wait=1.0),
         checkpoint_images=resources.checkpoint_images,
+        checkpoint_seconds=resources.checkpoint_seconds,
         keep_checkpoints=resources.keep_checkpoints,
         checkpointing=resources.checkpointing,
         compiled=resources.compile,
@@ -338,6 +346,7 @@ def _train(setup: Setup) -> Ending:
         augment=job.augment,
         scale=downscale(job.model, job.phase),
         device=device,
+        threads=decode_threads(context.get_local_world_size(), setup.gpu),
         epochs=job.phase.epochs,
         read=read_here if storage.is_local(setup.shards) else read_with_ray,
     )
@@ -345,7 +354,13 @@ def _train(setup: Setup) -> Ending:
     channel = Channel(Courier(setup.mailbox))
     with _watched(channel, worker.rank, setup.stall_s):
         return train_phase(
-            setup.task, worker, feed, channel, samples, lambda: ray.train.get_preemption_info() is not None
+            setup.task,
+            worker,
+            feed,
+            channel,
+            samples,
+            preempted=lambda: ray.train.get_preemption_info() is not None,
+            load=lambda: machine_metrics(device),
         )
 
 

@@ -13,10 +13,10 @@ import math
 from typing import get_args
 
 import numpy as np
-from isal import isal_zlib
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from stages.base import Encoding, Kind
+from stages.images import deflate
 from stages.images.kinds import CHANNELS, IDS, Array, ImageRejected, Reason, dtype
 
 MAX_PIXELS = 89_478_485
@@ -113,7 +113,7 @@ def _verify_png(data: bytes) -> None:
         end = at + 12 + size
         if end > len(data):
             break
-        if isal_zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
+        if deflate.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
             raise ImageRejected("unreadable", "checksum of a PNG chunk does not match")
         if bytes(view[at + 4 : at + 8]) == b"IEND":
             return

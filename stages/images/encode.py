@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from isal import isal_zlib
 from PIL import Image
 
 from stages.base import Encoding, Kind
+from stages.images import deflate
 from stages.images.kinds import PHOTOS, Array
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -63,7 +63,7 @@ def encode_ids(ids: npt.NDArray[np.uint8], colors: npt.ArrayLike) -> bytes:
 
 def checksum(data: bytes | memoryview) -> int:
     """CRC-32 of stored bytes, verified at every use. zlib's takes 20 times as long as isal's."""
-    return isal_zlib.crc32(data)
+    return deflate.crc32(data)
 
 
 def to_pillow(array: Array) -> Image.Image:
@@ -86,9 +86,9 @@ def encode_png(array: npt.NDArray[Any], palette: bytes = b"") -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8 * array.itemsize, kind, 0, 0, 0)
     ordered = np.ascontiguousarray(array, array.dtype.newbyteorder(">"))
     rows = ordered.view(np.uint8).reshape(height, width * channels * array.itemsize)
-    packed = isal_zlib.compress(_filtered(rows, _UP), _LEVEL)
+    packed = deflate.compress(_filtered(rows, _UP), _LEVEL)
     if channels == 1:  # of ids: areas of one value repeat without a filter
-        packed = min(packed, isal_zlib.compress(_filtered(rows, _NONE), _LEVEL), key=len)
+        packed = min(packed, deflate.compress(_filtered(rows, _NONE), _LEVEL), key=len)
     colors = _chunk(b"PLTE", palette) if palette else b""
     return SIGNATURE + _chunk(b"IHDR", header) + colors + _chunk(b"IDAT", packed) + _chunk(b"IEND", b"")
 
@@ -106,5 +106,5 @@ def _filtered(rows: npt.NDArray[np.uint8], kind: int) -> npt.NDArray[np.uint8]:
 
 
 def _chunk(name: bytes, data: bytes) -> bytes:
-    checksum = isal_zlib.crc32(data, isal_zlib.crc32(name))
+    checksum = deflate.crc32(data, deflate.crc32(name))
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", checksum)

@@ -132,6 +132,15 @@ def step(
     return update(gan, batch.split(micro_batch), weights, average)
 
 
+def random_source(device: torch.device) -> torch.Generator:
+    """The generator that draws a step's dropout on this device."""
+    if device.type != "cuda":
+        return torch.default_generator
+    return torch.cuda.default_generators[
+        torch.cuda.current_device() if device.index is None else device.index
+    ]
+
+
 def all_finite(losses: Mapping[str, Tensor]) -> Tensor:
     """A boolean on the losses' device: reading it waits, so on a GPU do that every few steps."""
     return torch.stack([value.float() for value in losses.values()]).isfinite().all()
@@ -174,13 +183,14 @@ def _step_pix2pix(
     """
     total: Losses = {}
     several = len(micro_batches) > 1
-    seed = torch.initial_seed()
+    random = random_source(micro_batches[0].target.device)
+    seed = random.initial_seed()
     real: list[Features] = [[] for _ in micro_batches]
     first: tuple[_Pair, Tensor] | None = None
 
     def generated(index: int) -> tuple[_Pair, Tensor]:
         if several:
-            torch.manual_seed(seed + index)  # the same dropout in both passes
+            random.manual_seed(seed + index)  # the same dropout in both passes
         pair = _Pair.of(gan, micro_batches[index])
         return pair, _generate(gan, pair)
 

@@ -26,7 +26,6 @@ from fsspec.spec import AbstractFileSystem
 
 from stages.config.locations import absolute
 from stages.errors import UserError, one_line
-from stages.storage import s3
 from stages.storage.retry import ATTEMPTS, patiently
 
 Value = TypeVar("Value")
@@ -106,6 +105,8 @@ def write_bytes(uri: str, data: bytes) -> None:
             with create(uri) as file:
                 file.write(whole)
         elif speaks(fs, "s3"):
+            from stages.storage import s3  # noqa: PLC0415 - its clients take 0.5 s to load
+
             s3.put(fs, path, whole)
         else:
             fs.pipe_file(path, whole)

@@ -9,10 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 
-import psutil
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -57,13 +55,14 @@ class Window:
         self._losses.append(losses)
         self._shares.append(share)
 
-    def close(self, rate: float) -> dict[str, float]:
-        """Mean of each loss over the window; {} if it is empty. Every worker calls it at the same step.
+    def close(self, rate: float, norms: Mapping[str, Tensor] | None = None) -> ClosedWindow:
+        """The window's values, on their way from the device. Every worker calls it at the same step.
 
-        Raises DivergedError, on all workers alike, naming the first step whose losses are not finite.
+        norms   further scalars, which are the same on every worker
         """
+        norms = norms or {}
         if not self.steps:
-            return {}
+            return ClosedWindow([], [], [], torch.empty(0), rate)
         if self.names is None:
             self.names = list(self.agree(list(self._losses[0])))
         zero = torch.zeros((), device=self.device)
@@ -74,18 +73,56 @@ class Window:
         table = torch.stack(rows)  # (steps, names)
         if self.total is not None:
             table = self.total(table) / self.workers
-        values = table.cpu()  # the only place that waits for the device
+        numbers = torch.cat([table.flatten(), *(norm.float().reshape(1) for norm in norms.values())])
+        numbers = numbers.to("cpu", non_blocking=True)  # pinned memory, so a GPU is not waited for
         steps, self.steps, self._losses, self._shares = self.steps, [], [], []
+        return ClosedWindow(steps, self.names, list(norms), numbers, rate, arrival(self.device))
+
+
+@dataclass(frozen=True, slots=True)
+class ClosedWindow:
+    """The losses of a window of steps, and further scalars, on their way from the device."""
+
+    steps: Sequence[int]
+    losses: Sequence[str]
+    norms: Sequence[str]
+    numbers: Tensor
+    """The losses of every step, then the further scalars."""
+    rate: float
+    arrived: torch.cuda.Event | None = None
+    """None: the numbers are there."""
+
+    def means(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Mean of each loss over the window, {} if it is empty; the further scalars. Waits for the device.
+
+        Raises DivergedError, on all workers alike, naming the first step whose losses are not finite.
+        """
+        if not self.steps:
+            return {}, {}
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        count = len(self.steps) * len(self.losses)
+        values = self.numbers[:count].view(len(self.steps), len(self.losses))
         finite = values.isfinite().all(1)
         if not finite.all():
             first = int((~finite).nonzero()[0, 0])
             shown = ", ".join(
                 f"{name} {value:.4g}"
-                for name, value in zip(self.names, values[first].tolist(), strict=True)
+                for name, value in zip(self.losses, values[first].tolist(), strict=True)
                 if "/scale" not in name and "/layer" not in name
             )
-            raise DivergedError(f"step {steps[first]:,}: {shown} at learning rate {rate:.3g}")
-        return dict(zip(self.names, values.mean(0).tolist(), strict=True))
+            raise DivergedError(f"step {self.steps[first]:,}: {shown} at learning rate {self.rate:.3g}")
+        means = dict(zip(self.losses, values.mean(0).tolist(), strict=True))
+        return means, dict(zip(self.norms, self.numbers[count:].tolist(), strict=True))
+
+
+def arrival(device: torch.device) -> torch.cuda.Event | None:
+    """An event after all that a GPU has been asked to do so far; None for a CPU, which has done it."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def points(position: Position, epoch: int, values: Mapping[str, float]) -> list[Point]:
@@ -113,26 +150,6 @@ def balance(losses: Mapping[str, float]) -> dict[str, float]:
     if real is None or fake is None or not gan or not math.isfinite(gan):
         return {}
     return {"health/discriminator_over_generator": 0.5 * (real + fake) / gan}
-
-
-def machine_metrics(device: torch.device) -> dict[str, float]:
-    """The load of a worker's machine, under the names MLflow's page shows as system metrics."""
-    memory = psutil.virtual_memory()
-    metrics = {
-        "system/cpu_utilization_percentage": psutil.cpu_percent(),
-        "system/system_memory_usage_megabytes": memory.used / 1e6,
-        "system/system_memory_usage_percentage": memory.percent,
-    }
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        metrics |= {
-            "system/gpu_0_memory_usage_megabytes": (total - free) / 1e6,
-            "system/gpu_0_memory_usage_percentage": 100 * (1 - free / total),
-            "system/gpu_0_memory_peak_megabytes": torch.cuda.max_memory_allocated(device) / 1e6,
-        }
-        with suppress(ImportError, RuntimeError):  # without nvidia-ml-py
-            metrics["system/gpu_0_utilization_percentage"] = float(torch.cuda.utilization(device))
-    return metrics
 
 
 def note(losses: Mapping[str, float]) -> str:

@@ -61,10 +61,10 @@ class GradientAverager:
             yield parameters
         self._norms.append(torch.stack(norms).norm())
 
-    def take_norms(self) -> dict[str, float]:
+    def take_norms(self) -> dict[str, Tensor]:
         """The norms of the last measured step, by curve; {} if there are none since the last call."""
         names = ("discriminator", "generator")[-len(self._norms) :] if self._norms else ()
-        values = {f"gradient_norm/{n}": float(v) for n, v in zip(names, self._norms, strict=True)}
+        values = {f"gradient_norm/{n}": v for n, v in zip(names, self._norms, strict=True)}
         self._norms.clear()
         return values
 
@@ -152,6 +152,11 @@ def broadcast_object(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def any_worker(flag: bool, device: torch.device) -> bool:
+    """Whether any worker says so, the same on all. Waits for the device."""
+    return bool(total(torch.tensor(float(flag), device=device)).item())
 
 
 def total_with_gradient(tensor: Tensor) -> Tensor:

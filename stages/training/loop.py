@@ -1,7 +1,7 @@
 """One phase of training, as every worker runs it: build or resume, step, checkpoint, write the model.
 
     for epoch: for batch: step            the losses of a window of steps become a point of the curves
-    after an epoch (and every so many images): a checkpoint, written while training continues
+    after an epoch or so many images, but not too often: a checkpoint, written while training continues
     at the end: model/, metrics.parquet
 
 The state of a run is a `Position`; order, augmentation and noise are functions of the seed and of it, so a
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -42,19 +43,20 @@ from stages.models.gan import (
 )
 from stages.models.layers import synchronise_batch_norms
 from stages.models.pix2pixhd import FeatureEncoder
-from stages.models.step import Batch, step
+from stages.models.step import Batch, random_source, step
 from stages.models.styles import Styles, collect_styles
 from stages.seeding import number
 from stages.shards.order import num_steps
 from stages.storage.local import local_file, local_folder
 from stages.training import checkpoints, curves, gradients
 from stages.training.checkpoints import Checkpoint, Position, Writer
-from stages.training.curves import DivergedError, Window
+from stages.training.curves import ClosedWindow, DivergedError, Window, arrival
 from stages.training.gradients import GradientAverager
 from stages.training.news import Advance, Channel, Note, Order, Point, Points, SampleGrid, Save, Stop
 
 PICTURES = 20  # sample grids per phase, at most
 ORDERS_S = 2.0  # between two polls for orders, on which all workers have to agree
+LOAD_S = 1.0  # between two measurements of the machine's load
 WARNINGS_S = 5.0  # between two polls for a preemption warning, which cost a round trip
 
 
@@ -77,6 +79,7 @@ class Task:
     before: str
     run_id: str = ""
     checkpoint_images: int | None = None
+    checkpoint_seconds: float = 0.0
     keep_checkpoints: int = 2
     checkpointing: bool = False
     compiled: bool = False
@@ -146,8 +149,8 @@ def phase_seed(seed: int, phase: str) -> int:
     return number(seed, phase)
 
 
-def is_due(before: Position, after: Position, every: int | None) -> bool:
-    """Whether a step ends with a checkpoint: at an end of epoch, or when `every` more images are full."""
+def may_checkpoint(before: Position, after: Position, every: int | None) -> bool:
+    """Whether a checkpoint may follow a step: at an end of epoch, or when `every` more images are full."""
     return after.epoch > before.epoch or (
         every is not None and after.images // every > before.images // every
     )
@@ -177,12 +180,14 @@ def train_phase(
     channel: Channel,
     preview: Preview,
     preempted: Callable[[], bool] = lambda: False,
+    load: Callable[[], dict[str, float]] = dict,
 ) -> Ending:
     """Run the phase to its end, or until it is stopped. All workers return alike.
 
-    `preempted` says whether a machine of the phase will be taken away soon; all workers call it together.
+    preempted   whether a machine of the phase will be taken away soon; all workers call it together
+    load        the load of this worker's machine, by curve
     """
-    loop = Loop(task, worker, channel, preview, preempted)
+    loop = Loop(task, worker, channel, preview, preempted, load)
     try:
         while loop.position.epoch < task.job.phase.epochs:
             for batch in loop.timed(batches.epoch(loop.position.epoch, loop.position.step)):
@@ -263,6 +268,16 @@ class Throughput:
         return values
 
 
+@dataclass(frozen=True, slots=True)
+class OpenPoint:
+    """A point of the curves whose losses may still be on their way from the device."""
+
+    position: Position
+    epoch: int
+    window: ClosedWindow
+    values: dict[str, float]
+
+
 class Loop:
     """All that changes while a phase runs."""
 
@@ -273,8 +288,12 @@ class Loop:
         channel: Channel,
         preview: Preview,
         preempted: Callable[[], bool],
+        load: Callable[[], dict[str, float]],
     ) -> None:
         self.task, self.worker, self.channel, self.preview = task, worker, channel, preview
+        self.load, self._load_measured = load, -math.inf
+        self._checkpointed = time.monotonic()
+        self._last_window: OpenPoint | None = None
         self.gan = build(task, worker.device)
         self._has_rows = True  # whether this worker's pairs count in synchronised norms
         self.position, self.points = Position(), list[Point]()
@@ -344,7 +363,8 @@ class Loop:
             decay_epochs=phase.decay_epochs,
         )
         set_learning_rate(self.gan, rate)
-        torch.manual_seed(noise_seed(job.seed, phase.name, self.position.steps, self.worker.rank))
+        seed = noise_seed(job.seed, phase.name, self.position.steps, self.worker.rank)
+        random_source(self.worker.device).manual_seed(seed)
         self.averager.measure = (self.position.steps + 1) % job.log_every == 0
         # With one worker and no norm to log, gradients are freed during the backward pass.
         average = self.averager if self.averager.measure or self.worker.world > 1 else None
@@ -352,43 +372,71 @@ class Loop:
         if job.synchronised_norms and self.worker.world > 1:
             self._has_rows = batch.source.shape[0] > 0
             batch = batch if self._has_rows else blank_batch(batch)
-        losses = step(self.gan, batch, weights=job.losses, average=average, micro_batch=task.micro_batch)
+        with self._compilation(batch):
+            losses = step(self.gan, batch, weights=job.losses, average=average, micro_batch=task.micro_batch)
         before, self.position = self.position, advance(self.position, rows=task.rows, batch=phase.batch)
         self.window.add(self.position.steps, losses, batch.share)
         order = self.orders.poll(self.position.steps)
-        due = order is not None or is_due(before, self.position, task.checkpoint_images)
-        if due or self.position.steps % job.log_every == 0:
+        pictured = self.position.epoch > before.epoch and is_pictured(self.position.epoch, phase.epochs)
+        possible = order is not None or may_checkpoint(before, self.position, task.checkpoint_images)
+        if possible or self.position.steps % job.log_every == 0:
             self._close_window(before.epoch, rate)
-        if due:
+        if possible and (order is not None or pictured or self._is_checkpoint_old()):
+            self._add_last_window()
             self._verify()
-            if self.position.epoch > before.epoch and is_pictured(self.position.epoch, phase.epochs):
+            if pictured:
                 self._picture(before.epoch)
             self._checkpoint()
         self.stopped = order if isinstance(order, Stop) else None
 
+    def _compilation(self, batch: Batch) -> AbstractContextManager[object]:
+        """Run short batches of a compiled phase as they are: compiling for their shape takes a minute."""
+        rows = self.task.job.phase.batch // self.worker.world
+        if not self.task.compiled or batch.source.shape[0] >= rows:
+            return nullcontext()
+        eagerly: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+        return eagerly
+
+    def _is_checkpoint_old(self) -> bool:
+        """Whether the last checkpoint is `checkpoint_seconds` old, by the clock of the worker that leads."""
+        seconds, leads = self.task.checkpoint_seconds, self.worker.leads
+        if seconds == 0:
+            return True
+        old = leads and time.monotonic() - self._checkpointed >= seconds
+        return gradients.any_worker(old, self.worker.device) if self.worker.world > 1 else old
+
     def _close_window(self, epoch: int, rate: float) -> None:
-        """One point of every curve, and a progress line."""
-        self.losses = self.window.close(rate)
+        """Start one point of every curve. A GPU's losses are read when they are there, a window later."""
+        self._add_last_window()
+        window = self.window.close(rate, self.averager.take_norms())
+        values = {f"learning_rate/{name}": value for name, value in learning_rates(self.gan).items()}
+        if self.worker.leads:
+            values |= self.throughput.take(self.position.images)
+            if time.monotonic() - self._load_measured >= LOAD_S:
+                values |= self.load()
+                self._load_measured = time.monotonic()
+        self._last_window = OpenPoint(self.position, epoch, window, values)
+        if window.arrived is None:
+            self._add_last_window()
+
+    def _add_last_window(self) -> None:
+        """Add the last window to the curves, and post a progress line."""
+        point, self._last_window = self._last_window, None
+        if point is None:
+            return
+        self.losses, norms = point.window.means()
         if not self.worker.leads:
             return
-        throughput = self.throughput.take(self.position.images)
-        values = {
-            **self.losses,
-            **{f"learning_rate/{name}": value for name, value in learning_rates(self.gan).items()},
-            **throughput,
-            **curves.balance(self.losses),
-            **self.averager.take_norms(),
-            **curves.machine_metrics(self.worker.device),
-        }
-        self._add_points(epoch, values)
-        text = f"epoch {epoch + 1}/{self.task.job.phase.epochs}  {curves.note(self.losses)}"
-        waited = throughput["throughput/data_wait_fraction"]
+        values = self.losses | point.values | curves.balance(self.losses) | norms
+        self._add_points(point.position, point.epoch, values)
+        text = f"epoch {point.epoch + 1}/{self.task.job.phase.epochs}  {curves.note(self.losses)}"
+        waited = values["throughput/data_wait_fraction"]
         if waited > 0.05:
             text += f"  waits for data {100 * waited:.0f} % of the time"
-        self.channel.post(Advance(self.position.images, text))
+        self.channel.post(Advance(point.position.images, text))
 
-    def _add_points(self, epoch: int, values: dict[str, float]) -> None:
-        fresh = curves.points(self.position, epoch, values)
+    def _add_points(self, position: Position, epoch: int, values: dict[str, float]) -> None:
+        fresh = curves.points(position, epoch, values)
         self.points += fresh
         self.channel.post(Points(fresh))
 
@@ -403,9 +451,9 @@ class Loop:
 
     def _checkpoint(self) -> None:
         """Copy the state and have it written while training continues."""
+        started = self._checkpointed = time.monotonic()
         if not self.worker.leads:
             return
-        started = time.monotonic()
         checkpoint = Checkpoint(
             self.task.name,
             self.position,
@@ -413,6 +461,7 @@ class Loop:
             curves.to_table(self.points),
             self.task.run_id,
             best_checkpoint(self.points),
+            arrival(self.worker.device),
         )
         self.writer.submit(checkpoint)
         self.throughput.paused += time.monotonic() - started
@@ -422,7 +471,7 @@ class Loop:
         if not self.worker.leads:
             return
         grid, values = self.preview(self.gan)
-        self._add_points(epoch, values)
+        self._add_points(self.position, epoch, values)
         if grid is not None:
             name = f"epoch-{self.position.epoch:04d}.png"
             storage.write_bytes(storage.join(self.task.output, "samples", name), encode.encode_png(grid))

@@ -28,7 +28,13 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 ROWS, BATCH, EPOCHS = 22, 4, 25
 STEPS = EPOCHS * 6  # the last of an epoch has 2 pairs
-TWO = Resources(train_workers=2, threads_per_worker=1, checkpoint_images=44, collective_timeout_s=30)
+TWO = Resources(
+    train_workers=2,
+    threads_per_worker=1,
+    checkpoint_images=44,
+    checkpoint_seconds=0,
+    collective_timeout_s=30,
+)
 ONE = TWO.model_copy(update={"train_workers": 1})
 
 

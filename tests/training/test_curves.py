@@ -14,21 +14,24 @@ def test_a_point_is_the_mean_over_its_window() -> None:
     window = Window(torch.device("cpu"))
     for step, value in enumerate((1.0, 2.0, 6.0)):
         window.add(step, {"generator/gan": torch.tensor(value)}, 1.0)
-    assert window.close(rate=0.1) == {"generator/gan": 3.0}
-    assert window.close(rate=0.1) == {}
+    assert window.close(rate=0.1, norms={"norm": torch.tensor(0.5)}).means() == (
+        {"generator/gan": 3.0},
+        {"norm": 0.5},
+    )
+    assert window.close(rate=0.1).means() == ({}, {})
 
 
 def test_workers_count_by_their_rows() -> None:
     """Two workers with 3 and 1 rows: shares 1.5 and 0.5, so the mean is over rows."""
     window = Window(torch.device("cpu"), total=lambda table: table + 0.5 * 10.0, workers=2)
     window.add(0, {"loss": torch.tensor(2.0)}, 1.5)
-    assert window.close(rate=0.1) == {"loss": (3 * 2.0 + 1 * 10.0) / 4}
+    assert window.close(rate=0.1).means()[0] == {"loss": (3 * 2.0 + 1 * 10.0) / 4}
 
 
 def test_a_worker_without_rows_uses_the_names_of_the_first() -> None:
     window = Window(torch.device("cpu"), agree=lambda _: ["a", "b"])
     window.add(0, {}, 0.0)
-    assert window.close(rate=0.1) == {"a": 0.0, "b": 0.0}
+    assert window.close(rate=0.1).means()[0] == {"a": 0.0, "b": 0.0}
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -38,7 +41,7 @@ def test_a_loss_that_is_not_finite_names_its_step_losses_and_rate(bad: float) ->
     window.add(42, {"generator/gan": torch.tensor(bad)}, 1.0)
     window.add(43, {"generator/gan": torch.tensor(bad)}, 1.0)
     with pytest.raises(DivergedError, match=rf"step 42: generator/gan {bad} at learning rate 0.0002"):
-        window.close(rate=2e-4)
+        window.close(rate=2e-4).means()
 
 
 def test_points_survive_the_table() -> None:
@@ -58,16 +61,3 @@ def test_the_balance_compares_the_two_networks() -> None:
     losses = {"discriminator/real": 0.1, "discriminator/fake": 0.3, "generator/gan": 0.4}
     assert curves.balance(losses) == {"health/discriminator_over_generator": pytest.approx(0.5)}
     assert curves.balance({"generator/l1": 1.0}) == {}
-
-
-def test_the_machines_load_has_the_names_mlflow_shows() -> None:
-    values = curves.machine_metrics(torch.device("cpu"))
-    assert all(name.startswith("system/") for name in values)
-    assert 0 < values["system/system_memory_usage_percentage"] <= 100
-
-
-@pytest.mark.gpu
-def test_the_load_of_a_gpu_is_measured() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("NOT RUN: needs a GPU")
-    assert curves.machine_metrics(torch.device("cuda"))["system/gpu_0_memory_usage_megabytes"] > 0

@@ -1,0 +1,13 @@
+"""The load of a worker's machine."""
+
+from __future__ import annotations
+
+import torch
+
+from stages.training.machine import machine_metrics
+
+
+def test_the_machines_load_has_the_names_mlflow_shows() -> None:
+    values = machine_metrics(torch.device("cpu"))
+    assert all(name.startswith("system/") for name in values)
+    assert 0 < values["system/system_memory_usage_percentage"] <= 100
