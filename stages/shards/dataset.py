@@ -76,7 +76,8 @@ class DatasetSpec(Config):
 
         Raises UserError that names the config key if the split has no pair.
         """
-        split = configured or next((name for name in SCORED if self.rows(name)), SCORED[0])
+        filled = [name for name in SCORED if self.rows(name)]
+        split = configured or (filled or SCORED)[0]
         if not self.rows(split):
             there = ", ".join(f"{name} {self.rows(name):,}" for name in self.splits)
             raise UserError(
