@@ -7,11 +7,12 @@ import logging
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from stages.errors import PixloomError, UserError
+from stages.errors import PixloomError, StageError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +78,15 @@ def exit_code(
         sys.stderr.write(f"stopped; {stopped}\n")
         return 130
     return 0
+
+
+@contextmanager
+def planning() -> Iterator[None]:
+    """Raises a StageError as UserError: a store that fails before any work is the user's to see to."""
+    try:
+        yield
+    except StageError as error:
+        raise UserError(str(error)) from error
 
 
 def stop_on_sigterm() -> None:

@@ -12,9 +12,8 @@ import logging
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from pipeline import cli
 from stages import storage
-from stages.errors import PixloomError, StageError, UserError, one_line
+from stages.errors import StageError, UserError
 from stages.inference.model_source import local_model
 from stages.models.architecture import InputSpec
 from stages.models.files.checkpoint_import import Imported, import_checkpoint
@@ -135,10 +134,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def import_model(options: argparse.Namespace) -> None:
     """Read published files, write a model folder."""
     output = storage.absolute(options.output)
-    if not options.overwrite and _reach(
-        "--output", output, lambda: storage.exists(storage.join(output, MANIFEST))
-    ):
-        raise UserError(f"--output: {output}: there is a model already; --overwrite replaces it")
+    with cli.planning(), storage.located(f"--output: {output}"):
+        if not options.overwrite and storage.exists(storage.join(output, MANIFEST)):
+            raise UserError(f"--output: {output}: there is a model already; --overwrite replaces it")
     states = {name: _tensors(f"--{name}", getattr(options, name)) for name in ("discriminator", "encoder")}
     generator = _tensors("--generator", options.generator)
     assert generator is not None
@@ -161,7 +159,8 @@ def import_model(options: argparse.Namespace) -> None:
             extra={"imported_from": Path(options.generator).name},
         )
         load_model(folder)  # the files can be read back
-        _reach("--output", output, lambda: upload_folder(folder, output, last=MANIFEST))
+        with storage.located(f"--output: {output}"):
+            upload_folder(folder, output, last=MANIFEST)
     logger.info("%s", _description(imported))
     logger.info("written to %s", output)
 
@@ -197,27 +196,11 @@ def _tensors(option: str, uri: str | None) -> dict[str, Tensor] | None:
     """The tensors of a file at any location; None if the option was left out."""
     if uri is None:
         return None
-    with ExitStack() as stack:
-        path = _reach(option, uri, lambda: stack.enter_context(local_file(storage.absolute(uri))))
+    with cli.planning(), storage.located(f"{option}: {uri}"), local_file(storage.absolute(uri)) as path:
         try:
             return read_tensors(path)
         except ValueError as error:
             raise UserError(f"{option}: {str(error).replace(str(path), uri, 1)}") from error
-
-
-Result = TypeVar("Result")
-
-
-def _reach(option: str, uri: str, action: Callable[[], Result]) -> Result:
-    """The action's result; an error of a store becomes a UserError that names the option."""
-    try:
-        return action()
-    except PixloomError:
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f"{option}: {uri}: no such file") from error
-    except Exception as error:  # every kind of store has its own errors
-        raise UserError(f"{option}: {uri}: {one_line(error, limit=200)}") from error
 
 
 # -- export -------------------------------------------------------------------
@@ -243,7 +226,8 @@ def export(options: argparse.Namespace) -> None:
             ) from error
         except ValueError as error:
             raise StageError(f"export: {error}; nothing was written") from error
-    _reach("--output", output, lambda: storage.write_bytes(output, data))
+    with storage.located(f"--output: {output}"):
+        storage.write_bytes(output, data)
     sizes = "any batch, any size" if exported.any_size else f"any batch, {width}x{height} only"
     logger.info(
         "%s weights, %s; largest difference to the model's picture %.1e of at most %.0e (range [-1, 1])",
@@ -256,15 +240,10 @@ def export(options: argparse.Namespace) -> None:
 
 
 def _model(uri: str, temp: Path, weights: Any) -> LoadedModel:
-    def fetch() -> Path:
-        try:
-            return local_model(uri, temp, weights=weights)
-        except UserError as error:
-            raise UserError(f"--model: {error}") from error
-
     try:
-        return load_model(_reach("--model", uri, fetch), weights=weights)
-    except ValueError as error:
+        with cli.planning(), storage.located(uri):
+            return load_model(local_model(uri, temp, weights=weights), weights=weights)
+    except (UserError, ValueError) as error:
         raise UserError(f"--model: {error}") from error
 
 

@@ -80,13 +80,14 @@ def run(options: argparse.Namespace) -> None:
 
     storage.configure(config.storage)
     output = storage.absolute(options.output)
-    work = infer.prepare(
-        config.infer,
-        output=output,
-        tracking_uri=config.tracking.place("workspace"),
-        model_key="--model",
-        input_key="--input",
-    )
+    with cli.planning(), storage.located(f"--output {options.output}"):
+        work = infer.prepare(
+            config.infer,
+            output=output,
+            tracking_uri=config.tracking.place("workspace"),
+            model_key="--model",
+            input_key="--input",
+        )
     if work.left:
         with cluster(config.resources, config.storage, {}):
             outcome = infer.finish(config.infer, config.resources, work, output)

@@ -176,16 +176,10 @@ def _run(p: PlannedStep, context: StepContext) -> Outcome:
 
 def _folders(workspace: str) -> dict[str, list[str]]:
     """The names of the folders in the workspace by step name."""
-    fs, path = storage.filesystem(workspace)
-    fs.invalidate_cache()
-    try:
-        entries = fs.ls(path, detail=True)
-    except FileNotFoundError:
-        return {}
     folders: dict[str, list[str]] = {}
-    for entry in entries:
-        name = entry["name"].rstrip("/").rpartition("/")[2]
-        folders.setdefault(name.rpartition("-")[0], []).append(name)
+    with storage.located(f"workspace: {workspace}"):
+        for name in storage.list_folders(workspace):
+            folders.setdefault(name.rpartition("-")[0], []).append(name)
     return folders
 
 

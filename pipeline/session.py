@@ -13,7 +13,7 @@ from typing import Any, get_args
 import ray
 import yaml
 
-from pipeline.cli import stop_on_sigterm
+from pipeline.cli import planning, stop_on_sigterm
 from pipeline.cluster import check_folders, cluster, result_folders
 from pipeline.config import PipelineConfig
 from pipeline.dag import RunView, needed, steps
@@ -52,7 +52,8 @@ def run(
     check_folders(result_folders(config), path)
     storage.configure(config.storage)
     pipeline = steps(config)
-    planned = plan(needed(pipeline, only) if only else pipeline, config.workspace)
+    with planning():
+        planned = plan(needed(pipeline, only) if only else pipeline, config.workspace)
     if plan_only:
         check(select(planned, only=None, until=until))
         return table(planned, memory(config, planned))

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -29,12 +28,22 @@ from stages.config.locations import compile_pattern
 from stages.errors import UserError
 from stages.objects import tables
 from stages.objects.digest import Uint64s, no_rows, row_sums, spell
-from stages.objects.listing import Page, Unit, describe, etag_of, pages, split_location
+from stages.objects.listing import Page, Unit, etag_of, pages, split_location
 from stages.objects.patterns import bad_keys, canonical_splits, match
 from stages.objects.tables import REJECTS, reject_text
 from stages.parallel.cluster import each
 from stages.progress import Progress
-from stages.storage import absolute, filesystem, join, list_names, write_json, write_parquet
+from stages.storage import (
+    absolute,
+    filesystem,
+    join,
+    list_names,
+    located,
+    remove,
+    retried,
+    write_json,
+    write_parquet,
+)
 
 if TYPE_CHECKING:
     from stages.tracking.run import Run
@@ -225,18 +234,6 @@ def place(config: IngestConfig, index: int) -> str:
     return f"ingest.locations.{index}.uri: {config.locations[index].uri}"
 
 
-@contextmanager
-def explained(config: IngestConfig, index: int) -> Iterator[None]:
-    """Raises a UserError that names the location for errors that the user can fix."""
-    try:
-        yield
-    except Exception as error:
-        text = describe(error)
-        if text is None:
-            raise
-        raise UserError(f"{place(config, index)}: {text}") from error
-
-
 def root(location: LocationConfig) -> str:
     """The location's URI, independent of the working directory."""
     head, chained, outer = location.uri.removeprefix("file://").rpartition("::")
@@ -251,7 +248,7 @@ def units(config: IngestConfig) -> list[LocationUnit]:
     """
     numbered: list[LocationUnit] = []
     for index, location in enumerate(config.locations):
-        with explained(config, index):
+        with located(place(config, index)):
             if location.role == "table":
                 cut = [Unit("table", row_group=n) for n in range(tables.count_row_groups(root(location)))]
             else:
@@ -285,7 +282,7 @@ def digest(config: IngestConfig) -> str:
     def of_unit(item: LocationUnit) -> tuple[Uint64s, int]:
         index, location = item.location, config.locations[item.location]
         sums, count = no_rows(), 0
-        with explained(config, index):
+        with located(place(config, index)):
             if item.unit.kind == "table":  # its rows change only if the file does
                 return table_sums(root(location)), 1
             for objects, rejects, _ in unit_rows(location, index, item.unit, requests=LISTING_THREADS):
@@ -305,7 +302,7 @@ def table_sums(uri: str) -> Uint64s:
     """The part of the digest that a table's file adds, as one object."""
     fs, path = filesystem(uri)
     fs.invalidate_cache()
-    info = fs.info(path)
+    info = retried(lambda: fs.info(path))
     return row_sums(pa.array([uri]), pa.array([info["size"]]), pa.array([etag_of(info)]))
 
 
@@ -330,7 +327,7 @@ def list_unit(item: LocationUnit, *, config: IngestConfig, output: str, requests
             written[kind] += 1
             del waiting[kind][1:]
 
-    with explained(config, index):
+    with located(place(config, index)):
         for objects, rejects, ignored in unit_rows(location, index, item.unit, requests=requests):
             listing.sums[index] += sums_of(objects, rejects)
             listing.counts[index].update(counts_of(objects, rejects, ignored))
@@ -395,11 +392,9 @@ def finish(config: IngestConfig, output: str, listing: Listing) -> None:
             ],
         },
     )
-    fs, path = filesystem(output)
     for name in list_names(output):
         if name.startswith(("objects-", "rejects-")) and name not in listing.files:
-            with suppress(FileNotFoundError):  # another driver may remove it too
-                fs.rm_file(f"{path}/{name}")
+            remove(join(output, name))
 
 
 # -- wiring: the only function here that needs Ray ----------------------------

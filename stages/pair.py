@@ -23,7 +23,6 @@ import uuid
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -39,7 +38,7 @@ from stages.objects.digest import key_hashes
 from stages.objects.tables import ROLES, reject_text
 from stages.parallel.cluster import each
 from stages.progress import Progress
-from stages.storage import filesystem, join, read_json, read_parquet, write_parquet
+from stages.storage import join, list_folders, list_names, read_json, read_parquet, remove, write_parquet
 
 if TYPE_CHECKING:
     from stages.tracking.run import Run
@@ -481,19 +480,15 @@ def outcome(
 
 def tidy(output: str, exchange: str, files: set[str]) -> None:
     """Remove the exchanged files, and what killed runs left: parts of another layout, old exchanges."""
-    fs, path = filesystem(output)
-    fs.invalidate_cache()
-    for entry in fs.ls(path, detail=True):
-        name = entry["name"].rstrip("/").rpartition("/")[2]
+    for name in list_folders(output):
         start = name.removeprefix(EXCHANGE).partition("-")[0]
         if name == exchange.rpartition("/")[2] or (
             start.isdigit() and time.time() - int(start) > EXCHANGE_KEPT
         ):
-            with suppress(FileNotFoundError):  # another driver may remove it too
-                fs.rm(f"{path}/{name}", recursive=True)
-        elif name.startswith(("part-", "rejects-")) and name not in files:
-            with suppress(FileNotFoundError):
-                fs.rm_file(f"{path}/{name}")
+            remove(join(output, name))
+    for name in list_names(output):
+        if name.startswith(("part-", "rejects-")) and name not in files:
+            remove(join(output, name))
 
 
 # -- wiring: the only function here that needs Ray ----------------------------

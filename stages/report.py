@@ -33,6 +33,7 @@ from stages.reporting.page import Curve, PictureCard, RejectCount, ReportData, S
 from stages.scoring.metrics import PIXEL_METRICS, lower_is_better
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec, Sample
+from stages.storage.local import local_file
 
 if TYPE_CHECKING:
     from stages.tracking.run import Run
@@ -153,9 +154,8 @@ def title(model: Mapping[str, Any], spec: DatasetSpec) -> str:
 
 def metric_rows(uri: str) -> Iterator[dict[str, Any]]:
     """Rows of `metrics.parquet`, a batch at a time."""
-    fs, path = storage.filesystem(uri)
-    with fs.open(path, "rb") as handle:
-        for batch in pq.ParquetFile(handle).iter_batches(batch_size=10_000):
+    with local_file(uri) as path:
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=10_000):
             yield from batch.to_pylist()
 
 

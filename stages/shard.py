@@ -43,6 +43,7 @@ from stages.progress import Progress
 from stages.shards import card, dataset
 from stages.shards.card import Statistics
 from stages.shards.dataset import DatasetSpec, RoleSpec, ShardFile
+from stages.storage.local import local_file
 
 if TYPE_CHECKING:
     from stages.tracking.run import Run
@@ -421,9 +422,8 @@ def partition_of(part: str) -> int:
 
 def roles_of(part: str) -> list[Role]:
     """The roles that a part of pairs has columns for."""
-    fs, path = storage.filesystem(part)
-    with fs.open(path, "rb") as file:
-        names = pq.read_schema(file).names
+    with local_file(part) as path:
+        names = pq.read_schema(path).names
     return [role for role in get_args(Role) if f"{role}_uri" in names]
 
 

@@ -105,9 +105,10 @@ def run(options: argparse.Namespace, *, command: str) -> None:
     check_folders(result_folders(config), recipe)
     storage.configure(config.storage)
     digests: dict[str, str] = {}
-    plans = [plan(steps(trial.config), trial.config.workspace, digests) for trial in trials]
-    for planned in plans:
-        check(planned)
+    with cli.planning():
+        plans = [plan(steps(trial.config), trial.config.workspace, digests) for trial in trials]
+        for planned in plans:
+            check(planned)
     if options.plan:
         sys.stdout.write(plan_table(trials, plans))
         return

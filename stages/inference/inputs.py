@@ -177,7 +177,7 @@ def plan(where: Location, output: str | None) -> InputPlan:
         chunks += 1
         waiting = waiting.slice(chunk_rows)
 
-    try:
+    with storage.located(where.uri):
         for count, table in _tables(where):
             objects += count
             rows += table.num_rows
@@ -188,13 +188,6 @@ def plan(where: Location, output: str | None) -> InputPlan:
                 write_chunk()
         if waiting.num_rows:
             write_chunk()
-    except UserError:
-        raise
-    except Exception as error:
-        text = listing.describe(error)
-        if text is None:
-            raise
-        raise UserError(f"{where.uri}: {text}") from error
     if not rows and objects:
         raise UserError(f"{where.uri}: none of its {objects:,} objects fits infer.pattern {where.pattern!r}")
     if not rows:

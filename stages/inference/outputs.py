@@ -21,7 +21,6 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from stages import storage
 from stages.errors import UserError
@@ -102,9 +101,7 @@ def finished_counts(output: str, units: Iterable[int]) -> Counter[str]:
     """The number of images in the parts of finished units, and of errors as `error_<reason>`."""
 
     def count(unit: int) -> Counter[str]:
-        fs, path = storage.filesystem(part_uri(output, unit))
-        with fs.open(path, "rb") as handle:
-            errors = pq.read_table(handle, columns=["error"])["error"]
+        errors = storage.read_parquet(part_uri(output, unit), columns=["error"])["error"]
         return error_counts(errors.drop_null().to_pylist()) + Counter(images=errors.null_count)
 
     with ThreadPoolExecutor(16) as threads:
@@ -141,9 +138,7 @@ def begin(output: str, identity: Mapping[str, Any], extent: Mapping[str, Any]) -
 
 def clear(output: str) -> None:
     """Remove an earlier run's work; the table first, since without it nothing counts as finished."""
-    fs, path = storage.filesystem(output)
     if not any(storage.exists(storage.join(output, name)) for name in (MANIFEST, TABLE)):
         return  # not written by this stage
     for name in (TABLE, IMAGES, SAMPLES, MANIFEST, "plan"):
-        if storage.exists(storage.join(output, name)):
-            fs.rm(f"{path}/{name}", recursive=True)
+        storage.remove(storage.join(output, name))

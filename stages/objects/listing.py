@@ -29,7 +29,7 @@ from fsspec.spec import AbstractFileSystem
 
 from stages.config.locations import is_archive
 from stages.objects import archives
-from stages.storage import filesystem, passing, retried, s3, speaks
+from stages.storage import filesystem, retried, s3, speaks
 
 PAGE = 1000  # objects an S3 listing returns at once; the other stores are read in pages of the same size
 
@@ -108,22 +108,6 @@ def etag_of(info: Mapping[str, Any]) -> str:
 def local_etag(stat: os.stat_result) -> str:
     """The etag of a local file."""
     return f"{stat.st_mtime_ns:x}"
-
-
-def describe(error: BaseException) -> str | None:
-    """One line about a location's error that the user can fix; None for any other error."""
-    text = " ".join(str(error).split())[:300] or type(error).__name__
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return "there is no such bucket, folder or file"
-    if isinstance(error, PermissionError):
-        return f"access denied: check the credentials and the permissions ({text})"
-    if isinstance(error, ImportError):
-        return text  # fsspec names the package to install
-    if "Credential" in type(error).__name__:
-        return f"no credentials: {text}"
-    if type(error).__name__.endswith(("ConnectionError", "ConnectorError", "TimeoutError")):
-        return f"cannot reach the store: {text}"
-    return text if passing(error) or isinstance(error, ValueError) else None
 
 
 # -- how a location is cut ----------------------------------------------------

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from stages.base import Role
 from stages.config.locations import table_format
 from stages.objects.patterns import bad_keys, canonical_splits, compose
-from stages.storage import filesystem
+from stages.storage import filesystem, retried
 from stages.storage.local import local_file
 
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -57,12 +57,16 @@ def count_row_groups(uri: str) -> int:
         FileNotFoundError, PermissionError, OSError, ValueError: missing, not readable, or damaged.
     """
     fs, path = filesystem(uri)
-    if table_format(uri) != "parquet":
-        if not fs.isfile(path):
-            raise FileNotFoundError(uri)
-        return 1
-    with fs.open(path, "rb") as file:
-        return int(pq.ParquetFile(file).num_row_groups)
+
+    def count() -> int:
+        if table_format(uri) != "parquet":
+            if not fs.isfile(path):
+                raise FileNotFoundError(uri)
+            return 1
+        with fs.open(path, "rb") as file:
+            return int(pq.ParquetFile(file).num_row_groups)
+
+    return retried(count)
 
 
 def read(uri: str, row_group: int = 0) -> Iterator[tuple[pa.Table, list[str]]]:
@@ -77,7 +81,7 @@ def read(uri: str, row_group: int = 0) -> Iterator[tuple[pa.Table, list[str]]]:
     """
     kind = table_format(uri)
     if kind == "parquet":
-        yield _parquet(uri, row_group), []
+        yield retried(lambda: _parquet(uri, row_group)), []
         return
     with local_file(uri) as path, _text(path) as file:
         yield from _csv(file) if kind == "csv" else _json(file)

@@ -8,11 +8,13 @@ from stages.storage.files import (
     filesystem,
     is_local,
     join,
+    list_folders,
     list_names,
     parquet_parts,
     read_bytes,
     read_json,
     read_parquet,
+    remove,
     require,
     speaks,
     worker_environment,
@@ -21,7 +23,7 @@ from stages.storage.files import (
     write_parquet,
     written,
 )
-from stages.storage.retry import passing, patiently, retried
+from stages.storage.retry import located, passing, patiently, retried
 
 __all__ = [
     "absolute",
@@ -31,13 +33,16 @@ __all__ = [
     "filesystem",
     "is_local",
     "join",
+    "list_folders",
     "list_names",
+    "located",
     "parquet_parts",
     "passing",
     "patiently",
     "read_bytes",
     "read_json",
     "read_parquet",
+    "remove",
     "require",
     "retried",
     "speaks",

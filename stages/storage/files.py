@@ -34,9 +34,18 @@ UPLOAD_BYTES = 16 << 20  # in each part that `create` sends; S3 takes 10,000 par
 
 
 def configure(options: Mapping[str, Mapping[str, Any]]) -> None:
-    """Set client options per protocol, e.g. `{"s3": {"endpoint_url": "http://..."}}`, in this process."""
+    """Set client options per protocol, e.g. `{"s3": {"endpoint_url": "http://..."}}`, in this process.
+
+    Raises UserError for a protocol or option that its client does not know; no request is sent.
+    """
     for protocol, values in options.items():
         fsspec.config.conf[protocol] = dict(values)
+        try:
+            fs = fsspec.filesystem(protocol)
+            if speaks(fs, "s3"):
+                fs.connect()
+        except Exception as error:  # each client has its own
+            raise UserError(f"storage.{protocol}: {one_line(error, kind=True)}") from error
 
 
 def worker_environment(options: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -80,13 +89,35 @@ def require(uri: str, key: str) -> None:
 
 def list_names(uri: str) -> list[str]:
     """Names of the files directly in a folder, sorted; none if there is no folder. For small folders."""
+    return _names(uri, "file")
+
+
+def list_folders(uri: str) -> list[str]:
+    """Names of the folders directly in a folder, sorted; none if there is no folder. For small folders.
+
+    Raises UserError if there is no such bucket.
+    """
+    return _names(uri, "directory")
+
+
+def _names(uri: str, kind: str) -> list[str]:
     fs, path = filesystem(uri)
     fs.invalidate_cache()
     try:
         entries = call_store(lambda: fs.ls(path, detail=True), uri)
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if type(error.__cause__).__name__ == "NoSuchBucket":
+            raise UserError(f"{uri}: there is no such bucket ({one_line(error)})") from error
         return []
-    return sorted(e["name"].rsplit("/", 1)[-1] for e in entries if e["type"] == "file")
+    return sorted(e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == kind)
+
+
+def remove(uri: str) -> None:
+    """Delete a file or a folder with all that is in it, if it is there."""
+    fs, path = filesystem(uri)
+    fs.invalidate_cache()
+    with suppress(FileNotFoundError):  # another process may remove it too
+        call_store(lambda: fs.rm(path, recursive=True), uri)
 
 
 def read_bytes(uri: str) -> bytes:

@@ -17,11 +17,11 @@ from stages.storage.files import (
     UPLOAD_BYTES,
     call_store,
     create,
-    exists,
     filesystem,
     is_local,
     join,
     list_names,
+    remove,
     write_bytes,
     written,
 )
@@ -101,9 +101,7 @@ def upload_folder(path: Path, uri: str, *, last: str) -> None:
     An older `last` is removed first, so that no reader takes a mixture of old and new files for a folder.
     """
     marker = join(uri, last)
-    if exists(marker):
-        fs, remote = filesystem(marker)
-        call_store(lambda: fs.rm_file(remote), marker)
+    remove(marker)
     for file in sorted(path.iterdir()):
         if file.name != last:
             upload(file, join(uri, file.name))

@@ -10,7 +10,8 @@ import random
 import tarfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from stages.errors import PixloomError, StageError, UserError, one_line
@@ -24,6 +25,19 @@ LONGEST_WAIT = 10.0
 PATIENCE = 300.0  # seconds after which no new attempt starts: each may take as long as the client's timeouts
 
 
+def misconfigured(error: BaseException) -> bool:
+    """Whether an S3 client sends nothing, for a wrong option or bucket's name. By name: it loads slowly."""
+    return type(error).__name__ in (
+        "ParamValidationError",
+        "ProfileNotFound",
+        "ConfigNotFound",
+        "ConfigParseError",
+        "InvalidConfigError",
+        "NoRegionError",
+        "InvalidRegionError",
+    )
+
+
 def refusal(error: BaseException) -> bool:
     """Whether a store refuses these credentials: nothing that another attempt would change."""
     return isinstance(error, PermissionError) or "Credential" in type(error).__name__
@@ -31,7 +45,8 @@ def refusal(error: BaseException) -> bool:
 
 def passing(error: BaseException) -> bool:
     """Whether another attempt may succeed: the network or the store failed, and did not refuse."""
-    if refusal(error) or isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+    lasting = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    if lasting or refusal(error) or misconfigured(error):
         return False
     client = type(error).__module__.partition(".")[0]
     return isinstance(error, OSError | EOFError | tarfile.TarError | zlib.error) or client in (
@@ -76,10 +91,37 @@ def patiently(
     except PixloomError:
         raise
     except Exception as error:
-        text = one_line(error, kind=True)
-        if refusal(error):
-            raise UserError(f"{uri}: access denied, check credentials and permissions ({text})") from error
+        if refusal(error) or misconfigured(error):
+            raise UserError(f"{uri}: {explain(error)}") from error
         if passing(error):
-            tried = f"failed at each of {attempts} attempts ({text})" if attempts > 1 else text
-            raise StageError(f"{uri}: {tried}") from error
+            tried = f"failed at each of {attempts} attempts: " if attempts > 1 else ""
+            raise StageError(f"{uri}: {tried}{explain(error)}") from error
         raise
+
+
+def explain(error: BaseException) -> str | None:
+    """What keeps a location from being used, in one line with advice; None if that is our own fault."""
+    text = one_line(error, kind=True)
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return "there is no such bucket, folder or file"
+    if refusal(error):
+        return f"access denied, check credentials and permissions ({text})"
+    if type(error).__name__.endswith(("ConnectionError", "ConnectorError", "TimeoutError", "SSLError")):
+        return f"cannot reach the store, check the endpoint and the network ({text})"
+    if isinstance(error, ImportError | ValueError):  # fsspec names the package to install
+        return one_line(error)
+    return text if passing(error) or misconfigured(error) else None
+
+
+@contextmanager
+def located(place: str) -> Iterator[None]:
+    """Raises errors that the user can fix as UserError that begins with `place`; ours as they are."""
+    try:
+        yield
+    except PixloomError:
+        raise
+    except Exception as error:
+        text = explain(error)
+        if text is None:
+            raise
+        raise UserError(f"{place}: {text}") from error

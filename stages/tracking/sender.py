@@ -82,13 +82,12 @@ def curve_rows(folder: str) -> list[MetricRow]:
     """The curves of a phase as MLflow shows them, from its result or else from its newest checkpoint."""
     if not folder:
         return []
-    fs, path = storage.filesystem(folder)
-    fs.invalidate_cache()
-    newest = sorted(fs.glob(f"{path}/checkpoints/*/curves.parquet"), reverse=True)
-    for place in [*fs.glob(f"{path}/metrics.parquet"), *newest]:
+    checkpoints = storage.join(folder, "checkpoints")
+    newest = [storage.join(checkpoints, name, "curves.parquet") for name in storage.list_folders(checkpoints)]
+    for place in [storage.join(folder, "metrics.parquet"), *reversed(newest)]:
         try:
-            points = storage.read_parquet(fs.unstrip_protocol(place)).to_pylist()
-        except FileNotFoundError:  # a newer checkpoint has replaced it
+            points = storage.read_parquet(place).to_pylist()
+        except FileNotFoundError:  # not at its end, or a newer checkpoint has replaced it
             continue
         except (OSError, ValueError, PixloomError) as error:
             logger.warning("%s: these curves cannot be read, MLflow misses them: %s", place, one_line(error))
@@ -102,9 +101,9 @@ def curve_rows(folder: str) -> list[MetricRow]:
 
 def documents(workspace: str) -> list[str]:
     """URIs of the documents that hold what MLflow has not taken, one per process."""
-    fs, path = storage.filesystem(storage.join(storage.absolute(workspace), UNSENT))
-    fs.invalidate_cache()
-    return [str(fs.unstrip_protocol(place)) for place in fs.glob(f"{path}/*/{DOCUMENT}")]
+    unsent = storage.join(storage.absolute(workspace), UNSENT)
+    places = [storage.join(unsent, name, DOCUMENT) for name in storage.list_folders(unsent)]
+    return [place for place in places if storage.exists(place)]
 
 
 def connect(uri: str) -> Any:
@@ -450,9 +449,8 @@ class Sender:
             with self._changed:
                 folders = [] if any(record.facts for record in self._records.values()) else self._folders[:]
             for folder in folders:
-                fs, path = storage.filesystem(folder)
-                with suppress(OSError):  # the next run sends it again, which changes nothing
-                    fs.rm(path, recursive=True)
+                with suppress(OSError, PixloomError):  # the next run sends it again, which changes nothing
+                    storage.remove(folder)
             with self._changed:
                 self._folders = [folder for folder in self._folders if folder not in folders]
                 self._changed.notify_all()

@@ -164,15 +164,7 @@ def outdated(names: list[str], keep: int, best: str = "") -> list[str]:
 
 def names(folder: str) -> list[str]:
     """Names of the checkpoint folders, complete or not, oldest first."""
-    fs, path = storage.filesystem(folder)
-    fs.invalidate_cache()
-    try:
-        entries = fs.ls(path, detail=True)
-    except FileNotFoundError:
-        return []
-    folders = (entry["name"] for entry in entries if entry["type"] == "directory")
-    last_parts = (name.rstrip("/").rsplit("/", 1)[-1] for name in folders)
-    return sorted(name for name in last_parts if name.startswith("step-"))
+    return [name for name in storage.list_folders(folder) if name.startswith("step-")]
 
 
 def save(folder: str, checkpoint: Checkpoint, *, keep: int) -> None:
@@ -239,11 +231,8 @@ def load_newest(folder: str, *, job: str, tell: Callable[[str], None] = logger.w
 
 def remove(place: str) -> None:
     """Delete a checkpoint, its manifest first: a half-deleted one does not count."""
-    fs, path = storage.filesystem(place)
-    if fs.exists(f"{path}/{MANIFEST}"):
-        fs.rm_file(f"{path}/{MANIFEST}")
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
+    storage.remove(storage.join(place, MANIFEST))
+    storage.remove(place)
 
 
 @contextmanager

@@ -89,9 +89,9 @@ def test_a_name_that_is_no_unicode_is_listed(tmp_path: Path) -> None:
 def test_a_missing_folder_and_a_file_are_no_locations(tmp_path: Path) -> None:
     make_files(tmp_path, "a.png")
     for name in ("nothing", "a.png"):
-        with pytest.raises(OSError) as caught:  # noqa: PT011 - `describe` is what tells them apart
+        with pytest.raises(OSError) as caught:  # noqa: PT011 - `explain` is what tells them apart
             listing.split_location(str(tmp_path / name), want=4)
-        assert listing.describe(caught.value) == "there is no such bucket, folder or file"
+        assert retry.explain(caught.value) == "there is no such bucket, folder or file"
 
 
 def test_any_other_fsspec_file_system_is_a_location() -> None:
@@ -104,18 +104,6 @@ def test_any_other_fsspec_file_system_is_a_location() -> None:
         assert fsspec.filesystem("memory").cat_file(page.uris[0]) == b"x"
     finally:
         fs.rm("/images", recursive=True)
-
-
-def test_only_errors_of_the_location_are_the_users() -> None:
-    from botocore.exceptions import NoCredentialsError
-
-    assert (
-        listing.describe(PermissionError("no"))
-        == "access denied: check the credentials and the permissions (no)"
-    )
-    assert listing.describe(KeyError("a bug")) is None
-    assert (listing.describe(NoCredentialsError()) or "").startswith("no credentials")
-    assert "\n" not in (listing.describe(OSError("two\nlines")) or "\n")
 
 
 # -- HTTP ---------------------------------------------------------------------
@@ -258,9 +246,9 @@ def test_what_the_user_can_fix_is_said_in_a_line(
     given = dict(changes)
     uri = f"s3://{given.pop('bucket', s3_data)}/{given.pop('prefix', 'data')}"
     storage.configure({"s3": {**s3_store.options(), **given}})
-    with pytest.raises(Exception) as caught:  # noqa: PT011 - `describe` is what tells them apart
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - `explain` is what tells them apart
         listing.split_location(uri, want=4)
-    line = listing.describe(caught.value)
+    line = retry.explain(caught.value)
     assert line is not None
     assert complaint in line
 

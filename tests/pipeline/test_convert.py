@@ -125,7 +125,16 @@ def test_files_that_cannot_be_imported_are_named_and_nothing_is_written(
     )
     assert not (tmp_path / "victim").exists()
     absent = tmp_path / "absent.pth"
-    ends(capsys, 2, f"{absent}: no such file", "import", "--generator", absent, "--output", output)
+    ends(
+        capsys,
+        2,
+        f"{absent}: there is no such bucket, folder or file",
+        "import",
+        "--generator",
+        absent,
+        "--output",
+        output,
+    )
     ends(
         capsys,
         2,

@@ -31,6 +31,20 @@ def test_an_error_that_passes_is_tried_again_and_a_refusal_is_not() -> None:
     assert len(calls) == 1
 
 
+def test_only_errors_of_the_location_are_the_users() -> None:
+    assert (
+        retry.explain(PermissionError("no"))
+        == "access denied, check credentials and permissions (PermissionError: no)"
+    )
+    assert retry.explain(KeyError("a bug")) is None
+    assert "NoCredentialsError" in (retry.explain(NoCredentialsError()) or "")
+    assert "\n" not in (retry.explain(OSError("two\nlines")) or "\n")
+    with pytest.raises(UserError, match=r"^--input x: there is no such bucket"), storage.located("--input x"):
+        raise FileNotFoundError
+    with pytest.raises(KeyError), storage.located("--input x"):
+        raise KeyError("a bug")
+
+
 def test_missing_credentials_are_no_passing_trouble() -> None:
     assert not storage.passing(NoCredentialsError())
     assert storage.passing(EndpointConnectionError(endpoint_url="http://x"))
@@ -106,5 +120,5 @@ def test_an_error_without_a_text_is_named_by_its_kind() -> None:
     def call() -> None:
         raise TimeoutError
 
-    with pytest.raises(StageError, match=r"attempts \(TimeoutError\)"):
+    with pytest.raises(StageError, match=r"attempts: cannot reach .*\(TimeoutError\)"):
         storage.patiently(call, "x", 2, 0)

@@ -224,7 +224,7 @@ def test_a_failure_is_repeated_by_the_client_that_was_chosen(
         assert proxy.counts["status"] + proxy.counts["reset"] == 5
         proxy.faults = [Fault("status", method="PUT")]
         proxy.counts.clear()
-        with pytest.raises(StageError, match=r"failed at each of 8 attempts .*injected"):
+        with pytest.raises(StageError, match=r"failed at each of 8 attempts: .*injected"):
             storage.write_bytes(uri, b"third")
         assert proxy.counts["status"] == retry.ATTEMPTS
     storage.configure({"s3": s3_store.options()})
