@@ -17,71 +17,61 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
 from torch import Tensor
 
 from stages.base import Role, Split
 from stages.config.shard import AugmentConfig
 from stages.errors import UserError
-from stages.images import geometry, kinds
-from stages.images.augment import NONE, apply, draw
-from stages.images.kinds import ImageRejected
+from stages.images.augment import NONE
 from stages.models.step import Batch
 from stages.parallel.threads import Prefetch, own_cores, prefetch_map
-from stages.shards import dataset
-from stages.shards.dataset import DatasetSpec, RoleSpec
+from stages.shards.dataset import DatasetSpec
 from stages.shards.order import WINDOW, Plan, ReadUnit, num_steps, plan_epoch
-from stages.shards.row_groups import read_unit
-
-Unit = dict[str, Any]
-"""What is read together: file, group and rows (`stages.shards.row_groups.read_unit`)."""
-
-Read = Callable[[str, Iterator[Unit], list[str]], Iterator[pa.Table]]
-"""The tables of read units of a shards folder, with these columns, in order; tables may be cut anywhere."""
-
-Images = Mapping[Role, tuple[memoryview, int] | None]
-"""Per role the stored bytes and their checksum, or None where the pair has none."""
-
-MISSING_LABEL = 255  # the label map of a pair that has none
+from stages.shards.prepare import Preparation, Unit, dtype_of
 
 
-def read_here(folder: str, units: Iterator[Unit], columns: list[str]) -> Iterator[pa.Table]:
-    """The rows of each unit, read in this thread: local files are mapped, and read when they are decoded."""
+class Pair(Protocol):
+    """A pair that was read."""
+
+    @property
+    def key(self) -> str:
+        """Its key."""
+
+    def copy_to(self, out: Mapping[Role, npt.NDArray[Any]]) -> None:
+        """Write its images, ready to train, to arrays (H, W, C)."""
+
+
+Read = Callable[[Preparation, Iterator[Unit]], Iterator[Pair]]
+"""The pairs of read units, in order."""
+
+
+def read_here(preparation: Preparation, units: Iterator[Unit]) -> Iterator[Pair]:
+    """The pairs of each unit, read in this thread: local files are mapped, and read when they are decoded."""
     for unit in units:
-        yield read_unit(folder, unit, columns)
-
-
-@dataclass(frozen=True, slots=True)
-class StoredPair:
-    """One pair as it is stored in a file of the shards folder."""
-
-    key: str
-    file: str
-    images: Images
+        yield from preparation.read(unit)
 
 
 @dataclass(frozen=True, slots=True)
 class RowsOfStep:
     """The pairs of one step of this rank, and how many all ranks have in it."""
 
-    epoch: int
-    pairs: list[StoredPair]
+    pairs: list[Pair]
     total: int
 
 
 class Feed:
     """Batches of one training worker.
 
-    scale      1, 2, 4 ...: images come at 1/scale of the resolution; `augment.crop` is in stored pixels
+    scale      1, 2, 4 ...: images come at 1/scale of the resolution (`Preparation`)
     prefetch   batches that are ready ahead of the step
     threads    that decode
     epochs     the feed does not read ahead beyond the last one; None: it does not end
-    read       `read_here`, or `stages.shards.readers.read_with_ray` for shards in a store
+    read       `read_here`, or `stages.shards.readers.read_with_ray`
 
     Raises UserError if the split is empty or a batch has fewer pairs than there are workers.
     """
@@ -105,8 +95,10 @@ class Feed:
         with_labels: bool = False,
         read: Read = read_here,
     ) -> None:
-        self.folder, self.spec, self.seed, self.batch = folder, spec, seed, batch
-        self.rank, self.world, self.augment, self.scale = rank, world, augment, scale
+        self.preparation = Preparation(
+            folder=folder, spec=spec, seed=seed, augment=augment, scale=scale, with_labels=with_labels
+        )
+        self.seed, self.batch, self.rank, self.world = seed, batch, rank, world
         self.device, self.prefetch, self.epochs = torch.device(device), prefetch, epochs
         self.read, self.threads = read, threads or min(4, own_cores())
         self.rows = spec.rows(split)
@@ -115,15 +107,10 @@ class Feed:
         if world > batch:
             raise UserError(f"a batch of {batch} is too small for {world} workers")
         self.steps_per_epoch = num_steps(self.rows, batch)
-        self.roles = {r: s for r, s in spec.roles.items() if with_labels or r != "label"}
         files = spec.splits[split]
         self._names = [file.name for file in files for _ in file.row_groups]
         self._index = [index for file in files for index in range(len(file.row_groups))]
         self._sizes = np.array([rows for file in files for rows in file.row_groups], np.int64)
-        width, height = augment.crop or spec.size
-        if width > spec.size[0] or height > spec.size[1]:
-            raise UserError(f"augment.crop: {width}x{height} does not fit images of {spec.size}")
-        self.size = (width // scale, height // scale)
         self._stream: Prefetch[tuple[Batch, torch.cuda.Event | None]] | None = None
         self._next = (-1, -1)  # epoch and step of the stream's next batch
 
@@ -174,23 +161,23 @@ class Feed:
             start = start_step if epoch == first_epoch else 0
             return start, self._plan(epoch, start)
 
-        units = (self._unit(unit) for epoch in epochs for unit in plan_of(epoch)[1].units)
-        rows = self._rows(self.read(self.folder, units, self._columns()))
+        units = (self._unit(epoch, unit) for epoch in epochs for unit in plan_of(epoch)[1].units)
+        read = self.read(self.preparation, units)
         for epoch in epochs:
             start, plan = plan_of(epoch)
-            cache: dict[tuple[int, int], StoredPair] = {}  # by unit and row, each until its step
+            cache: dict[tuple[int, int], Pair] = {}  # by unit and row, each until its step
             next_unit = 0  # units come in the order of their first need
             for step in range(plan.steps):
-                pairs: list[StoredPair] = []
+                pairs: list[Pair] = []
                 for at in range(int(plan.offsets[step]), int(plan.offsets[step + 1])):
                     place = int(plan.unit[at]), int(plan.row[at])
                     while next_unit <= place[0]:
-                        unit = plan.units[next_unit]
-                        for index, (key, images) in enumerate(itertools.islice(rows, len(unit.rows))):
-                            cache[next_unit, index] = StoredPair(key, self._names[unit.group], images)
+                        rows = len(plan.units[next_unit].rows)
+                        for index, pair in enumerate(itertools.islice(read, rows)):
+                            cache[next_unit, index] = pair
                         next_unit += 1
                     pairs.append(cache.pop(place))
-                yield RowsOfStep(epoch, pairs, min(self.batch, self.rows - (start + step) * self.batch))
+                yield RowsOfStep(pairs, min(self.batch, self.rows - (start + step) * self.batch))
 
     def _plan(self, epoch: int, start_step: int) -> Plan:
         return plan_epoch(
@@ -204,103 +191,37 @@ class Feed:
             window=WINDOW,
         )
 
-    def _columns(self) -> list[str]:
-        return ["key", *(name for role in self.roles for name in (role, f"{role}_crc"))]
-
-    def _unit(self, unit: ReadUnit) -> Unit:
+    def _unit(self, epoch: int, unit: ReadUnit) -> Unit:
         """A read unit as plain values."""
         whole = len(unit.rows) == self._sizes[unit.group]
         return {
+            "epoch": epoch,
             "file": self._names[unit.group],
             "group": self._index[unit.group],
             "rows": None if whole else unit.rows.tolist(),
         }
 
-    def _rows(self, tables: Iterator[pa.Table]) -> Iterator[tuple[str, Images]]:
-        """Key and images of each row; images are views, not copies."""
-        for table in tables:
-            for batch in table.to_batches():
-                columns = {role: _binaries(batch[role], batch[f"{role}_crc"]) for role in self.roles}
-                for key, *images in zip(batch["key"].to_pylist(), *columns.values(), strict=True):
-                    yield key, dict(zip(columns, images, strict=True))
-
     def _make(self, step: RowsOfStep) -> Batch:
         """Verify, decode, crop and mirror the rows of a step into fresh memory."""
-        arrays = {role: self._empty(role, len(step.pairs)) for role in self.roles}
-        size, crop = self.spec.size, self.augment.crop
+        tensors = {role: self._empty(role, len(step.pairs)) for role in self.preparation.roles}
+        arrays = {role: tensor.permute(0, 2, 3, 1).numpy() for role, tensor in tensors.items()}
         for index, pair in enumerate(step.pairs):
-            jitter = draw(self.seed, step.epoch, pair.key, size, crop, self.augment.mirror)
-            for role, role_spec in self.roles.items():
-                out, stored = arrays[role][1][index], pair.images[role]
-                if stored is None:
-                    out[...] = MISSING_LABEL if role == "label" else 0
-                    continue
-                try:
-                    array = dataset.decode_role(*stored, role_spec, size)
-                except ImageRejected as why:
-                    raise dataset.corrupt(self.folder, pair.file, pair.key, role, why) from why
-                self._place(apply(array, jitter, size, crop), role_spec, out)
-        share = self.world * len(step.pairs) / step.total
-        tensors = {role: tensor for role, (tensor, _) in arrays.items()}
+            pair.copy_to({role: array[index] for role, array in arrays.items()})
         return Batch(
             source=tensors["source"],
             target=tensors["target"],
             instance=tensors.get("instance"),
             label=tensors.get("label"),
             keys=[pair.key for pair in step.pairs],
-            share=share,
+            share=self.world * len(step.pairs) / step.total,
         )
 
-    def _empty(self, role: Role, rows: int) -> tuple[Tensor, npt.NDArray[Any]]:
-        """Memory for a role of a batch: the tensor (N, C, H, W), and the same as an array (N, H, W, C).
-
-        Raw images are stored planar and stay so, others decode to pixels (channels last): either way a row is
-        copied once.
-        """
-        spec, (width, height) = self.roles[role], self.size
-        pinned = self.device.type == "cuda"
-        if spec.encoding == "raw":
-            tensor = torch.empty(
-                (rows, spec.channels, height, width), dtype=tensor_dtype(spec), pin_memory=pinned
-            )
-        else:
-            tensor = torch.empty(
-                (rows, height, width, spec.channels), dtype=tensor_dtype(spec), pin_memory=pinned
-            )
-            tensor = tensor.permute(0, 3, 1, 2)
-        return tensor, tensor.permute(0, 2, 3, 1).numpy()
-
-    def _place(self, array: kinds.Array, spec: RoleSpec, out: npt.NDArray[Any]) -> None:
-        array = geometry.shrink(array, self.scale, spec.kind)
-        if out.dtype == np.float32 and spec.kind != "channels":
-            array = kinds.normalise(array, spec.kind)
-        copy_pixels(array, out)
-
-
-def _binaries(column: pa.Array, crcs: pa.Array) -> Iterator[tuple[memoryview, int] | None]:
-    """Bytes and checksum of each value of a binary column, as views on its buffer; None for nulls."""
-    wide = pa.types.is_large_binary(column.type)
-    _, places, data = column.buffers()
-    offsets = np.frombuffer(places, np.int64 if wide else np.int32)[column.offset :].tolist()
-    view = memoryview(b"" if data is None else data)
-    for index, crc in enumerate(crcs.to_pylist()):
-        yield None if crc is None else (view[offsets[index] : offsets[index + 1]], crc)
-
-
-def tensor_dtype(spec: RoleSpec) -> torch.dtype:
-    """The type of a role's images in a batch: ids as integers, 8-bit amounts as they are, others float32."""
-    if spec.kind == "instances":
-        return torch.int32
-    return torch.float32 if spec.kind in ("grey16", "lab_ab", "channels") else torch.uint8
-
-
-def copy_pixels(array: kinds.Array, out: npt.NDArray[Any]) -> None:
-    """Copy an image (H, W, C) into memory of its shape; a mirrored one a pixel at a time, not a byte."""
-    pixel = array.itemsize * array.shape[2]
-    if array.strides[1:] == (-pixel, array.itemsize) and array.dtype == out.dtype and out.strides[1] == pixel:
-        whole = np.dtype((np.void, pixel))
-        array, out = array.view(whole), out.view(whole)
-    np.copyto(out, array)
+    def _empty(self, role: Role, rows: int) -> Tensor:
+        """Memory (N, C, H, W) for a role of a batch."""
+        shape, planar = self.preparation.layout(role)
+        dtype = getattr(torch, np.dtype(dtype_of(self.preparation.roles[role])).name)
+        tensor = torch.empty((rows, *shape), dtype=dtype, pin_memory=self.device.type == "cuda")
+        return tensor if planar else tensor.permute(0, 3, 1, 2)
 
 
 def _send(

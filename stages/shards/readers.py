@@ -18,13 +18,14 @@ import ray
 from ray.exceptions import RayTaskError
 
 from stages.errors import PixloomError, one_line
+from stages.shards.prepare import Preparation, StoredPair, Unit
 from stages.shards.row_groups import read_unit
 
 UNITS_PER_TASK = 4  # row groups of about 8 MiB: a task's start costs little beside them
 READERS = 2  # tasks of one worker that read at once, and so 64 MiB of Ray's store at most
 
 
-def read_with_ray(folder: str, units: Iterator[dict[str, Any]], columns: list[str]) -> Iterator[pa.Table]:
+def read_with_ray(preparation: Preparation, units: Iterator[Unit]) -> Iterator[StoredPair]:
     """The rows of each unit, in order, read ahead by Ray's tasks; the tables are views of Ray's object store.
 
     Not a pipeline of Ray Data: its scheduler polls without pause while its output is waited for, which took
@@ -35,12 +36,13 @@ def read_with_ray(folder: str, units: Iterator[dict[str, Any]], columns: list[st
     reading: deque[Any] = deque()
     while True:
         while len(reading) < READERS and (chunk := list(itertools.islice(units, UNITS_PER_TASK))):
-            reading.append(task.remote(folder, chunk, columns))
+            tables = task.remote(preparation.folder, chunk, preparation.columns())
+            reading.append((chunk, tables))
         if not reading:
             return
         try:
-            for table in reading[0]:
-                yield ray.get(table)
+            for unit, table in zip(*reading[0], strict=True):
+                yield from preparation.pairs(unit, ray.get(table))
         except RayTaskError as error:
             if isinstance(error.cause, PixloomError):  # its one line, without what Ray adds to the text
                 raise type(error.cause)(one_line(error.cause, limit=1000)) from error

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -18,7 +15,8 @@ from stages.images import geometry
 from stages.images.augment import apply, draw
 from stages.models.step import Batch
 from stages.shards.dataset import DatasetSpec, read_split
-from stages.shards.feed import Feed, copy_pixels, read_here
+from stages.shards.feed import Feed, read_here
+from stages.shards.prepare import copy_pixels
 from stages.shards.readers import read_with_ray
 from tests.support.pairs import SIZE, make_shards, pair_row, photo, photo_pairs, write_image
 
@@ -248,18 +246,3 @@ def test_a_damaged_shard_seen_by_ray_is_an_error_that_names_it(tmp_path, ray_loc
         epoch_of(feed)
     assert type(caught.value) is StageError
     assert "\n" not in str(caught.value)
-
-
-def test_tables_may_be_cut_anywhere(shards):
-    folder, spec = shards
-
-    def crumbs(folder: str, units: Iterator[dict], columns: list[str]) -> Iterator[pa.Table]:
-        for table in read_here(folder, units, columns):
-            for start in range(0, table.num_rows, 3):
-                yield table.slice(start, 3)
-
-    with (
-        Feed(folder, spec, batch=4, epochs=1, read=crumbs) as one,
-        Feed(folder, spec, batch=4, epochs=1, read=read_here) as other,
-    ):
-        assert all(same(a, b) for a, b in zip(one.epoch(0), other.epoch(0), strict=True))
