@@ -199,13 +199,14 @@ def _exchange(given: PhaseJob, spec: DatasetSpec, found: Any) -> None:
         [parameter for parameter in network.parameters() if parameter.requires_grad]
         for network in (gan.discriminator, gan.generator)
     ]
-    for parameter in (parameter for parameters in networks for parameter in parameters):
-        parameter.grad = torch.zeros_like(parameter)
+    exchanges = [gradients.Exchange(parameters) for parameters in networks]
     for round_ in range(21):
         if round_ == 1:
             dist.barrier()
             started = time.monotonic()
-        for averaged in [gradients.Exchange(p, during_backward=False) for p in networks]:
+        for parameter in (parameter for parameters in networks for parameter in parameters):
+            parameter.grad = torch.zeros_like(parameter)
+        for averaged in [exchange.start(during_backward=False) for exchange in exchanges]:
             for _ in averaged:
                 pass
     seconds = (time.monotonic() - started) / 20

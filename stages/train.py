@@ -331,7 +331,12 @@ def _work(config: dict[str, Any]) -> Ending:
 def _train(setup: Setup) -> Ending:
     context = ray.train.get_context()
     device = ray.train.torch.get_device() if setup.gpu else torch.device("cpu")
-    worker = Worker(rank=context.get_world_rank(), world=context.get_world_size(), device=device)
+    worker = Worker(
+        rank=context.get_world_rank(),
+        world=context.get_world_size(),
+        device=device,
+        timeout_s=setup.stall_s,
+    )
     tune_process(device, save_memory=setup.task.checkpointing)
     torch.set_num_threads(threads(setup.threads, context.get_local_world_size(), setup.gpu))
     job = setup.task.job

@@ -115,6 +115,13 @@ class Recipe(Config):
             "for it, float32 elsewhere."
         ),
     ] = None
+    gradient_dtype: Annotated[
+        Precision,
+        Field(
+            description="Number format in which workers exchange gradients. bf16 halves the bytes between "
+            "machines and rounds the gradients; one worker exchanges none."
+        ),
+    ] = "float32"
     synchronised_norms: Annotated[
         bool,
         Field(

@@ -143,10 +143,13 @@ class SynchronisedBatchNorm(BatchNorm):
         """(N, C, H, W) -> the same shape."""
         if not self.training:
             return super().forward(x)
-        axes, channels = (0, 2, 3), x.shape[1]
+        channels = x.shape[1]
         pixels = x.new_full((1,), x.numel() / channels, dtype=torch.float64)
-        exact = x.to(torch.float64)
-        sums = self.total(torch.cat([exact.sum(axes), exact.square().sum(axes), pixels]))
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        # sums over all workers are in float64, statistics of one worker's images are not: no copy of them
+        own_variance, own_mean = (v.double() for v in torch.var_mean(exact, (0, 2, 3), correction=0))
+        squares = own_variance + own_mean.square()
+        sums = self.total(torch.cat([own_mean * pixels, squares * pixels, pixels]))
         count = sums[-1].detach()
         mean = sums[:channels] / count
         variance = (sums[channels:-1] / count - mean.square()).clamp(min=0)

@@ -39,8 +39,8 @@ class Window:
     """The losses of the steps since the last point, on the device."""
 
     device: torch.device
-    total: Callable[[Tensor], Tensor] | None = None
-    """Sums a tensor over all workers; None if there is one."""
+    total: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    """Sums a tensor over all workers."""
     workers: int = 1
     agree: Callable[[Sequence[str]], Sequence[str]] = lambda names: names
     """Rank 0's names: a worker without rows has no losses of its own to name."""
@@ -71,8 +71,7 @@ class Window:
             for losses, share in zip(self._losses, self._shares, strict=True)
         ]
         table = torch.stack(rows)  # (steps, names)
-        if self.total is not None:
-            table = self.total(table) / self.workers
+        table = self.total(table) / self.workers
         numbers = torch.cat([table.flatten(), *(norm.float().reshape(1) for norm in norms.values())])
         numbers = numbers.to("cpu", non_blocking=True)  # pinned memory, so a GPU is not waited for
         steps, self.steps, self._losses, self._shares = self.steps, [], [], []

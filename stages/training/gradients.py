@@ -9,6 +9,7 @@ discriminator are exchanged during the generator's backward pass.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,15 @@ Weight = TypeVar("Weight", bound=Tensor)
 
 BUCKET_BYTES = 32 << 20
 CPU_BUCKET_BYTES = 4 << 20  # over gloo: what was packed is still in the cache when it is sent
+
+
+def new_group(device: torch.device, timeout_s: float) -> dist.ProcessGroup:
+    """A process group of all workers. On GPUs it connects at once: a first step waits for nothing."""
+    group = dist.new_group(
+        timeout=timedelta(seconds=timeout_s), device_id=device if device.type == "cuda" else None
+    )
+    assert isinstance(group, dist.ProcessGroup)
+    return group
 
 
 def buckets(tensors: Sequence[Weight], size: int) -> Iterator[list[Weight]]:
@@ -37,12 +47,24 @@ def buckets(tensors: Sequence[Weight], size: int) -> Iterator[list[Weight]]:
 
 
 class GradientAverager:
-    """Averages gradients over the workers, as `stages.models.step.Average`; on request keeps their norms."""
+    """Averages gradients over the workers, as `stages.models.step.Average`; on request keeps their norms.
 
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
+    wire    the dtype in which gradients travel; None: their own
+    group   the workers; None: all of the default process group
+    """
+
+    def __init__(
+        self,
+        workers: int,
+        *,
+        wire: torch.dtype | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.workers, self.wire, self.group = workers, wire, group
         self.measure = False
         """Whether to keep the norms of the averaged gradients of the next step."""
+        self._exchanges: dict[int, Exchange] = {}
+        """By the id of a network's first parameter."""
         self._norms: list[Tensor] = []
 
     def __call__(
@@ -51,7 +73,10 @@ class GradientAverager:
         """Start to average; iterating the result yields parameters whose gradients are averaged."""
         averaged: Iterable[Sequence[nn.Parameter]] = [parameters]
         if self.workers > 1:
-            averaged = Exchange(parameters, during_backward=during_backward)
+            network = id(parameters[0])
+            if network not in self._exchanges:
+                self._exchanges[network] = Exchange(parameters, wire=self.wire, group=self.group)
+            averaged = self._exchanges[network].start(during_backward=during_backward)
         return self._measured(averaged) if self.measure else averaged
 
     def _measured(self, averaged: Iterable[Sequence[nn.Parameter]]) -> Iterator[Sequence[nn.Parameter]]:
@@ -70,73 +95,111 @@ class GradientAverager:
 
 
 class Exchange:
-    """The means of one network's gradients over all workers, on their way from construction on.
+    """The means of one network's gradients over all workers, step after step.
 
     Gradient buckets are sent in one order on every worker: last parameters first, as a backward pass
-    completes those first. `during_backward`: each is sent as soon as its last gradient is complete; else all
-    are sent now. A missing gradient counts as zeros. Iterating after the backward pass sends the rest, waits
-    bucket by bucket, and yields the parameters whose gradients are averaged. All workers must iterate, over
+    completes those first. A missing gradient counts as zeros. All workers must start and iterate alike, over
     parameters of equal shapes.
+
+    wire   the dtype in which gradients travel; None: their own
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], *, during_backward: bool) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        *,
+        wire: torch.dtype | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         size = CPU_BUCKET_BYTES if parameters and parameters[0].device.type == "cpu" else BUCKET_BYTES
-        self.groups = list(buckets(parameters[::-1], size))
-        self.incomplete = [{id(parameter) for parameter in group} for group in self.groups]
-        self.bucket_of = {id(p): index for index, group in enumerate(self.groups) for p in group}
-        self.sent: list[tuple[Tensor, dist.Work]] = []
-        self.hooks = [
+        self.buckets = [Bucket(members, wire, group) for members in buckets(parameters[::-1], size)]
+        self._bucket_of = {id(p): bucket for bucket in self.buckets for p in bucket.parameters}
+        self._sent = len(self.buckets)
+        self._sending = False
+        for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._complete)  # type: ignore[no-untyped-call]
-            for parameter in parameters
-            if during_backward
-        ]
+
+    def start(self, *, during_backward: bool) -> Exchange:
+        """Send each bucket as soon as its last gradient is complete; or, without a backward pass, all now."""
+        for bucket in self.buckets:
+            bucket.incomplete = {id(parameter) for parameter in bucket.parameters}
+        self._sent, self._sending = 0, True
         if not during_backward:
             self._send_all()
+        return self
 
     def __iter__(self) -> Iterator[list[nn.Parameter]]:
-        for hook in self.hooks:
-            hook.remove()
+        """After the backward pass: send the rest, wait bucket by bucket; yields the averaged parameters."""
         self._send_all()
         return self._averaged()
 
     def _complete(self, parameter: Tensor) -> None:
         """Note that a gradient is complete; send the buckets that are next and complete."""
-        self.incomplete[self.bucket_of[id(parameter)]].discard(id(parameter))
-        while len(self.sent) < len(self.groups) and not self.incomplete[len(self.sent)]:
-            group = self.groups[len(self.sent)]
-            flat = torch.cat([gradient.reshape(-1) for gradient in _gradients(group)])
-            work = dist.all_reduce(flat, async_op=True)
-            assert work is not None
-            self.sent.append((flat, work))
+        if not self._sending:  # a backward pass of which nothing is exchanged yet
+            return
+        self._bucket_of[id(parameter)].incomplete.discard(id(parameter))
+        while self._sent < len(self.buckets) and not self.buckets[self._sent].incomplete:
+            self.buckets[self._sent].send()
+            self._sent += 1
 
     def _send_all(self) -> None:
-        for parameter in (p for group in self.groups for p in group):
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            self._complete(parameter)
+        for bucket in self.buckets[self._sent :]:
+            bucket.send()
+        self._sent, self._sending = len(self.buckets), False
 
     def _averaged(self) -> Iterator[list[nn.Parameter]]:
-        world = dist.get_world_size()
-        for group, (flat, work) in zip(self.groups, self.sent, strict=True):
-            work.wait()
-            means = torch.split(flat.div_(world), [parameter.numel() for parameter in group])
-            for parameter, mean in zip(group, means, strict=True):
-                _take(parameter, mean)
-            yield group
+        for bucket in self.buckets:
+            bucket.receive()
+            yield bucket.parameters
 
 
-def _take(parameter: nn.Parameter, mean: Tensor) -> None:
-    """Make a packed mean the gradient: a view of it where the weight's layout is that of packing."""
-    assert parameter.grad is not None
-    gradient = _pixels_last(parameter.grad)
-    if gradient.is_contiguous():
-        parameter.grad = mean.as_strided(parameter.shape, parameter.grad.stride())
-    else:
-        gradient.copy_(mean.view_as(gradient))
+class Bucket:
+    """Gradients that one all-reduce averages, side by side in memory that stays from step to step."""
+
+    def __init__(
+        self, parameters: list[nn.Parameter], wire: torch.dtype | None, group: dist.ProcessGroup | None
+    ) -> None:
+        self.parameters, self.group = parameters, group
+        self.incomplete: set[int] = set()
+        """Ids of the parameters whose gradients a backward pass has not completed."""
+        self._lengths = [parameter.numel() for parameter in parameters]
+        self._flat = parameters[0].new_empty(sum(self._lengths), dtype=wire)
+        self._work: dist.Work | None = None
+        # NCCL divides while it adds; gloo, for CPUs and tests, adds only.
+        self._divides = dist.get_backend(group) == "nccl"
+
+    def send(self) -> None:
+        """Start the all-reduce. The gradients' own memory is freed."""
+        with torch.no_grad():
+            torch._foreach_copy_(self._pieces(self._flat), [_gradient(p) for p in self.parameters])
+        for parameter in self.parameters:
+            parameter.grad = None
+        op = dist.ReduceOp.AVG if self._divides else dist.ReduceOp.SUM
+        self._work = dist.all_reduce(self._flat, op=op, group=self.group, async_op=True)
+
+    def receive(self) -> None:
+        """Wait for the means and make them the gradients, as views where weights have packing's layout."""
+        assert self._work is not None
+        self._work.wait()
+        means = self._flat.to(self.parameters[0].dtype)
+        if not self._divides:
+            means.div_(dist.get_world_size(self.group))
+        for parameter, mean in zip(self.parameters, self._pieces(means), strict=True):
+            strided = mean.permute(0, 3, 1, 2) if mean.ndim == 4 else mean
+            if _pixels_last(parameter).is_contiguous():
+                parameter.grad = strided.as_strided(parameter.shape, parameter.stride())
+            else:
+                parameter.grad = torch.empty_like(parameter).copy_(strided)
+
+    def _pieces(self, flat: Tensor) -> list[Tensor]:
+        """The part of each parameter, in its packed shape."""
+        parts = torch.split(flat, self._lengths)
+        return [part.view(_pixels_last(p).shape) for p, part in zip(self.parameters, parts, strict=True)]
 
 
-def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    return [_pixels_last(parameter.grad) for parameter in parameters if parameter.grad is not None]
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    """A parameter's gradient, zeros if it has none, in the memory order of packing."""
+    return _pixels_last(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
 
 
 def _pixels_last(tensor: Tensor) -> Tensor:
@@ -147,36 +210,48 @@ def _pixels_last(tensor: Tensor) -> Tensor:
     return tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor
 
 
-def broadcast_object(value: Any) -> Any:
-    """Rank 0's value, on every worker. For small plain values: positions, names."""
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
+# -- small values -------------------------------------------------------------
 
 
-def any_worker(flag: bool, device: torch.device) -> bool:
-    """Whether any worker says so, the same on all. Waits for the device."""
-    return bool(total(torch.tensor(float(flag), device=device)).item())
+class Messages:
+    """Small values between all workers, in a process group of their own: gradients do not delay them."""
 
+    def __init__(self, workers: int, device: torch.device, timeout_s: float) -> None:
+        self.device = device
+        self.group = new_group(device, timeout_s) if workers > 1 else None
 
-def total_with_gradient(tensor: Tensor) -> Tensor:
-    """The sum over all workers, and of their gradients. Every worker runs it and its backward pass."""
-    summed: Tensor = _Total.apply(tensor)  # type: ignore[no-untyped-call]
-    return summed
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over all workers, as a new tensor."""
+        summed = tensor.clone()
+        if self.group is not None:
+            dist.all_reduce(summed, group=self.group)
+        return summed
+
+    def any(self, flag: bool) -> bool:
+        """Whether any worker says so. Waits for the device if there are several."""
+        return flag if self.group is None else bool(self.total(torch.tensor(float(flag), device=self.device)))
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every worker. For plain values: positions, names."""
+        if self.group is None:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.group, device=self.device)
+        return values[0]
+
+    def total_with_gradient(self, tensor: Tensor) -> Tensor:
+        """The sum over all workers, and of their gradients. All run it and its backward pass."""
+        summed: Tensor = _Total.apply(tensor, self)  # type: ignore[no-untyped-call]
+        return summed
 
 
 class _Total(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:  # noqa: ARG004
-        return total(tensor)
+    def forward(ctx: Any, tensor: Tensor, messages: Messages) -> Tensor:
+        ctx.messages = messages
+        return messages.total(tensor)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # noqa: ARG004
-        return total(gradient.contiguous())
-
-
-def total(tensor: Tensor) -> Tensor:
-    """The sum over all workers, as a new tensor."""
-    summed = tensor.clone()
-    dist.all_reduce(summed)
-    return summed
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        messages: Messages = ctx.messages
+        return messages.total(gradient.contiguous()), None

@@ -48,10 +48,10 @@ from stages.models.styles import Styles, collect_styles
 from stages.seeding import number
 from stages.shards.order import num_steps
 from stages.storage.local import local_file, local_folder
-from stages.training import checkpoints, curves, gradients
+from stages.training import checkpoints, curves
 from stages.training.checkpoints import Checkpoint, Position, Writer
 from stages.training.curves import ClosedWindow, DivergedError, Window, arrival
-from stages.training.gradients import GradientAverager
+from stages.training.gradients import GradientAverager, Messages, new_group
 from stages.training.news import Advance, Channel, Note, Order, Point, Points, SampleGrid, Save, Stop
 
 PICTURES = 20  # sample grids per phase, at most
@@ -93,6 +93,8 @@ class Worker:
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    timeout_s: float = 300.0
+    """After which a message between workers fails."""
 
     @property
     def leads(self) -> bool:
@@ -207,6 +209,7 @@ class OrderPoll:
     """Agrees across workers on the driver's order and on preemption warnings."""
 
     worker: Worker
+    messages: Messages
     channel: Channel
     preempted: Callable[[], bool]
     _next_step: int = 0
@@ -226,9 +229,7 @@ class OrderPoll:
         stop = self.channel.stop_order() if leads else None
         ask = leads and now - self._asked > WARNINGS_S
         sums = torch.tensor([float(stop is not None), float(ask), now - self._polled])
-        if self.worker.world > 1:
-            sums = gradients.total(sums.to(self.worker.device)).cpu()
-        stopping, asking, seconds = sums.tolist()
+        stopping, asking, seconds = self.messages.total(sums.to(self.messages.device)).tolist()
         step_seconds = max(1e-6, seconds / self.worker.world / max(1, steps - self._polled_step))
         self._polled, self._polled_step = now, steps
         self._next_step = steps + max(1, int(ORDERS_S / step_seconds))
@@ -295,6 +296,7 @@ class Loop:
         self._checkpointed = time.monotonic()
         self._last_window: OpenPoint | None = None
         self.gan = build(task, worker.device)
+        self.messages = Messages(worker.world, worker.device, worker.timeout_s)
         self._has_rows = True  # whether this worker's pairs count in synchronised norms
         self.position, self.points = Position(), list[Point]()
         self.losses: dict[str, float] = {}
@@ -306,24 +308,20 @@ class Loop:
             for network in (self.gan.generator, self.gan.discriminator):
                 if network is not None:
                     synchronise_batch_norms(network, self._over_all)
-        self.averager = GradientAverager(worker.world)
-        several = worker.world > 1
-        self.window = Window(
-            worker.device,
-            total=gradients.total if several else None,
-            workers=worker.world,
-            agree=gradients.broadcast_object if several else list,
+        self.averager = GradientAverager(
+            worker.world,
+            wire=torch.bfloat16 if task.job.gradient_dtype == "bf16" else None,
+            group=new_group(worker.device, worker.timeout_s) if worker.world > 1 else None,
         )
-        self.orders = OrderPoll(worker, channel, preempted)
+        self.window = Window(worker.device, self.messages.total, worker.world, self.messages.broadcast)
+        self.orders = OrderPoll(worker, self.messages, channel, preempted)
         self.throughput = Throughput(self.position.images)
 
     def _resume(self, folder: str) -> None:
         """Resume from the newest whole checkpoint, the same on all workers; else start the phase."""
-        name, leads, several = self.task.name, self.worker.leads, self.worker.world > 1
+        name, leads = self.task.name, self.worker.leads
         checkpoint = checkpoints.load_newest(folder, job=name, tell=self._note) if leads else None
-        position = checkpoint.position if checkpoint is not None else None
-        if several:
-            position = gradients.broadcast_object(position)
+        position = self.messages.broadcast(checkpoint.position if checkpoint is not None else None)
         if position is None:
             if self.task.before:
                 start_from_previous_phase(self.gan, self.task.before, self.worker.device)
@@ -335,7 +333,7 @@ class Loop:
         if leads:
             self.points = curves.from_table(checkpoint.curves)
             self.channel.post(Points(self.points))
-            workers = f"{self.worker.world} worker{'s' if several else ''}"
+            workers = f"{self.worker.world} worker{'s' if self.worker.world > 1 else ''}"
             at = f"epoch {position.epoch}, step {position.step}, {position.images:,} images"
             self._note(f"resumed from its checkpoint with {workers} ({at})")
 
@@ -402,8 +400,7 @@ class Loop:
         seconds, leads = self.task.checkpoint_seconds, self.worker.leads
         if seconds == 0:
             return True
-        old = leads and time.monotonic() - self._checkpointed >= seconds
-        return gradients.any_worker(old, self.worker.device) if self.worker.world > 1 else old
+        return self.messages.any(leads and time.monotonic() - self._checkpointed >= seconds)
 
     def _close_window(self, epoch: int, rate: float) -> None:
         """Start one point of every curve. A GPU's losses are read when they are there, a window later."""
@@ -442,7 +439,7 @@ class Loop:
 
     def _over_all(self, sums: Tensor) -> Tensor:
         """For synchronised norms: sums over all workers, without one that has no pairs of its own."""
-        return gradients.total_with_gradient(sums * float(self._has_rows))
+        return self.messages.total_with_gradient(sums * float(self._has_rows))
 
     def _verify(self) -> None:
         """Raises DivergedError, on all workers alike, if a weight is not finite: it is never checkpointed."""

@@ -30,7 +30,7 @@ def work(rank: int, world: int, folder: str) -> None:
     weights = [nn.Parameter(torch.zeros_like(one)) for one in (planar, last, scalar)]
     for weight, gradient in zip(weights, (planar, last, scalar), strict=True):
         weight.grad = gradient
-    averaged = gradients.Exchange(weights, during_backward=False)
+    averaged = gradients.Exchange(weights).start(during_backward=False)
     assert [weight for bucket in averaged for weight in bucket] == weights[::-1]
     expected = torch.arange(24.0).view(1, 2, 3, 4) * 1.5
     for weight, mean in zip(weights, (expected, expected, torch.tensor(0.5)), strict=True):
@@ -39,16 +39,31 @@ def work(rank: int, world: int, folder: str) -> None:
         assert weight.grad.stride() == weight.stride()  # a fused optimizer pairs elements by address
 
     first, unused, last = (nn.Parameter(torch.full((8,), value)) for value in (2.0, 3.0, 5.0))
-    averaged = gradients.Exchange([first, unused, last], during_backward=True)
+    exchange = gradients.Exchange([first, unused, last])
+    (first * (rank + 7)).sum().backward()  # a pass whose gradients are not exchanged yet
+    first.grad = None
+    averaged = exchange.start(during_backward=True)
     ((first * last).sum() * (rank + 1)).backward()  # the unused weight never has a gradient
     assert sum(len(bucket) for bucket in averaged) == 3
     assert [None if p.grad is None else p.grad[0].item() for p in (first, unused, last)] == [7.5, 0.0, 3.0]
-    averaged = gradients.Exchange([first, unused, last], during_backward=True)
+    memory = [p.grad.data_ptr() for p in (first, unused, last) if p.grad is not None]
+    averaged = exchange.start(during_backward=True)
     (first * (rank + 1)).sum().backward()  # accumulated: the sum is sent
     assert sum(len(bucket) for bucket in averaged) == 3
     assert [None if p.grad is None else p.grad[0].item() for p in (first, unused, last)] == [9.0, 0.0, 3.0]
-    assert gradients.broadcast_object({"rank": rank}) == {"rank": 0}
-    assert gradients.total(torch.tensor([1.0])).item() == world
+    assert [p.grad.data_ptr() for p in (first, unused, last) if p.grad is not None] == memory
+
+    rough = gradients.Exchange([first], wire=torch.bfloat16)
+    first.grad = torch.full((8,), 1.0 + rank / 4 + 2**-10)
+    assert sum(len(bucket) for bucket in rough.start(during_backward=False)) == 1
+    assert first.grad.dtype == torch.float32
+    assert first.grad[0].item() == 1.125  # what bf16 has no digits for is lost
+
+    messages = gradients.Messages(world, torch.device("cpu"), 60)
+    assert messages.broadcast({"rank": rank}) == {"rank": 0}
+    assert messages.total(torch.tensor([1.0])).item() == world
+    assert messages.any(rank == 1)
+    assert not messages.any(False)
     dist.destroy_process_group()
     Path(folder, f"done-{rank}").touch()
 
@@ -57,3 +72,11 @@ def work(rank: int, world: int, folder: str) -> None:
 def test_two_processes_have_the_same_mean_afterwards(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(work, (2, str(tmp_path)), nprocs=2)
     assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
+
+
+def test_one_worker_exchanges_nothing() -> None:
+    messages = gradients.Messages(1, torch.device("cpu"), 60)
+    assert messages.broadcast("name") == "name"
+    assert messages.total(torch.tensor([1.5])).item() == 1.5
+    assert messages.any(True)
+    assert not messages.any(False)
