@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import ray
+import torch
 import yaml
 
 from pipeline.cli import planning, stop_on_sigterm
@@ -56,7 +57,7 @@ def run(
         planned = plan(needed(pipeline, only) if only else pipeline, config.workspace)
     if plan_only:
         check(select(planned, only=None, until=until))
-        return table(planned, memory(config, planned))
+        return table(planned, memory(config, planned), gpu_memory() if uses_gpu(config) else None)
     chosen = select(planned, only=only, until=until)
     check(chosen)
     if all(p.done for p in chosen):
@@ -182,19 +183,34 @@ def memory(config: PipelineConfig, planned: Sequence[PlannedStep]) -> dict[str, 
             spec,
             workers=config.resources.train_workers,
             micro_batch=config.resources.micro_batch,
+            gpu=uses_gpu(config),
         )
         for p in planned
         if isinstance(p.step.config, PhaseJob) and not p.done
     }
 
 
-def table(planned: Sequence[PlannedStep], bytes_: Mapping[str, int]) -> str:
-    """The plan as a table: step, done or to do, why; `bytes_` of memory by step."""
+def uses_gpu(config: PipelineConfig) -> bool:
+    """Whether training will use GPUs: as configured, else if this machine has one."""
+    gpu = config.resources.gpu
+    return torch.cuda.is_available() if gpu is None else gpu
+
+
+def gpu_memory() -> int | None:
+    """Bytes of this machine's GPU; None without one."""
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+def table(planned: Sequence[PlannedStep], bytes_: Mapping[str, int], available: int | None = None) -> str:
+    """The plan as a table: step, done or to do, why; `bytes_` of memory by step, `available` on the GPU."""
     lines = [f"{'step':<15} {'fingerprint':<13} {'':<6} why"]
     for p in planned:
         line = f"{p.step.name:<15} {p.fingerprint:<13} {'done' if p.done else 'to do':<6} {p.why}"
         if p.step.name in bytes_:
             line += f"; a training worker needs about {bytes_[p.step.name] / 1e9:.1f} GB"
+            if available is not None:
+                more = "more than" if bytes_[p.step.name] > available else "of"
+                line += f", {more} the GPU's {available / 1e9:.1f} GB"
         lines.append(line)
     return "\n".join(lines) + "\n"
 

@@ -48,8 +48,7 @@ from stages.config.train import (
     jobs,
     phase_size,
 )
-from stages.errors import PixloomError, StageError, UserError, cause, one_line
-from stages.models.architecture import Pix2PixHD
+from stages.errors import PixloomError, StageError, UserError, cause
 from stages.models.fast.process import tune_process
 from stages.models.files.saved import Picture, Preprocessing
 from stages.parallel.threads import own_cores
@@ -62,6 +61,7 @@ from stages.training.checkpoints import Position
 from stages.training.control import Courier, CurveSink, LostWorkers, NewsRecorder, open_mailbox, reading
 from stages.training.loop import Ending, Task, Worker, phase_seed, train_phase
 from stages.training.machine import machine_metrics
+from stages.training.memory import estimate_memory, out_of_memory, shortage
 from stages.training.news import Channel, Note
 from stages.training.previews import Samples
 
@@ -140,21 +140,6 @@ def decode_threads(workers_here: int, gpu: bool) -> int:
     """Threads of a worker that decode: its share of the cores; few on a CPU, where the step needs them."""
     share = max(1, own_cores() // max(1, workers_here))
     return share if gpu else min(4, share)
-
-
-def out_of_memory(error: BaseException, job: PhaseJob) -> str:
-    """What to change if an error says that memory did not suffice; else ""."""
-    text = str(error)
-    signs = ("can't allocate memory", "low on memory", "OutOfMemoryError")
-    if not isinstance(error, torch.OutOfMemoryError) and not any(sign in text for sign in signs):
-        return ""
-    size = "resources.micro_batch" if job.phase.batch > 1 else "shard.size or augment.crop"
-    advice = [f"lower {size} or train.model.width"]
-    if isinstance(job.model, Pix2PixHD):
-        advice.append("set resources.checkpointing: true")
-    if job.precision == "float32":
-        advice.append("set train.precision: bf16")
-    return f"out of memory ({one_line(error, limit=160)}); {', or '.join(advice)}"
 
 
 # -- wiring -------------------------------------------------------------------
@@ -321,7 +306,7 @@ def _work(config: dict[str, Any]) -> Ending:
         return Ending(Position(), failure=failure)
     try:
         return _train(setup)
-    except (PixloomError, RuntimeError) as error:
+    except (PixloomError, RuntimeError, MemoryError) as error:
         reason = str(error) if isinstance(error, PixloomError) else out_of_memory(error, setup.task.job)
         if reason:
             ray.get(setup.mailbox.give_up.remote(reason))
@@ -357,6 +342,8 @@ def _train(setup: Setup) -> Ending:
     )
     samples = Samples(setup.shards, setup.spec, job, device)
     channel = Channel(Courier(setup.mailbox))
+    if worker.leads and (shortage := memory_shortage(setup, worker)):
+        channel.post(Note(shortage))
     with _watched(channel, worker.rank, setup.stall_s):
         return train_phase(
             setup.task,
@@ -367,6 +354,18 @@ def _train(setup: Setup) -> Ending:
             preempted=lambda: ray.train.get_preemption_info() is not None,
             load=lambda: machine_metrics(device),
         )
+
+
+def memory_shortage(setup: Setup, worker: Worker) -> str:
+    """A warning if a step is expected to need more memory than the worker's GPU has; else ""."""
+    if worker.device.type != "cuda" or setup.task.checkpointing:  # of which there is no estimate
+        return ""
+    task = setup.task
+    needed = estimate_memory(
+        task.job, setup.spec, workers=worker.world, micro_batch=task.micro_batch, gpu=True
+    )
+    there = torch.cuda.get_device_properties(worker.device).total_memory
+    return shortage(needed, there, task.job)
 
 
 @contextmanager

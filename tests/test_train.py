@@ -13,7 +13,6 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 
 from stages import train
 from stages.base import Resources
@@ -182,19 +181,6 @@ def test_more_workers_than_a_batch_has_pairs_are_refused(shards: str, tmp_path: 
             track=NullRun(),
             shards=shards,
         )
-
-
-def test_a_lack_of_memory_says_what_to_lower() -> None:
-    job = phase_jobs()[0]
-    advice = train.out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), job)
-    assert advice == (
-        "out of memory (DefaultCPUAllocator: can't allocate memory: 9 bytes); "
-        "lower resources.micro_batch or train.model.width, or set resources.checkpointing: true, "
-        "or set train.precision: bf16"
-    )
-    assert "out of memory (OutOfMemoryError); lower" in train.out_of_memory(torch.OutOfMemoryError(), job)
-    assert train.out_of_memory(RuntimeError("something else"), job) == ""
-    assert train.out_of_memory(RuntimeError(), job) == ""
 
 
 def test_weights_that_are_not_there_are_named_before_training() -> None:

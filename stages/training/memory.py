@@ -3,11 +3,13 @@
 The networks are built without memory (torch's meta device) and run on images without pixels; the tensors that
 autograd saves are counted. `SLACK` stands for the workspace of convolutions and the allocator's losses. Not
 counted: the process itself, read-ahead, and the copy of a checkpoint on its way to the store, which takes the
-machine's memory (three times the weights), not the GPU's.
+machine's memory (three times the weights), not the GPU's. What is assumed of GPUs was never measured;
+`benchmarks.gpu_check` measures the peak of a step.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.config.train import PhaseJob, discriminators, full_size, phase_size
+from stages.errors import one_line
 from stages.models.architecture import InputSpec, Parts, Pix2PixHD, discriminator_channels, generator_channels
 from stages.models.build import build_discriminator, build_encoder, build_generator, trainable_parts
 from stages.shards.dataset import DatasetSpec
@@ -23,6 +26,12 @@ from stages.training import phases
 
 FLOAT = 4  # bytes
 SLACK = 1.2
+GPU_BYTES = 1.6e9  # CUDA's context and libraries, and the workspace of convolutions: assumed
+
+OUT_OF_MEMORY = re.compile(
+    "out of memory|OutOfMemory|ALLOC_FAILED|cudaErrorMemoryAllocation|allocate memory|low on memory", re.I
+)
+"""In the texts of CUDA, cuDNN, cuBLAS, NCCL, Triton, torch's allocator for CPUs, and Ray."""
 
 
 @dataclass
@@ -49,10 +58,48 @@ def _counting() -> Iterator[_Saved]:
         yield saved
 
 
+def advice(job: PhaseJob) -> str:
+    """What to change for a step that needs less memory."""
+    size = "resources.micro_batch" if job.phase.batch > 1 else "shard.size or augment.crop"
+    changes = [f"lower {size} or train.model.width"]
+    if isinstance(job.model, Pix2PixHD):
+        changes.append("set resources.checkpointing: true")
+    if job.precision == "float32":
+        changes.append("set train.precision: bf16")
+    return ", or ".join(changes)
+
+
+def out_of_memory(error: BaseException, job: PhaseJob) -> str:
+    """What to change if an error says that memory did not suffice; else ""."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    if not isinstance(error, kinds) and not OUT_OF_MEMORY.search(str(error)):
+        return ""
+    return f"out of memory ({one_line(error, limit=160)}); {advice(job)}"
+
+
+def shortage(needed: int, available: int, job: PhaseJob) -> str:
+    """A warning if a step needs more memory than a GPU has; "" if it does not. Both in bytes."""
+    if needed <= available:
+        return ""
+    return (
+        f"a step of '{job.phase.name}' is expected to need {needed / 1e9:.1f} GB, the GPU has "
+        f"{available / 1e9:.1f} GB; if memory does not suffice, {advice(job)}"
+    )
+
+
 def estimate_memory(
-    job: PhaseJob, spec: DatasetSpec, *, workers: int = 1, micro_batch: int | None = None
+    job: PhaseJob,
+    spec: DatasetSpec,
+    *,
+    workers: int = 1,
+    micro_batch: int | None = None,
+    gpu: bool = False,
 ) -> int:
-    """Bytes one worker needs for a step of this phase. `micro_batch`: as in `resources`."""
+    """Bytes one worker needs for a step of this phase. `micro_batch`: as in `resources`.
+
+    On a GPU an open precision is bf16, of which autocast keeps a copy of the weights.
+    """
+    bf16 = job.precision == "bf16" or (gpu and job.precision is None)
     inputs = phases.input_spec(spec)
     width, height = phase_size(job.model, job.phase, full_size(spec.size, job.augment))
     rows = -(-job.phase.batch // workers)
@@ -69,12 +116,14 @@ def estimate_memory(
             discriminators=discriminators(job.model, job.phase) if layered else None,
         )
     networks = _states(generator, job.phase.parts, job.ema is not None)
-    activations = _activations(job, inputs, generator, discriminator, (rows, height, width))
+    activations = _activations(job, inputs, generator, discriminator, (rows, height, width), bf16=bf16)
     if encoder is not None:
         networks += _states(encoder, "all", False)
     if job.losses.uses_discriminator:
         networks += _states(discriminator, "all", False)
-    return int(SLACK * (networks + activations))
+    if gpu and bf16:
+        networks += FLOAT // 2 * sum(p.numel() for n in (generator, discriminator) for p in n.parameters())
+    return int(SLACK * (networks + activations) + gpu * GPU_BYTES)
 
 
 def _states(network: nn.Module, parts: Parts, averaged: bool) -> int:
@@ -90,10 +139,12 @@ def _activations(
     generator: nn.Module,
     discriminator: nn.Module,
     shape: tuple[int, int, int],
+    *,
+    bf16: bool,
 ) -> int:
     """Tensors saved between forward and backward: the generator's, and both passes of the discriminator's."""
     rows, height, width = shape
-    share = 0.55 if job.precision == "bf16" else 1.0  # an open precision counts as float32, the larger
+    share = 0.55 if bf16 else 1.0  # some values stay float32
 
     def images(channels: int) -> Tensor:
         return torch.empty(rows, channels, height, width, device="meta")

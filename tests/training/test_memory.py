@@ -19,7 +19,7 @@ from stages.models.files.saved import Preprocessing
 from stages.models.step import Batch
 from stages.shards.dataset import DatasetSpec, RoleSpec
 from stages.training import loop, phases
-from stages.training.memory import estimate_memory
+from stages.training.memory import estimate_memory, out_of_memory, shortage
 
 SPEC = DatasetSpec(
     size=(256, 256),
@@ -112,3 +112,48 @@ def test_a_local_phase_needs_less_than_a_joint_one() -> None:
     model = {"kind": "pix2pixhd", "blocks": 2, "width": 8}
     local, joint = (needed(model=model, index=index) for index in (1, 2))
     assert local < joint
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "DefaultCPUAllocator: can't allocate memory: 9 bytes",
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB",
+        "CUDA error: out of memory",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "NCCL error: ncclUnhandledCudaError: Cuda failure 2 'out of memory'",
+        "Triton Error [CUDA]: out of memory",
+        "Task was killed due to the node running low on memory.",
+    ],
+)
+def test_every_form_of_a_lack_of_memory_says_what_to_lower(text: str) -> None:
+    hd = job(model={"kind": "pix2pixhd"}, precision="float32")
+    assert out_of_memory(RuntimeError(text), hd) == (
+        f"out of memory ({text}); lower shard.size or augment.crop or train.model.width, "
+        "or set resources.checkpointing: true, or set train.precision: bf16"
+    )
+    several = job(phases=phase(8))
+    assert "lower resources.micro_batch or" in out_of_memory(RuntimeError(text), several)
+
+
+def test_only_a_lack_of_memory_is_one() -> None:
+    assert "out of memory (OutOfMemoryError); lower" in out_of_memory(torch.OutOfMemoryError(), job())
+    assert "out of memory" in out_of_memory(MemoryError("Unable to allocate 9 GiB"), job())
+    assert out_of_memory(RuntimeError("something else"), job()) == ""
+    assert out_of_memory(RuntimeError(), job()) == ""
+
+
+def test_a_gpu_needs_a_context_and_bf16_copies_of_the_weights() -> None:
+    weights = 54_413_955 + 2_768_705
+    on_gpu = estimate_memory(job(precision="bf16"), SPEC, gpu=True)
+    assert on_gpu - needed(precision="bf16") == pytest.approx(1.6e9 + 1.2 * 2 * weights, rel=0.01)
+    assert estimate_memory(job(), SPEC, gpu=True) == on_gpu
+
+
+def test_a_step_that_exceeds_the_gpu_is_warned_of() -> None:
+    assert shortage(8 << 30, 8 << 30, job()) == ""
+    assert shortage(90_000_000_000, 80_000_000_000, job()) == (
+        "a step of 'whole' is expected to need 90.0 GB, the GPU has 80.0 GB; if memory does not suffice, "
+        "lower shard.size or augment.crop or train.model.width"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Literal
 
@@ -18,6 +19,7 @@ def tune_process(device: torch.device | str, *, save_memory: bool = False) -> No
     """Tune this process for a network on `device`. `save_memory`: on a CPU, less memory and more time."""
     sys.setswitchinterval(SWITCH_SECONDS)
     if torch.device(device).type == "cuda":
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # against fragmentation
         torch.set_float32_matmul_precision("high")  # TF32
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True  # shapes never change within a phase
