@@ -10,12 +10,15 @@ Even creating a run does not wait for the server: runs are looked up by a key of
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
+import os
 import re
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -191,7 +194,9 @@ def _create(to: Sender, name: str, tags: Mapping[str, str], *, parent: str, key:
 def _sender(config: TrackingConfig, workspace: str) -> Sender:
     uri = _absolute_sqlite(config.place(workspace))
     try:
-        new = Sender(uri, _open_experiment(uri, config.experiment), workspace)
+        with _alone(uri):
+            experiment = _open_experiment(uri, config.experiment)
+        new = Sender(uri, experiment, workspace)
         new.take_over()
     except UserError:
         raise
@@ -208,6 +213,21 @@ def _absolute_sqlite(uri: str) -> str:
     path = Path(uri.removeprefix("sqlite:///")).expanduser().absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{path}"
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """One process at a time, for a SQLite file: MLflow's migrations of a new one fail beside each other."""
+    if not uri.startswith("sqlite:///") or uri == "sqlite:///:memory:":
+        yield
+        return
+    folder = os.open(Path(uri.removeprefix("sqlite:///")).parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a network's file system may have no locks
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _open_experiment(uri: str, name: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -230,6 +232,35 @@ class Dead(BaseHTTPRequestHandler):
 
     def log_message(self, *args: Any) -> None:
         pass
+
+
+BESIDE = """
+import sys, pathlib, mlflow.tracking
+from stages.config.tracking import TrackingConfig
+from stages.tracking.run import open_parent
+sys.stdout.write("ready\\n"); sys.stdout.flush(); sys.stdin.readline()
+with open_parent(TrackingConfig(), "beside", {}, sys.argv[1]) as parent:
+    assert parent.run_id()
+"""
+
+
+def test_two_runs_may_begin_in_a_new_workspace_at_the_same_time(tmp_path: Path) -> None:
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", BESIDE, str(tmp_path)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    for one in runs:
+        assert one.stdout is not None
+        assert one.stdout.readline() == "ready\n"
+    for one in runs:
+        assert one.stdin is not None
+        one.stdin.write("\n")
+        one.stdin.flush()
+    errors = [one.communicate(timeout=60)[1] for one in runs]
+    assert [one.returncode for one in runs] == [0, 0], errors
 
 
 def test_a_broken_server_is_named_at_the_start(tmp_path: Path) -> None:
