@@ -22,7 +22,7 @@ from stages.base import Config, Resources
 from stages.config.evaluate import EvaluateConfig
 from stages.config.infer import InferConfig
 from stages.config.ingest import IngestConfig
-from stages.config.locations import absolute
+from stages.config.locations import absolute, holds
 from stages.config.pair import PairConfig
 from stages.config.report import ReportConfig
 from stages.config.shard import AugmentConfig, ShardConfig
@@ -94,9 +94,25 @@ class PipelineConfig(Config):
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Self:
+        self._check_workspace()
         self.train.check_data(self.shard, self.augment)
         self.train.check_resources(self.resources)
         return self
+
+    def _check_workspace(self) -> None:
+        """Raise ValueError if an input location would hold the run's own results at its next run."""
+        listed = {
+            f"ingest.locations.{n}.uri": location.uri
+            for n, location in enumerate(self.ingest.locations)
+            if location.role != "table"
+        }
+        listed |= {"infer.input": self.infer.input or "", "evaluate.images": self.evaluate.images or ""}
+        for key, uri in listed.items():
+            if uri and holds(uri, self.workspace):
+                raise ValueError(
+                    f"workspace: {self.workspace} is in {key} ({uri}), so results would be read as images; "
+                    "name a folder outside of it, or the folder of the images alone"
+                )
 
 
 def load(path: str, overrides: Iterable[str] = (), profile: str | None = None) -> PipelineConfig:

@@ -16,6 +16,7 @@ from pipeline import cli
 from pipeline.config import override, refuse_renamed
 from stages.base import Config, Resources
 from stages.config.infer import InferConfig
+from stages.config.locations import holds
 from stages.config.tracking import TrackingConfig
 from stages.errors import UserError, first_invalid
 
@@ -80,6 +81,11 @@ def run(options: argparse.Namespace) -> None:
 
     storage.configure(config.storage)
     output = storage.absolute(options.output)
+    if holds(options.input, output):
+        raise UserError(
+            f"--output: {output} is in --input {options.input}, so its images would be read as inputs; "
+            "name a folder outside of it"
+        )
     with cli.planning(), storage.located(f"--output {options.output}"):
         work = infer.prepare(
             config.infer,

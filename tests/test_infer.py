@@ -305,6 +305,12 @@ def test_a_table_of_uris_is_generated(workers_in_process: None, tmp_path: Path, 
     assert whole(tmp_path / "out")
 
 
+def test_a_single_image_is_generated(workers_in_process: None, tmp_path: Path, model: str) -> None:
+    folder_of_sources(tmp_path / "in")
+    assert run(tmp_path / "out", model=model, input=f"{tmp_path}/in/a.png").counts["images"] == 1
+    assert (tmp_path / "out/images/a.png").exists()
+
+
 def test_class_ids_are_written_if_the_colours_are_configured(
     workers_in_process: None, tmp_path: Path, model: str, shards: str
 ) -> None:

@@ -40,8 +40,8 @@ class InferConfig(Config):
     input: Annotated[
         str | None,
         Field(
-            description="A folder, bucket, archive, shards folder or .parquet table of sources. null: the "
-            "run's own shards."
+            description="A folder, bucket, image, archive, shards folder or .parquet table of sources. "
+            "null: the run's own shards."
         ),
     ] = None
     split: Annotated[

@@ -14,7 +14,11 @@ class LocationConfig(Config):
     """One folder, bucket prefix, file server, archive or table, and what its images are to their pairs."""
 
     uri: Annotated[
-        str, Field(min_length=1, description="The location: any fsspec URI, a folder, an archive or a table.")
+        str,
+        Field(
+            min_length=1,
+            description="The location, any fsspec URI: a folder, an image, an archive or a table.",
+        ),
     ]
     role: Annotated[
         Literal["source", "target", "label", "instance", "features", "pair", "table"],

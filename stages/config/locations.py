@@ -30,6 +30,12 @@ def absolute(uri: str) -> str:
     return str(Path(uri).expanduser().resolve()) if "://" not in uri and "::" not in uri else uri
 
 
+def holds(location: str, folder: str) -> bool:
+    """Whether a folder is in a location, or is the location itself."""
+    outer, inner = (absolute(uri.removeprefix("file://")).rstrip("/") + "/" for uri in (location, folder))
+    return inner.startswith(outer)
+
+
 def is_archive(uri: str) -> bool:
     """Whether a location is an archive, by its chain or its suffix."""
     return uri.startswith(("tar://", "zip://")) or uri.split("?", maxsplit=1)[0].lower().endswith(

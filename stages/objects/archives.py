@@ -14,6 +14,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import re
 import tarfile
 import zipfile
 import zlib
@@ -23,6 +24,8 @@ from typing import IO, Any, cast
 
 from stages.config.locations import archive_parts
 from stages.storage import filesystem
+
+_ROOT = re.compile(r"\A(?:\.?/)+")  # of names that begin with "./", or with "/", as `tar -P` writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,7 @@ def members(uri: str, version: str) -> Iterator[Member]:
         version: the archive's own etag, which becomes part of each member's.
 
     Raises:
-        OSError: the archive is damaged or cut off.
+        OSError: the archive is damaged or cut off. ValueError: its members are all outside of the folder.
     """
     protocol, folder, outer = archive_parts(uri)
     below = f"{folder}/" if folder else ""
@@ -70,11 +73,17 @@ def members(uri: str, version: str) -> Iterator[Member]:
     try:
         with fs.open(path, "rb") as file:
             entries = _tar_members(file, _file_name(outer)) if protocol == "tar" else _zip_members(file)
+            others, any_below = "", False
             for name, size, place, fault in entries:
-                clean = name.removeprefix("./")
-                if clean.startswith(below):
-                    address = f"{protocol}://{name}::{outer}"
-                    yield Member(clean[len(below) :], address, size, f"{place}@{version}", fault)
+                clean = _ROOT.sub("", name)
+                if not clean.startswith(below):
+                    others = clean
+                    continue
+                any_below = True
+                address = f"{protocol}://{name}::{outer}"
+                yield Member(clean[len(below) :], address, size, f"{place}@{version}", fault)
+            if others and not any_below:
+                raise ValueError(f"it has nothing below {folder!r}; a member is {others[:100]!r}")
     except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError) as error:
         raise OSError(f"damaged archive: {error}") from error
 
@@ -120,10 +129,11 @@ class _Stream:
 def _zip_members(file: IO[bytes]) -> Iterator[tuple[str, int, str, str]]:
     with zipfile.ZipFile(file) as archive:
         for member in archive.infolist():
-            if not member.is_dir():
+            name = member.filename.replace("\\", "/")  # as some programs of Windows write them
+            if not name.endswith("/"):
                 kind = member.external_attr >> 28
                 fault = "encrypted" if member.flag_bits & 1 else "link" if kind not in (0, 0o10) else ""
                 place = (
                     f"{member.header_offset}+{member.compress_size}.{member.compress_type}.{member.CRC:08x}"
                 )
-                yield member.filename, member.file_size, place, fault
+                yield name, member.file_size, place, fault

@@ -14,6 +14,7 @@ No caller needs more than a page in memory. How a location is cut depends on wha
 from __future__ import annotations
 
 import os
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from stages.config.locations import is_archive
-from stages.objects import archives
+from stages.objects import archives, patterns
 from stages.storage import filesystem, retried, s3, speaks
 
 PAGE = 1000  # objects an S3 listing returns at once; the other stores are read in pages of the same size
@@ -43,10 +44,11 @@ class Unit:
     range     S3 keys after `after` up to and including `until` ("" is open)
     index     a server's pages
     archive   an archive's members
+    file      a single file
     table     a row group of a table, which is read and not listed (`objects.tables`)
     """
 
-    kind: Literal["tree", "folder", "range", "index", "archive", "table"]
+    kind: Literal["tree", "folder", "range", "index", "archive", "file", "table"]
     paths: Sequence[str] = ("",)
     after: str = ""
     until: str = ""
@@ -114,20 +116,32 @@ def local_etag(stat: os.stat_result) -> str:
 
 
 def split_location(uri: str, *, want: int) -> list[Unit]:
-    """Cut a location into about `want` units; each object is in one of them.
+    """Cut a location into about `want` units; each object is in one of them. A single file is one unit.
 
     Raises:
         FileNotFoundError, PermissionError, OSError: there is no such location, or it cannot be read.
+        ValueError: the location is a glob.
     """
     if is_archive(uri):
         retried(lambda: archives.info(uri))
         return [Unit("archive")]
     fs, base = filesystem(uri)
-    if speaks(fs, "s3"):
-        return _key_ranges(fs, base, want)
     if speaks(fs, "http"):
-        return [Unit("index")]
-    if not retried(lambda: fs.isdir(base)):
+        return [Unit("file" if patterns.is_image(urlsplit(uri).path) else "index")]
+    if speaks(fs, "s3") and (ranges := _key_ranges(fs, base, want)):
+        return ranges
+    try:
+        kind = retried(lambda: fs.info(base))["type"]
+    except FileNotFoundError:
+        if "*" in uri:
+            suffix = re.sub(r".*\*", "", uri) or ".*"
+            raise ValueError(
+                f"a location is no glob: name the folder alone, and as pattern '{{key}}{suffix}'"
+            ) from None
+        raise
+    if kind == "file":
+        return [Unit("file")]
+    if speaks(fs, "s3"):
         raise FileNotFoundError(uri)
     return _folders(fs, base, want)
 
@@ -162,7 +176,7 @@ def _key_ranges(fs: Any, base: str, want: int) -> list[Unit]:
     bucket, prefix = _s3_base(base)
     first = _s3_page(fs, bucket, prefix)
     if not first.get("KeyCount"):
-        raise FileNotFoundError(f"s3://{base}")
+        return []
     keys = [info["Key"].encode() for info in first["Contents"]]
     ordered = keys == sorted(keys)  # S3's directory buckets list in no order, so they are not cut
     cuts: set[str] = set()
@@ -206,7 +220,11 @@ def pages(uri: str, unit: Unit, *, requests: int = 16) -> Iterator[Page]:
         yield from _archive_pages(uri)
         return
     fs, base = filesystem(uri)
-    if unit.kind == "range":
+    if unit.kind == "file":
+        info = retried(lambda: fs.info(base))
+        name = unquote(urlsplit(uri).path) if speaks(fs, "http") else base
+        yield Page([name.rpartition("/")[2]], [uri], [int(info["size"] or 0)], [etag_of(info)], [""])
+    elif unit.kind == "range":
         yield from _range_pages(fs, base, unit)
     elif unit.kind == "index":
         yield from _index_pages(fs, base, requests)

@@ -15,6 +15,7 @@ the length of a path whatever the pattern, so that no name can stall it.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 import pyarrow as pa
@@ -29,6 +30,11 @@ MAX_KEY_BYTES = 512
 """A key names the image made from it, and its percent-encoded form has to fit a file name's path."""
 
 _HIDDEN = r"(?:\A|/)\.[^./]"  # .DS_Store, and the ._ files that macOS adds to archives
+
+
+def is_image(path: str) -> bool:
+    """Whether a path has the suffix of an image."""
+    return re.search(_IMAGE.removesuffix(r"\z") + r"\Z", path) is not None
 
 
 def match(pattern: Pattern, paths: pa.Array) -> pa.Table:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from stages.config.locations import archive_parts, is_archive
-from stages.objects import archives
+from stages.objects import archives, listing
+from stages.objects.fetch import Object, Reader
 from stages.storage import retry
 
 
@@ -59,6 +60,25 @@ def test_a_folder_of_an_archive_is_a_location(tmp_path: Path) -> None:
     assert [member.uri for member in members(f"zip://maps/val::{uri}")] == [f"zip://maps/val/2.jpg::{uri}"]
 
 
+def test_names_as_other_programs_write_them_are_paths(tmp_path: Path) -> None:
+    windows = make_zip(tmp_path / "a.zip", ["set\\", "set\\A\\1.jpg", "set\\B\\1.jpg"])
+    assert [member.path for member in members(windows)] == ["set/A/1.jpg", "set/B/1.jpg"]
+    absolute = make_tar(tmp_path / "a.tar.gz", ["/set/A/1.jpg", "//set/B/1.jpg", "././set/C/1.jpg"], "w:gz")
+    assert [member.path for member in members(absolute)] == ["set/A/1.jpg", "set/B/1.jpg", "set/C/1.jpg"]
+    for uri in (f"zip://set/A::{windows}", f"tar://set/A::{absolute}"):
+        (page,) = listing.pages(uri, listing.Unit("archive"))
+        assert page.paths == ["1.jpg"]
+        reader, wanted = Reader(), Object(page.uris[0], page.sizes[0], page.etags[0])
+        reader.stream_archives([wanted])
+        assert reader.read(wanted).endswith(b"1.jpg")
+
+
+def test_a_folder_that_an_archive_lacks_is_said_with_a_member(tmp_path: Path) -> None:
+    uri = make_zip(tmp_path / "a.zip", ["maps/train/1.jpg"])
+    with pytest.raises(ValueError, match=r"nothing below 'train'; a member is 'maps/train/1\.jpg'"):
+        members(f"zip://train::{uri}")
+
+
 def test_a_chain_without_an_archive_is_refused() -> None:
     with pytest.raises(ValueError, match="after '::'"):
         archive_parts("tar://facades.tar")
@@ -75,7 +95,7 @@ def test_names_that_lead_out_are_only_names(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(deep)
     names = ["../../evil.jpg", f"{tmp_path}/evil.jpg", "a/../../evil.jpg"]
     for uri in (make_tar(deep / "a.tar", names), make_zip(deep / "a.zip", names)):
-        assert [member.path for member in members(uri)] == names
+        assert [member.path for member in members(uri)] == [name.removeprefix("/") for name in names]
     assert list(tmp_path.rglob("*.jpg")) == []
 
 

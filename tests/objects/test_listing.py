@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import fsspec.config
 import pytest
 
 from stages import storage
 from stages.objects import listing
+from stages.objects.fetch import Object, Reader
 from stages.objects.listing import Page, Unit
 from stages.storage import retry
 from tests.stores.faults import Fault, FaultProxy
@@ -86,12 +89,26 @@ def test_a_name_that_is_no_unicode_is_listed(tmp_path: Path) -> None:
     assert list_paths(str(tmp_path)) == ["caf\udce9.png"]
 
 
-def test_a_missing_folder_and_a_file_are_no_locations(tmp_path: Path) -> None:
+def test_a_missing_folder_and_a_glob_are_no_locations(tmp_path: Path) -> None:
     make_files(tmp_path, "a.png")
-    for name in ("nothing", "a.png"):
-        with pytest.raises(OSError) as caught:  # noqa: PT011 - `explain` is what tells them apart
-            listing.split_location(str(tmp_path / name), want=4)
-        assert retry.explain(caught.value) == "there is no such bucket, folder or file"
+    with pytest.raises(FileNotFoundError) as caught:
+        listing.split_location(str(tmp_path / "nothing"), want=4)
+    assert retry.explain(caught.value) == "there is no such bucket, folder or file"
+    for glob, suffix in (("*.png", ".png"), ("**/a_*.jpg", ".jpg"), ("*", ".*")):
+        with pytest.raises(ValueError, match=f"no glob: .*pattern '{{key}}{re.escape(suffix)}'"):
+            listing.split_location(str(tmp_path / glob), want=4)
+
+
+def test_a_single_file_is_a_location(tmp_path: Path) -> None:
+    make_files(tmp_path, "set/a b.png", "set/a b.png.txt", "set/[1].png")
+    fsspec.filesystem("memory").pipe_file("/one/a b.png", b"x")
+    with FileServer(tmp_path) as server:
+        for uri in (f"{tmp_path}/set/a b.png", "memory://one/a b.png", f"{server.url}/set/a%20b.png"):
+            (unit,) = listing.split_location(uri, want=4)
+            (page,) = listing.pages(uri, unit)
+            assert (page.paths, page.uris) == (["a b.png"], [uri])
+            assert Reader().read(Object(page.uris[0], page.sizes[0], page.etags[0]))
+    assert list_paths(f"{tmp_path}/set/[1].png") == ["[1].png"]
 
 
 def test_any_other_fsspec_file_system_is_a_location() -> None:
@@ -131,6 +148,13 @@ def test_an_http_location_that_is_not_there_is_said_so(tmp_path: Path) -> None:
 
 
 # -- S3 -----------------------------------------------------------------------
+
+
+@pytest.mark.s3
+def test_a_single_object_is_a_location(s3_store: SeaweedS3, s3_bucket: str, s3_options: None) -> None:
+    put(s3_store, s3_bucket, ["set/a.png", "set/a.png.txt", "set/b.png"])
+    storage.configure({"s3": s3_store.options()})
+    assert list_paths(f"s3://{s3_bucket}/set/a.png") == ["a.png"]
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import pytest
 import s3fs
 import yaml
 
-from pipeline import cli, run
+from pipeline import cli, config, infer, run
+from stages.errors import UserError
 from stages.storage import files, retry
 from tests.stores.seaweed import SeaweedS3
 from tests.support.pairs import photo, write_image
@@ -28,6 +29,12 @@ WAYS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command's log would stay on a stream of its test."""
+    monkeypatch.setattr(cli, "log_to_stdout", lambda: None)
+
+
 @pytest.mark.s3
 @pytest.mark.parametrize("way", WAYS)
 def test_a_workspace_that_cannot_be_used_is_one_line(
@@ -39,7 +46,6 @@ def test_a_workspace_that_cannot_be_used_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(cli, "log_to_stdout", lambda: None)
     monkeypatch.setattr(retry, "LONGEST_WAIT", 0.01)
     monkeypatch.setattr(files, "ATTEMPTS", 2)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
@@ -58,6 +64,36 @@ def test_a_workspace_that_cannot_be_used_is_one_line(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert re.search(complaint, error), error
+
+
+@pytest.mark.parametrize(
+    ("location", "workspace"),
+    [
+        ("s3://bucket", "s3://bucket/ws"),
+        ("s3://bucket/photos/", "s3://bucket/photos"),
+        ("data", "data/work/here"),
+        ("/data", "/data/../data/ws"),
+        ("file:///data", "/data/ws"),
+        (".", "ws"),
+    ],
+)
+def test_results_are_never_below_the_images_they_come_from(
+    location: str, workspace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for key in ("ingest.locations.0.uri", "infer.input", "evaluate.images"):
+        file = write_config(tmp_path, workspace=workspace)
+        with pytest.raises(UserError, match=rf"workspace: .* is in {key} \({re.escape(location)}\)"):
+            config.load(file, [f"{key}={location}"])
+    words = ["--model", "m", "--input", location, "--output", workspace]
+    assert infer.main(words) == 2
+    assert "--output: " in capsys.readouterr().err
+
+
+def test_a_workspace_beside_the_images_or_around_them_is_allowed(tmp_path: Path) -> None:
+    file = write_config(tmp_path, workspace="s3://bucket/photos-ws")
+    config.load(file, ["ingest.locations.0.uri=s3://bucket/photos"])
+    config.load(file, ["ingest.locations.0.uri=s3://bucket/photos-ws/sample"])
+    config.load(file, ["ingest.locations.0={uri: s3://bucket/pairs.csv, role: table}"])
 
 
 def write_config(folder: Path, **values: Any) -> str:
