@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,10 @@ from benchmarks import gpu_check
 ABSENT = ("ray", "mlflow", "pyarrow", "s3fs", "isal", "obstore", "fsspec", "pandas", "psutil", "torchmetrics")
 
 
-def without_packages(folder: Path) -> dict[str, str]:
-    """The environment of a process in which none of `ABSENT` can be imported."""
+def without(packages: Sequence[str], folder: Path) -> dict[str, str]:
+    """The environment of a process in which none of these packages can be imported."""
     folder.mkdir()
-    (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({ABSENT}))\n")
+    (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({packages}))\n")
     return {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}."}
 
 
@@ -40,7 +41,7 @@ def test_every_part_runs_to_its_end_without_ray_and_the_data_libraries(tmp_path:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--device", "cpu", "--tiny", "--epochs", "1"]
     command += ["--keep", "0", "--out", str(out), "--facades", str(facades(tmp_path / "facades"))]
-    environment = without_packages(tmp_path / "packages")
+    environment = without(ABSENT, tmp_path / "packages")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = json.loads((out / "gpu.json").read_text())
@@ -53,6 +54,17 @@ def test_every_part_runs_to_its_end_without_ray_and_the_data_libraries(tmp_path:
     table = (out / "gpu.md").read_text()
     assert "**train**" in table
     assert "| ours bf16 |" in table
+
+
+def test_the_gpus_tests_of_loop_feed_and_inference_need_neither_ray_nor_s3(tmp_path: Path) -> None:
+    """They are collected, that is imported; only what reads or writes Parquet needs pyarrow and fsspec."""
+    packages = [name for name in ABSENT if name not in ("pyarrow", "fsspec")]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "--collect-only", "-q"]
+    environment = without(packages, tmp_path / "packages")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("loop", "feed", "gradients", "inference", "step"):
+        assert f"test_{name}.py: " in done.stdout
 
 
 def test_a_failure_is_a_row_and_the_next_part_runs(tmp_path: Path) -> None:

@@ -1,0 +1,67 @@
+"""Generating on a GPU gives the images of a CPU, whatever the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("pyarrow", reason="NOT RUN: the helper that makes models also makes shards")
+
+from stages.inference.translator import Translator
+from stages.models.files.saved import load_model
+from tests.support.small import make_model, scene
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _exact_products() -> Iterator[None]:
+    """Without TF32, which the comparison with a CPU would have to allow for."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+def images(translator: Translator, count: int = 3, **options: Any) -> list[np.ndarray]:
+    drawn = [scene(index, 48, 40) for index in range(count)]
+    instances = [one["instance"] for one in drawn] if translator.needs_instances else None
+    return translator.translate([one["source"] for one in drawn], instances, **options)
+
+
+@pytest.mark.parametrize(("precision", "most"), [("float32", 1), ("bf16", 24)], ids=["float32", "bf16"])
+@pytest.mark.parametrize("kind", ["unet", "batch-norm", "stochastic", "styles"])
+def test_images_are_those_of_a_cpu(
+    device: torch.device, tmp_path: Path, kind: str, precision: Literal["float32", "bf16"], most: int
+) -> None:
+    stochastic = kind == "stochastic"
+    folder = make_model(
+        tmp_path,
+        styles=kind == "styles",
+        dropout=stochastic,
+        norm="batch" if kind in ("batch-norm", "stochastic") else "instance",
+    )
+    model = load_model(folder)
+    seeds = [1, 2, 3]
+    expected = images(Translator(model, stochastic=stochastic), seeds=seeds)
+    on_gpu = Translator(load_model(folder), device=device, precision=precision, stochastic=stochastic)
+    got = images(on_gpu, seeds=seeds)
+    for one, other in zip(got, expected, strict=True):
+        difference = np.abs(one.astype(np.int16) - other.astype(np.int16))
+        assert difference.mean() < most
+        assert np.quantile(difference, 0.99) <= 2 * most
+
+
+def test_an_image_does_not_depend_on_its_batch(device: torch.device, tmp_path: Path) -> None:
+    """To a rounding: another batch may choose another kernel."""
+    model = load_model(make_model(tmp_path, norm="batch"))
+    translator = Translator(model, device=device)
+    together = images(translator)
+    alone = [translator.translate([scene(index, 48, 40)["source"]])[0] for index in range(3)]
+    for one, other in zip(together, alone, strict=True):
+        assert np.abs(one.astype(np.int16) - other.astype(np.int16)).max() <= 1

@@ -1,0 +1,16 @@
+"""The load of a GPU is in the curves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("psutil", reason="NOT RUN: it measures the machine's load")
+
+from stages.training.machine import machine_metrics
+
+pytestmark = pytest.mark.gpu
+
+
+def test_the_load_of_a_gpu_is_measured(device: torch.device) -> None:
+    assert machine_metrics(device)["system/gpu_0_memory_usage_megabytes"] > 0
