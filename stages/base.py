@@ -126,7 +126,10 @@ class Resources(Config):
     ] = False
     compile: Annotated[
         bool,
-        Field(description="Compile the networks that train with torch.compile. For GPUs; CPUs get slower."),
+        Field(
+            description="Compile the networks that train with torch.compile, and on a GPU a generator of "
+            "images of one size. For GPUs; CPUs get slower."
+        ),
     ] = False
 
 

@@ -17,7 +17,7 @@ import math
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,8 +54,11 @@ VERSION = 1
 BATCH_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 22}
 """Pixels of a batch: four images of 256x256 for a CPU's core, 64 for a GPU."""
 
-LARGE_PIXELS = 1 << 19
-"""Images with more pixels than these (1024x512) are generated one at a time, by all cores together."""
+LARGE_PIXELS = {"cpu": 1 << 19, "cuda": 1 << 22}
+"""Images with more pixels than these are generated one at a time: on a CPU by all its cores together."""
+
+GPU_BATCHES = 2
+"""Batches in flight on a GPU: one is copied there or back while the other is computed."""
 
 MAX_BATCH = 64
 
@@ -138,6 +141,13 @@ def same_shape_batches(
     yield from waiting.values()
 
 
+def draws(batch: Sequence[LoadedItem], samples: int, size: int) -> Iterator[list[tuple[LoadedItem, int]]]:
+    """Sources and sample numbers of the images to generate from a batch, at most `size` at a time."""
+    pairs = [(loaded, sample) for sample in range(samples) for loaded in batch]
+    for start in range(0, len(pairs), size):
+        yield pairs[start : start + size]
+
+
 def run_identity(manifest: Mapping[str, Any], config: InferConfig, source: str) -> dict[str, Any]:
     """What must be the same for a rerun to continue the work in an output folder."""
     unseen = {"overwrite", "model", "input", "max_reject_fraction"}
@@ -162,6 +172,7 @@ class InferJob:
     device: str
     threads: int
     io_threads: int
+    compiled: bool
 
 
 Row = dict[str, Any]
@@ -176,18 +187,18 @@ class InferenceWorker:
 
     Two units are in progress at a time: one's input is read or output written while the model works on the
     other. On a CPU every thread of the model generates its own batch: threads that share a batch wait for
-    one another at every layer, longest where other processes interrupt them (benchmarks/README.md). Large
-    images alone are generated one at a time, by all threads, so that memory holds one.
+    one another at every layer, longest where other processes interrupt them (benchmarks/README.md). On a GPU
+    every thread has a stream, on which it copies and computes its own batch. Large images alone are generated
+    one at a time, on a CPU by all threads, so that memory holds one.
     """
 
     def __init__(self, job: InferJob) -> None:
         self.job, self.config = job, job.config
         self.translator = self._translator()
-        self.at_once = job.threads if job.device == "cpu" else 1
-        self.all_threads = ThreadPoolExecutor(1, "infer-all", torch.set_num_threads, (job.threads,))
-        self.one_thread_each = self.all_threads
-        if job.device == "cpu":
-            self.one_thread_each = ThreadPoolExecutor(self.at_once, "infer-one", torch.set_num_threads, (1,))
+        cpu = job.device == "cpu"
+        self.at_once = job.threads if cpu else GPU_BATCHES
+        self.large = ThreadPoolExecutor(1, "infer-large", _begin_thread, (job.device, job.threads))
+        self.small = ThreadPoolExecutor(self.at_once, "infer-small", _begin_thread, (job.device, 1))
         self.fingerprint = self.translator.model.fingerprint
         self.spec = dataset.load(job.shards) if job.shards else None
         self.units = inputs.shard_units(self.spec, split_of(job.config, self.spec)) if self.spec else []
@@ -209,6 +220,7 @@ class InferenceWorker:
             precision=config.precision,
             stochastic=config.stochastic,
             tile=config.tile,
+            compiled=job.compiled,
         )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
@@ -226,9 +238,9 @@ class InferenceWorker:
         )
         batches = same_shape_batches(self._usable(loaded, rows), self._batch_size, 4 * MAX_BATCH)
         generating = (
-            self._model_threads(batch).submit(self._generate, batch, sample)
+            self._model_threads(batch).submit(self._generate, chunk)
             for batch in batches
-            for sample in range(self.config.samples)
+            for chunk in draws(batch, self.config.samples, self._chunk_size(batch))
         )
         writing = (
             self.pool.submit(self._write, row, array)
@@ -293,26 +305,34 @@ class InferenceWorker:
     def _batch_size(self, shape: tuple[int, ...]) -> int:
         return batch_size(*self.translator.padded(shape[0], shape[1]), self.job.device)
 
-    def _model_threads(self, batch: list[LoadedItem]) -> ThreadPoolExecutor:
-        """The threads that generate a batch: one of those that work alone, or all of them together."""
-        height, width = batch[0].images.source.shape[:2]
-        large = math.prod(self.translator.padded(height, width)) > LARGE_PIXELS
-        return self.all_threads if large else self.one_thread_each
+    def _chunk_size(self, batch: list[LoadedItem]) -> int:
+        """How many images are generated together: several samples of a source fill a GPU's batch."""
+        return len(batch) if self.job.device == "cpu" else self._batch_size(batch[0].images.source.shape)
 
-    def _generate(self, batch: list[LoadedItem], sample: int) -> list[Generated]:
+    def _model_threads(self, batch: list[LoadedItem]) -> ThreadPoolExecutor:
+        """The threads that generate a batch: several with a batch each, or the one for large images."""
+        height, width = batch[0].images.source.shape[:2]
+        large = math.prod(self.translator.padded(height, width)) > LARGE_PIXELS[self.job.device]
+        return self.large if large else self.small
+
+    def _generate(self, chunk: list[tuple[LoadedItem, int]]) -> list[Generated]:
         random = self.config.stochastic or self.translator.model.encoder is not None
-        seeds = [noise_seed(self.config.seed, loaded.item.key, sample) for loaded in batch]
-        instances = [loaded.images.instance for loaded in batch if loaded.images.instance is not None]
+        shape = chunk[0][0].images.source.shape
+        # A compiled network takes batches of one size: a short one is filled, and the filling dropped.
+        filling = self._batch_size(shape) - len(chunk) if self.job.compiled else 0
+        filled = chunk + filling * chunk[-1:]
+        seeds = [noise_seed(self.config.seed, loaded.item.key, sample) for loaded, sample in filled]
+        instances = [one.images.instance for one, _ in filled if one.images.instance is not None]
         started = time.monotonic()
         generated = self.translator.translate(
-            [loaded.images.source for loaded in batch],
-            instances if len(instances) == len(batch) else None,
+            [loaded.images.source for loaded, _ in filled],
+            instances if len(instances) == len(filled) else None,
             seeds=seeds if random else None,
             style=self.config.style.kind,
             cluster=self.config.style.cluster,
             reference=self.reference,
         )
-        seconds = (time.monotonic() - started) / len(batch)
+        seconds = (time.monotonic() - started) / len(chunk)
         suffix = outputs.SUFFIX[self.config.format]
         return [
             (
@@ -327,7 +347,7 @@ class InferenceWorker:
                 loaded.images.source,
                 array,
             )
-            for loaded, seed, array in zip(batch, seeds, generated, strict=True)
+            for (loaded, sample), seed, array in zip(chunk, seeds, generated, strict=False)
         ]
 
     def _outputs(
@@ -362,6 +382,14 @@ class InferenceWorker:
             _read_style("instances", style.instances, "instances"),
             _read_style("labels", style.labels, "labels"),
         )
+
+
+def _begin_thread(device: str, threads: int) -> None:
+    """Prepare a thread that generates. Its stream on a GPU is its own."""
+    torch.set_num_threads(threads)
+    if device == "cuda":
+        torch.cuda.synchronize()  # the model is there
+        torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
 
 
 def _read_style(name: str, uri: str | None, kind: Kind) -> Array:
@@ -563,6 +591,12 @@ def make_job(config: InferConfig, resources: Resources, work: Work, output: str)
         device="cuda" if gpu else "cpu",
         threads=threads(resources, pool_size(resources, gpu=gpu)),
         io_threads=resources.io_threads,
+        # Without shards or a size, shapes may differ from image to image, and each would be compiled.
+        compiled=resources.compile
+        and gpu
+        and (bool(work.shards) or config.size is not None)
+        and config.tile is None
+        and not config.stochastic,
     )
 
 

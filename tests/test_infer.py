@@ -21,7 +21,7 @@ from stages.base import Outcome, Resources
 from stages.config.infer import InferConfig
 from stages.errors import StageError, UserError
 from stages.images import colour, encode
-from stages.infer import InferenceWorker, LoadedItem, same_shape_batches, source_size
+from stages.infer import InferenceWorker, LoadedItem, draws, same_shape_batches, source_size
 from stages.inference import outputs
 from stages.inference.inputs import InputImages, Item
 from stages.models.files.saved import load_model
@@ -80,6 +80,18 @@ def test_batches_hold_one_shape_and_wait_within_bounds() -> None:
     assert sorted(item.place for batch in batches for item in batch) == list(range(10))
     assert all(len({item.images.source.shape for item in batch}) == 1 for batch in batches)
     assert [item.place for item in batches[0]] == [0, 2]  # four waited
+
+
+def test_samples_of_few_sources_fill_a_batch_and_those_of_many_are_cut() -> None:
+    images = InputImages(np.zeros((8, 8, 3)))
+    batch = [LoadedItem(place, Item(str(place), "", lambda: images), images) for place in range(3)]
+
+    def places(samples: int, size: int) -> list[list[tuple[int, int]]]:
+        return [[(one.place, sample) for one, sample in chunk] for chunk in draws(batch, samples, size)]
+
+    assert places(1, 4) == [[(0, 0), (1, 0), (2, 0)]]
+    assert places(2, 4) == [[(0, 0), (1, 0), (2, 0), (0, 1)], [(1, 1), (2, 1)]]
+    assert places(2, 3) == [[(place, sample) for place in range(3)] for sample in range(2)]
 
 
 @pytest.mark.parametrize(
@@ -268,12 +280,12 @@ def test_noise_gives_several_samples_each_by_its_seed(workers_in_process: None, 
     assert fewer == {(row["key"], row["sample"]): row["crc"] for row in rows if row["key"] != "0"}
 
 
-@pytest.mark.parametrize(("large", "off"), [(infer.LARGE_PIXELS, 0), (0, 1)], ids=["each", "together"])
+@pytest.mark.parametrize(("large", "off"), [(infer.LARGE_PIXELS["cpu"], 0), (0, 1)], ids=["each", "together"])
 def test_threads_change_no_picture(
     tmp_path: Path, shards: str, monkeypatch: pytest.MonkeyPatch, large: int, off: int
 ) -> None:
     """A batch per thread gives what one thread gives. Threads that share a batch add in another order."""
-    monkeypatch.setattr(infer, "LARGE_PIXELS", large)
+    monkeypatch.setitem(infer.LARGE_PIXELS, "cpu", large)
     monkeypatch.setattr(infer, "BATCH_PIXELS", {"cpu": 2 * 32 * 32})
     model = str(make_model(tmp_path / "model", dropout=True))
     config = InferConfig(stochastic=True, samples=2)

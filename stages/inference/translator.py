@@ -45,9 +45,10 @@ def noise_seed(seed: int, key: str, sample: int = 0) -> int:
 class Translator:
     """A model to call with arrays, from any threads at once. The loaded model itself stays as it is.
 
-    stochastic    with dropout as noise, as Isola et al. generate; one picture at a time, so that a picture
-                  depends on its seed alone
+    stochastic    with dropout as noise, as Isola et al. generate; on a CPU one picture at a time, so that its
+                  bits depend on its seed alone
     tile          side of the tiles that larger pictures are cut into; None: always whole
+    compiled      torch.compile the generator, for a GPU and batches of one shape
     """
 
     def __init__(
@@ -58,9 +59,12 @@ class Translator:
         precision: Literal["float32", "bf16"] = "float32",
         stochastic: bool = False,
         tile: int | None = None,
+        compiled: bool = False,
     ) -> None:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         generator = accelerate(model.generator, device=device, frozen=dtype)
+        if compiled:
+            generator.compile()
         self.model = replace(model, generator=generator)
         self.device, self.precision = torch.device(device), precision
         self.stochastic, self.tile = stochastic, tile
@@ -108,7 +112,7 @@ class Translator:
         sources = [self.prepared(source) for source in sources]
         if self.needs_instances and instances is None:
             raise ValueError("this model needs an instance map with every source")
-        if self.stochastic and len(sources) > 1:  # one at a time: the same bits whatever the batch
+        if self.stochastic and len(sources) > 1 and self.device.type == "cpu":
             return [
                 self.translate(
                     [source],
@@ -138,15 +142,24 @@ class Translator:
     def _arrays(self, out: Tensor) -> list[Array]:
         """(N, H, W, C) in [-1, 1] -> arrays of the target kind; rounded on the device where it is uint8."""
         if self.target_kind in kinds.PHOTOS:
-            return list(((out + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8).cpu().numpy())
-        return [kinds.restore(value, self.target_kind) for value in out.cpu().numpy()]
+            return list(self._on_cpu(((out + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)).numpy())
+        return [kinds.restore(value, self.target_kind) for value in self._on_cpu(out).numpy()]
+
+    def _on_cpu(self, out: Tensor) -> Tensor:
+        """Waits for this thread's stream, and not for what other threads have a GPU do."""
+        copy = out.to("cpu", non_blocking=True)  # into pinned memory
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        return copy
 
     def _stack(self, arrays: Sequence[Array]) -> Tensor:
         """Arrays (H, W, C) of one shape -> (N, C, H, W) on the device; ids stay integers, amounts float32."""
         batch = np.stack(arrays).transpose(0, 3, 1, 2)
         if batch.dtype == np.uint16:  # torch has few operators for it
             batch = batch.astype(np.int32)
-        return torch.from_numpy(np.ascontiguousarray(batch)).to(self.device)
+        images = torch.from_numpy(np.ascontiguousarray(batch))
+        images = images.pin_memory() if self.device.type == "cuda" else images
+        return images.to(self.device, non_blocking=True)
 
     def _whole(
         self, source: Tensor, instance: Tensor | None, features: Tensor | None, seeds: Sequence[int]

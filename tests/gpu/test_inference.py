@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,6 +56,29 @@ def test_images_are_those_of_a_cpu(
         difference = np.abs(one.astype(np.int16) - other.astype(np.int16))
         assert difference.mean() < most
         assert np.quantile(difference, 0.99) <= 2 * most
+
+
+def test_threads_with_a_stream_each_generate_side_by_side(device: torch.device, tmp_path: Path) -> None:
+    """As batch inference does it: the images are those of one thread."""
+    translator = Translator(load_model(make_model(tmp_path)), device=device)
+    sources = [[scene(index, 48, 40)["source"]] for index in range(12)]
+    expected = [translator.translate(source)[0] for source in sources]
+
+    def begin() -> None:
+        torch.cuda.synchronize()
+        torch.cuda.set_stream(torch.cuda.Stream())
+
+    with ThreadPoolExecutor(2, initializer=begin) as threads:
+        got = list(threads.map(lambda source: translator.translate(source)[0], sources))
+    for one, other in zip(got, expected, strict=True):
+        assert np.abs(one.astype(np.int16) - other.astype(np.int16)).max() <= 1
+
+
+def test_a_compiled_generator_gives_the_same_images(device: torch.device, tmp_path: Path) -> None:
+    folder = make_model(tmp_path)
+    plain, compiled = (Translator(load_model(folder), device=device, compiled=c) for c in (False, True))
+    for one, other in zip(images(compiled), images(plain), strict=True):
+        assert np.abs(one.astype(np.int16) - other.astype(np.int16)).mean() < 1
 
 
 def test_an_image_does_not_depend_on_its_batch(device: torch.device, tmp_path: Path) -> None:
