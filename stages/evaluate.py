@@ -59,6 +59,9 @@ if TYPE_CHECKING:
 VERSION = 1
 
 READ_AHEAD = 8
+AT_ONCE = {"cpu": 1, "cuda": 16}
+"""Pairs that are scored together."""
+
 SCAN_PARTS = 256  # parts of the training split at most: the driver adds up as many partial sums
 PAIRS_A_SCAN = 1000  # that a process is worth starting for: it takes some seconds
 
@@ -167,6 +170,21 @@ class EvaluateJob:
     """Units for whose images the nearest training source is looked up."""
 
 
+@dataclass(frozen=True, slots=True)
+class ReadPair:
+    """A pair to score: its row of the table, and the pictures generated for it; none if it has an error."""
+
+    record: dict[str, Any]
+    sample: Sample
+    samples: list[Array]
+    target: Array
+
+    @property
+    def shape(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of the first generated picture and of the target."""
+        return self.samples[0].shape, self.target.shape
+
+
 class EvaluationWorker:
     """Scores units of targets."""
 
@@ -196,40 +214,40 @@ class EvaluationWorker:
         """Score one unit and write its part; returns the number of its images."""
         scores = UnitScores()
         pairs = stored_pairs(self.job.shards, self.spec, self.split, self.units[unit])
-        for place, sample, samples in prefetch_map(self.pool, self._read, pairs, ahead=READ_AHEAD):
-            file, row_group, row = place
-            record: dict[str, Any] = {
-                "key": sample.key,
-                "split": sample.split,
-                "group": sample.group,
-                "error": None,
-                "file": file,
-                "row_group": row_group,
-                "row": row,
-                "generated": self._names(sample.key)[0],
-            }
-            scores.rows.append(record)
-            if isinstance(samples, ImageRejected):
-                record["error"] = str(samples)
+        pending: list[ReadPair] = []
+        for pair in prefetch_map(self.pool, self._read, pairs, ahead=READ_AHEAD):
+            scores.rows.append(pair.record)
+            if not pair.samples:
                 continue
-            generated, target = samples[0], sample.picture(self.spec, "target")
-            record |= self._image_scores(generated, target, samples)
-            record |= self._baseline_scores(unit, sample, target, generated)
-            self._add_matrices(sample, generated, target, scores)
-            if self.inception is not None:
-                scores.generated_features.append(self.inception(generated))
-                scores.target_features.append(self.inception(target))
+            if pending and (pair.shape != pending[0].shape or len(pending) == AT_ONCE[self.job.device]):
+                self._add_scores(unit, pending, scores)
+                pending = []
+            pending.append(pair)
+        if pending:
+            self._add_scores(unit, pending, scores)
         scores.write(outputs.part_uri(self.job.output, unit))
         return len(scores.rows)
 
-    def _read(self, pair: tuple[Place, Sample]) -> tuple[Place, Sample, list[Array] | ImageRejected]:
+    def _read(self, pair: tuple[Place, Sample]) -> ReadPair:
         """A pair with the pictures generated for it, or with why there are none."""
-        place, sample = pair
-        uris = [storage.join(self.job.images, name) for name in self._names(sample.key)]
+        (file, row_group, row), sample = pair
+        names = self._names(sample.key)
+        record: dict[str, Any] = {
+            "key": sample.key,
+            "split": sample.split,
+            "group": sample.group,
+            "error": None,
+            "file": file,
+            "row_group": row_group,
+            "row": row,
+            "generated": names[0],
+        }
+        objects = [Object(storage.join(self.job.images, name)) for name in names]
         try:
-            return place, sample, [decode.decode_image(self.reader.read(Object(uri)), "rgb") for uri in uris]
+            samples = [decode.decode_image(self.reader.read(one), "rgb") for one in objects]
         except ImageRejected as rejection:
-            return place, sample, rejection
+            record["error"], samples = str(rejection), []
+        return ReadPair(record, sample, samples, sample.picture(self.spec, "target"))
 
     def _names(self, key: str) -> list[str]:
         """Where the pictures of a key are, below the folder of images."""
@@ -237,38 +255,45 @@ class EvaluationWorker:
             return [outputs.output_name(key, self.job.suffix, sample) for sample in range(self.job.samples)]
         return [self.config.names.replace("{key}", key).replace("{name}", key.rpartition("/")[2])]
 
-    def _image_scores(self, generated: Array, target: Array, samples: list[Array]) -> dict[str, float]:
-        fake, real = same_size(generated, target)
-        scores = metrics.pixel_scores(fake, real)
-        scores["sharpness"] = metrics.sharpness(fake)
-        scores["target_sharpness"] = metrics.sharpness(real)
-        if len(samples) > 1:
-            scores["diversity"] = metrics.diversity(samples)
+    def _add_scores(self, unit: int, pairs: list[ReadPair], scores: UnitScores) -> None:
+        """Score pairs of one shape together, into their records and the unit's sums."""
+        sized = [same_size(pair.samples[0], pair.target) for pair in pairs]
+        fakes, reals = [fake for fake, _ in sized], [real for _, real in sized]
+        records = [pair.record for pair in pairs]
+        _update(records, metrics.pixel_scores_of(fakes, reals, self.job.device))
         if self.lpips is not None:
-            scores[self.job.lpips] = self.lpips(fake, real)
-            if len(samples) > 1:
-                scores[f"diversity_{self.job.lpips}"] = self.lpips.diversity(samples)
-        return scores
+            distances = self.lpips(fakes, reals)
+            _update(records, [{self.job.lpips: distance} for distance in distances])
+        for pair, (fake, real) in zip(pairs, sized, strict=True):
+            pair.record["sharpness"] = metrics.sharpness(fake)
+            pair.record["target_sharpness"] = metrics.sharpness(real)
+            if len(pair.samples) > 1:
+                pair.record["diversity"] = metrics.diversity(pair.samples)
+                if self.lpips is not None:
+                    pair.record[f"diversity_{self.job.lpips}"] = self.lpips.diversity(pair.samples)
+            self._add_matrices(pair.sample, pair.samples[0], pair.target, scores)
+        images = [self._baseline_images(unit, pair) for pair in pairs]
+        for baseline in images[0]:
+            found = [same_size(one[baseline], pair.target) for one, pair in zip(images, pairs, strict=True)]
+            fakes, reals = [fake for fake, _ in found], [real for _, real in found]
+            values = metrics.pixel_scores_of(fakes, reals, self.job.device)
+            _update(records, [{f"{baseline}_{name}": v for name, v in one.items()} for one in values])
+        if self.inception is not None:
+            scores.generated_features += list(self.inception([pair.samples[0] for pair in pairs]))
+            scores.target_features += list(self.inception([pair.target for pair in pairs]))
 
-    def _baseline_scores(
-        self, unit: int, sample: Sample, target: Array, generated: Array
-    ) -> dict[str, float]:
-        """The same scores for each baseline's image, at the size the model is scored at."""
-        data, images = self.baseline_data, dict[str, Array]()
+    def _baseline_images(self, unit: int, pair: ReadPair) -> dict[str, Array]:
+        """Each baseline's image, at the size the model is scored at."""
+        data, images, sample, generated = self.baseline_data, dict[str, Array](), pair.sample, pair.samples[0]
         if self.mean_target is not None:
             images["mean_target"] = self.mean_target
         if unit in self.job.untrained and self.job.manifest:
-            images["untrained"] = self._untrained_image(sample, target, generated)
+            images["untrained"] = self._untrained_image(sample, pair.target, generated)
         if unit in self.job.nearest and data is not None and data.places:
             vector = baselines.thumbnail(sample.picture(self.spec, "source"))
             images["nearest"] = self._stored_target(data.places[baselines.nearest(vector, data.vectors)])
         size = (generated.shape[1], generated.shape[0])
-        scores: dict[str, float] = {}
-        for baseline, image in images.items():
-            fake, real = same_size(geometry.resize(image, size, "rgb"), target)
-            pixel_scores = metrics.pixel_scores(fake, real)
-            scores |= {f"{baseline}_{name}": value for name, value in pixel_scores.items()}
-        return scores
+        return {name: geometry.resize(image, size, "rgb") for name, image in images.items()}
 
     def _stored_target(self, place: Place) -> Array:
         file, group, row = place
@@ -310,6 +335,11 @@ class EvaluationWorker:
             predicted, actual = (colour.nearest_class(image, palette.colors) for image in images)
             matrix = metrics.confusion(predicted, actual, len(palette.colors), palette.ignore)
             scores.add_matrix("palette", matrix)
+
+
+def _update(records: list[dict[str, Any]], scores: list[dict[str, float]]) -> None:
+    for record, values in zip(records, scores, strict=True):
+        record.update(values)
 
 
 # -- wiring ----------------------------------------------------------------------------------------

@@ -119,15 +119,19 @@ class LpipsScorer:
                 reason = one_line(error, limit=200)
                 raise UserError(f"evaluate.lpips: these are no {config.kind} weights: {reason}") from error
 
-    def __call__(self, generated: Array, target: Array) -> float:
-        """The distance of two images of one shape."""
-        one, other = (to_unit(image).to(self.device) * 2 - 1 for image in (generated, target))
+    def __call__(self, generated: Sequence[Array], targets: Sequence[Array]) -> list[float]:
+        """The distance of each generated image to its target, all of one shape."""
+        one, other = (
+            torch.cat([to_unit(image) for image in images]).to(self.device) * 2 - 1
+            for images in (generated, targets)
+        )
         with torch.inference_mode():
-            return float(self.network(one, other))
+            distances: list[float] = self.network(one, other).tolist()
+        return distances
 
     def diversity(self, samples: Sequence[Array]) -> float:
         """Mean distance over all pairs of samples, as BicycleGAN measures diversity; 0 for fewer than two."""
-        distances = [self(samples[i], samples[j]) for i in range(len(samples)) for j in range(i)]
+        distances = [self([samples[i]], [samples[j]])[0] for i in range(len(samples)) for j in range(i)]
         return sum(distances) / len(distances) if distances else 0.0
 
 

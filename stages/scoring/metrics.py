@@ -40,7 +40,14 @@ def to_unit(image: np.ndarray) -> Tensor:
 
 
 def pixel_scores(generated: np.ndarray, target: np.ndarray) -> dict[str, float]:
-    """L1, PSNR, SSIM and MS-SSIM of two uint8 images (H, W, C) of one shape.
+    """L1, PSNR, SSIM and MS-SSIM of two uint8 images (H, W, C) of one shape: `pixel_scores_of` one pair."""
+    return pixel_scores_of([generated], [target])[0]
+
+
+def pixel_scores_of(
+    generated: Sequence[np.ndarray], targets: Sequence[np.ndarray], device: str = "cpu"
+) -> list[dict[str, float]]:
+    """L1, PSNR, SSIM and MS-SSIM of each pair of uint8 images (H, W, C), all of one shape.
 
     L1 is the mean absolute difference on the [0, 1] scale. PSNR is in decibels, at most `PSNR_OF_IDENTICAL`.
     SSIM (Wang et al. 2004: Gaussian window of sigma 1.5, K 0.01 and 0.03) and MS-SSIM (Wang et al. 2003, five
@@ -48,25 +55,29 @@ def pixel_scores(generated: np.ndarray, target: np.ndarray) -> dict[str, float]:
     Raises ValueError for two shapes.
     """
     # imported here: it takes 3 s, for SciPy's signals and Matplotlib, which no other stage need pay
-    import torchmetrics.functional as tm  # noqa: PLC0415
     import torchmetrics.functional.image as tmi  # noqa: PLC0415
 
-    if generated.shape != target.shape:
-        raise ValueError(f"generated {generated.shape} and target {target.shape} differ in shape")
-    fake, real = to_unit(generated), to_unit(target)
-    psnr = float(tmi.peak_signal_noise_ratio(fake, real, data_range=1.0))
-    scores = {
-        "l1": float(tm.mean_absolute_error(fake.double().flatten(), real.double().flatten())),
-        "psnr": min(psnr, PSNR_OF_IDENTICAL),
+    shapes = {image.shape for image in (*generated, *targets)}
+    if len(shapes) > 1:
+        raise ValueError(f"generated {generated[0].shape} and target {targets[0].shape} differ in shape")
+    fakes, reals = ([to_unit(image).to(device) for image in side] for side in (generated, targets))
+    psnr = [tmi.peak_signal_noise_ratio(*pair, data_range=1.0) for pair in zip(fakes, reals, strict=True)]
+    fake, real = torch.cat(fakes), torch.cat(reals)
+    columns = {
+        "l1": (fake.double() - real.double()).abs().flatten(1).sum(1) / fake[0].numel(),
+        "psnr": torch.stack(psnr).clamp(max=PSNR_OF_IDENTICAL),
     }
-    side = min(generated.shape[:2])
+    side = min(fake.shape[2:])
     if side >= SSIM_MIN_SIDE:
-        scores["ssim"] = float(tmi.structural_similarity_index_measure(fake, real, data_range=1.0))
-    if side >= MS_SSIM_MIN_SIDE:
-        scores["ms_ssim"] = float(
-            tmi.multiscale_structural_similarity_index_measure(fake, real, data_range=1.0)
+        columns["ssim"] = tmi.structural_similarity_index_measure(
+            fake, real, data_range=1.0, reduction="none"
         )
-    return scores
+    if side >= MS_SSIM_MIN_SIDE:
+        columns["ms_ssim"] = tmi.multiscale_structural_similarity_index_measure(
+            fake, real, data_range=1.0, reduction="none"
+        )
+    values = [column.reshape(-1).tolist() for column in columns.values()]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
 
 
 def sharpness(image: np.ndarray) -> float:

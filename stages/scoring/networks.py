@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -91,9 +91,12 @@ class Network:
 
     def __call__(self, batch: Tensor) -> np.ndarray:
         """The network's first output."""
-        if self._session is not None:
+        if self._session is not None:  # many ONNX files take one image
             name = self._session.get_inputs()[0].name
-            return cast(np.ndarray, self._session.run(None, {name: batch.cpu().numpy()})[0])
+            runs = [
+                self._session.run(None, {name: image.numpy()})[0] for image in torch.split(batch.cpu(), 1)
+            ]
+            return np.concatenate(runs)
         with torch.inference_mode():
             out = self._module(batch.to(self.device), **self._options)
         return cast(np.ndarray, (out[0] if isinstance(out, tuple | list) else out).float().cpu().numpy())
@@ -115,12 +118,12 @@ class Inception:
         self.network = Network(config.weights, INCEPTION, device)
         self.size = config.size
 
-    def __call__(self, image: Array) -> np.ndarray:
-        """(H, W, 3) uint8 -> (D,) float32."""
+    def __call__(self, images: Sequence[Array]) -> np.ndarray:
+        """Images (H, W, 3) uint8 of one shape -> (N, D) float32."""
         if self.size is not None:
-            image = geometry.resize(image, (self.size, self.size), "rgb")
-        batch = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))[None]
-        return self.network(batch).reshape(-1).astype(np.float32)
+            images = [geometry.resize(image, (self.size, self.size), "rgb") for image in images]
+        batch = torch.from_numpy(np.stack([image.transpose(2, 0, 1) for image in images]))
+        return self.network(batch).reshape(len(images), -1).astype(np.float32)
 
 
 class Segmenter:

@@ -43,14 +43,14 @@ def test_a_scorer_has_the_name_of_its_weights(tmp_path: Path) -> None:
     assert lpips.lpips_name(config) == f"lpips_alex_{digest[:8]}"
     scorer = LpipsScorer(config, "cpu")
     one, other = pictures(64)
-    assert scorer(one, one) == 0
-    assert scorer(one, other) > 0
+    assert scorer([one], [one]) == [0]
+    assert scorer([one], [other])[0] > 0
 
 
 def test_diversity_is_the_mean_distance_of_all_pairs_of_samples(tmp_path: Path) -> None:
     scorer = LpipsScorer(LpipsConfig(backbone=str(alexnet(tmp_path / "alex.safetensors"))), "cpu")
     samples = [pictures(64, seed)[0] for seed in range(3)]
-    distances = [scorer(one, other) for one, other in combinations(samples, 2)]
+    distances = [scorer([one], [other])[0] for one, other in combinations(samples, 2)]
     assert min(distances) > 0
     assert scorer.diversity(samples) == pytest.approx(np.mean(distances))
     assert scorer.diversity(samples[:1]) == 0

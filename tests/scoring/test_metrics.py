@@ -19,6 +19,13 @@ def pictures(side: int = 48, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return noisy.astype(np.uint8), smooth.astype(np.uint8)
 
 
+def test_pairs_scored_together_have_the_scores_of_each() -> None:
+    pairs = [pictures(192, seed) for seed in range(3)]
+    together = metrics.pixel_scores_of([fake for fake, _ in pairs], [real for _, real in pairs])
+    for scores, (fake, real) in zip(together, pairs, strict=True):
+        assert scores == pytest.approx(metrics.pixel_scores(fake, real), rel=1e-6)
+
+
 def test_l1_and_psnr_agree_with_the_written_formulas_and_scikit_image() -> None:
     fake, real = pictures()
     scores = metrics.pixel_scores(fake, real)

@@ -74,15 +74,15 @@ class ScoresOrFeatures(nn.Module):
 def test_features_are_requested_of_an_inception_that_else_gives_class_scores(tmp_path: Path) -> None:
     config = InceptionConfig(weights=str(script(ScoresOrFeatures(), tmp_path / "either.pt")))
     image = np.full((8, 8, 3), 50, np.uint8)
-    assert Inception(config, "cpu")(image).tolist() == [50, 50, 50]
+    assert Inception(config, "cpu")([image, image]).tolist() == [[50, 50, 50]] * 2
 
 
 def test_features_and_classes_come_from_the_users_networks(tmp_path: Path) -> None:
     image = np.zeros((8, 10, 3), np.uint8)
     image[:, 5:, 0] = 255
     means = script(Means(), tmp_path / "means.pt")
-    features = Inception(InceptionConfig(weights=str(means), size=None), "cpu")(image)
-    assert features.tolist() == [127.5, 0]
+    features = Inception(InceptionConfig(weights=str(means), size=None), "cpu")([image])
+    assert features.tolist() == [[127.5, 0]]
     threshold = script(Threshold(), tmp_path / "threshold.pt")
     config = SegmenterConfig(weights=str(threshold), classes=2, train_ids={7: 0, 9: 1})
     segmenter = Segmenter(config, "cpu")
