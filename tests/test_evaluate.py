@@ -263,7 +263,7 @@ def test_networks_score_the_images_as_they_do_one_by_one(
             {"lpips": {"backbone": "gone.pth"}},
             "evaluate.lpips.backbone: gone.pth: the weights cannot be read",
         ),
-        ({"images": "nowhere"}, "evaluate.images: .*nowhere: there is no such folder"),
+        ({"images": "nowhere"}, "evaluate.images: .*nowhere: there is no such file or folder"),
         ({}, "evaluate.images: name a folder"),
         ({"split": "val"}, "evaluate.split: the shards hold no pair"),
     ],
