@@ -47,11 +47,11 @@ from stages.config.infer import InferConfig
 from stages.infer import batch_size
 from stages.inference import inputs, outputs
 from stages.inference.translator import Translator
-from stages.models.architecture import InputSpec, Pix2Pix
+from stages.models.architecture import InputSpec, Picture, Pix2Pix, Preprocessing
 from stages.models.build import build_generator
 from stages.models.fast import heap
 from stages.models.fast.heap import keep_freed_memory, return_freed_memory
-from stages.models.files.saved import Picture, Preprocessing, load_model, save_model
+from stages.models.files.saved import load_model, save_model
 from stages.parallel.threads import own_cores
 from stages.storage import join, write_bytes
 from stages.tracking.run import NullRun

@@ -33,7 +33,10 @@ from stages.errors import UserError, first_invalid
 SECRET_WORDS = ("secret", "token", "password", "passwd", "credential", "access_key", "account_key", "sas")
 SECRET_NAMES = ("key", "pass", "auth")
 
-RENAMED = {"resources.pairs_at_once": "resources.micro_batch"}
+RENAMED = {
+    "resources.pairs_at_once": "resources.micro_batch",
+    "infer.colors": "infer.palette",
+}
 """Keys of earlier versions, which are refused with their new name."""
 
 

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from pipeline import cli
 from stages import storage
+from stages.base import Kind
 from stages.errors import StageError, UserError
 from stages.inference.model_source import local_model
-from stages.models.architecture import InputSpec
+from stages.models.architecture import InputSpec, Picture, Preprocessing
 from stages.models.files.checkpoint_import import Imported, import_checkpoint
 from stages.models.files.export import (
     TOLERANCE,
@@ -33,7 +34,7 @@ from stages.models.files.export import (
     onnx_bytes,
     program_bytes,
 )
-from stages.models.files.saved import MANIFEST, LoadedModel, Picture, Preprocessing, load_model, save_model
+from stages.models.files.saved import MANIFEST, LoadedModel, load_model, save_model
 from stages.models.files.weights import read_tensors
 from stages.storage.local import local_file, upload_folder
 
@@ -167,7 +168,7 @@ def import_model(options: argparse.Namespace) -> None:
 
 def _preprocessing(inputs: InputSpec) -> Preprocessing:
     """What published models were trained on, as far as the channels tell: photos in [-1, 1], label ids."""
-    colours = {1: "grey", 3: "rgb"}
+    colours: dict[int, Kind] = {1: "grey", 3: "rgb"}
     pictures = {"target": Picture(kind=colours.get(inputs.target_channels, "channels"))}
     if (inputs.source, inputs.channels, inputs.target_channels) == ("image", 1, 2):
         return Preprocessing(pictures={"source": Picture(kind="lab_l"), "target": Picture(kind="lab_ab")})

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
 
 Role = Literal["source", "target", "label", "instance", "features"]
 """What an image is to its pair. `label` and `instance` are optional maps that belong to the source;
@@ -40,8 +40,20 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 Level = Annotated[int, Field(ge=0, le=255)]
 
-Colors = Annotated[tuple[tuple[Level, Level, Level], ...], Field(min_length=2, max_length=256)]
-"""A label picture's colours, one per class, in order."""
+Palette = Annotated[tuple[Level | tuple[Level, Level, Level], ...], Field(min_length=2, max_length=256)]
+"""The colours of a label map, one per class, in order: [red, green, blue], or one number for a grey."""
+
+
+def _rising(limits: tuple[float, float]) -> tuple[float, float]:
+    if not limits[0] < limits[1]:
+        raise ValueError("the first value must be below the second")
+    return limits
+
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+Range = Literal["full", "percentile"] | Annotated[tuple[Finite, Finite], AfterValidator(_rising)]
+"""Which values of a file are black and white: its number format's, the image's percentiles, or these two."""
 
 MAX_PIXELS = 89_478_485
 """The largest image that is decoded: Pillow's limit, below which it gives no warning."""
@@ -143,15 +155,16 @@ class Outcome:
 
 __all__ = [
     "MAX_PIXELS",
-    "Colors",
     "Config",
     "Encoding",
     "Format",
     "Fraction",
     "Kind",
     "Outcome",
+    "Palette",
     "PositiveInt",
     "Precision",
+    "Range",
     "Resources",
     "Role",
     "Split",

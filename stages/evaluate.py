@@ -332,8 +332,8 @@ class EvaluationWorker:
                 scores.add_matrix(name, metrics.confusion(self.segmenter(sized), actual, classes, -1))
         if palette is not None:
             images = same_size(generated, target)
-            predicted, actual = (colour.nearest_class(image, palette.colors) for image in images)
-            matrix = metrics.confusion(predicted, actual, len(palette.colors), palette.ignore)
+            predicted, actual = (colour.nearest_class(image, palette) for image in images)
+            matrix = metrics.confusion(predicted, actual, len(palette), self.config.ignore_class)
             scores.add_matrix("palette", matrix)
 
 

@@ -37,6 +37,7 @@ from stages.inference import inputs, outputs
 from stages.inference.inputs import InputImages, InputPlan, Item, Location
 from stages.inference.model_source import description, local_model
 from stages.inference.translator import Translator, noise_seed
+from stages.models.architecture import Picture
 from stages.models.fast.process import tune_process
 from stages.models.files.saved import fingerprint, load_model
 from stages.objects.fetch import Object, Reader
@@ -98,9 +99,9 @@ def output_array(generated: Array, kind: Kind, source: Array, source_kind: Kind)
 
 def output_file(array: Array, config: InferConfig) -> bytes:
     """The image file of an array: a picture, or class ids if the config has the classes' colours."""
-    if config.colors is None:
+    if config.palette is None:
         return encode.encode_image(array, config.format, quality=config.quality)
-    return encode.encode_ids(colour.nearest_class(array, config.colors), config.colors)
+    return encode.encode_ids(colour.nearest_class(array, config.palette), colour.rgb_palette(config.palette))
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +264,7 @@ class InferenceWorker:
             self.job.output,
             self.job.plan,
             unit,
-            kind=self.translator.source_kind,
+            how=self.translator.source,
             max_pixels=MAX_PIXELS if tiled else self.config.max_pixels,
             instances=self.translator.needs_instances,
         )
@@ -380,7 +381,7 @@ class InferenceWorker:
         return (
             _read_style("picture", style.picture, self.translator.target_kind),
             _read_style("instances", style.instances, "instances"),
-            _read_style("labels", style.labels, "labels"),
+            _read_style("labels", style.labels, self.translator.source),
         )
 
 
@@ -392,9 +393,9 @@ def _begin_thread(device: str, threads: int) -> None:
         torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
 
 
-def _read_style(name: str, uri: str | None, kind: Kind) -> Array:
+def _read_style(name: str, uri: str | None, how: Kind | Picture) -> Array:
     try:
-        return decode.decode_image(Reader().read(Object(storage.absolute(uri or ""))), kind)
+        return decode.decode_image(Reader().read(Object(storage.absolute(uri or ""))), how)
     except ImageRejected as error:
         raise UserError(f"infer.style.{name}: {uri}: {error}") from error
 
@@ -578,8 +579,8 @@ def make_job(config: InferConfig, resources: Resources, work: Work, output: str)
     kind = (preprocessing.get("pictures") or {}).get("target", {}).get("kind", "rgb")
     if kind == "grey16" and config.format != "png":
         raise UserError(f"infer.format: {config.format} cannot hold this model's 16-bit images; use png")
-    if kind != "rgb" and config.colors is not None:
-        raise UserError(f"infer.colors: this model's images are {kind}, not colours of labels")
+    if kind != "rgb" and config.palette is not None:
+        raise UserError(f"infer.palette: this model's images are {kind}, not colours of labels")
     return InferJob(
         config=config,
         model=work.model,

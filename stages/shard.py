@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, cast, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -33,8 +33,10 @@ from stages.base import Encoding, Kind, Outcome, Resources, Role, Split
 from stages.config.shard import ShardConfig
 from stages.errors import StageError, UserError
 from stages.images import colour, decode, encode, geometry, kinds
+from stages.images.decode import Decoded
 from stages.images.derive import derive
 from stages.images.kinds import Array, ImageRejected
+from stages.models.architecture import Picture
 from stages.models.fast.heap import keep_freed_memory
 from stages.objects.fetch import Object, Reader
 from stages.parallel.cluster import each
@@ -48,7 +50,7 @@ from stages.storage.local import local_file
 if TYPE_CHECKING:
     from stages.tracking.run import Run
 
-VERSION = 1
+VERSION = 2
 
 ROW_GROUP_BYTES = 8 << 20  # a row group is what training reads at once: big enough for a fast GET
 ROW_GROUP_ROWS = 64
@@ -65,6 +67,8 @@ DEFAULT_KINDS: Mapping[Role, Kind] = {
 _ENCODED_SHARE: Mapping[Encoding, float] = {"raw": 1.0, "png": 0.5, "jpeg": 0.15, "webp": 0.1}
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 QUARANTINE = pa.schema(
@@ -97,9 +101,16 @@ def role_specs(config: ShardConfig, roles: Iterable[Role]) -> dict[Role, RoleSpe
             classes=config.classes if kind == "labels" else None,
             ignore_label=config.ignore_label if kind == "labels" else None,
             void_class=config.void_class if kind == "labels" else None,
+            palette=_of_role(config.palette, role, None) if kind == "labels" else None,
+            range=_of_role(config.range, role, "full") if kind not in kinds.IDS else "full",
             channel_count=count if kind == "channels" else None,
         )
     return specs
+
+
+def _of_role(setting: T | Mapping[Role, T], role: Role, default: T) -> T:
+    """A setting that may be given for each role."""
+    return setting.get(role, default) if isinstance(setting, Mapping) else setting
 
 
 def stored_specs(specs: Mapping[Role, RoleSpec]) -> dict[Role, RoleSpec]:
@@ -192,8 +203,9 @@ class PairReader:
         pair = EncodedPair(row["key"], row["split"], row.get("group"))
         sizes: dict[Role, tuple[int, int]] = {}
         fetched: dict[str, bytes] = {}
-        decoded: dict[tuple[str, Kind], Array] = {}
+        decoded: dict[tuple[str, Picture], Decoded] = {}
         arrays: dict[Role, Array] = {}
+        missing: dict[Role, int] = {}
         for role, spec in self.specs.items():
             uri = row.get(f"{role}_uri")
             if uri is None:
@@ -202,8 +214,11 @@ class PairReader:
                 if uri not in fetched:
                     fetched[uri] = self.reader.read(_object(row, role))
                 with self._decoding:
-                    arrays[role], sizes[role] = self._image(row, role, spec, fetched[uri], decoded)
-                check_shapes(sizes)
+                    arrays[role], sizes[role], missing[role] = self._image(
+                        row, role, spec, fetched[uri], decoded
+                    )
+                if self.config.fit == "same":
+                    check_shapes(sizes)
             except ImageRejected as error:
                 return RejectedPair(pair.key, role, uri, error.reason, error.detail)
         if "features" in arrays:
@@ -211,7 +226,7 @@ class PairReader:
         for role, array in arrays.items():
             with self._decoding:
                 pair.images[role] = self._encode(
-                    array, self.stored_specs[role], row[f"{role}_uri"], sizes[role]
+                    array, self.stored_specs[role], row[f"{role}_uri"], sizes[role], missing[role]
                 )
         return pair
 
@@ -221,37 +236,35 @@ class PairReader:
         role: Role,
         spec: RoleSpec,
         data: bytes,
-        decoded: dict[tuple[str, Kind], Array],
-    ) -> tuple[Array, tuple[int, int]]:
-        """The array at the stored size, and its original size (width, height)."""
+        decoded: dict[tuple[str, Picture], Decoded],
+    ) -> tuple[Array, tuple[int, int], int]:
+        """The array at the stored size, its original size (width, height), its pixels without a value."""
         config, recipe = self.config, row.get(f"{role}_derive") or ""
         kind: Kind = "rgb" if recipe else spec.kind
-        place = (row[f"{role}_uri"], kind)
+        how = Picture.model_validate(spec.model_dump(exclude={"encoding"}) | {"kind": kind})
+        place = (row[f"{role}_uri"], how)
         if place not in decoded:
-            decoded[place] = decode.decode_image(
-                data,
-                kind,
-                max_pixels=config.max_pixels,
-                channels=spec.channel_count,
-                min_side=config.min_side,
+            decoded[place] = decode.decode_counted(
+                data, place[1], max_pixels=config.max_pixels, min_side=config.min_side
             )
-        whole = geometry.crop_half(decoded[place], row.get(f"{role}_crop") or "")
+        whole = geometry.crop_half(decoded[place].array, row.get(f"{role}_crop") or "")
         size = (whole.shape[1], whole.shape[0])
-        if kind == "labels":
-            assert spec.classes is not None
-            whole = kinds.class_ids(
-                whole, spec.classes, ignore_label=spec.ignore_label, void_class=spec.void_class
-            )
+        if config.fit == "crop":
+            whole = geometry.crop_to_shape(whole, config.size)
         array = geometry.resize(whole, config.size, kind)
         if recipe:
             array = derive(array, recipe, key=row["key"], kind=spec.kind, factor=config.downscale)
         elif spec.kind in ("lab_l", "lab_ab"):
             array = colour.lab_channels(array, spec.kind)
-        return array, size
+        return array, size, decoded[place].missing
 
-    def _encode(self, array: Array, spec: RoleSpec, uri: str, size: tuple[int, int]) -> EncodedImage:
+    def _encode(
+        self, array: Array, spec: RoleSpec, uri: str, size: tuple[int, int], missing: int
+    ) -> EncodedImage:
         data = encode.encode_image(array, spec.encoding, quality=self.config.quality)
-        return EncodedImage(data, encode.checksum(data), uri, size, card.measures(array, spec.kind))
+        return EncodedImage(
+            data, encode.checksum(data), uri, size, card.measures(array, spec.kind) | {"missing": missing}
+        )
 
 
 def _object(row: Mapping[str, Any], role: Role) -> Object:
@@ -506,6 +519,8 @@ def run(config: ShardConfig, resources: Resources, *, output: str, track: Run, p
     leaks = card.leakage(output, spec)
     files = card.write(output, spec, summary.statistics, summary.rejects, leaks)
     dataset.save(output, spec)
+    for text in card.remarks(spec, summary.statistics):
+        logger.warning("shard: %s", text)
     for name, data in files.items():
         track.artifact(f"dataset/{name}", data)
     return Outcome(counts=summary.counts() | {"leaks": leaks.found}, metrics={"bytes": float(summary.bytes)})

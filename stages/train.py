@@ -49,8 +49,8 @@ from stages.config.train import (
     phase_size,
 )
 from stages.errors import PixloomError, StageError, UserError, cause
+from stages.models.architecture import Picture, Preprocessing
 from stages.models.fast.process import tune_process
-from stages.models.files.saved import Picture, Preprocessing
 from stages.parallel.threads import own_cores
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec
@@ -123,9 +123,10 @@ def preprocessing(job: PhaseJob, spec: DatasetSpec) -> Preprocessing:
     full = full_size(spec.size, job.augment)
     return Preprocessing(
         size=phase_size(job.model, job.phase, full),
-        pictures={role: Picture(kind=one.kind, classes=one.classes) for role, one in spec.roles.items()},
-        ignore_label=spec.roles["source"].ignore_label,
-        void_class=spec.roles["source"].void_class,
+        pictures={
+            role: Picture.model_validate(one.model_dump(exclude={"encoding"}))
+            for role, one in spec.roles.items()
+        },
     )
 
 

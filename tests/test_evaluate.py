@@ -220,7 +220,7 @@ def test_networks_score_the_images_as_they_do_one_by_one(
         lpips=lpips,
         inception=inception,
         segmenter=segmenter,
-        palette={"colors": colors},
+        palette=colors,
         baselines={"untrained": 0, "nearest": 0},
     )
     summary = json.loads((tmp_path / "out/summary.json").read_text())

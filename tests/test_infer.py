@@ -102,8 +102,8 @@ def test_samples_of_few_sources_fill_a_batch_and_those_of_many_are_cut() -> None
         ({"style": {"kind": "reference"}}, "style"),
         ({"samples": 2, "style": {"kind": "cluster"}}, "samples"),
         ({"tile": 8}, "tile"),
-        ({"colors": [[0, 0, 0], [255, 0, 0]], "format": "jpeg"}, "class ids are written as png"),
-        ({"colors": [[0, 0, 256], [255, 0, 0]]}, "colors"),
+        ({"palette": [[0, 0, 0], [255, 0, 0]], "format": "jpeg"}, "class ids are written as png"),
+        ({"palette": [[0, 0, 256], [255, 0, 0]]}, "palette"),
         ({"colour": 1}, "colour"),
     ],
 )
@@ -328,12 +328,12 @@ def test_class_ids_are_written_if_the_colours_are_configured(
 ) -> None:
     run(tmp_path / "seen", model=model, input=shards)
     colors = ((0, 0, 0), (255, 255, 255), (128, 128, 128))
-    run(tmp_path / "ids", model=model, input=shards, colors=colors)
+    run(tmp_path / "ids", model=model, input=shards, palette=colors)
     for row in table(tmp_path / "ids"):
         seen = np.asarray(Image.open(tmp_path / "seen" / row["output"]).convert("RGB"))
         with Image.open(tmp_path / "ids" / row["output"]) as image:
             assert image.mode == "P"
-            assert (np.asarray(image) == colour.nearest_class(seen, np.array(colors, np.uint8))).all()
+            assert (np.asarray(image) == colour.nearest_class(seen, colors)).all()
 
 
 def test_a_model_with_instances_takes_their_maps_by_key(workers_in_process: None, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import tifffile
 from PIL import Image
 from pydantic import ValidationError
 
@@ -19,10 +20,12 @@ from stages import shard
 from stages.base import Resources
 from stages.config.shard import ShardConfig
 from stages.errors import StageError, UserError
-from stages.images import colour, decode, kinds
-from stages.images.kinds import ImageRejected, class_ids
+from stages.images import colour, decode, geometry, kinds
+from stages.images.colour import class_ids
+from stages.images.kinds import ImageRejected
+from stages.models.architecture import Picture
 from stages.shard import check_shapes, row_group_rows
-from stages.shards import dataset
+from stages.shards import card, dataset
 from stages.tracking.run import NullRun
 from tests.support.pairs import SIZE, ids, make_shards, pair_row, photo, photo_pairs, write_image, write_parts
 
@@ -61,14 +64,16 @@ def test_row_groups_have_about_eight_mebibytes():
 def test_an_id_outside_the_classes_is_a_reject_unless_it_is_the_ignored_one():
     array = np.array([[[0], [255]]], np.uint8)
     with pytest.raises(ImageRejected) as caught:
-        class_ids(array, 5)
+        class_ids(array, Picture(kind="labels", classes=5))
     assert caught.value.reason == "label_range"
-    assert class_ids(array, 5, ignore_label=255).ravel().tolist() == [0, 4]
+    config = ShardConfig(classes=5, ignore_label=255, kinds={"source": "labels"})
+    spec = shard.role_specs(config, ["source", "target"])
+    assert class_ids(array, spec["source"]).ravel().tolist() == [0, 4]
     config = ShardConfig(classes=5, ignore_label=255, void_class=2, kinds={"source": "labels"})
     spec = shard.role_specs(config, ["source", "target"])
     assert (spec["source"].ignore_label, spec["source"].void_class) == (255, 2)
     assert spec["target"].ignore_label is None
-    assert class_ids(array, 5, ignore_label=255, void_class=2).ravel().tolist() == [0, 2]
+    assert class_ids(array, spec["source"]).ravel().tolist() == [0, 2]
 
 
 def test_images_of_a_pair_may_differ_in_resolution_but_not_in_shape():
@@ -314,3 +319,46 @@ def test_too_many_rejects_fail_the_stage_and_name_the_reasons(tmp_path: Path, ra
         shard.run(
             ShardConfig(), Resources(), output=str(tmp_path), track=NullRun(), pairs=str(tmp_path / "x")
         )
+
+
+def test_deep_images_that_use_little_of_their_range_and_pixels_without_a_value_are_said(tmp_path: Path):
+    deep = np.linspace(0, 4080, SIZE[0] * SIZE[1]).astype(np.uint16).reshape(SIZE[1], SIZE[0], 1)
+    height = deep.astype(np.float32)
+    height[0, :5] = np.nan
+    row = {"key": "a", "split": "train", "group": None}
+    row |= {
+        "source_uri": write_image(tmp_path / "deep.png", deep),
+        "target_uri": str(tmp_path / "height.tif"),
+    }
+    tifffile.imwrite(tmp_path / "height.tif", height[..., 0])
+
+    def remarks(**settings: Any) -> list[str]:
+        folder = tmp_path / f"shards-{len(settings)}"
+        kinds: dict[str, Any] = {"kinds": {"source": "grey16", "target": "grey"}} | settings
+        spec = make_shards(folder, [row], parts=1, **kinds)
+        marker = json.loads(next(folder.glob("_parts/*.json")).read_text())
+        done = shard.Summary()
+        done.add(marker)
+        return card.remarks(spec, done.statistics)
+
+    first, second = remarks(range={"target": [0, 4080]})
+    assert first.startswith("source: values 0 to 4080 of 0 to 65535")
+    assert second == "target: 5 pixels of 1 images have no value (NaN, nodata); they are read as black"
+    assert remarks(range=[0, 4080], min_side=1) == [second]
+
+
+def test_images_of_two_shapes_are_refused_cropped_or_stretched(tmp_path: Path):
+    wide, tall = photo(1, 48, 16), photo(2, 24, 32)
+    row = {"key": "a", "split": "train", "group": None}
+    row |= {
+        "source_uri": write_image(tmp_path / "w.png", wide),
+        "target_uri": write_image(tmp_path / "t.png", tall),
+    }
+    assert not make_shards(tmp_path / "same", [row], parts=1).splits
+    for fit in ("crop", "stretch"):
+        spec = make_shards(tmp_path / fit, [row], parts=1, fit=fit)
+        (sample,) = dataset.read_split(str(tmp_path / fit), spec, "train")
+        whole = wide[:, 12:36] if fit == "crop" else wide
+        assert np.array_equal(sample.images["source"], geometry.resize(whole, SIZE, "rgb"))
+        part = tall[8:24] if fit == "crop" else tall
+        assert np.array_equal(sample.images["target"], geometry.resize(part, SIZE, "rgb"))

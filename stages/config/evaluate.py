@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, field_validator
 
-from stages.base import Colors, Config, Fraction, Split
+from stages.base import Config, Fraction, Palette, Split
 
 
 class BaselineConfig(Config):
@@ -91,13 +91,6 @@ class SegmenterConfig(Config):
     ]
 
 
-class PaletteConfig(Config):
-    """Targets that are label pictures: each pixel's class is the one with the nearest colour."""
-
-    colors: Annotated[Colors, Field(description="One RGB colour per class, in order.")]
-    ignore: Annotated[int | None, Field(description="Leave pixels of this class out. null: none.")] = None
-
-
 class EvaluateConfig(Config):
     """Which images to score, and by what."""
 
@@ -122,7 +115,14 @@ class EvaluateConfig(Config):
         SegmenterConfig | None, Field(description="Score images by a segmentation network. null: do not.")
     ] = None
     palette: Annotated[
-        PaletteConfig | None, Field(description="Score generated label pictures by class. null: do not.")
+        Palette | None,
+        Field(
+            description="Score generated label pictures by class: each pixel's class is the one with the "
+            "nearest of these colours. null: do not."
+        ),
+    ] = None
+    ignore_class: Annotated[
+        int | None, Field(description="Leave pixels of this class of `palette` out. null: none.")
     ] = None
     max_missing_fraction: Annotated[
         Fraction, Field(description="Fail the stage if more than this share of the targets has no image.")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from stages.base import Colors, Config, Format, Fraction, Precision, Split
+from stages.base import Config, Format, Fraction, Palette, Precision, Split
 from stages.config.locations import compile_pattern
 
 
@@ -89,11 +89,11 @@ class InferConfig(Config):
     ] = 1 << 24
     format: Annotated[Format, Field(description="File format of the generated images.")] = "png"
     quality: Annotated[int, Field(ge=1, le=100, description="Quality of jpeg and webp, 1 to 100.")] = 95
-    colors: Annotated[
-        Colors | None,
+    palette: Annotated[
+        Palette | None,
         Field(
             description="For a model that generates label colours: write PNGs of class ids with these "
-            "colours as their palette; each pixel gets the class of the nearest colour. null: write "
+            "colours, one a class; each pixel gets the class of the nearest colour. null: write "
             "what the model generates.",
         ),
     ] = None
@@ -130,8 +130,8 @@ class InferConfig(Config):
 
     @model_validator(mode="after")
     def _ids_are_exact(self) -> InferConfig:
-        if self.colors is not None and self.format != "png":
-            raise ValueError(f"colors: class ids are written as png, not {self.format}")
+        if self.palette is not None and self.format != "png":
+            raise ValueError(f"palette: class ids are written as png, not {self.format}")
         return self
 
     @model_validator(mode="after")

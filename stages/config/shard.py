@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from stages.base import MAX_PIXELS, Config, Encoding, Fraction, Kind, Role
+from stages.base import MAX_PIXELS, Config, Encoding, Fraction, Kind, Palette, Range, Role
 
 Pixels = Annotated[int, Field(ge=1, le=16384)]
 
@@ -43,6 +43,32 @@ class ShardConfig(Config):
         int | None,
         Field(ge=0, le=255, description="The class id that ignore_label becomes. null: the last class."),
     ] = None
+    palette: Annotated[
+        Palette | dict[Role, Palette] | None,
+        Field(
+            description="Read the kind `labels` from colours: class 0 is the first of these, and so on. A "
+            "colour is [red, green, blue], or one number for a grey: [0, 255] reads black and white masks. A "
+            "mapping gives each role its own. Colours of lossy files become the nearest; in other files, "
+            "a colour that is not listed rejects the pair. null: files hold ids."
+        ),
+    ] = None
+    range: Annotated[
+        Range | dict[Role, Range],
+        Field(
+            description="Which values of a file are black and white, for deep, floating-point and scientific "
+            "images: full: all values that the file's number format has (floats must be in [-1, 1], for kind "
+            "channels). [low, high]: these two. percentile: the 0.5th and 99.5th percentile of each image, "
+            "for kind channels of each of its channels. A mapping gives each role its own."
+        ),
+    ] = "full"
+    fit: Annotated[
+        Literal["same", "crop", "stretch"],
+        Field(
+            description="How images get the shape of `size`. same: the images of a pair must have one aspect "
+            "ratio, within 2 %, and are resized. crop: the middle of each image in the shape of `size` is "
+            "resized. stretch: each is resized, whatever its shape."
+        ),
+    ] = "same"
     downscale: Annotated[
         int, Field(ge=2, le=64, description="Factor by which `derive_source: downscale` shrinks the target.")
     ] = 4
@@ -86,6 +112,12 @@ class ShardConfig(Config):
             wanted = {"label": "labels", "instance": "instances"}.get(role)
             if (wanted or kind) != kind or (role == "source" and kind == "instances"):
                 raise ValueError(f"kinds.{role}: {kind} is no kind of this role")
+        if isinstance(self.palette, dict):
+            for role in self.palette:
+                if self.kinds.get(role, "labels" if role == "label" else "rgb") != "labels":
+                    raise ValueError(
+                        f"palette.{role}: only the kind labels has one; set kinds.{role}: labels"
+                    )
         if self.void_class is not None and self.classes is not None and self.void_class >= self.classes:
             raise ValueError(f"void_class {self.void_class} is no class of {self.classes}")
         return self

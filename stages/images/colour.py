@@ -1,22 +1,60 @@
-"""Colours: CIE Lab, and palettes for label maps.
+"""Colours: profiles, CIE Lab, and palettes for label maps.
 
-in:  sRGB pictures (H, W, 3) uint8, or maps of ids
-out: Lab or its stored channels; ids of the nearest colours; pictures of ids
+in:  pictures, sRGB (H, W, 3) uint8, or maps of ids
+out: sRGB; Lab or its stored channels; ids of colours; pictures of ids
 """
 
 from __future__ import annotations
 
+import io
+from functools import lru_cache
+
 import numpy as np
 import numpy.typing as npt
+from PIL import Image, ImageCms
 
-from stages.base import Kind
-from stages.images.kinds import Array, settled
+from stages.base import Kind, Palette
+from stages.images.kinds import Array, ImageRejected, settled
+from stages.models.architecture import Picture
 
 # sRGB (D65) to XYZ, IEC 61966-2-1; divided by the white point, so that white is (1, 1, 1)
 _XYZ = np.array(
     [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
 )
 _WHITE = np.array([0.95047, 1.0, 1.08883])
+
+
+def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """The image in sRGB; as it is if its profile is sRGB already, is damaged, or is of another mode."""
+    if image.mode in ("P", "PA", "LA"):
+        image = image.convert("RGBA" if image.mode != "P" or "transparency" in image.info else "RGB")
+    transform = _srgb_transform(profile, image.mode)
+    return image if transform is None else ImageCms.applyTransform(image, transform) or image
+
+
+@lru_cache(maxsize=32)
+def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """None: colours of this mode differ by a level at most, or cannot be converted."""
+    try:
+        transform = ImageCms.buildTransform(
+            ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+            ImageCms.createProfile("sRGB"),
+            mode,
+            "RGBA" if mode == "RGBA" else "RGB",
+            ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+    except (ImageCms.PyCMSError, OSError):
+        return None
+    if mode in ("L", "RGB", "RGBA"):
+        cube = np.stack(np.meshgrid(*3 * [np.arange(0, 256, 15).astype(np.uint8)]), axis=-1).reshape(1, -1, 3)
+        probe = Image.fromarray(cube).convert(mode)
+        seen = ImageCms.applyTransform(probe, transform)
+        assert seen is not None
+        change = np.asarray(seen.convert("RGB")).astype(int) - np.asarray(probe.convert("RGB"))
+        if np.abs(change).max() <= 1:
+            return None
+    return transform
 
 
 def rgb_to_lab(rgb: Array) -> npt.NDArray[np.float32]:
@@ -57,17 +95,48 @@ _CITYSCAPES = (
 )  # fmt: skip
 
 
-def nearest_class(image: Array, colors: npt.ArrayLike) -> npt.NDArray[np.uint8]:
-    """Class ids (H, W) of a label picture (H, W, 3): the nearest of `colors` (classes, 3) in RGB."""
-    flat = image.reshape(-1, 3).astype(np.int32)
-    best = np.zeros(len(flat), np.uint8)
-    least = np.full(len(flat), np.iinfo(np.int32).max, np.int32)
+def rgb_palette(colours: Palette) -> npt.NDArray[np.uint8]:
+    """Colours (classes, 3) of a palette; one number is a grey."""
+    return np.array([(c, c, c) if isinstance(c, int) else c for c in colours], np.uint8)
+
+
+def nearest_class(image: Array, colours: Palette, *, exact: bool = False) -> npt.NDArray[np.uint8]:
+    """Class ids (H, W) of a label picture (H, W, 3): the nearest of `colours` in RGB.
+
+    Raises ImageRejected `label_range` if `exact` and a colour is none of them.
+    """
+    codes = image.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)
+    present, inverse = np.unique(codes, return_inverse=True)
+    seen = np.stack([present >> 16, present >> 8 & 255, present & 255], axis=1)
+    best = np.zeros(len(seen), np.uint8)
+    least = np.full(len(seen), np.iinfo(np.int32).max, np.int32)
     # Class by class, so that memory holds one distance, not all of them.
-    for index, colour in enumerate(np.asarray(colors, np.int32)):
-        distance = ((flat - colour) ** 2).sum(1)
+    for index, colour in enumerate(rgb_palette(colours).astype(np.int32)):
+        distance = ((seen - colour) ** 2).sum(1, dtype=np.int32)
         closer = distance < least
         best[closer], least[closer] = index, distance[closer]
-    return best.reshape(image.shape[:2])
+    if exact and least.any():
+        found = seen[int(least.argmax())].tolist()
+        raise ImageRejected("label_range", f"the colour {found} is not in the palette of {len(colours)}")
+    return best[inverse].reshape(image.shape[:2])
+
+
+def class_ids(image: Array, how: Picture, *, exact: bool = True) -> Array:
+    """Label ids (H, W, 1) as training and inference both take them.
+
+    Colours (H, W, 3) become their places in `how.palette`; `how.ignore_label` becomes `how.void_class`.
+    Raises ImageRejected `label_range` for a colour or id that is no class.
+    """
+    if how.palette is not None and image.shape[2] == 3:
+        image = nearest_class(image, how.palette, exact=exact)[:, :, None]
+    if how.classes is None:
+        return image
+    if how.ignore_label is not None:
+        void = how.classes - 1 if how.void_class is None else how.void_class
+        image = np.where(image == how.ignore_label, image.dtype.type(void), image)
+    if image.size and int(image.max()) >= how.classes:
+        raise ImageRejected("label_range", f"id {int(image.max())}, classes are 0..{how.classes - 1}")
+    return image
 
 
 def palette(classes: int) -> npt.NDArray[np.uint8]:

@@ -1,53 +1,68 @@
 """Decode image files that nobody has checked, and the images of shards.
 
-in:  the bytes of a file, and the kind to read it as
+in:  the bytes of a file, and how to read it
 out: an array (H, W, C) of that kind, or ImageRejected with the reason
 
-Pure: Pillow, numpy and isal only. Pillow releases the GIL while it decodes, so threads help.
+Pure: Pillow, tifffile, imagecodecs, numpy and isal only. They release the GIL while they decode, so threads
+help.
 """
 
 from __future__ import annotations
 
 import io
 import math
-from typing import get_args
+from dataclasses import dataclass
 
+import imagecodecs
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from stages.base import Encoding, Kind
-from stages.images import deflate
-from stages.images.kinds import CHANNELS, IDS, Array, ImageRejected, Reason, dtype
-
-MAX_PIXELS = 89_478_485
-"""The most pixels of an image, whatever the config says: Pillow warns of decompression bombs above it."""
+from stages.base import MAX_PIXELS, Encoding, Kind
+from stages.images import colour, deflate, tiff
+from stages.images.geometry import upright
+from stages.images.kinds import CHANNELS, IDS, Array, ImageRejected, dtype
+from stages.images.raw import Alpha, RawImage, of_kind
+from stages.models.architecture import Picture
 
 # Pillow's plugins that decode in process and in bounded memory. EPS would start Ghostscript.
 _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000")
-PHOTOMETRIC = 262  # the TIFF tag PhotometricInterpretation
 _NPY_MAGIC = b"\x93NUMPY"
 _ID_MODES = ("L", "P", "1", "I;16", "I;16L", "I;16B", "I")
-_DEEP_MODES = ("I;16", "I;16L", "I;16B", "I")
+_DEEP_MODES = ("I;16", "I;16L", "I;16B", "I", "F")
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """An image (H, W, C), and the number of its pixels that had no value (NaN, the file's nodata)."""
+
+    array: Array
+    missing: int = 0
 
 
 def decode_image(
-    data: bytes, kind: Kind, *, max_pixels: int = MAX_PIXELS, channels: int | None = None, min_side: int = 1
+    data: bytes, how: Kind | Picture, *, max_pixels: int = MAX_PIXELS, min_side: int = 1
 ) -> Array:
-    """The image in `data` as an array (H, W, C) of `kind`, upright, without transparency.
+    """The array of `decode_counted`."""
+    return decode_counted(data, how, max_pixels=max_pixels, min_side=min_side).array
 
-    The content decides the format, not the file's name. EXIF orientation is applied, alpha is laid over
-    white, palettes and CMYK become RGB (but a palette image read as labels gives its indices). The size is
-    checked in the header, before any pixel is decoded; PNG checksums are verified. `channels` is the number
-    that kind `channels` must have. Kinds `lab_l` and `lab_ab` are read as RGB (see `colour.lab_channels`).
+
+def decode_counted(
+    data: bytes, how: Kind | Picture, *, max_pixels: int = MAX_PIXELS, min_side: int = 1
+) -> Decoded:
+    """The image in `data` as `how` says, upright, without transparency.
+
+    The content decides the format, not the file's name. EXIF orientation is applied, colours are converted
+    to sRGB by the file's profile, alpha is laid over white, palettes and CMYK become RGB (but a palette image
+    read as ids gives its indices). The size is checked in the header, before any pixel is decoded; PNG
+    checksums are verified. Kinds `lab_l` and `lab_ab` are read as RGB (see `colour.lab_channels`).
 
     Raises ImageRejected, and nothing else, whatever the bytes are.
     """
     if not data:
         raise ImageRejected("empty")
-    limit = min(max_pixels, MAX_PIXELS)
+    how = how if isinstance(how, Picture) else Picture(kind=how)
     try:
-        read = _from_npy if data.startswith(_NPY_MAGIC) else _from_image
-        array = read(data, kind, limit, channels)
+        decoded = _decoded(data, how, min(max_pixels, MAX_PIXELS))
     except ImageRejected:
         raise
     except UnidentifiedImageError as error:
@@ -55,15 +70,15 @@ def decode_image(
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
         raise ImageRejected("too_large", _text(error)) from error
     except Exception as error:
-        # On bad bytes Pillow's readers raise OSError, SyntaxError, ValueError, struct.error, IndexError and
+        # On bad bytes the readers raise OSError, SyntaxError, ValueError, struct.error, IndexError and
         # more. No list of them would be complete, and one object must not end a run over millions.
         text = str(error).lower()
         cut = "truncated" in text or isinstance(error, EOFError)
         raise ImageRejected("truncated" if cut else "unreadable", _text(error)) from error
-    height, width = array.shape[:2]
+    height, width = decoded.array.shape[:2]
     if min(height, width) < min_side:
         raise ImageRejected("too_small", f"{width}x{height}, at least {min_side} pixels a side are required")
-    return array
+    return decoded
 
 
 def _text(error: BaseException) -> str:
@@ -73,36 +88,100 @@ def _text(error: BaseException) -> str:
 def _head(data: bytes) -> str:
     if data[4:8] == b"ftyp" and data[8:11] in (b"hei", b"hev", b"mif"):
         return "HEIC is not read: convert it to PNG or JPEG"
+    if data.startswith(tiff.MAGIC):
+        return "this compression or layout of TIFF is not read: write it with DEFLATE, LZW or uncompressed"
     return f"no format that is read; begins with {data[:12]!r}"
 
 
-def _from_image(data: bytes, kind: Kind, limit: int, channels: int | None) -> Array:
+def _decoded(data: bytes, how: Picture, limit: int) -> Decoded:
+    if how.kind == "labels" and how.palette is not None:
+        colours = _read(data, Picture(kind="rgb"), limit, profiles=False).array
+        lossy = data.startswith(b"\xff\xd8") or data[4:12] == b"ftypavif"
+        return Decoded(colour.class_ids(colours, how, exact=not lossy))
+    decoded = _read(data, how, limit, profiles=how.range == "full")
+    return Decoded(colour.class_ids(decoded.array, how)) if how.kind == "labels" else decoded
+
+
+def _read(data: bytes, how: Picture, limit: int, *, profiles: bool) -> Decoded:
+    """The image as `how` says, before the rules of labels."""
+    raw: RawImage | None = None
+    if data.startswith(_NPY_MAGIC):
+        raw = _from_npy(data, how, limit)
+    elif data.startswith(tiff.MAGIC):
+        raw = tiff.read(data, how.kind, limit)
+    if raw is None:
+        raw = _from_pillow(data, how, limit, profiles=profiles)
+    if raw.profile and profiles and how.kind not in IDS and dtype(how.kind) == np.uint8:
+        seen = of_kind(raw, Picture(kind="grey" if raw.values.shape[2] < 3 else "rgb"))
+        image = Image.fromarray(seen[:, :, 0] if seen.shape[2] == 1 else seen)
+        raw = RawImage(_light(colour.to_srgb(image, raw.profile), how.kind), missing=raw.missing)
+    return Decoded(of_kind(raw, how), raw.missing_pixels)
+
+
+def _from_pillow(data: bytes, how: Picture, limit: int, *, profiles: bool) -> RawImage:
+    kind = how.kind
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         width, height = image.size
         if width * height > limit:
             raise ImageRejected("too_large", f"{width}x{height} by its header, the limit is {limit} pixels")
-        if image.format == "PNG":
-            _verify_png(data)
-        frames = int(getattr(image, "n_frames", 1))
-        if kind == "channels" and image.format == "TIFF" and frames > 1:
-            return _from_pages(image, frames, limit, channels)
-        if frames > 1 and image.format != "MPO":  # a camera's MPO holds the photo first, then previews
+        # a camera's MPO holds the photo first, then previews; the pages of a TIFF are counted in `tiff`
+        frames = 1 if image.format in ("MPO", "TIFF") else int(getattr(image, "n_frames", 1))
+        if frames > 1:
             raise ImageRejected("animated", f"{frames} frames")
         if kind in IDS and image.format in ("JPEG", "MPO", "AVIF"):
             raise ImageRejected("wrong_kind", f"{image.format} is lossy, it cannot hold ids")
-        spread = _spread(image)
+        if image.format == "PNG":
+            _verify_png(data)
+            if data[24] == 16:  # bits; Pillow keeps 8 of those of colours and of images with alpha
+                return _deep_png(data, image)
+        top, scaled = _scale(image)
         ImageOps.exif_transpose(image, in_place=True)
-        array = _READERS[kind](image, channels)
-        return array // spread if kind in IDS else array
+        if kind in IDS:
+            if image.mode not in _ID_MODES:
+                text = f"ids need one channel of integers, the image is {image.mode}"
+                raise ImageRejected("wrong_kind", f"{text}; shard.palette reads colours")
+            ids = np.asarray(image)[:, :, None]
+            return RawImage(ids if top == scaled else (ids * (top / scaled)).round().astype(ids.dtype))
+        if image.mode in _DEEP_MODES:
+            values = np.asarray(image)[:, :, None]
+            missing = ~np.isfinite(values)
+            return RawImage(values, missing=missing if missing.any() else None)
+        if kind == "channels":
+            plain = image.mode in ("L", "RGB", "RGBA", "LA", "CMYK")
+            values = np.asarray(image if plain else image.convert("RGB"))
+            return RawImage(values if values.ndim == 3 else values[:, :, None])
+        profile = image.info.get("icc_profile") if profiles else None
+        return RawImage(_light(colour.to_srgb(image, profile) if profile else image, kind))
 
 
-def _spread(image: Image.Image) -> int:
-    """The distance between neighbouring values of a grey image: Pillow spreads 2 and 4 bits over 0..255."""
+def _scale(image: Image.Image) -> tuple[int, int]:
+    """The largest value of a grey image as written, and as Pillow scales it up: to 8 or 16 bits."""
     for tile in getattr(image, "tile", ()):
-        mode = tile[3] if isinstance(tile[3], str) else tile[3][0] if tile[3] else ""
-        if image.mode == "L" and mode.startswith(("L;2", "L;4")):
-            return 85 if mode.startswith("L;2") else 17
-    return 1
+        args = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
+        if image.format == "PPM" and len(args) == 2 and image.mode in ("L", "I"):
+            return int(args[1]), 255 if image.mode == "L" else 65535
+        if image.format == "PNG" and args[0] in ("L;2", "L;4"):
+            return 2 ** int(args[0][2]) - 1, 255
+    return 1, 1
+
+
+def _deep_png(data: bytes, image: Image.Image) -> RawImage:
+    values = imagecodecs.png_decode(data)
+    values = values if values.ndim == 3 else values[:, :, None]
+    values = upright(values, image.getexif().get(tiff.ORIENTATION, 1))
+    alpha: Alpha = "straight" if values.shape[2] in (2, 4) else "none"
+    return RawImage(values, alpha=alpha, profile=image.info.get("icc_profile"))
+
+
+def _light(image: Image.Image, kind: Kind) -> Array:
+    """The image in 8 bits, laid over white: lightness (H, W, 1) for kinds of it, else colours (H, W, 3)."""
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, rgba).convert("RGB")
+    mode = "L" if kind in ("grey", "grey16") else "RGB"
+    array = np.asarray(image if image.mode == mode else image.convert(mode))
+    return array if array.ndim == 3 else array[:, :, None]
 
 
 def _verify_png(data: bytes) -> None:
@@ -121,119 +200,7 @@ def _verify_png(data: bytes) -> None:
     raise ImageRejected("truncated", "PNG without its end")
 
 
-def _flat(image: Image.Image) -> Image.Image:
-    """The image laid over white, without transparency."""
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image
-
-
-def _deep(image: Image.Image) -> Array:
-    """A 16-bit (or wider integer) image as unsigned 16-bit values; light is large."""
-    values = np.asarray(image)
-    if values.size and (values.min() < 0 or values.max() > 65535):
-        raise ImageRejected("value_range", f"values {values.min()}..{values.max()}, 16 bits hold 0..65535")
-    array = values.astype("<u2")
-    # WhiteIsZero, as radiographs have it: Pillow inverts images of up to 8 bits, not deeper ones
-    inverted = image.format == "TIFF" and image.tag_v2.get(PHOTOMETRIC) == 0  # type: ignore[attr-defined]
-    return np.uint16(65535) - array if inverted else array
-
-
-def _read_rgb(image: Image.Image, _: int | None) -> Array:
-    if image.mode in _DEEP_MODES:
-        grey = (_deep(image) // 257).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    if image.mode == "F":
-        raise ImageRejected("wrong_kind", "floating-point image, not colours")
-    flat = _flat(image)
-    return np.asarray(flat if flat.mode == "RGB" else flat.convert("RGB"))
-
-
-def _read_grey(image: Image.Image, _: int | None) -> Array:
-    if image.mode in _DEEP_MODES:
-        return (_deep(image) // 257).astype(np.uint8)[:, :, None]
-    if image.mode == "F":
-        raise ImageRejected("wrong_kind", "floating-point image, not lightness in 8 bits")
-    return np.asarray(_flat(image).convert("L"))[:, :, None]
-
-
-def _read_grey16(image: Image.Image, _: int | None) -> Array:
-    if image.mode in _DEEP_MODES:
-        return _deep(image)[:, :, None]
-    if image.mode == "F":
-        raise ImageRejected("wrong_kind", "floating-point image, not lightness in 16 bits")
-    return np.asarray(_flat(image).convert("L")).astype("<u2")[:, :, None] * np.uint16(257)
-
-
-def _ids(image: Image.Image) -> Array:
-    if image.mode not in _ID_MODES:
-        raise ImageRejected("wrong_kind", f"ids need one channel of integers, the image is {image.mode}")
-    return np.asarray(image)
-
-
-def _read_labels(image: Image.Image, _: int | None) -> Array:
-    ids = _ids(image)
-    if ids.size and (ids.max() > 255 or ids.min() < 0):
-        raise ImageRejected("label_range", f"ids {ids.min()}..{ids.max()}, labels are 0..255")
-    return ids.astype(np.uint8)[:, :, None]
-
-
-def _read_instances(image: Image.Image, _: int | None) -> Array:
-    ids = _ids(image)
-    if ids.size and (ids.max() > 65535 or ids.min() < 0):
-        raise ImageRejected("instance_range", f"ids {ids.min()}..{ids.max()}, instances are 0..65535")
-    return ids.astype("<u2")[:, :, None]
-
-
-def _read_lab(image: Image.Image, _: int | None) -> Array:
-    return _read_rgb(image, None)  # converted to Lab after resizing in RGB, as in the paper
-
-
-def _read_channels(image: Image.Image, channels: int | None) -> Array:
-    if image.mode in ("L", "RGB", "RGBA", "LA", "CMYK"):
-        array = np.asarray(image)
-    elif image.mode in _DEEP_MODES:
-        array = _deep(image)
-    elif image.mode == "F":
-        array = np.asarray(image)
-    else:
-        array = np.asarray(image.convert("RGB"))
-    return _as_channels(array[:, :, None] if array.ndim == 2 else array, channels)
-
-
-_READERS = {
-    "rgb": _read_rgb,
-    "grey": _read_grey,
-    "labels": _read_labels,
-    "instances": _read_instances,
-    "grey16": _read_grey16,
-    "lab_l": _read_lab,
-    "lab_ab": _read_lab,
-    "channels": _read_channels,
-}
-assert set(_READERS) == set(get_args(Kind))
-
-
-def _from_pages(image: Image.Image, frames: int, limit: int, channels: int | None) -> Array:
-    """A multi-page TIFF as channels, one a page."""
-    if channels is not None and frames != channels:
-        raise ImageRejected("wrong_kind", f"{frames} pages, {channels} channels are configured")
-    if frames * image.width * image.height > 4 * limit:
-        raise ImageRejected("too_large", f"{frames} pages of {image.width}x{image.height}")
-    pages = []
-    for index in range(frames):
-        image.seek(index)
-        if image.mode not in ("L", "F", *_DEEP_MODES):
-            raise ImageRejected("wrong_kind", f"page {index} is {image.mode}, a page must have one channel")
-        pages.append(_deep(image) if image.mode in _DEEP_MODES else np.asarray(image))
-        if pages[-1].shape != pages[0].shape or pages[-1].dtype != pages[0].dtype:
-            raise ImageRejected("wrong_kind", f"page {index} differs from the first in size or depth")
-    return _as_channels(np.stack(pages, axis=2), channels)
-
-
-def _from_npy(data: bytes, kind: Kind, limit: int, channels: int | None) -> Array:
+def _from_npy(data: bytes, how: Picture, limit: int) -> RawImage:
     """The array of a .npy file, (H, W), (H, W, C) or (C, H, W); one that needs pickle is rejected."""
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
@@ -254,39 +221,25 @@ def _from_npy(data: bytes, kind: Kind, limit: int, channels: int | None) -> Arra
     array = flat.reshape(shape, order="F" if fortran else "C")
     if array.ndim == 2:
         array = array[:, :, None]
-    wanted = channels if kind == "channels" else CHANNELS[kind]
+    wanted = how.channel_count if how.kind == "channels" else CHANNELS[how.kind]
+    if how.kind in ("lab_l", "lab_ab"):
+        wanted = 3
     if wanted is not None and array.shape[2] != wanted and array.shape[0] == wanted:
         array = np.moveaxis(array, 0, 2)
-    if kind == "channels":
-        return _as_channels(array, channels)
-    return _npy_of_kind(array, kind)
+    if how.kind != "channels" and how.kind not in IDS and how.range == "full":
+        array = _exact(array, how.kind)
+    missing = ~np.isfinite(array)
+    return RawImage(array, missing=missing if missing.any() else None)
 
 
-def _npy_of_kind(array: Array, kind: Kind) -> Array:
-    """A .npy array as an image of `kind`, whose values it must hold exactly."""
-    wanted = 3 if kind in ("lab_l", "lab_ab") else CHANNELS[kind]
-    if array.dtype.kind not in "ui" or array.shape[2] != wanted:
-        raise ImageRejected("wrong_kind", f".npy of {array.dtype} with {array.shape[2]} channels as {kind}")
+def _exact(array: Array, kind: Kind) -> Array:
+    """A .npy array as amounts of `kind`, whose values it must hold as they are."""
     top = np.iinfo(dtype(kind)).max
+    if array.dtype.kind not in "ui":
+        raise ImageRejected("wrong_kind", f".npy of {array.dtype} as {kind}; shard.range scales other values")
     if array.size and (array.min() < 0 or array.max() > top):
-        reasons: dict[str, Reason] = {"labels": "label_range", "instances": "instance_range"}
-        raise ImageRejected(reasons.get(kind, "value_range"), f"values {array.min()}..{array.max()}")
+        raise ImageRejected("value_range", f"values {array.min()}..{array.max()}, {kind} holds 0..{top}")
     return np.ascontiguousarray(array.astype(dtype(kind)))
-
-
-def _as_channels(array: Array, channels: int | None) -> Array:
-    """(H, W, n) as float32 in [-1, 1]: unsigned integers over their range, floats as they are."""
-    if channels is not None and array.shape[2] != channels:
-        raise ImageRejected("wrong_kind", f"{array.shape[2]} channels, {channels} are configured")
-    if array.dtype.kind == "f":
-        values = array.astype("<f4")
-        if not np.isfinite(values).all() or (values.size and np.abs(values).max() > 1):
-            raise ImageRejected("value_range", "floats must be finite and in [-1, 1]")
-        return values
-    if array.dtype.kind != "u" or array.dtype.itemsize > 2:
-        raise ImageRejected("wrong_kind", f"{array.dtype}: uint8, uint16 or floats in [-1, 1] are required")
-    half = np.float32(np.iinfo(array.dtype).max / 2)
-    return (array.astype("<f4") / half - np.float32(1)).astype("<f4")
 
 
 def decode_stored(

@@ -56,9 +56,9 @@ def encode_image(array: Array, encoding: Encoding, *, quality: int = 95) -> byte
     return file.getvalue()
 
 
-def encode_ids(ids: npt.NDArray[np.uint8], colors: npt.ArrayLike) -> bytes:
+def encode_ids(ids: npt.NDArray[np.uint8], colours: npt.NDArray[np.uint8]) -> bytes:
     """Class ids (H, W) as a PNG: its pixels are the ids, its palette their colours (classes, 3)."""
-    return encode_png(ids[:, :, None], np.asarray(colors, np.uint8).tobytes())
+    return encode_png(ids[:, :, None], colours.tobytes())
 
 
 def checksum(data: bytes | memoryview) -> int:

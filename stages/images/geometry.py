@@ -33,6 +33,24 @@ def crop_half(array: Array, half: Half | Literal[""]) -> Array:
     return array
 
 
+def crop_to_shape(array: Array, size: tuple[int, int]) -> Array:
+    """The middle of an image in the aspect ratio of `size` (width, height), as large as fits."""
+    height, width = array.shape[:2]
+    across = min(width, max(1, round(height * size[0] / size[1])))
+    down = min(height, max(1, round(width * size[1] / size[0])))
+    left, top = (width - across) // 2, (height - down) // 2
+    return array[top : top + down, left : left + across]
+
+
+def upright(array: Array, orientation: int) -> Array:
+    """The image (H, W, C) as it is seen, by the orientation 1 to 8 of TIFF and EXIF."""
+    if orientation in (5, 6, 7, 8):
+        array = array.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        array = array[:, ::-1]
+    return array[::-1] if orientation in (3, 4, 7, 8) else array
+
+
 def resize(array: Array, size: tuple[int, int], kind: Kind) -> Array:
     """The image at `size` (width, height): amounts bicubic and antialiased, ids from the nearest pixel."""
     width, height = size

@@ -85,23 +85,6 @@ def dtype(kind: Kind) -> np.dtype[Any]:
     return np.dtype("<u2") if kind in ("instances", "grey16") else np.dtype("u1")
 
 
-def class_ids(
-    ids: Array, classes: int, *, ignore_label: int | None = None, void_class: int | None = None
-) -> Array:
-    """Label ids as training and inference both take them: `ignore_label` becomes `void_class`.
-
-    void_class   None: the last class
-
-    Raises ImageRejected `label_range` for an id that is no class.
-    """
-    if ignore_label is not None:
-        void = classes - 1 if void_class is None else void_class
-        ids = np.where(ids == ignore_label, ids.dtype.type(void), ids)
-    if ids.size and int(ids.max()) >= classes:
-        raise ImageRejected("label_range", f"id {int(ids.max())}, classes are 0..{classes - 1}")
-    return ids
-
-
 def normalise(array: Array, kind: Kind) -> npt.NDArray[np.float32]:
     """Amounts as networks see them, float32 in about [-1, 1] (see the table above). Not for ids."""
     assert kind not in IDS, "ids are not amounts"

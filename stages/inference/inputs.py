@@ -19,11 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stages import storage
-from stages.base import Kind, Role, Split
+from stages.base import Role, Split
 from stages.config.locations import Pattern, compile_pattern
 from stages.errors import UserError
 from stages.images import decode, geometry
 from stages.images.kinds import Array, ImageRejected
+from stages.models.architecture import Picture
 from stages.objects import listing, patterns
 from stages.objects.digest import Uint64s, key_hashes, no_rows, row_sums, spell
 from stages.objects.fetch import Object, Reader
@@ -289,7 +290,7 @@ def _valid(text: str) -> str:
 
 
 def object_items(
-    output: str, planned: InputPlan, unit: int, *, kind: Kind, max_pixels: int, instances: bool
+    output: str, planned: InputPlan, unit: int, *, how: Picture, max_pixels: int, instances: bool
 ) -> Iterator[Item]:
     """The items of a unit of the plan; their objects are fetched when they are loaded.
 
@@ -309,7 +310,7 @@ def object_items(
             if row["error"] is not None:
                 raise ImageRejected(row["error"])
             data = reader.read(Object(row["uri"], row["size"], row["etag"]))
-            source = decode.decode_image(data, kind, max_pixels=max_pixels)
+            source = decode.decode_image(data, how, max_pixels=max_pixels)
             if not instances:
                 return InputImages(source)
             if row["instance"] is None:

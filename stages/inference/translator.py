@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,9 +22,9 @@ from torch import Tensor
 
 from stages import seeding
 from stages.base import Kind
-from stages.images import kinds
+from stages.images import colour, kinds
 from stages.images.kinds import Array
-from stages.models.architecture import size_multiple, uses_edges
+from stages.models.architecture import Picture, size_multiple, uses_edges
 from stages.models.fast.accelerate import accelerate
 from stages.models.files.saved import LoadedModel
 from stages.models.inputs import make_condition, padded_size, reflect_to, translate, unit_range
@@ -70,9 +70,10 @@ class Translator:
         self.stochastic, self.tile = stochastic, tile
         self.multiple, self.minimum = size_multiple(model.architecture, enhancers=model.enhancers)
         pictures = model.preprocessing.pictures
-        default = "labels" if model.inputs.source == "labels" else "rgb"
-        self.source_kind = cast(Kind, pictures["source"].kind if "source" in pictures else default)
-        self.target_kind = cast(Kind, pictures["target"].kind if "target" in pictures else "rgb")
+        default: Kind = "labels" if model.inputs.source == "labels" else "rgb"
+        self.source = pictures.get("source", Picture(kind=default, classes=model.inputs.classes))
+        self.source_kind: Kind = self.source.kind
+        self.target_kind: Kind = pictures["target"].kind if "target" in pictures else "rgb"
         self.needs_instances = model.inputs.instances and (
             uses_edges(model.architecture, model.inputs) or model.encoder is not None
         )
@@ -86,10 +87,7 @@ class Translator:
 
     def prepared(self, source: Array) -> Array:
         """A source as the model was trained on it. Raises ImageRejected if its ids are no classes."""
-        classes, rules = self.model.inputs.classes, self.model.preprocessing
-        if self.source_kind != "labels" or classes is None:
-            return source
-        return kinds.class_ids(source, classes, ignore_label=rules.ignore_label, void_class=rules.void_class)
+        return colour.class_ids(source, self.source) if self.source_kind == "labels" else source
 
     def translate(
         self,

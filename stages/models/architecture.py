@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
-from stages.base import Config
+from stages.base import Config, Kind, Palette, Range
 
 __all__ = [
     "Architecture",
     "InputSpec",
     "Parts",
+    "Picture",
     "Pix2Pix",
     "Pix2PixHD",
+    "Preprocessing",
     "Upsampling",
     "condition_channels",
     "discriminator_channels",
@@ -64,6 +66,34 @@ class InputSpec(Config):
     def source_channels(self) -> int:
         """Channels of the source as the networks see it."""
         return self.classes if self.source == "labels" and self.classes is not None else self.channels
+
+
+class Picture(Config):
+    """How the images of a role are read: the rules of preparation, the same wherever the model is used."""
+
+    kind: Annotated[Kind, Field(description="as in the shard stage: rgb, labels ...")]
+    classes: Annotated[PositiveInt | None, Field(description="number of class ids, for kind labels")] = None
+    ignore_label: Annotated[
+        int | None, Field(ge=0, description="the label id that is read as `void_class`")
+    ] = None
+    void_class: Annotated[int | None, Field(ge=0, description="null: the last class")] = None
+    palette: Annotated[
+        Palette | None, Field(description="the colours that are read as label ids 0, 1, ...; null: ids")
+    ] = None
+    channel_count: Annotated[PositiveInt | None, Field(description="number, for kind channels")] = None
+    range: Annotated[Range, Field(description="the values of the files that are black and white")] = "full"
+
+
+class Preprocessing(Config):
+    """How images were prepared for training, so that inference needs no flags."""
+
+    size: Annotated[
+        tuple[PositiveInt, PositiveInt] | None,
+        Field(description="width and height trained on, after the crop"),
+    ] = None
+    pictures: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}$")], Picture] = Field(
+        default_factory=dict, description="per role"
+    )
 
 
 class Pix2Pix(Config):

@@ -10,6 +10,7 @@ Sums are integers (floats only for kind `channels`), so a card does not depend o
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -27,6 +28,8 @@ from stages.parallel.cluster import each
 from stages.shards.dataset import DatasetSpec, read_split
 
 SAMPLES = 4
+SMALL = 0.25
+"""The share of its range that a role's values use at most when the card remarks on it."""
 LEAK_DISTANCE = 2
 """Bits of 64 by which the hashes of near-duplicates may differ."""
 LEAK_SAMPLE = 20_000
@@ -43,12 +46,19 @@ def measures(array: Array, kind: Kind) -> dict[str, Any]:
 
     ids:     {ids: the ids in it, counts: pixels of each, pixels}
     amounts: {mean, std: per channel, in stored values; hash: perceptual, or None; sum, square, pixels}
+    both:    {low, high: the least and the largest value}
     """
     pixels = array.shape[0] * array.shape[1]
     if kind in kinds.IDS:
         counts = np.bincount(array.ravel())
         present = np.flatnonzero(counts)
-        return {"ids": present.tolist(), "counts": counts[present].tolist(), "pixels": pixels}
+        return {
+            "ids": present.tolist(),
+            "counts": counts[present].tolist(),
+            "pixels": pixels,
+            "low": float(present[0]),
+            "high": float(present[-1]),
+        }
     if array.dtype == np.uint8:
         levels = np.arange(256, dtype=np.int64)
         if array.shape[2] in (1, 3):  # Pillow's histogram is several times faster than numpy's sums
@@ -69,6 +79,8 @@ def measures(array: Array, kind: Kind) -> dict[str, Any]:
         "sum": total.tolist(),
         "square": square.tolist(),
         "pixels": pixels,
+        "low": float(array.min()),
+        "high": float(array.max()),
     }
 
 
@@ -87,6 +99,10 @@ class RoleSums:
     id_images: dict[str, int] = field(default_factory=dict)
     smallest: list[int] = field(default_factory=list)
     largest: list[int] = field(default_factory=list)
+    low: float = math.inf
+    high: float = -math.inf
+    missing_images: int = 0
+    missing_pixels: int = 0
 
     def merge(self, other: Mapping[str, Any]) -> None:
         """Add other sums, as `asdict` returns them."""
@@ -94,6 +110,9 @@ class RoleSums:
         self.pixels += other["pixels"]
         self.sum = _added(self.sum, other["sum"])
         self.square = _added(self.square, other["square"])
+        self.low, self.high = min(self.low, other["low"]), max(self.high, other["high"])
+        self.missing_images += other["missing_images"]
+        self.missing_pixels += other["missing_pixels"]
         for counts, added in ((self.id_pixels, other["id_pixels"]), (self.id_images, other["id_images"])):
             for name, count in added.items():
                 counts[name] = counts.get(name, 0) + count
@@ -117,7 +136,23 @@ class RoleSums:
             max(0.0, square / max(1, self.pixels) - m * m) ** 0.5
             for square, m in zip(self.square, mean, strict=True)
         ]
-        return entry | {"mean": mean, "std": spread}
+        return entry | {"mean": mean, "std": spread, "low": self.low, "high": self.high}
+
+    def remarks(self, role: str, kind: Kind) -> list[str]:
+        """What a person should look at: values that span little of their range, pixels without a value."""
+        remarks = []
+        low, high = (-1, 1) if kind == "channels" else (0, np.iinfo(kinds.dtype(kind)).max)
+        if kind not in kinds.IDS and kind != "lab_ab" and 0 <= self.high - self.low <= SMALL * (high - low):
+            remarks.append(
+                f"{role}: values {self.low:g} to {self.high:g} of {low} to {high}, so images have little "
+                "contrast; shard.range says which values of the files are black and white"
+            )
+        if self.missing_pixels:
+            remarks.append(
+                f"{role}: {self.missing_pixels:,} pixels of {self.missing_images:,} images have no value "
+                "(NaN, nodata); they are read as black"
+            )
+        return remarks
 
 
 def _area(size: list[int]) -> tuple[int, list[int]]:
@@ -135,7 +170,7 @@ class Statistics:
     roles: dict[Role, RoleSums] = field(default_factory=dict)
 
     def add(self, role: Role, image: Mapping[str, Any], original: tuple[int, int]) -> None:
-        """Add the `measures` of one image."""
+        """Add the `measures` of one image, and its pixels without a value (`missing`)."""
         self.roles.setdefault(role, RoleSums()).merge(
             {
                 "images": 1,
@@ -148,6 +183,10 @@ class Statistics:
                 "id_images": {str(i): 1 for i in image.get("ids", ())},
                 "smallest": list(original),
                 "largest": list(original),
+                "low": image["low"],
+                "high": image["high"],
+                "missing_images": int(image.get("missing", 0) > 0),
+                "missing_pixels": image.get("missing", 0),
             }
         )
 
@@ -159,6 +198,17 @@ class Statistics:
     def to_json(self) -> dict[str, Any]:
         """The sums as plain values, for a marker."""
         return {role: asdict(sums) for role, sums in sorted(self.roles.items())}
+
+
+def remarks(spec: DatasetSpec, statistics: Mapping[Split, Statistics]) -> list[str]:
+    """What a person should look at, over all splits."""
+    total: dict[Role, RoleSums] = {}
+    for split in statistics.values():
+        for role, sums in split.roles.items():
+            total.setdefault(role, RoleSums()).merge(asdict(sums))
+    return [
+        text for role, sums in sorted(total.items()) for text in sums.remarks(role, spec.roles[role].kind)
+    ]
 
 
 # -- leaks --------------------------------------------------------------------
@@ -313,6 +363,7 @@ def write(
             for split in get_args(Split)
             if split in spec.splits
         },
+        "remarks": remarks(spec, statistics),
         "rejects": dict(sorted(rejects.items())),
         "leakage": asdict(leaks),
     }
@@ -355,6 +406,8 @@ def markdown(content: Mapping[str, Any]) -> str:
             sizes = sorted({"x".join(map(str, sums["smallest"])), "x".join(map(str, sums["largest"]))})
             lines.append(f"| {role} | {' to '.join(sizes)} | {_values(sums)} |")
         lines.append("")
+    if content["remarks"]:
+        lines += ["## To look at", "", *(f"- {text}" for text in content["remarks"]), ""]
     if content["rejects"]:
         lines += ["## Rejected", "", "| reason | pairs |", "|---|---|"]
         lines += [f"| {reason} | {count:,} |" for reason, count in content["rejects"].items()]

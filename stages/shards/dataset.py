@@ -25,6 +25,7 @@ from stages.base import Config, Encoding, Kind, Role, Split
 from stages.errors import StageError, UserError, first_invalid
 from stages.images import decode, encode, kinds, pictures
 from stages.images.kinds import Array, ImageRejected
+from stages.models.architecture import Picture
 from stages.shards.row_groups import num_row_groups, read_unit
 
 NAME = "dataset.json"
@@ -32,18 +33,10 @@ EXAMPLE_SIDE = 128
 SCORED: tuple[Split, ...] = ("test", "val")  # to generate and evaluate by default: the first that has pairs
 
 
-class RoleSpec(Config):
-    """How the images of a role are stored."""
+class RoleSpec(Picture):
+    """How the images of a role were read and are stored."""
 
-    kind: Kind
     encoding: Encoding
-    classes: int | None = None
-    """Number of class ids, for kind `labels`."""
-    ignore_label: int | None = None
-    void_class: int | None = None
-    """The id that was stored as `void_class` (None: the last class), for kind `labels`."""
-    channel_count: int | None = None
-    """Number of channels, for kind `channels`."""
 
     @property
     def channels(self) -> int:

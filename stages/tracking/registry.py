@@ -29,7 +29,7 @@ from stages.tracking import served
 
 NAME = "model"  # below its run: `runs:/<id>/model`
 MODEL_TAG, DATA_TAG = "pixloom.model", "pixloom.data"
-REQUIREMENTS = ("mlflow", "numpy", "pandas", "pillow", "pydantic", "safetensors", "torch")
+REQUIREMENTS = ["imagecodecs", "mlflow", "pandas", "pillow", "pydantic", "safetensors", "tifffile", "torch"]
 
 
 def register(
@@ -125,7 +125,7 @@ def _log(client: MlflowClient, folder: Path, run_id: str, example: Mapping[str, 
             code_paths=[str(code.parents[1])],
             signature=signature(folder),
             input_example=pd.DataFrame({name: [data] for name, data in example.items()}),
-            pip_requirements=list(REQUIREMENTS),
+            pip_requirements=REQUIREMENTS,
         )
     return str(logged.model_id)
 

@@ -26,11 +26,11 @@ from stages import storage
 from stages.config.train import PhaseJob, discriminators
 from stages.errors import StageError
 from stages.images import encode
-from stages.models.architecture import InputSpec, Pix2PixHD
+from stages.models.architecture import InputSpec, Pix2PixHD, Preprocessing
 from stages.models.build import grow_discriminator, grow_generator
 from stages.models.ema import Ema
 from stages.models.fast.process import best_precision
-from stages.models.files.saved import MANIFEST, Preprocessing, load_discriminator, load_model, save_model
+from stages.models.files.saved import MANIFEST, load_discriminator, load_model, save_model
 from stages.models.files.vgg import load_vgg
 from stages.models.gan import (
     GanState,

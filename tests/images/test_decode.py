@@ -16,6 +16,7 @@ from PIL import Image, ImageCms
 from stages.base import Kind
 from stages.images import decode, encode, kinds
 from stages.images.kinds import ImageRejected
+from stages.models.architecture import Picture
 
 RNG = np.random.default_rng(0)
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -31,7 +32,7 @@ def file_of(image: Image.Image | np.ndarray, format: str = "PNG", **options: Any
     return out.getvalue()
 
 
-def reason(data: bytes, kind: Kind = "rgb", **options: Any) -> str:
+def reason(data: bytes, kind: Kind | Picture = "rgb", **options: Any) -> str:
     with pytest.raises(ImageRejected) as caught:
         decode.decode_image(data, kind, **options)
     return caught.value.reason
@@ -159,10 +160,10 @@ def test_pages_of_a_tiff_are_channels():
     out = io.BytesIO()
     first, *rest = (Image.fromarray(p) for p in pages)
     first.save(out, "TIFF", save_all=True, append_images=rest)
-    got = decode.decode_image(out.getvalue(), "channels", channels=6)
+    got = decode.decode_image(out.getvalue(), Picture(kind="channels", channel_count=6))
     assert got.shape == (5, 7, 6)
     assert np.allclose(got, np.stack(pages, 2) / 127.5 - 1, atol=1e-6)
-    assert reason(out.getvalue(), "channels", channels=5) == "wrong_kind"
+    assert reason(out.getvalue(), Picture(kind="channels", channel_count=5)) == "wrong_kind"
 
 
 @pytest.mark.parametrize("shape", [(5, 7, 4), (4, 5, 7)])
@@ -170,7 +171,7 @@ def test_npy_is_read_with_channels_first_or_last(shape: tuple[int, ...]):
     array = RNG.random(shape, np.float32) * 2 - 1
     out = io.BytesIO()
     np.save(out, array)
-    got = decode.decode_image(out.getvalue(), "channels", channels=4)
+    got = decode.decode_image(out.getvalue(), Picture(kind="channels", channel_count=4))
     assert np.array_equal(got, array if shape[2] == 4 else np.moveaxis(array, 0, 2))
 
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from stages.images import decode, encode
 from stages.images.kinds import ImageRejected
 from stages.inference.translator import Translator, noise_seed, tile_starts
+from stages.models.architecture import Preprocessing
 from stages.models.files import export
 from stages.models.files.saved import load_model
 from tests.support.small import make_model, scene
@@ -63,8 +65,8 @@ def test_noise_depends_on_the_seed_alone(tmp_path: Path, norm: str) -> None:
 
 def test_a_model_reads_ignored_labels_as_in_training_wherever_it_is_used(tmp_path: Path) -> None:
     model = load_model(make_model(tmp_path, source="labels"))
-    rules = model.preprocessing.model_copy(update={"ignore_label": 255, "void_class": 1})
-    trained = replace(model, preprocessing=rules)
+    how = model.preprocessing.pictures["source"].model_copy(update={"ignore_label": 255, "void_class": 1})
+    trained = replace(model, preprocessing=Preprocessing(pictures={"source": how}))
     void = labels(64, 64)
     void[:20, :30] = 1
     unlabelled = void.copy()
@@ -78,6 +80,26 @@ def test_a_model_reads_ignored_labels_as_in_training_wherever_it_is_used(tmp_pat
     plain = torch.from_numpy(void).permute(2, 0, 1)[None].long()
     with torch.no_grad():
         assert torch.equal(export.translator(trained)(source), export.translator(model)(plain))
+
+
+def test_a_model_reads_the_colours_it_was_trained_on_wherever_it_is_used(tmp_path: Path) -> None:
+    model = load_model(make_model(tmp_path, source="labels"))
+    palette = ((0, 0, 0), 255, (200, 10, 10), (0, 0, 90))
+    how = model.preprocessing.pictures["source"].model_copy(update={"palette": palette})
+    trained = replace(model, preprocessing=Preprocessing(pictures={"source": how}))
+    ids = labels(64, 64)
+    colours = np.array([(c, c, c) if isinstance(c, int) else c for c in palette], np.uint8)[ids[:, :, 0]]
+    (expected,) = Translator(model).translate([ids])
+    translator = Translator(trained)
+    read = decode.decode_image(
+        encode.encode_png(colours), translator.source
+    )  # as infer and the served model do
+    for source in (read, colours):
+        assert np.array_equal(translator.translate([source])[0], expected)
+    network, plain = export.translator(trained), export.translator(model)
+    with torch.no_grad():
+        generated = network(torch.from_numpy(colours).permute(2, 0, 1)[None])
+        assert torch.equal(generated, plain(torch.from_numpy(ids).permute(2, 0, 1)[None]))
 
 
 def test_seeds_differ_by_seed_key_and_sample() -> None:

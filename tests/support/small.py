@@ -13,9 +13,9 @@ import torch
 
 from stages.base import Kind, Role, Split
 from stages.images import colour, encode
-from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD
+from stages.models.architecture import InputSpec, Picture, Pix2Pix, Pix2PixHD, Preprocessing
 from stages.models.build import build_encoder, build_generator
-from stages.models.files.saved import Picture, Preprocessing, save_model
+from stages.models.files.saved import save_model
 from stages.models.styles import Styles
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec, RoleSpec, ShardFile

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from stages.config.shard import AugmentConfig
 from stages.config.train import PhaseJob, TrainConfig, jobs
-from stages.models.architecture import InputSpec
-from stages.models.files.saved import Preprocessing, load_model
+from stages.models.architecture import InputSpec, Preprocessing
+from stages.models.files.saved import load_model
 from stages.models.gan import GanState
 from stages.models.step import Batch
 from stages.shards.order import num_steps

@@ -14,8 +14,8 @@ import torch
 
 from stages.config.shard import AugmentConfig
 from stages.config.train import PhaseJob, TrainConfig, jobs
+from stages.models.architecture import Preprocessing
 from stages.models.fast.process import tune_process
-from stages.models.files.saved import Preprocessing
 from stages.models.step import Batch
 from stages.shards.dataset import DatasetSpec, RoleSpec
 from stages.training import loop, phases

@@ -2,7 +2,8 @@
 
 The exported graph includes conditioning and padding:
 
-    source     (N,C,H,W) float32 in [-1, 1], or (N,1,H,W) uint8 class ids (int32 beyond 256 classes)
+    source     (N,C,H,W) float32 in [-1, 1], or (N,1,H,W) uint8 class ids (int32 beyond 256 classes), or
+               (N,3,H,W) uint8 colours, where the model's label maps have a palette
     instance   (N,1,H,W) int32 ids, where the model looks at instance edges
     style      (N,F,H,W) float32, where the model has a feature encoder: see `stages.models.styles`
     image      (N,C,H,W) float32 in [-1, 1], of the source's size
@@ -23,9 +24,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn.functional import conv2d
 
 from stages.errors import one_line
-from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD, size_multiple, uses_edges
+from stages.models.architecture import InputSpec, Picture, Pix2Pix, Pix2PixHD, size_multiple, uses_edges
 from stages.models.files.saved import LoadedModel
 from stages.models.inputs import make_condition, padded_size, reflect_to, translate
 
@@ -53,7 +55,7 @@ MAX_ONNX_BYTES = (1 << 31) - 1
 class ExportedTranslator(nn.Module):
     """Source to image, padding and conditioning included: what is exported.
 
-    ignored    a label id, and the class that it is read as
+    labels     how label ids were prepared for training
     any_size   written so that one graph serves every size above the network's multiple. Below that, padding
                may reflect more than once, and the innermost map can be a single pixel: torch.export needs
                the size
@@ -67,10 +69,10 @@ class ExportedTranslator(nn.Module):
         inputs: InputSpec,
         enhancers: int,
         any_size: bool,
-        ignored: tuple[int, int] | None = None,
+        labels: Picture | None = None,
     ) -> None:
         super().__init__()
-        self.ignored = ignored
+        self.labels = labels
         self.generator = generator
         self.architecture, self.inputs, self.any_size = architecture, inputs, any_size
         self.multiple, self.minimum = size_multiple(architecture, enhancers=enhancers)
@@ -78,8 +80,15 @@ class ExportedTranslator(nn.Module):
     def forward(self, source: Tensor, instance: Tensor | None = None, style: Tensor | None = None) -> Tensor:
         """(N,C,H,W) and, where the model takes them, instance ids and style features -> (N,C_out,H,W)."""
         height, width = source.shape[2:]
-        if self.ignored is not None:
-            source = source.masked_fill(source == self.ignored[0], self.ignored[1])
+        how = self.labels
+        if how is not None and how.palette is not None:
+            colours = source.new_tensor([(c, c, c) if isinstance(c, int) else c for c in how.palette]).float()
+            # the nearest colour: |x - c|^2 less |x|^2, exact in float32
+            source = conv2d(source.float(), -2 * colours[:, :, None, None], (colours**2).sum(1))
+            source = source.argmin(1, keepdim=True)
+        if how is not None and how.ignore_label is not None and how.classes is not None:
+            void = how.classes - 1 if how.void_class is None else how.void_class
+            source = source.masked_fill(source == how.ignore_label, void)
         padded = None if instance is None else self._pad(instance)
         condition = make_condition(self._pad(source), padded, arch=self.architecture, inputs=self.inputs)
         image = translate(self.generator, condition, None if style is None else self._pad(style))
@@ -126,6 +135,11 @@ def example(model: LoadedModel, *, batch: int, width: int, height: int) -> dict[
         assert inputs.classes is not None
         dtype = torch.uint8 if inputs.classes <= 256 else torch.int32
         values["source"] = blocks(inputs.classes).to(dtype)
+        how = model.preprocessing.pictures.get("source")
+        if how is not None and how.palette is not None:
+            colours = [(c, c, c) if isinstance(c, int) else c for c in how.palette]
+            picked = torch.tensor(colours, dtype=torch.uint8)[blocks(len(colours))[:, 0]]
+            values["source"] = picked.permute(0, 3, 1, 2).contiguous()
     else:
         values["source"] = torch.rand(batch, inputs.channels, height, width, generator=random) * 2 - 1
     if uses_edges(model.architecture, inputs):
@@ -166,6 +180,7 @@ def export_model(model: LoadedModel, *, width: int, height: int) -> Exported:
         "weights": model.weights,
         "architecture": model.architecture.model_dump(mode="json"),
         "inputs": model.inputs.model_dump(mode="json"),
+        "preprocessing": model.preprocessing.model_dump(mode="json", exclude_defaults=True),
         "sides": sides,
         "range": "float images in [-1, 1]",
     }
@@ -174,17 +189,13 @@ def export_model(model: LoadedModel, *, width: int, height: int) -> Exported:
 
 def translator(model: LoadedModel, *, any_size: bool = False) -> ExportedTranslator:
     """The plain module, for `largest_difference`."""
-    rules, classes = model.preprocessing, model.inputs.classes
-    ignored = None
-    if rules.ignore_label is not None and classes is not None:
-        ignored = (rules.ignore_label, classes - 1 if rules.void_class is None else rules.void_class)
     return ExportedTranslator(
         model.generator,
         architecture=model.architecture,
         inputs=model.inputs,
         enhancers=model.enhancers,
         any_size=any_size,
-        ignored=ignored,
+        labels=model.preprocessing.pictures.get("source"),
     ).eval()
 
 

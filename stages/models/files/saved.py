@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import torch
-from pydantic import Field, PositiveInt, ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
 from stages.base import Config
 from stages.errors import first_invalid, one_line
-from stages.models.architecture import Architecture, InputSpec, Pix2Pix, Pix2PixHD
+from stages.models.architecture import Architecture, InputSpec, Pix2Pix, Pix2PixHD, Preprocessing
 from stages.models.build import build_discriminator, build_encoder, build_generator
 from stages.models.files.manifest import FileEntry, verified, write_folder
 from stages.models.pix2pix import PatchDiscriminator, PixelDiscriminator, UNet
@@ -41,8 +41,6 @@ __all__ = [
     "MANIFEST",
     "LoadedModel",
     "Manifest",
-    "Picture",
-    "Preprocessing",
     "fingerprint",
     "load_discriminator",
     "load_model",
@@ -71,31 +69,6 @@ FileName = Literal[
 
 
 # -- the manifest -------------------------------------------------------------
-
-
-class Picture(Config):
-    """How the images of one role are read."""
-
-    kind: Annotated[
-        str, Field(pattern=r"^[a-z0-9_]{1,32}$", description="as in the shard stage: rgb, labels ...")
-    ]
-    classes: PositiveInt | None = None
-
-
-class Preprocessing(Config):
-    """How images were prepared for training, so that inference needs no flags."""
-
-    size: Annotated[
-        tuple[PositiveInt, PositiveInt] | None,
-        Field(description="width and height trained on, after the crop"),
-    ] = None
-    pictures: dict[Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}$")], Picture] = Field(
-        default_factory=dict, description="per role"
-    )
-    ignore_label: Annotated[
-        int | None, Field(ge=0, description="the source's label id that was read as `void_class`")
-    ] = None
-    void_class: Annotated[int | None, Field(ge=0, description="null: the last class")] = None
 
 
 class Manifest(Config):

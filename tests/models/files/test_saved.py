@@ -10,12 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load, save_file
 
-from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD
+from stages.models.architecture import InputSpec, Picture, Pix2Pix, Pix2PixHD, Preprocessing
 from stages.models.build import build_discriminator, build_encoder, build_generator
 from stages.models.files.saved import (
     Manifest,
-    Picture,
-    Preprocessing,
     load_discriminator,
     load_model,
     read_manifest,
@@ -87,8 +85,10 @@ def test_every_part_of_a_coarse_to_fine_model_comes_back(tmp_path: Path) -> None
     styles = Styles(centers=torch.rand(5, 2, 3), counts=torch.ones(5, 2, dtype=torch.int64))
     preprocessing = Preprocessing(
         size=(64, 32),
-        pictures={"source": Picture(kind="labels", classes=5), "target": Picture(kind="grey16")},
-        ignore_label=255,
+        pictures={
+            "source": Picture(kind="labels", classes=5, ignore_label=255, palette=(0, (1, 2, 3))),
+            "target": Picture(kind="grey16", range=(0, 4095)),
+        },
     )
     manifest = save_model(
         tmp_path,
