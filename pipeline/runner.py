@@ -153,6 +153,7 @@ def execute(
             "inputs": {name: uri.rpartition("/")[2] for name, uri in p.inputs.items()},
             "counts": dict(outcome.counts),
             "metrics": dict(outcome.metrics),
+            "notes": dict(outcome.notes),
             "seconds": round(seconds, 3),
         }
         storage.write_json(storage.join(p.folder, MARKER), marker)

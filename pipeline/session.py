@@ -22,12 +22,13 @@ from pipeline.runner import PlannedStep, check, execute, plan, select
 from stages import storage
 from stages.base import Role
 from stages.config.train import PhaseJob, full_size
+from stages.models.fast.process import best_precision
 from stages.progress import duration
 from stages.shard import role_specs
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec
 from stages.tracking.run import Run, catch_up, open_parent
-from stages.training import phases
+from stages.training import execution, phases
 from stages.training.memory import estimate_memory
 
 Markers = Mapping[str, Mapping[str, Any]]
@@ -57,7 +58,8 @@ def run(
         planned = plan(needed(pipeline, only) if only else pipeline, config.workspace)
     if plan_only:
         check(select(planned, only=None, until=until))
-        return table(planned, memory(config, planned), gpu_memory() if uses_gpu(config) else None)
+        available = gpu_memory() if uses_gpu(config) else None
+        return table(planned, memory(config, planned), available, precisions(config, planned))
     chosen = select(planned, only=only, until=until)
     check(chosen)
     if all(p.done for p in chosen):
@@ -113,6 +115,9 @@ def log_results(
             context="training",
             counts=spec.counts(),
         )
+    trained = [marker for name, marker in markers.items() if name.startswith("train-")]
+    if trained and "notes" in trained[-1]:
+        parent.params({"precision": trained[-1]["notes"]["precision"]})
     if "evaluate" in markers:
         parent.metrics(markers["evaluate"]["metrics"], step=0)
 
@@ -201,8 +206,29 @@ def gpu_memory() -> int | None:
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
-def table(planned: Sequence[PlannedStep], bytes_: Mapping[str, int], available: int | None = None) -> str:
-    """The plan as a table: step, done or to do, why; `bytes_` of memory by step, `available` on the GPU."""
+def precisions(config: PipelineConfig, planned: Sequence[PlannedStep]) -> dict[str, str]:
+    """The precision of each phase: as configured, as it began, or what it takes if it begins here."""
+    here = best_precision("cuda" if uses_gpu(config) and torch.cuda.is_available() else "cpu")
+    texts = {}
+    for p in planned:
+        if isinstance(p.step.config, PhaseJob):
+            begun = execution.read(p.folder)
+            known = begun.precision if begun else p.step.config.precision
+            texts[p.step.name] = known or f"{here} if it begins on a machine like this one"
+    return texts
+
+
+def table(
+    planned: Sequence[PlannedStep],
+    bytes_: Mapping[str, int],
+    available: int | None = None,
+    precision: Mapping[str, str] | None = None,
+) -> str:
+    """The plan as a table: step, done or to do, why.
+
+    bytes_, precision   memory and precision of a training worker, by step
+    available           bytes of the GPU's memory
+    """
     lines = [f"{'step':<15} {'fingerprint':<13} {'':<6} why"]
     for p in planned:
         line = f"{p.step.name:<15} {p.fingerprint:<13} {'done' if p.done else 'to do':<6} {p.why}"
@@ -211,6 +237,8 @@ def table(planned: Sequence[PlannedStep], bytes_: Mapping[str, int], available: 
             if available is not None:
                 more = "more than" if bytes_[p.step.name] > available else "of"
                 line += f", {more} the GPU's {available / 1e9:.1f} GB"
+        if precision and p.step.name in precision:
+            line += f"; precision: {precision[p.step.name]}"
         lines.append(line)
     return "\n".join(lines) + "\n"
 
@@ -221,7 +249,8 @@ def summary(config: PipelineConfig, chosen: Sequence[PlannedStep], markers: Mark
     for name, marker in markers.items():
         values = [f"{key} {value:,}" for key, value in marker["counts"].items()]
         values += [f"{key} {value:.4g}" for key, value in marker["metrics"].items()]
-        lines.append(f"{name:<15} {duration(marker['seconds']):>12}  {', '.join(values[:6])}")
+        values = values[:6] + [f"{key} {text}" for key, text in marker.get("notes", {}).items()]
+        lines.append(f"{name:<15} {duration(marker['seconds']):>12}  {', '.join(values)}")
     report = next((p for p in chosen if p.step.name == "report" and "report" in markers), None)
     lines.append("")
     if report is not None:

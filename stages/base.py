@@ -66,7 +66,11 @@ class Config(BaseModel):
 
 
 class Resources(Config):
-    """How much of the cluster to use. Nothing here changes a result or a fingerprint."""
+    """How much of the cluster to use: part of no fingerprint.
+
+    A phase records the device and, where they change its result, keeps the micro-batch and the number of
+    workers that it began with (`stages.training.execution`).
+    """
 
     train_workers: Annotated[
         int, Field(ge=1, description="Train with this many processes, each on one GPU if there are GPUs.")
@@ -147,10 +151,12 @@ class Resources(Config):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The counts and metrics of a finished stage, for its marker, MLflow and the report."""
+    """The counts, metrics and notes of a finished stage, for its marker, MLflow and the report."""
 
     counts: Mapping[str, int] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """How it was done where the config leaves that open."""
 
 
 __all__ = [

@@ -324,7 +324,10 @@ def describe(
         curves=read_curves(phases),
         card=card(spec, _json(storage.join(shards, "card.json"))),
         rejects=rejects(steps, reject_examples(shards, images)),
-        steps=[StepTime(name=m["step"], seconds=m["seconds"], counts=m["counts"]) for m in steps],
+        steps=[
+            StepTime(name=m["step"], seconds=m["seconds"], counts=m["counts"], notes=m.get("notes", {}))
+            for m in steps
+        ],
     )
 
 

@@ -5,6 +5,7 @@ in:  shards   {split}-*.parquet and dataset.json (stages.shards.dataset)
 out: model/               weights, averages, discriminator, model.json (stages.models.files.saved)
      metrics.parquet      the curves: step, images, epoch, name, value, time_ms
      samples/             epoch-XXXX.png: source | generated | target of a few validation pairs
+     execution.json       precision, micro-batch, workers (stages.training.execution)
      checkpoints/         what a killed phase resumes from (stages.training.checkpoints)
 
 A phase resumes from its newest checkpoint after any loss: of a worker (Ray restarts the group), of a node, of
@@ -82,9 +83,6 @@ class TrackedRun(CurveSink, Protocol):
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Record settings."""
-
-    def tags(self, values: Mapping[str, str]) -> None:
-        """Record tags."""
 
     def curves(self, folder: str) -> None:
         """Where the curves are kept, from which MLflow is completed."""
@@ -206,9 +204,12 @@ def run(
     if ending.stopped:
         images = f"{ending.position.images:,} images"
         raise StageError(f"{label}: {ending.stopped} at {images}; run the same command again to resume")
+    notes = ending.notes
+    track.params({"precision": notes["precision"]})
     return Outcome(
         counts={"images": ending.position.images, "steps": ending.position.steps},
         metrics={name: value for name, value in ending.losses.items() if name.count("/") == 1},
+        notes=notes,
     )
 
 

@@ -111,8 +111,8 @@ class Recipe(Config):
     precision: Annotated[
         Precision | None,
         Field(
-            description="Number format of the computation. null: bf16 where the workers have matrix units "
-            "for it, float32 elsewhere."
+            description="Number format of the computation. null: bf16 where a phase begins on workers with "
+            "matrix units for it, else float32; it is recorded, and a phase keeps what it began with."
         ),
     ] = None
     gradient_dtype: Annotated[
@@ -136,6 +136,11 @@ class Recipe(Config):
         int, Field(ge=1, description="Write one point of each loss curve per this many steps.")
     ] = 10
 
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether the pairs of a batch are normalised together."""
+        return isinstance(self.model, Pix2Pix) and self.model.norm == "batch"
+
     @model_validator(mode="before")
     @classmethod
     def _losses_as_in_the_paper(cls, values: Any) -> Any:
@@ -157,10 +162,25 @@ class Recipe(Config):
 
 
 class PhaseJob(Recipe):
-    """One phase with everything that changes its result: the config of one of the pipeline's steps."""
+    """One phase with everything that changes its result: the config of one of the pipeline's steps.
+
+    What the config leaves open or to `resources` is decided when the phase begins and recorded
+    (`stages.training.execution`).
+    """
 
     augment: AugmentConfig = AugmentConfig()
     phase: PhaseConfig
+
+    @property
+    def depends_on_micro_batch(self) -> bool:
+        """Whether the pairs that are in memory together change the result."""
+        pairs_meet = self.has_batch_norm or (isinstance(self.model, Pix2Pix) and self.model.dropout != "none")
+        return self.phase.batch > 1 and pairs_meet
+
+    @property
+    def depends_on_workers(self) -> bool:
+        """Whether the number of workers changes the result."""
+        return self.phase.batch > 1 and self.has_batch_norm and not self.synchronised_norms
 
 
 def _default_phases(data: dict[str, Any]) -> tuple[PhaseConfig, ...]:
@@ -211,6 +231,12 @@ class TrainConfig(Recipe):
             raise ValueError(
                 "resources.micro_batch: gradient accumulation splits the batch, so train.synchronised_norms "
                 "cannot average over it; remove one of the two"
+            )
+        varies = resources.train_workers_min not in (None, resources.train_workers)
+        if varies and self.has_batch_norm and not self.synchronised_norms:
+            raise ValueError(
+                "resources.train_workers_min: batch norm makes the result depend on the number of workers; "
+                "remove this key, or set train.synchronised_norms: true or train.model.norm: instance"
             )
         for index, phase in enumerate(self.phases):
             check_workers(phase, resources, key=f"train.phases.{index}")

@@ -83,11 +83,12 @@ class RejectCount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTime:
-    """How long a step took and what it counted."""
+    """How long a step took, what it counted, and how it was done where the config leaves that open."""
 
     name: str
     seconds: float
     counts: Mapping[str, float] = field(default_factory=dict)
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ from ray.train import UserCallback
 
 from stages.errors import cause
 from stages.progress import Progress
-from stages.training.news import Advance, Mailbox, News, Note, Point, Points, SampleGrid, Stop
+from stages.training.news import Advance, Begin, Mailbox, News, Note, Point, Points, SampleGrid, Stop
 
 POLL_S = 1.0
 
@@ -105,6 +105,9 @@ class CurveSink(Protocol):
     def metrics_batch(self, rows: Iterable[Any]) -> None:
         """Record rows with `name`, `value`, `step` and `time_ms`."""
 
+    def tags(self, values: Mapping[str, str]) -> None:
+        """Record tags; a later value replaces an earlier one."""
+
     def image(self, array: np.ndarray, key: str, step: int) -> None:
         """Record a picture (H, W, 3) uint8 of a series."""
 
@@ -134,6 +137,9 @@ class NewsRecorder:
                     self._advance(images, text)
                 case Note(text):
                     logger.warning("%-13s %s", self.label, text)
+                case Begin(notes):
+                    logger.info("%-13s %s", self.label, "  ".join(f"{name} {notes[name]}" for name in notes))
+                    self.sink.tags({f"pixloom.{name}": text for name, text in notes.items()})
                 case SampleGrid(images, step, pixels):
                     if images > self._pictured:
                         self._pictured = images

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from stages import storage
+from stages.base import Precision
 from stages.config.train import PhaseJob, discriminators
 from stages.errors import StageError
 from stages.images import encode
@@ -48,11 +49,12 @@ from stages.models.styles import Styles, collect_styles
 from stages.seeding import number
 from stages.shards.order import num_steps
 from stages.storage.local import local_file, local_folder
-from stages.training import checkpoints, curves
+from stages.training import checkpoints, curves, execution
 from stages.training.checkpoints import Checkpoint, Position, Writer
 from stages.training.curves import ClosedWindow, DivergedError, Window, arrival
+from stages.training.execution import Execution, Part
 from stages.training.gradients import GradientAverager, Messages, new_group
-from stages.training.news import Advance, Channel, Note, Order, Point, Points, SampleGrid, Save, Stop
+from stages.training.news import Advance, Begin, Channel, Note, Order, Point, Points, SampleGrid, Save, Stop
 
 PICTURES = 20  # sample grids per phase, at most
 ORDERS_S = 2.0  # between two polls for orders, on which all workers have to agree
@@ -124,6 +126,7 @@ class Ending:
     losses: dict[str, float] = field(default_factory=dict)
     failure: str = ""
     stopped: str = ""
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 # -- rules --------------------------------------------------------------------
@@ -201,7 +204,7 @@ def train_phase(
         return Ending(loop.position, loop.losses, failure=f"training diverged at {error}")
     finally:
         loop.writer.wait()  # whatever happened, a submitted checkpoint is written
-    return Ending(loop.position, loop.losses)
+    return Ending(loop.position, loop.losses, notes=loop.execution.notes())
 
 
 @dataclass
@@ -295,7 +298,6 @@ class Loop:
         self.load, self._load_measured = load, -math.inf
         self._checkpointed = time.monotonic()
         self._last_window: OpenPoint | None = None
-        self.gan = build(task, worker.device)
         self.messages = Messages(worker.world, worker.device, worker.timeout_s)
         self._has_rows = True  # whether this worker's pairs count in synchronised norms
         self.position, self.points = Position(), list[Point]()
@@ -303,7 +305,17 @@ class Loop:
         self.stopped: Stop | None = None
         folder = storage.join(task.output, "checkpoints")
         self.writer = Writer(folder, task.keep_checkpoints, self._note)
-        self._resume(folder)
+        checkpoint, position = self._newest(folder)
+        self.execution = cast(
+            Execution, self.messages.broadcast(self._decide(position) if worker.leads else None)
+        )
+        self.gan = build(task, worker.device, self.execution.precision)
+        if position is not None:
+            self._resume(
+                checkpoint or checkpoints.load(f"{folder}/{checkpoints.folder_name(position)}", job=task.name)
+            )
+        elif task.before:
+            start_from_previous_phase(self.gan, task.before, worker.device)
         if task.job.synchronised_norms and worker.world > 1:  # last: averages copy the generator
             for network in (self.gan.generator, self.gan.discriminator):
                 if network is not None:
@@ -317,20 +329,35 @@ class Loop:
         self.orders = OrderPoll(worker, self.messages, channel, preempted)
         self.throughput = Throughput(self.position.images)
 
-    def _resume(self, folder: str) -> None:
-        """Resume from the newest whole checkpoint, the same on all workers; else start the phase."""
-        name, leads = self.task.name, self.worker.leads
-        checkpoint = checkpoints.load_newest(folder, job=name, tell=self._note) if leads else None
-        position = self.messages.broadcast(checkpoint.position if checkpoint is not None else None)
-        if position is None:
-            if self.task.before:
-                start_from_previous_phase(self.gan, self.task.before, self.worker.device)
-            return
-        if checkpoint is None:
-            checkpoint = checkpoints.load(storage.join(folder, checkpoints.folder_name(position)), job=name)
+    def _newest(self, folder: str) -> tuple[Checkpoint | None, Position | None]:
+        """The newest whole checkpoint, on the worker that leads, and its position, on all workers."""
+        checkpoint = None
+        if self.worker.leads:
+            checkpoint = checkpoints.load_newest(folder, job=self.task.name, tell=self._note)
+        return checkpoint, self.messages.broadcast(None if checkpoint is None else checkpoint.position)
+
+    def _decide(self, position: Position | None) -> Execution:
+        """How the phase is computed from this position on. Records it."""
+        task, worker = self.task, self.worker
+        images = 0 if position is None else position.images
+        begun = None if position is None else execution.read(task.output)
+        part = Part(images=images, workers=worker.world, device=worker.device.type)
+        decided = execution.decide(task.job, begun, task.micro_batch, best_precision(worker.device), part)
+        if decided != begun:
+            execution.write(task.output, decided)
+        self.channel.post(Begin(decided.notes()))
+        if decided.micro_batch != task.micro_batch:
+            self._note(
+                f"continues with micro_batch {decided.micro_batch}, as it began: the result depends on it "
+                f"(resources.micro_batch is {task.micro_batch})"
+            )
+        return decided
+
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        """Resume from a checkpoint."""
         load_state(self.gan, checkpoint.state)
-        self.position = checkpoint.position
-        if leads:
+        position = self.position = checkpoint.position
+        if self.worker.leads:
             self.points = curves.from_table(checkpoint.curves)
             self.channel.post(Points(self.points))
             workers = f"{self.worker.world} worker{'s' if self.worker.world > 1 else ''}"
@@ -371,7 +398,9 @@ class Loop:
             self._has_rows = batch.source.shape[0] > 0
             batch = batch if self._has_rows else blank_batch(batch)
         with self._compilation(batch):
-            losses = step(self.gan, batch, weights=job.losses, average=average, micro_batch=task.micro_batch)
+            losses = step(
+                self.gan, batch, weights=job.losses, average=average, micro_batch=self.execution.micro_batch
+            )
         before, self.position = self.position, advance(self.position, rows=task.rows, batch=phase.batch)
         self.window.add(self.position.steps, losses, batch.share)
         order = self.orders.poll(self.position.steps)
@@ -492,7 +521,11 @@ class Loop:
                 discriminator=gan.discriminator,
                 encoder=gan.encoder,
                 styles=styles,
-                extra={"phase": task.job.phase.name, "run": task.run_id},
+                extra={
+                    "phase": task.job.phase.name,
+                    "run": task.run_id,
+                    "precision": self.execution.precision,
+                },
             )
         storage.write_parquet(storage.join(task.output, "metrics.parquet"), curves.to_table(self.points))
 
@@ -520,7 +553,7 @@ def all_finite(network: nn.Module | None) -> bool:
 # -- models -------------------------------------------------------------------
 
 
-def build(task: Task, device: torch.device) -> GanState:
+def build(task: Task, device: torch.device, precision: Precision) -> GanState:
     """The networks and optimizers of a phase, the weights a function of the seed."""
     job, phase = task.job, task.job.phase
     layered = isinstance(job.model, Pix2PixHD)
@@ -539,7 +572,7 @@ def build(task: Task, device: torch.device) -> GanState:
         learning_rate=phase.learning_rate,
         betas=job.optimizer.betas,
         ema_decay=job.ema,
-        precision=job.precision or best_precision(device),
+        precision=precision,
         perceptual=perceptual,
         checkpointing=task.checkpointing,
         compiled=task.compiled,

@@ -13,7 +13,7 @@ would take seconds to load, and the loop (`stages.training.loop`) runs without R
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -54,6 +54,13 @@ class Note:
 
 
 @dataclass(frozen=True, slots=True)
+class Begin:
+    """How the phase is computed from here on (`stages.training.execution`), by name."""
+
+    notes: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class SampleGrid:
     """Sample pictures (H, W, 3) uint8 of a step."""
 
@@ -62,7 +69,7 @@ class SampleGrid:
     pixels: np.ndarray
 
 
-News = Points | Advance | Note | SampleGrid
+News = Points | Advance | Note | Begin | SampleGrid
 
 
 @dataclass(frozen=True, slots=True)

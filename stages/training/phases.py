@@ -40,7 +40,6 @@ def compared(recipe: Recipe, phases: Sequence[PhaseConfig], size: Size) -> dict[
         "epochs": sum(phase.epochs for phase in phases),
         "batch": phases[-1].batch,
         "learning_rate": phases[-1].learning_rate,
-        "precision": recipe.precision,
         "seed": recipe.seed,
     }
 

@@ -50,7 +50,7 @@ def phase_job(**changes: Any) -> PhaseJob:
         "discriminators": 1,
     }
     phase = {"name": "global", "kind": "global", "epochs": EPOCHS, "decay_epochs": 10, "batch": BATCH}
-    values = {"model": model, "phases": [{**phase, **changes}], "log_every": 1}
+    values = {"model": model, "phases": [{**phase, **changes}], "log_every": 1, "precision": "float32"}
     return jobs(TrainConfig.model_validate(values), AugmentConfig())[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from pipeline.runner import PlannedStep
 from stages.errors import UserError
 from stages.shards.dataset import DatasetSpec, ShardFile
 from stages.tracking.run import NullRun
+from stages.training import execution
+from stages.training.execution import Execution
 
 YAML = str(Path(__file__).resolve().parents[2] / "pipeline.yaml")
 SCORES = {"l1": 0.25, "psnr": 12.0}
@@ -109,6 +112,21 @@ def test_memory_is_estimated_for_every_phase_from_the_config_alone() -> None:
     assert all(accumulated[name] < whole[name] for name in whole)
     text = session.table(planned(config), whole)
     assert "a training worker needs about" in text.splitlines()[4]
+
+
+def test_the_plan_shows_each_phases_precision_as_configured_as_begun_or_as_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIXLOOM_BF16", "0")
+    config = configuration.load(YAML)
+    assert set(session.precisions(config, planned(config)).values()) == {"float32"}
+    config = configuration.load(YAML, ["train.precision=null", "resources.gpu=false"])
+    steps_ = [replace(p, folder=str(tmp_path / p.step.name)) for p in planned(config)]
+    execution.write(str(tmp_path / "train-global"), Execution(precision="bf16"))
+    precisions = session.precisions(config, steps_)
+    assert precisions["train-global"] == "bf16"
+    assert precisions["train-local"] == "float32 if it begins on a machine like this one"
+    assert "precision: bf16" in session.table(steps_, {}, precisions)
 
 
 def test_the_plan_refuses_weights_that_are_not_there(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ WHOLE = {
 def test_the_right_pairs_and_the_right_loss_make_the_difference(tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     make_shards(shards, {"train": [32], "val": [2], "test": [8]})
-    config = TrainConfig.model_validate({"model": UNET, "phases": [WHOLE]})
+    config = TrainConfig.model_validate({"model": UNET, "phases": [WHOLE], "precision": "float32"})
     sides = learning.compare(jobs(config, AugmentConfig()), str(shards), "test", tmp_path)
     print(learning.table(sides))
     for side in ("shuffled", "sign error", "untrained", "mean target"):
@@ -69,7 +69,8 @@ COARSE_TO_FINE = [
 def test_local_and_joint_improve_on_what_global_gave(tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     make_shards(shards, {"train": [16], "val": [2], "test": [8]}, size=(64, 64))
-    config = TrainConfig.model_validate({"model": HD, "losses": {"l1": 100}, "phases": COARSE_TO_FINE})
+    values = {"model": HD, "losses": {"l1": 100}, "phases": COARSE_TO_FINE, "precision": "float32"}
+    config = TrainConfig.model_validate(values)
     learning.trained(jobs(config, AugmentConfig()), str(shards), tmp_path)
     models = [str(tmp_path / phase / "model") for phase in ("global", "local", "joint")]
     scores, _ = learning.by_phase(models, str(shards), "test")

@@ -73,7 +73,7 @@ def data(**values: object) -> ReportData:
         "curves": [Curve(phase="global", name="loss", steps=[1, 2, 3], values=[3.0, 2.0, float("nan")])],
         "card": [("size", "8 x 8")],
         "rejects": [RejectCount(stage="shard", reason="empty", count=3, examples=["a", "b"])],
-        "steps": [StepTime(name="train", seconds=90, counts={"steps": 100})],
+        "steps": [StepTime(name="train", seconds=90, counts={"steps": 100}, notes={"precision": "bf16"})],
         "config_text": "a: 1\n",
         "command": "python -m pipeline.run",
     }
@@ -84,7 +84,15 @@ def test_the_page_shows_metrics_beside_baselines_with_a_verdict() -> None:
     told = "".join(Reader(page(data())).texts)
     assert "33 % better than the best baseline (nearest target)" in told
     assert "9 % worse than the best baseline (nearest target)" in told
-    for word in ("Streets", "empty", "1 min 30 s", "python -m pipeline.run", "8 x 8", "loss"):
+    for word in (
+        "Streets",
+        "empty",
+        "1 min 30 s",
+        "python -m pipeline.run",
+        "8 x 8",
+        "loss",
+        "steps 100, precision bf16",
+    ):
         assert word in told
 
 
@@ -97,7 +105,7 @@ def test_no_text_of_a_user_becomes_markup() -> None:
         curves=[Curve(phase=HOSTILE, name=HOSTILE, steps=[1], values=[1.0])],
         card=[(HOSTILE, HOSTILE)],
         rejects=[RejectCount(stage=HOSTILE, reason=HOSTILE, count=1, examples=[HOSTILE])],
-        steps=[StepTime(name=HOSTILE, seconds=1, counts={HOSTILE: 1})],
+        steps=[StepTime(name=HOSTILE, seconds=1, counts={HOSTILE: 1}, notes={HOSTILE: HOSTILE})],
         config_text=HOSTILE,
         command=HOSTILE,
         baselines={HOSTILE: {"l1": 1.0}},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from stages.progress import Progress
 from stages.training import checkpoints, loop
 from stages.training.control import NewsRecorder
 from stages.training.loop import Ending, Task, Worker, train_phase
-from stages.training.news import Advance, Channel, Mailbox, News, Note, Point, Points, SampleGrid, Stop
+from stages.training.news import Advance, Begin, Channel, Mailbox, News, Note, Point, Points, SampleGrid, Stop
 from tests.training.test_loop import Rows, assert_equal, losses, nothing, phase_jobs, task, weights
 
 STEPS = 9  # of the phase: 3 epochs of 3 steps
@@ -33,6 +33,10 @@ class Recorded:
     def __init__(self) -> None:
         self.rows: list[Any] = []
         self.pictures: list[int] = []
+        self.tagged: dict[str, str] = {}
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        self.tagged |= values
 
     def metrics_batch(self, rows: Any) -> None:
         self.rows += rows
@@ -75,6 +79,14 @@ def test_points_that_a_restart_repeats_are_recorded_once() -> None:
     assert [row.value for row in run.rows if row.name == "images"] == [4, 8, 12]
     recorder.handle([Points([point(3, "validation/l1")])])
     assert run.rows[-1].name == "validation/l1"
+
+
+def test_how_a_phase_is_computed_is_logged_and_tagged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    run = Recorded()
+    NewsRecorder("train-global", 100, run).handle([Begin({"precision": "bf16", "workers": "2 on cuda"})])
+    assert run.tagged == {"pixloom.precision": "bf16", "pixloom.workers": "2 on cuda"}
+    assert "precision bf16  workers 2 on cuda" in caplog.text
 
 
 def test_pictures_that_a_restart_repeats_are_recorded_once() -> None:

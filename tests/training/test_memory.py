@@ -63,7 +63,7 @@ def measured(text: str) -> int:
         before="",
     )
     before = psutil.Process().memory_info().rss
-    gan = loop.build(task, torch.device("cpu"))
+    gan = loop.build(task, torch.device("cpu"), "float32")
     images = torch.zeros(job.phase.batch, 3, *SPEC.size, dtype=torch.uint8)
     for _ in range(3):
         loop.step(gan, Batch(source=images, target=images), weights=job.losses)

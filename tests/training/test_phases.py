@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -132,6 +133,18 @@ def test_more_workers_than_a_batch_has_pairs_are_refused() -> None:
     given.check_resources(Resources(train_workers=2, train_workers_min=1))
     with pytest.raises(ValueError, match=r"train_workers_min: 3 is more than train_workers, 2"):
         given.check_resources(Resources(train_workers=2, train_workers_min=3))
+
+
+def test_a_number_of_workers_that_varies_is_refused_where_batch_norm_depends_on_it() -> None:
+    phases = [{"name": "whole", "kind": "whole", "epochs": 1, "batch": 2}]
+    for norm, synchronised in (("batch", False), ("batch", True), ("instance", False)):
+        model = {"kind": "pix2pix", "norm": norm}
+        values = {"model": model, "phases": phases, "synchronised_norms": synchronised}
+        given = TrainConfig.model_validate(values)
+        given.check_resources(Resources(train_workers=2))
+        refuses = given.has_batch_norm and not synchronised
+        with pytest.raises(ValueError, match="train_workers_min: batch norm") if refuses else nullcontext():
+            given.check_resources(Resources(train_workers=2, train_workers_min=1))
 
 
 def test_a_phase_works_on_the_size_its_enhancers_stand_for() -> None:

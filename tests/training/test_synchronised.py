@@ -25,7 +25,8 @@ MODEL = {
 
 def config(**changes: Any) -> TrainConfig:
     phase = {"name": "whole", "kind": "whole", "epochs": 8, "decay_epochs": 2, "batch": 4}
-    return TrainConfig.model_validate({"model": MODEL, "phases": [phase], "log_every": 1, **changes})
+    values = {"model": MODEL, "phases": [phase], "log_every": 1, "precision": "float32", **changes}
+    return TrainConfig.model_validate(values)
 
 
 def job(**changes: Any) -> PhaseJob:

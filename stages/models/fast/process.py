@@ -10,6 +10,8 @@ import torch
 
 from stages.models.fast.heap import keep_freed_memory, return_freed_memory
 
+PRETEND = "PIXLOOM_BF16"
+
 SWITCH_SECONDS = 0.0005
 """Seconds that a thread that decodes or sends may hold the interpreter while the network's thread waits to
 start its next operator: Python's default of 5 ms is as long as many operators."""
@@ -30,7 +32,11 @@ def tune_process(device: torch.device | str, *, save_memory: bool = False) -> No
 
 
 def best_precision(device: torch.device | str) -> Literal["float32", "bf16"]:
-    """bf16 on GPUs and on CPUs with AMX; else float32: without matrix units bf16 has half its rate."""
+    """bf16 on GPUs and on CPUs with AMX; else float32: without matrix units bf16 has half its rate.
+
+    `PIXLOOM_BF16` = 1 or 0 pretends that this processor has or lacks them, for tests.
+    """
     if torch.device(device).type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    return "bf16" if torch.cpu._is_amx_tile_supported() else "float32"
+    has_matrix_units = torch.cpu.get_capabilities().get("amx_bf16", False)
+    return "bf16" if {"0": False, "1": True}.get(os.environ.get(PRETEND, ""), has_matrix_units) else "float32"

@@ -11,8 +11,12 @@ from stages.models.fast import process
 
 
 def test_bf16_is_chosen_where_there_are_matrix_units_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(process.PRETEND, raising=False)
     for amx, precision in ((True, "bf16"), (False, "float32")):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda amx=amx: {"amx_bf16": amx})
+        assert process.best_precision("cpu") == precision
+    for pretended, precision in (("1", "bf16"), ("0", "float32")):
+        monkeypatch.setenv(process.PRETEND, pretended)
         assert process.best_precision("cpu") == precision
 
 
