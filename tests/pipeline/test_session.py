@@ -126,7 +126,7 @@ def test_the_plan_shows_each_phases_precision_as_configured_as_begun_or_as_here(
     precisions = session.precisions(config, steps_)
     assert precisions["train-global"] == "bf16"
     assert precisions["train-local"] == "float32 if it begins on a machine like this one"
-    assert "precision: bf16" in session.table(steps_, {}, precisions)
+    assert "precision: bf16" in session.table(steps_, {}, precision=precisions)
 
 
 def test_the_plan_refuses_weights_that_are_not_there(tmp_path: Path) -> None:
