@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
-import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +24,8 @@ from stages.tracking.run import open_parent
 from stages.training import checkpoints
 from stages.training.news import Mailbox, Note
 from tests.faults.test_train_faults import ONE, phase_job
-from tests.stores.seaweed import SeaweedS3, free_ports
+from tests.stores.seaweed import SeaweedS3
+from tests.support.mlflow_server import MlflowServer
 from tests.support.nodes import Driver, Nodes
 from tests.support.small import make_shards
 from tests.support.undisturbed import PLAIN_NAME, Losses, losses, train_here, undisturbed
@@ -233,47 +230,6 @@ def test_rays_own_disk_is_full(small_disk: Path, s3_store: SeaweedS3, s3_bucket:
         (small_disk / "filler").unlink()
         start().end()
     assert losses(output) == expected
-
-
-class MlflowServer:
-    """A real tracking server on this machine; `start`, `kill`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_ports(1)[0]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = [
-            *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)),
-            *("--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--workers", "1"),
-            *("--artifacts-destination", str(self.folder / "artifacts")),
-        ]
-        with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-                start_new_session=True,
-            )
-        until = time.monotonic() + 180
-        while True:
-            try:
-                with urllib.request.urlopen(f"{self.url}/health", timeout=2) as answer:  # noqa: S310
-                    if answer.status == 200:
-                        return
-            except (OSError, urllib.error.URLError):
-                pass
-            assert self.process.poll() is None, (self.folder / "server.log").read_text()
-            assert time.monotonic() < until, (self.folder / "server.log").read_text()
-            time.sleep(0.2)
-
-    def kill(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        if self.process is not None:
-            self.process.wait()
 
 
 @pytest.mark.long

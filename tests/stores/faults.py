@@ -29,8 +29,11 @@ Action = Literal[
     "header",  # the answer has one header more: `header`
     "delay",  # an answer `seconds` late
     "hang",  # no answer until the client gives up
+    "twice",  # the server gets the request twice, the client the first answer
+    "throttle",  # an answer that takes `seconds` a megabyte, of what was sent and is answered
+    "stale",  # the answer that the same request got the first time it was seen
 ]
-BODY_ACTIONS = ("truncate", "flip")
+WHOLE_ACTIONS = ("delay", "twice", "throttle", "stale")  # the answer is the server's
 
 
 @dataclass(slots=True)
@@ -71,8 +74,16 @@ class FaultProxy:
     `counts` says what happened, `agents` which clients sent requests ("GET object_store": 3).
     """
 
-    def __init__(self, backend: tuple[str, int], faults: Sequence[Fault] = (), *, seed: int = 0) -> None:
-        self.backend, self.faults = backend, list(faults)
+    def __init__(
+        self,
+        backend: tuple[str, int],
+        faults: Sequence[Fault] = (),
+        *,
+        seed: int = 0,
+        host: str = "127.0.0.1",
+    ) -> None:
+        self.backend, self.faults, self.host = backend, list(faults), host
+        self._seen: dict[bytes, _Message] = {}
         self.counts: Counter[str] = Counter()
         self.agents: Counter[str] = Counter()
         self._random = random.Random(seed)
@@ -86,7 +97,7 @@ class FaultProxy:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}"
+        return f"http://{self.host}:{self._port}"
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -101,7 +112,7 @@ class FaultProxy:
         self._loop.close()
 
     async def _serve(self) -> None:
-        server = await asyncio.start_server(self._connection, "127.0.0.1", 0, limit=1 << 20)
+        server = await asyncio.start_server(self._connection, self.host, 0, limit=1 << 20)
         self._port = server.sockets[0].getsockname()[1]
         self._ready.set()
         await self._stop.wait()
@@ -122,11 +133,16 @@ class FaultProxy:
                 if fault is not None and fault.action == "delay":
                     await asyncio.sleep(fault.seconds)
                 upstream = upstream or await asyncio.open_connection(*self.backend, limit=1 << 20)
-                upstream[1].write(request.head + request.body)
-                answer = await _read_answer(upstream[0], bodyless=request.first[0] == "HEAD")
+                for _ in range(2 if fault is not None and fault.action == "twice" else 1):
+                    upstream[1].write(request.head + request.body)
+                    answer = await _read_answer(upstream[0], bodyless=request.first[0] == "HEAD")
+                if fault is not None and fault.action == "throttle":
+                    await asyncio.sleep(fault.seconds * (len(request.body) + len(answer.body)) / 1e6)
+                if fault is not None and fault.action == "stale":
+                    answer = self._seen.setdefault(request.head.split(b"\r\n", 1)[0], answer)
                 if fault is not None and not await self._spoil(fault, answer, writer):
                     return
-                if fault is None or fault.action == "delay":
+                if fault is None or fault.action in WHOLE_ACTIONS:
                     writer.write(answer.head + answer.body)
                 await writer.drain()
                 if b"connection: close" in answer.head.lower():
