@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import sys
 import tempfile
@@ -55,6 +56,7 @@ def main() -> int:
     out = Path(words.out or tempfile.mkdtemp(prefix="chaos-"))
     out.mkdir(parents=True, exist_ok=True)
     print(f"histories in {out}", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left behind
     end, results, seed = time.monotonic() + 60 * words.minutes, [], words.seed
     with World(out) as world:
         calm = calm_run(world)

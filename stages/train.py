@@ -32,6 +32,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -233,8 +234,6 @@ def _check(config: PhaseJob, resources: Resources, spec: DatasetSpec, shards: st
 def _fit(setup: Setup, resources: Resources, label: str) -> Ending:
     """One Ray Train run. Raises StageError, in one line, if its workers failed too often."""
     most, least = resources.train_workers, resources.train_workers_min
-    fs, path = storage.filesystem(storage.join(setup.task.output, "checkpoints", "ray"))
-    local = storage.is_local(setup.task.output)
     trainer = TorchTrainer(
         _work,
         train_loop_config={"setup": setup},
@@ -248,8 +247,9 @@ def _fit(setup: Setup, resources: Resources, label: str) -> Ending:
         torch_config=TorchConfig(timeout_s=resources.collective_timeout_s),
         run_config=RunConfig(
             name=setup.task.name,
-            storage_path=path,
-            storage_filesystem=None if local else PyFileSystem(FSSpecHandler(fs)),
+            # Ray keeps nothing for us: a folder in the controller's memory cannot fail, as a store can.
+            storage_path="/ray",
+            storage_filesystem=PyFileSystem(FSSpecHandler(MemoryFileSystem())),
             failure_config=FailureConfig(max_failures=resources.max_failures),
             logging_config=LoggingConfig("WARNING"),
             callbacks=[LostWorkers(setup.mailbox)],

@@ -128,7 +128,7 @@ class FaultProxy:
             while request := await _read_request(reader, writer):
                 fault = self._pick(request)
                 if fault is not None and fault.action in ("status", "reset", "hang"):
-                    await self._refuse(fault, reader, writer)
+                    await self._refuse(fault, request.first[0], reader, writer)
                     return
                 if fault is not None and fault.action == "delay":
                     await asyncio.sleep(fault.seconds)
@@ -140,7 +140,7 @@ class FaultProxy:
                     await asyncio.sleep(fault.seconds * (len(request.body) + len(answer.body)) / 1e6)
                 if fault is not None and fault.action == "stale":
                     answer = self._seen.setdefault(request.head.split(b"\r\n", 1)[0], answer)
-                if fault is not None and not await self._spoil(fault, answer, writer):
+                if fault is not None and not await self._spoil(fault, request.first[0], answer, writer):
                     return
                 if fault is None or fault.action in WHOLE_ACTIONS:
                     writer.write(answer.head + answer.body)
@@ -165,20 +165,22 @@ class FaultProxy:
                 return fault
         return None
 
-    async def _refuse(self, fault: Fault, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _refuse(
+        self, fault: Fault, method: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         """Answer without asking the server; the connection ends with it."""
         if fault.action == "status":
-            writer.write(_error(fault))
+            writer.write(_error(fault, method))
             await writer.drain()
         elif fault.action == "reset":
             _reset(writer)
         else:
             await reader.read(-1)
 
-    async def _spoil(self, fault: Fault, answer: _Message, writer: asyncio.StreamWriter) -> bool:
+    async def _spoil(self, fault: Fault, method: str, answer: _Message, writer: asyncio.StreamWriter) -> bool:
         """Send a spoiled answer. Returns whether the connection can be used further."""
         if fault.action == "status_after":
-            writer.write(_error(fault))
+            writer.write(_error(fault, method))
             await writer.drain()
             return False
         if fault.action == "reset_after":
@@ -201,14 +203,14 @@ class FaultProxy:
         return True
 
 
-def _error(fault: Fault) -> bytes:
+def _error(fault: Fault, method: str) -> bytes:
     body = (
         f'<?xml version="1.0"?><Error><Code>{fault.error}</Code><Message>injected</Message></Error>'.encode()
     )
     head = (
         f"HTTP/1.1 {fault.code} Injected\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n"
     )
-    return head.encode() + b"Connection: close\r\n\r\n" + body
+    return head.encode() + b"Connection: close\r\n\r\n" + (b"" if method == "HEAD" else body)
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
