@@ -61,6 +61,7 @@ LARGE_PIXELS = {"cpu": 1 << 19, "cuda": 1 << 22}
 GPU_BATCHES = 2
 """Batches in flight on a GPU: one is copied there or back while the other is computed."""
 
+EXAMPLES = 3  # unusable sources that a message quotes
 MAX_BATCH = 64
 
 logger = logging.getLogger(__name__)
@@ -562,8 +563,9 @@ def finish(config: InferConfig, resources: Resources, work: Work, output: str) -
     if failed > config.max_reject_fraction * work.rows:
         worst = max(errors, key=lambda name: errors[name]).removeprefix("error_")
         raise StageError(
-            f"infer: {failed:,} of {work.rows:,} sources cannot be used, most for {worst!r}; {output}/table "
-            f"has every reason; infer.max_reject_fraction is {config.max_reject_fraction}"
+            f"infer: {failed:,} of {work.rows:,} sources cannot be used, most for {worst!r}"
+            + "".join(f"; {key!r}: {error}" for key, error in outputs.failures(output, EXAMPLES))
+            + f"; {output}/table has every reason; infer.max_reject_fraction is {config.max_reject_fraction}"
         )
     return Outcome(counts={"images": counts["images"], "errors": failed, **errors})
 

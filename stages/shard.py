@@ -56,6 +56,17 @@ ROW_GROUP_BYTES = 8 << 20  # a row group is what training reads at once: big eno
 ROW_GROUP_ROWS = 64
 DECODERS = 4  # images that a task decodes at the same time: bounds memory, however many threads read
 ASPECT_TOLERANCE = 0.02
+EXAMPLES = 3  # rejected pairs that a message quotes
+ADVICE: Mapping[str, str] = {
+    "label_range": "shard.palette lists the values or colours of the classes in order, [0, 255] for masks; "
+    "shard.ignore_label reads one id as void_class",
+    "wrong_kind": "shard.kinds says what a role holds; shard.palette reads label maps that are colours",
+    "value_range": "shard.range: [low, high] scales other values",
+    "size_mismatch": "shard.fit: crop or stretch takes pairs of different shapes",
+    "too_large": "shard.max_pixels sets the limit",
+    "too_small": "shard.min_side sets the limit",
+}
+"""The setting that helps, by reason."""
 DEFAULT_KINDS: Mapping[Role, Kind] = {
     "source": "rgb",
     "target": "rgb",
@@ -178,6 +189,9 @@ class RejectedPair:
     uri: str
     reason: str
     detail: str
+
+    def __str__(self) -> str:
+        return f"{self.key!r} ({self.role}): {self.detail or self.reason}"
 
 
 @dataclass(slots=True)
@@ -422,6 +436,10 @@ def _write(
         "rows": len(rows),
         "files": files,
         "rejects": dict(Counter(reject.reason for reject in rejects)),
+        "examples": {
+            reason: [str(reject) for reject in rejects if reject.reason == reason][:EXAMPLES]
+            for reason in sorted({reject.reason for reject in rejects})
+        },
         "statistics": {split: sums.to_json() for split, sums in sorted(statistics.items())},
     }
 
@@ -450,6 +468,7 @@ class Summary:
     rows: int = 0
     bytes: int = 0
     rejects: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
     files: dict[int, dict[Split, ShardFile]] = field(default_factory=dict)
     statistics: dict[Split, Statistics] = field(default_factory=dict)
 
@@ -457,6 +476,8 @@ class Summary:
         """Add one partition's marker."""
         self.rows += marker["rows"]
         self.rejects.update(marker["rejects"])
+        for reason, texts in marker["examples"].items():
+            self.examples[reason] = sorted([*self.examples.get(reason, []), *texts])[:EXAMPLES]
         self.files[marker["bucket"]] = {
             split: ShardFile(name=f["name"], rows=f["rows"], row_groups=tuple(f["row_groups"]))
             for split, f in marker["files"].items()
@@ -485,11 +506,19 @@ class Summary:
         bad = sum(self.rejects.values())
         if bad <= limit * self.rows and bad < self.rows:
             return
-        reasons = ", ".join(f"{reason} {n:,}" for reason, n in self.rejects.most_common(8))
+        common = [reason for reason, _ in self.rejects.most_common(8)]
+        reasons = ", ".join(f"{reason} {self.rejects[reason]:,}" for reason in common)
+        # one example of each reason before a second one of any
+        examples = sorted(
+            ((place, text) for reason in common for place, text in enumerate(self.examples[reason])),
+            key=lambda example: example[0],
+        )
+        quoted = "".join(f"; {text}" for _, text in examples[:EXAMPLES])
+        advice = "".join(f"; {ADVICE[reason]}" for reason in common if reason in ADVICE)
         raise StageError(
             f"shard: {bad:,} of {self.rows:,} pairs were rejected ({bad / max(1, self.rows):.1%}, "
-            f"shard.max_reject_fraction allows {limit:.1%}): {reasons}. {output}/quarantine-*.parquet "
-            "lists each pair with its reason"
+            f"shard.max_reject_fraction allows {limit:.1%}): {reasons}{quoted}{advice}; "
+            f"{output}/quarantine-*.parquet lists each pair with its reason"
         )
 
 

@@ -310,7 +310,9 @@ def test_too_many_rejects_fail_the_stage_and_name_the_reasons(tmp_path: Path, ra
     rows = photo_pairs(tmp_path / "in", 4)
     rows.append(pair_row("gone", "train", {"source": "/nowhere/a.png", "target": "/nowhere/a.png"}))
     pairs = write_parts(tmp_path / "pairs", rows)
-    with pytest.raises(StageError, match=r"1 of 5 pairs were rejected \(20\.0%.*missing 1"):
+    with pytest.raises(
+        StageError, match=r"1 of 5 pairs were rejected \(20\.0%.*missing 1; 'gone' \(source\): "
+    ):
         shard.run(
             ShardConfig(size=SIZE), Resources(), output=str(tmp_path / "out"), track=NullRun(), pairs=pairs
         )
@@ -362,3 +364,31 @@ def test_images_of_two_shapes_are_refused_cropped_or_stretched(tmp_path: Path):
         assert np.array_equal(sample.images["source"], geometry.resize(whole, SIZE, "rgb"))
         part = tall[8:24] if fit == "crop" else tall
         assert np.array_equal(sample.images["target"], geometry.resize(part, SIZE, "rgb"))
+
+
+def test_the_message_of_too_many_rejects_quotes_examples_and_the_settings_that_help(tmp_path: Path):
+    mask = np.where(ids(1) > 2, 255, 0).astype(np.uint8)
+    colours = np.repeat(mask, 3, axis=2)
+    rows = []
+    for n, source in enumerate((mask, mask, mask, colours)):
+        row = pair_row(f"k{n}", "train", {"source": write_image(tmp_path / f"{n}.png", source)})
+        rows.append(row | {"target_uri": write_image(tmp_path / f"t{n}.png", photo(n))})
+    config = ShardConfig(size=SIZE, classes=2, kinds={"source": "labels"})
+    specs = shard.role_specs(config, ["source", "target"])
+    done = shard.Summary()
+    for part in sorted(Path(write_parts(tmp_path / "pairs", rows, 2)).glob("part-*")):
+        done.add(
+            shard.shard_part(
+                str(part), output=str(tmp_path / "out"), config=config, specs=specs, io_threads=2
+            )
+        )
+    with pytest.raises(StageError) as caught:
+        done.check(config.max_reject_fraction, "out")
+    text = str(caught.value)
+    assert (
+        "label_range 3, wrong_kind 1; 'k0' (source): id 255, classes are 0..1; 'k3' (source): ids need"
+        in text
+    )
+    assert text.count("id 255") == 2
+    assert "shard.palette lists" in text
+    assert "\n" not in text

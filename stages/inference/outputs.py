@@ -113,6 +113,16 @@ def error_counts(errors: Iterable[str]) -> Counter[str]:
     return Counter(f"error_{error.partition(':')[0]}" for error in errors)
 
 
+def failures(output: str, limit: int) -> list[tuple[str, str]]:
+    """Keys and reasons of the first sources that gave no image."""
+    rows: list[tuple[str, str]] = []
+    for part in parts(output):
+        if len(rows) < limit:
+            table = storage.read_parquet(part, columns=["key", "error"]).drop_null()
+            rows += zip(table["key"].to_pylist(), table["error"].to_pylist(), strict=True)
+    return rows[:limit]
+
+
 def parts(output: str) -> Iterator[str]:
     """URIs of the table's parts, in unit order."""
     for unit in sorted(finished_units(output)):
