@@ -16,6 +16,7 @@ from ray.exceptions import AuthenticationError
 from pipeline.config import PipelineConfig
 from stages import storage
 from stages.base import Resources
+from stages.config.tracking import sqlite_file
 from stages.errors import UserError, one_line
 from stages.models.fast import heap
 from stages.parallel.threads import own_cores
@@ -105,9 +106,9 @@ def _join(address: str, runtime_env: Mapping[str, Any]) -> None:
 def result_folders(config: PipelineConfig) -> dict[str, str]:
     """The folders of this machine that a run writes results to, by the config's key."""
     folders = {"workspace": config.workspace} if storage.is_local(config.workspace) else {}
-    tracked = config.tracking.place(config.workspace)
-    if config.tracking.enabled and tracked.startswith("sqlite:///"):
-        folders["tracking.uri"] = tracked.removeprefix("sqlite:///")
+    tracked = sqlite_file(config.tracking.place(config.workspace))
+    if config.tracking.enabled and tracked is not None:
+        folders["tracking.uri"] = str(tracked)
     return folders
 
 

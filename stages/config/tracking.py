@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import os
 import posixpath
+import shlex
 from pathlib import Path
 from typing import Annotated, Self
+from urllib.parse import unquote
 
 from pydantic import Field, field_validator, model_validator
 
 from stages.base import Config
 from stages.config.locations import absolute
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a SQLite URI, as SQLAlchemy reads it; None for servers and for databases in memory."""
+    path = unquote(uri.removeprefix("sqlite:///").partition("?")[0])
+    return Path(path).expanduser() if uri.startswith("sqlite:///") and path not in ("", ":memory:") else None
+
+
+def sqlite_uri(file: Path) -> str:
+    """The URI of a SQLite file. Only what SQLAlchemy would misread is quoted: MLflow quotes nothing."""
+    return f"sqlite:///{str(file).replace('%', '%25').replace('?', '%3F')}"
 
 
 class TrackingConfig(Config):
@@ -59,7 +72,7 @@ class TrackingConfig(Config):
         local = workspace.removeprefix("file://")
         remote = "://" in local or "::" in local
         folder = Path.cwd() if remote else Path(absolute(local))
-        default = f"sqlite:///{folder / 'mlflow' / 'mlflow.db'}"
+        default = sqlite_uri(folder / "mlflow" / "mlflow.db")
         return self.uri or os.environ.get("MLFLOW_TRACKING_URI") or default
 
     def page_command(self, workspace: str) -> str:
@@ -67,4 +80,4 @@ class TrackingConfig(Config):
         if not self.enabled:
             return "not tracked (tracking.enabled: false)"
         place = self.place(workspace)
-        return place if place.startswith("http") else f"mlflow ui --backend-store-uri {place}"
+        return place if place.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(place)}"

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from stages import storage
+from stages.config.tracking import sqlite_file
 from stages.errors import UserError, one_line
 from stages.models.files.saved import DISCRIMINATOR, EMA, MANIFEST, WEIGHTS
 from stages.storage.local import download
@@ -82,8 +83,8 @@ def mlflow_model(uri: str, tracking_uri: str | None = None) -> Path:
     import mlflow.artifacts  # noqa: PLC0415
     from mlflow.exceptions import MlflowException  # noqa: PLC0415
 
-    database = Path((tracking_uri or "").removeprefix("sqlite:///"))
-    if tracking_uri and tracking_uri.startswith("sqlite:///") and not database.exists():
+    database = sqlite_file(tracking_uri or "")
+    if database is not None and not database.exists():
         raise UserError(f"{uri}: there is no MLflow database {database}; set tracking.uri")
     if uri.startswith("runs:/") and uri.count("/") == 1:
         uri += "/model"

@@ -20,7 +20,6 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -28,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from stages import storage
-from stages.config.tracking import TrackingConfig
+from stages.config.tracking import TrackingConfig, sqlite_file, sqlite_uri
 from stages.errors import UserError, one_line
 from stages.images import encode
 from stages.tracking import sender
@@ -208,20 +207,21 @@ def _sender(config: TrackingConfig, workspace: str) -> Sender:
 
 def _absolute_sqlite(uri: str) -> str:
     """A SQLite URI that means the same file from every working directory; its folder is made."""
-    if not uri.startswith("sqlite:///") or uri == "sqlite:///:memory:":
+    file = sqlite_file(uri)
+    if file is None:
         return uri
-    path = Path(uri.removeprefix("sqlite:///")).expanduser().absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{path}"
+    file.absolute().parent.mkdir(parents=True, exist_ok=True)
+    return sqlite_uri(file.absolute())
 
 
 @contextmanager
 def _alone(uri: str) -> Iterator[None]:
     """One process at a time, for a SQLite file: MLflow's migrations of a new one fail beside each other."""
-    if not uri.startswith("sqlite:///") or uri == "sqlite:///:memory:":
+    file = sqlite_file(uri)
+    if file is None:
         yield
         return
-    folder = os.open(Path(uri.removeprefix("sqlite:///")).parent, os.O_RDONLY)
+    folder = os.open(file.parent, os.O_RDONLY)
     try:
         with suppress(OSError):  # a network's file system may have no locks
             fcntl.flock(folder, fcntl.LOCK_EX)
@@ -238,8 +238,8 @@ def _open_experiment(uri: str, name: str) -> str:
             raise UserError(f"the experiment {name} was deleted in MLflow; restore it or take another name")
         return str(experiment.experiment_id)
     location = None  # a server decides where artifacts go
-    if uri.startswith("sqlite:///"):
-        location = (Path(uri.removeprefix("sqlite:///")).parent / "artifacts" / name).as_uri()
+    if (file := sqlite_file(uri)) is not None:
+        location = (file.parent / "artifacts" / name).as_uri()
     return str(client.create_experiment(name, artifact_location=location))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shlex
 import socket
 import subprocess
 import sys
@@ -15,8 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sqlalchemy.engine import make_url
 
-from stages.config.tracking import TrackingConfig
+from stages.config.tracking import TrackingConfig, sqlite_file, sqlite_uri
 from stages.errors import UserError
 from stages.tracking import run as tracking
 from stages.tracking import sender
@@ -220,6 +222,20 @@ def test_the_page_of_a_local_run_is_one_command_away(tmp_path: Path) -> None:
     command = TrackingConfig().page_command(str(tmp_path))
     assert command == f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow/mlflow.db"
     assert TrackingConfig(uri="http://host:5000").page_command(str(tmp_path)) == "http://host:5000"
+
+
+def test_the_command_can_be_pasted_whatever_the_workspace_is_called(tmp_path: Path) -> None:
+    workspace = tmp_path / "50 'ü'#&;$x"
+    with open_parent(TrackingConfig(), "pasted", {}, str(workspace)) as parent:
+        run_id = parent.run_id()
+    assert (workspace / "mlflow/mlflow.db").exists()
+    assert list(tmp_path.iterdir()) == [workspace]
+    *command, uri = shlex.split(TrackingConfig().page_command(str(workspace)))
+    assert command == ["mlflow", "ui", "--backend-store-uri"]
+    run = sender.connect(uri).get_run(run_id)
+    assert run.info.run_name == "pasted"
+    odd = Path("/a%20b/c?d/mlflow.db")
+    assert sqlite_file(sqlite_uri(odd)) == Path(make_url(sqlite_uri(odd)).database or "") == odd
 
 
 class Dead(BaseHTTPRequestHandler):
