@@ -11,6 +11,8 @@ This module imports neither Ray nor torch, so that a mistake is reported at once
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self, cast
@@ -28,7 +30,7 @@ from stages.config.report import ReportConfig
 from stages.config.shard import AugmentConfig, ShardConfig
 from stages.config.tracking import TrackingConfig
 from stages.config.train import TrainConfig
-from stages.errors import UserError, first_invalid
+from stages.errors import QUOTE, UserError, first_invalid
 
 SECRET_WORDS = ("secret", "token", "password", "passwd", "credential", "access_key", "account_key", "sas")
 SECRET_NAMES = ("key", "pass", "auth")
@@ -84,6 +86,9 @@ class PipelineConfig(Config):
     @field_validator("workspace")
     @classmethod
     def _independent_of_the_working_directory(cls, workspace: str) -> str:
+        unknown = re.match(r"\$(\w+|\{[^}]*\})", os.path.expandvars(workspace))
+        if unknown:
+            raise ValueError(f"there is no environment variable {unknown[0]}")
         return absolute(workspace)
 
     @field_validator("storage")
@@ -196,12 +201,19 @@ def parse(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}{_advice(error)}") from error
     if not isinstance(values, dict):
         raise UserError(
             f"{path}: expected sections (`ingest:`, `train:`, ...), found {type(values).__name__}"
         )
     return values
+
+
+def _advice(error: yaml.YAMLError) -> str:
+    """What to do about text that YAML takes for a section: a pattern whose braces are not quoted."""
+    mark = getattr(error, "problem_mark", None)
+    near = mark.get_snippet() if mark is not None else ""
+    return "; " + QUOTE if "{" in (near or "") else ""
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -265,7 +277,7 @@ def _set(values: dict[str, Any], override: str) -> None:
     try:
         value = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
     except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: the value is not valid YAML") from error
+        raise UserError(f"--set {override}: the value is not valid YAML{_advice(error)}") from error
     assign(values, dotted, value, said=f"--set {override}")
 
 

@@ -11,6 +11,8 @@ import re
 
 from pydantic import ValidationError
 
+QUOTE = """quote text with {braces}: "{key}.png", in a shell '"{key}.png"'"""
+
 
 class PixloomError(Exception):
     """Base of the errors a run ends with; its text is one line a person can act on."""
@@ -71,6 +73,8 @@ def first_invalid(error: ValidationError) -> str:
         message = "there is no such key"
     elif first["type"] == "missing":
         message = "is required"
+    elif first["type"] == "string_type" and isinstance(first["input"], dict):
+        message = f"expected text, found a section; {QUOTE}"
     elif not isinstance(first["input"], dict | list) and first["type"] != "value_error":
         message = f"{message}, got {first['input']!r}"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""

@@ -50,7 +50,7 @@ from stages.shards.dataset import DatasetSpec
 if TYPE_CHECKING:
     from stages.tracking.run import Run
 
-VERSION = 1
+VERSION = 2
 
 BATCH_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 22}
 """Pixels of a batch: four images of 256x256 for a CPU's core, 64 for a GPU."""

@@ -11,6 +11,7 @@ differ only in their fixed parts meet under one key. `stages.objects.patterns` m
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -26,8 +27,13 @@ _TOKEN = re.compile(r"\{([^{}]*)\}|(\*\*)|(\*)|([^{}*]+)|(.)", re.DOTALL)
 
 
 def absolute(uri: str) -> str:
-    """The same location, independent of the working directory (workers have another one)."""
-    return str(Path(uri).expanduser().resolve()) if "://" not in uri and "::" not in uri else uri
+    """The same location, independent of the working directory (workers have another one).
+
+    `~` and environment variables in a local path are expanded.
+    """
+    if "://" in uri or "::" in uri:
+        return uri
+    return str(Path(os.path.expanduser(os.path.expandvars(uri))).resolve())  # noqa: PTH111 - "~nobody" stays
 
 
 def holds(location: str, folder: str) -> bool:

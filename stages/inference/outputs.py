@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
-from urllib.parse import quote
 
 import pyarrow as pa
 
@@ -33,7 +32,10 @@ MANIFEST = "infer.json"
 IMAGES, SAMPLES, TABLE = "images", "samples", "table"
 
 MAX_SEGMENT = 180
-"""Longest name of a file or folder made from a key, in characters; most file systems take 255 bytes."""
+"""Longest name of a file or folder made from a key, in bytes; most file systems take 255."""
+
+UNSAFE = '%\\:*?"<>|'
+"""What Windows takes in no name, and the sign of a code."""
 
 ROWS = pa.schema(
     {
@@ -56,9 +58,10 @@ ROWS = pa.schema(
 def output_name(key: str, suffix: str, sample: int = 0) -> str:
     """The path of a key's image below the output folder.
 
-    A key's segments become folders. In each, all but letters, digits, space and `-_.,+=@~` is percent-coded,
-    and so are dots and spaces at its ends: no segment is hidden or `..`. One longer than `MAX_SEGMENT` keeps
-    its beginning and ends in a hash. Two keys never get one path.
+    A key's segments become folders, with the names they came with. Percent-coded is only what some store or
+    system does not take or would hide: characters that print nothing, those of `UNSAFE`, dots and spaces at a
+    segment's ends. A segment longer than `MAX_SEGMENT` keeps its beginning and ends in a hash. Two keys never
+    get one path.
     """
     segments = [_segment(part) for part in key.split("/")]
     top = IMAGES if sample == 0 else f"{SAMPLES}/{sample}"
@@ -66,18 +69,24 @@ def output_name(key: str, suffix: str, sample: int = 0) -> str:
 
 
 def _segment(text: str) -> str:
-    encoded = quote(text.encode(errors="surrogatepass"), safe=" ,+=@~")
+    last = len(text) - 1
+    encoded = "".join(
+        _coded(char)
+        if char in UNSAFE or not char.isprintable() or (char in ". " and place in (0, last))
+        else char
+        for place, char in enumerate(text)
+    )
     if not encoded:
         return "%"  # an empty segment; no encoding of anything else is a bare percent sign
-    for char, code in ((".", "%2E"), (" ", "%20")):
-        if encoded.startswith(char):
-            encoded = code + encoded[1:]
-        if encoded.endswith(char):  # Windows drops them
-            encoded = encoded[:-1] + code
-    if len(encoded) > MAX_SEGMENT:
+    if len(encoded.encode()) > MAX_SEGMENT:
         digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=12).hexdigest()
-        encoded = f"{encoded[: MAX_SEGMENT - 30]}%{digest}"  # "%" and 24 digits: no encoding reads so
+        head = encoded.encode()[: MAX_SEGMENT - 30].decode(errors="ignore")
+        encoded = f"{head}%{digest}"  # "%" and 24 digits: no encoding reads so
     return encoded
+
+
+def _coded(char: str) -> str:
+    return "".join(f"%{byte:02X}" for byte in char.encode(errors="surrogatepass"))
 
 
 # -- work units ---------------------------------------------------------------

@@ -85,6 +85,25 @@ def test_a_set_that_leads_nowhere_is_refused(override: str) -> None:
     assert "--set" in refused(override)
 
 
+@pytest.mark.parametrize("value", ["{key}.png", "{split}/{key}.png", "{key}"])
+def test_a_pattern_that_is_not_quoted_is_told_so(tmp_path: Path, value: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"extends: {YAML}\ningest: {{locations: [{{uri: a, role: source, pattern: {value}}}]}}\n")
+    for path, settings in ((YAML, [f"ingest.locations.0.pattern={value}"]), (str(file), [])):
+        with pytest.raises(UserError, match=re.escape('quote text with {braces}: "{key}.png"')):
+            configuration.load(path, settings)
+    configuration.load(YAML, ['ingest.locations.0.pattern="{key}.png"'])
+
+
+def test_variables_in_the_workspace_are_expanded_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    for workspace in ("$HOME/ws", "${HOME}/ws", "~/ws"):
+        assert configuration.load(YAML, [f"workspace={workspace}"]).workspace == "/home/me/ws"
+    with pytest.raises(UserError, match=r"no environment variable \$NOWHERE"):
+        configuration.load(YAML, ["workspace=$NOWHERE/ws"])
+
+
 def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "twice.yaml"
     file.write_text("train: {seed: 1}\ntrain: {seed: 2}\n")
