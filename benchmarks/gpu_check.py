@@ -3,8 +3,7 @@
     python -m benchmarks.gpu_check --out results --facades facades      every part, in this order:
 
     tests      `-m gpu` tests (tests/gpu)
-    waits      how often a step waits for the device
-    train      ms per step and peak memory: the published step and ours, in every variant
+    train      ms per step, peak memory, how often the host waits; of the published step and of ours
     infer      images per second
     profile    the kernels of a step by time; how many are launched; the share that only changes layouts
     compiled   our step under torch.compile, which takes a minute a case
@@ -79,7 +78,7 @@ TINY = {
 }
 PROFILED = ("U-Net 256, batch 1", "U-Net 256, batch 16", "G1 1024x512", "joint 2048x1024")
 COMPILED = ("U-Net 256, batch 1", "G1 1024x512", "joint 2048x1024")
-COMPILE_S = 90  # to compile a case
+COMPILE_S = 60  # to compile a case
 
 LAYOUT = ("nchwToNhwc", "nhwcToNchw", "direct_copy", "CatArray", "transpose")
 """Parts of the names of kernels that only move numbers."""
@@ -238,16 +237,17 @@ def add_times(report: Report, case_name: str, variant: str, run: Run, options: a
         if f"published {name}" in before
     }
     rate = 1e3 * options.cases[case_name].rows / values["ms"]
-    report.add("train", case=case_name, variant=variant, **values, pairs_s=rate, **ratios)
+    waits = count_waits(run, report.device)
+    report.add("train", case=case_name, variant=variant, **values, pairs_s=rate, waits=waits, **ratios)
 
 
 # -- parts ------------------------------------------------------------------------------------------
 
 
 def tests(report: Report, _: argparse.Namespace) -> None:
-    """pytest in a process of its own."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "-rA", "-p", "no:cacheprovider"]
-    limit = max(30.0, min(150.0, report.left() / 3))
+    """pytest in a process of its own, without the tests that compile: each takes a minute."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-k", "not compiled", "tests/gpu", "-v"]
+    limit = max(60.0, min(150.0, report.left() / 3))
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
         text, last = done.stdout + done.stderr, (done.stdout.splitlines() or [""])[-1]
@@ -261,18 +261,15 @@ def tests(report: Report, _: argparse.Namespace) -> None:
     report.add("tests", result=last)
 
 
-def waits(report: Report, options: argparse.Namespace) -> None:
-    """Steps with torch's warnings of every wait for the device."""
-    for name, case in options.cases.items():
-        with report.trying("waits", case=name):
-            gan, batch = our_gan(case, "float32", report.device), make_batch(case).to(report.device)
-            for variant, run in our_variants(case, gan, batch):
-                run()  # the optimizers make their state, cuDNN its choices
-                with warnings.catch_warnings(record=True) as found, watched_for_waits(report.device):
-                    warnings.simplefilter("always")
-                    run()
-                places = {f"{Path(w.filename).name}:{w.lineno}" for w in found}
-                report.add("waits", case=name, variant=variant, waits=len(found), at=" ".join(sorted(places)))
+def count_waits(run: Run, device: torch.device) -> int:
+    """How often the host waits for the device while it starts one step."""
+    with warnings.catch_warnings(record=True) as found, watched_for_waits(device):
+        warnings.simplefilter("always")
+        run()
+    waits = [warning for warning in found if "called a synchronizing" in str(warning.message)]
+    for warning in waits:
+        print(f"waits at {Path(warning.filename).name}:{warning.lineno}")
+    return len(waits)
 
 
 @contextmanager
@@ -309,7 +306,7 @@ def compiled(report: Report, options: argparse.Namespace) -> None:
     """Our bf16 step under torch.compile."""
     for name in (name for name in COMPILED if name in options.cases and not options.tiny):
         case = options.cases[name]
-        if report.left() < options.keep / 2 + COMPILE_S:
+        if report.left() < options.facades_s + COMPILE_S:
             report.add("train", case=name, variant="ours bf16 compiled", failed="no time left")
             continue
         with report.trying("train", case=name, variant="ours bf16 compiled"):
@@ -364,12 +361,12 @@ def infer(report: Report, options: argparse.Namespace) -> None:
         batch = make_batch(case).to(report.device)
         condition = make_condition(batch.source, batch.instance, arch=case.arch, inputs=case.inputs)
         last = condition.contiguous(memory_format=torch.channels_last)
+        with torch.device(report.device):
+            plain = plain_gan(case).generator
+        trained = our_gan(case, "float32", report.device).generator.eval().requires_grad_(False)
         for precision in ("tf32", "bf16"):
             bf16 = precision == "bf16"
             with report.trying("infer", case=name, precision=precision):
-                with torch.device(report.device):
-                    plain = plain_gan(case).generator
-                trained = our_gan(case, "float32", report.device).generator.eval().requires_grad_(False)
                 dtype = torch.bfloat16 if bf16 else torch.float32
                 ours = accelerate(trained, device=report.device, frozen=dtype)
 
@@ -498,7 +495,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
 # -- all ---------------------------------------------------------------------------------------------
 
-PARTS = {part.__name__: part for part in (tests, waits, train, infer, profile, compiled, facades)}
+PARTS = {part.__name__: part for part in (tests, train, infer, profile, compiled, facades)}
 
 
 def machine(device: torch.device) -> Row:
@@ -530,6 +527,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--keep", type=float, default=200, help="seconds that `train` leaves for the parts after it"
     )
+    parser.add_argument("--facades-s", type=float, default=90, help="seconds that `compiled` leaves")
     parser.add_argument("--score-s", type=float, default=15, help="seconds to score Facades' test images")
     parser.add_argument("--precision", choices=["float32", "bf16"], default="bf16", help="for Facades")
     parser.add_argument("--epochs", type=int, default=200, help="of Facades, at most")

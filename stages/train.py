@@ -71,6 +71,8 @@ __all__ = ["VERSION", "PhaseConfig", "PhaseJob", "TrainConfig", "jobs", "run"]
 
 VERSION = 1
 RESIZE_S = 30.0  # between two checks for machines that joined, if the number of workers may vary
+GPU_DECODERS = 16  # threads; each has a batch in memory
+CPU_DECODERS = 4
 STOP_S = 25.0  # for a last checkpoint after SIGTERM; `ray job stop` kills after 30 s (cluster/)
 
 logger = logging.getLogger(__name__)
@@ -139,7 +141,7 @@ def threads(configured: int | None, workers_here: int, gpu: bool) -> int:
 def decode_threads(workers_here: int, gpu: bool) -> int:
     """Threads of a worker that decode: its share of the cores; few on a CPU, where the step needs them."""
     share = max(1, own_cores() // max(1, workers_here))
-    return share if gpu else min(4, share)
+    return min(share, GPU_DECODERS if gpu else CPU_DECODERS)
 
 
 # -- wiring -------------------------------------------------------------------

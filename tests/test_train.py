@@ -208,3 +208,9 @@ def test_another_config_or_input_has_another_name() -> None:
         train.job_name(first, "shards/", ""),
     }
     assert len(names) == 4
+
+
+def test_a_worker_decodes_with_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "own_cores", lambda: 24)
+    assert [train.decode_threads(workers, gpu=True) for workers in (1, 2, 8, 48)] == [16, 12, 3, 1]
+    assert [train.decode_threads(workers, gpu=False) for workers in (1, 8)] == [4, 3]
