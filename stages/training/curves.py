@@ -119,7 +119,7 @@ def arrival(device: torch.device) -> torch.cuda.Event | None:
     """An event after all that a GPU has been asked to do so far; None for a CPU, which has done it."""
     if device.type != "cuda":
         return None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(device))
     return event
 

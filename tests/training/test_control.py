@@ -248,6 +248,7 @@ def one_of_two(rank: int, world: int, folder: str) -> None:
     dist.barrier()
     assert train(parts, worker).position.steps == STEPS
     train(task(root / "warned", job, checkpoint_images=None, keep_checkpoints=9), worker, warned_at=2)
+    train(task(root / "rarely", job, checkpoint_seconds=1000, keep_checkpoints=9), worker)
     dist.destroy_process_group()
 
 
@@ -257,3 +258,5 @@ def test_two_workers_follow_one_order(tmp_path: Path) -> None:
     assert_equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
     assert [int(name.removeprefix("step-")) for name in names(tmp_path / "warned")] == [2, 3, 6, 9]
     assert losses(tmp_path / "warned") == losses(tmp_path / "whole")
+    assert [int(name.removeprefix("step-")) for name in names(tmp_path / "rarely")] == [3, 6, 9]
+    assert losses(tmp_path / "rarely") == losses(tmp_path / "whole")
