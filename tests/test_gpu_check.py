@@ -46,7 +46,7 @@ def test_every_part_runs_to_its_end_without_ray_and_the_data_libraries(tmp_path:
     assert done.returncode == 0, done.stderr
     rows = json.loads((out / "gpu.json").read_text())
     assert [row for row in rows if "failed" in row] == []
-    assert {row["part"] for row in rows} == {"machine", *gpu_check.PARTS} - {"compiled"}
+    assert {row["part"] for row in rows} == {"machine", *gpu_check.PARTS} - {"compiled", "graph"}
     assert "skipped" in next(row["result"] for row in rows if row["part"] == "tests")
     assert len([row for row in rows if row["part"] == "train"]) == 2 * 6
     assert next(row for row in rows if row["part"] == "facades")["steps"] == 2

@@ -184,7 +184,7 @@ def _step_pix2pix(
     total: Losses = {}
     several = len(micro_batches) > 1
     random = random_source(micro_batches[0].target.device)
-    seed = random.initial_seed()
+    seed = random.initial_seed() if several else 0  # a CUDA graph must not ask
     real: list[Features] = [[] for _ in micro_batches]
     first: tuple[_Pair, Tensor] | None = None
 
