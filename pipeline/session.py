@@ -29,7 +29,7 @@ from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec
 from stages.tracking.run import Run, catch_up, open_parent
 from stages.training import execution, phases
-from stages.training.memory import estimate_memory
+from stages.training.memory import advice, estimate_memory
 
 Markers = Mapping[str, Mapping[str, Any]]
 """The markers of finished steps by the step's name."""
@@ -234,9 +234,10 @@ def table(
         line = f"{p.step.name:<15} {p.fingerprint:<13} {'done' if p.done else 'to do':<6} {p.why}"
         if p.step.name in bytes_:
             line += f"; a training worker needs about {bytes_[p.step.name] / 1e9:.1f} GB"
-            if available is not None:
-                more = "more than" if bytes_[p.step.name] > available else "of"
-                line += f", {more} the GPU's {available / 1e9:.1f} GB"
+            if available is not None and bytes_[p.step.name] <= available:
+                line += f" of the GPU's {available / 1e9:.1f} GB"
+            elif available is not None and isinstance(p.step.config, PhaseJob):
+                line += f", more than the GPU's {available / 1e9:.1f} GB: {advice(p.step.config)}"
         if precision and p.step.name in precision:
             line += f"; precision: {precision[p.step.name]}"
         lines.append(line)

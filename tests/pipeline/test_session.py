@@ -154,3 +154,12 @@ def test_the_summary_has_times_results_and_where_the_report_is() -> None:
 def test_the_commit_of_a_job_comes_from_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIXLOOM_COMMIT", "abc123")
     assert session.commit() == {"mlflow.source.git.commit": "abc123"}
+
+
+def test_the_plan_compares_a_steps_memory_with_the_gpus() -> None:
+    config = configuration.load(YAML)
+    needed = {"train-global": 90_000_000_000}
+    assert "needs about 90.0 GB of the GPU's 141.0 GB" in session.table(planned(config), needed, 141 * 10**9)
+    text = session.table(planned(config), needed, 80 * 10**9)
+    assert "needs about 90.0 GB, more than the GPU's 80.0 GB: lower " in text
+    assert "GPU" not in session.table(planned(config), needed)

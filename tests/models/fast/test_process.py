@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
@@ -28,3 +29,21 @@ def test_the_networks_thread_does_not_wait_long_for_the_interpreter(save_memory:
         assert sys.getswitchinterval() == pytest.approx(process.SWITCH_SECONDS)
     finally:
         sys.setswitchinterval(before)
+
+
+def test_a_gpus_allocator_is_told_to_expand_its_segments_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+    matmul, switching = torch.get_float32_matmul_precision(), sys.getswitchinterval()
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # what it was is put back afterwards
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    try:
+        process.tune_process("cuda")
+        assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+        monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
+        process.tune_process("cuda")
+        assert os.environ["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:64"
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        sys.setswitchinterval(switching)
