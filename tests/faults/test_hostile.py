@@ -146,7 +146,7 @@ def test_hostile_archives_give_sound_pairs_and_named_rejects(tmp_path: Path, nam
     protocol = "zip" if name.endswith("zip") else "tar"
 
     def uri(member: str) -> str:
-        return f"{protocol}://{member.removeprefix('/')}::{tmp_path / name}"
+        return f"{protocol}://{member}::{tmp_path / name}"
 
     assert reasons == {uri(member): reason for member, reason in fates.items() if reason}
     spec = DatasetSpec(size=SIZE, roles=specs, splits=done.splits())
