@@ -57,6 +57,7 @@ from stages.shards.readers import read_with_ray
 from stages.tracking.run import NullRun
 
 LOAD, CROP = 286, 256
+SCENES = 200  # drawn where there are no photos
 BATCH = 4
 MINUS_ONE = torch.tensor(-1.0)
 
@@ -107,7 +108,7 @@ def side_by_side(folder: Path | None, scratch: Path) -> list[Path]:
     if folder is not None:
         return sorted(folder.glob("*.jpg"))
     made = []
-    for n in range(200):
+    for n in range(SCENES):
         scene = sample.draw(0, n, 256, 256)
         both = np.concatenate([scene.photo, colour.colorize(scene.label)], axis=1)
         made.append(scratch / f"{n}.jpg")
