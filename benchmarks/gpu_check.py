@@ -255,7 +255,7 @@ def tests(report: Report, _: argparse.Namespace) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
         text, last = done.stdout + done.stderr, (done.stdout.splitlines() or [""])[-1]
     except subprocess.TimeoutExpired as error:
-        text = (error.stdout or b"").decode()
+        text = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
         last = f"not finished after {limit:.0f} s"
     (report.out / "tests.txt").write_text(text)
     for line in text.splitlines():
