@@ -42,7 +42,14 @@ def test_a_wrong_setting_is_named_in_one_line(word: str, named: str) -> None:
 
 
 def test_a_model_that_is_not_there_ends_with_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--model", str(tmp_path / "no"), "--input", str(tmp_path), "--output", str(tmp_path / "out")]
+    words = [
+        "--model",
+        str(tmp_path / "no"),
+        "--input",
+        str(tmp_path / "in"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
     assert main(words) == 2
     assert "there is no model.json" in capsys.readouterr().err
 
