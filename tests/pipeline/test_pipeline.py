@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -151,11 +150,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Place:
 
 
 @pytest.fixture
-def run_here(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., tuple[int, str, str]]]:
+def run_here(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int, str, str]]]:
     """The command in this process, for runs that start no cluster: exit code, stdout and stderr."""
-    monkeypatch.setattr(logging.root, "handlers", [])
     before = signal.getsignal(signal.SIGTERM)
 
     def run(place: Place, *words: str) -> tuple[int, str, str]:
