@@ -177,11 +177,11 @@ TINY = {
     "listing": ["--sizes", "200,400"],
     "inference": shlex.split("--turns 1 --images 4 --size 64 --width 8 --store local --memory 0 --rerun 8"),
     "inference_model": ["--network", "unet", "--turns", "1", "--settings", "frozen"],
-    "train_step": ["unet", "--turns", "1", "--no-memory"],
-    "distributed": ["--turns", "1", "--epochs", "1", "--size", "64x64"],
+    "train_step": ["unet", "--turns", "1", "--no-memory", "--precision", "float32"],
 }
 NOT_RUN = {
     "ceiling": "measures the processor and has no size to make tiny",
+    "distributed": "takes minutes at its smallest; only its arguments are tried",
     "gpu_check": "tests/test_gpu_check.py runs it",
     "learning": "tests/recipes/test_learning.py runs it",
     "results": "trains on real data",
