@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import ray.data
 from ray.exceptions import AuthenticationError
@@ -47,6 +49,9 @@ UNWATCHED = {
 (benchmarks/README.md), and without a dashboard nobody would see it."""
 
 
+EXIT_S = 5.0  # that Ray's processes have to end by themselves
+
+
 @contextmanager
 def cluster(
     resources: Resources, options: Mapping[str, Mapping[str, Any]], folders: Mapping[str, str]
@@ -68,7 +73,8 @@ def cluster(
     else:
         for name, value in UNWATCHED.items():
             os.environ.setdefault(name, value)
-        ray.init(
+        others = set(psutil.Process().children())
+        context = ray.init(
             # Logical CPUs: training and the tasks that read for it must fit, also on a small machine.
             num_cpus=max(4, own_cores() + resources.train_workers),
             include_dashboard=False,
@@ -80,7 +86,32 @@ def cluster(
     try:
         yield
     finally:
-        ray.shutdown()
+        if joined:
+            ray.shutdown()
+        else:
+            _end(others, context.address_info["session_dir"])
+
+
+def _end(others: set[psutil.Process], session: str) -> None:
+    """End the Ray of this process with all its processes, and remove its session folder.
+
+    A worker can hang for good in the exit handlers of Ray's C++, hundreds of megabytes in hand.
+
+    others   children of this process that are not Ray's
+    """
+    own = {child for one in set(psutil.Process().children()) - others for child in _family(one)}
+    ray.shutdown()
+    for process in psutil.wait_procs(own, timeout=EXIT_S)[1]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    shutil.rmtree(session, ignore_errors=True)
+
+
+def _family(process: psutil.Process) -> list[psutil.Process]:
+    """A process and all below it."""
+    with suppress(psutil.NoSuchProcess):
+        return [process, *process.children(recursive=True)]
+    return []
 
 
 def _quiet_data() -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline import config as configuration
@@ -38,3 +43,45 @@ def test_a_workspace_that_is_a_file_is_refused(tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(UserError, match=rf"^run.yaml: workspace: {file} is a file; name a folder$"):
         check_folders({"workspace": str(file)}, "run.yaml")
+
+
+OWN_CLUSTER = """
+import os, signal, sys
+import psutil, ray
+from pipeline.cluster import cluster
+from stages.base import Resources
+
+@ray.remote
+class Worker:
+    def pid(self):
+        return os.getpid()
+    def hang(self):
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+with cluster(Resources(), {}, {}):
+    workers = [Worker.remote() for _ in range(2)]
+    pids = ray.get([worker.pid.remote() for worker in workers])
+    print(*pids, *(p.pid for p in psutil.Process().children(recursive=True)))
+    workers[0].hang.remote()
+    while psutil.Process(pids[0]).status() != psutil.STATUS_STOPPED:
+        pass
+assert not psutil.Process().children(recursive=True)
+"""
+
+
+@pytest.mark.ray
+def test_nothing_of_an_own_cluster_is_left_not_even_a_worker_that_hangs() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with tempfile.TemporaryDirectory(prefix="pc", dir="/tmp") as folder:  # short: sockets' names are limited
+        done = subprocess.run(
+            [sys.executable, "-c", OWN_CLUSTER],
+            env=environment | {"RAY_TMPDIR": folder},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert not list(Path(folder).glob("ray/session_2*"))
+    pids = [int(word) for word in done.stdout.split()]
+    assert len(pids) > 4
+    assert not [pid for pid in pids if psutil.pid_exists(pid)]
