@@ -39,6 +39,6 @@ class Ema:
         if trained:
             averages, weights = zip(*trained, strict=True)
             torch._foreach_lerp_(averages, weights, 1 - decay)
-        for average, buffer in zip(self.network.buffers(), network.buffers(), strict=True):
-            average.copy_(buffer)
+        if buffers := list(network.buffers()):
+            torch._foreach_copy_(list(self.network.buffers()), buffers)
         self.updates += 1

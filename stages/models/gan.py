@@ -62,6 +62,11 @@ def build_gan(
     """
     if weights.perceptual > 0 and perceptual is None:
         raise ValueError("the perceptual loss needs VGG19 weights")
+    in_backward = checkpointing or torch.device(device).type == "cpu"
+
+    def optimizer(weights: list[nn.Parameter]) -> Adam:
+        return Adam(weights, lr=learning_rate, betas=betas, in_backward=in_backward)
+
     generator: nn.Module = build_generator(
         arch, inputs, enhancers=enhancers, seed=seed, checkpointing=checkpointing
     )
@@ -77,14 +82,14 @@ def build_gan(
     if weights.uses_discriminator:
         discriminator = build_discriminator(arch, inputs, discriminators=discriminators, seed=seed)
         discriminator = accelerate(discriminator.to(device), device=device)
-        discriminator_optimizer = Adam(trainable_parts(discriminator, "all"), lr=learning_rate, betas=betas)
+        discriminator_optimizer = optimizer(trainable_parts(discriminator, "all"))
     if compiled:
         generator.compile()
         if discriminator is not None:
             discriminator.compile()
     return GanState(
         generator=generator.train(),
-        generator_optimizer=Adam(trained, lr=learning_rate, betas=betas),
+        generator_optimizer=optimizer(trained),
         discriminator=discriminator,
         discriminator_optimizer=discriminator_optimizer,
         encoder=encoder,

@@ -7,9 +7,11 @@ predictions (logits) last.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from stages.models.objective import GanKind
@@ -45,8 +47,25 @@ def discriminator_losses(features: Features, kind: GanKind, *, real: bool) -> li
 
 
 def mean_difference(x: Tensor, y: Tensor) -> Tensor:
-    """L1, averaged in no less than float32."""
-    return (x - y).abs().mean(dtype=torch.promote_types(x.dtype, torch.float32))
+    """L1, averaged in no less than float32. Only `x` gets a gradient."""
+    difference: Tensor = _MeanDifference.apply(x, y)  # type: ignore[no-untyped-call]
+    return difference
+
+
+class _MeanDifference(torch.autograd.Function):
+    """The gradient has the layout of `x`; that of torch's mean is channels first, whatever its argument."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        difference = x - y
+        ctx.save_for_backward(difference)
+        return difference.abs().mean(dtype=torch.promote_types(x.dtype, torch.float32))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (difference,) = ctx.saved_tensors
+        return difference.sgn().mul_((gradient / difference.numel()).to(difference.dtype)), None
 
 
 def feature_matching_losses(fake: Features, real: Features) -> list[list[Tensor]]:

@@ -238,11 +238,11 @@ def _finish(
     if average is None:
         if waiting is not None:
             _update(waiting, None)
-        with optimizer.stepping_in_backward():
+        with optimizer.stepping():
             torch.autograd.backward(image, gradient)
     else:
-        of_discriminator = () if waiting is None else average(_updated(waiting), during_backward=False)
-        of_generator = average(_updated(optimizer), during_backward=True)
+        of_discriminator = () if waiting is None else average(waiting.weights, during_backward=False)
+        of_generator = average(optimizer.weights, during_backward=True)
         torch.autograd.backward(image, gradient)
         for parameters in of_discriminator:
             assert waiting is not None
@@ -265,15 +265,10 @@ def _empty_step(gan: GanState, average: Average | None) -> None:
 def _update(optimizer: Adam, average: Average | None) -> None:
     """Average the gradients over the workers, if there are several; step; free the gradients."""
     if average is None:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.update(optimizer.weights)
     else:
-        for parameters in average(_updated(optimizer), during_backward=False):
+        for parameters in average(optimizer.weights, during_backward=False):
             optimizer.update(parameters)
-
-
-def _updated(optimizer: Adam) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 # -- forward passes -----------------------------------------------------------

@@ -10,6 +10,7 @@ from torch import nn
 
 from stages.models.fast.frozen import FrozenConv, FrozenResizeConv, FrozenTransposedConv
 from stages.models.fast.norms import ChannelsLastBatchNorm, ChannelsLastInstanceNorm
+from stages.models.fast.reflect import ReflectingConv, ReflectingResizeConv
 from stages.models.fast.wide import WideConv, WideResizeConv, WideTransposedConv
 from stages.models.layers import BatchNorm, Conv, ResizeConv, TransposedConv, replace_modules
 
@@ -19,6 +20,7 @@ Replacements = dict[type[nn.Module], type[nn.Module]]
 
 NORMS: Replacements = {nn.InstanceNorm2d: ChannelsLastInstanceNorm, BatchNorm: ChannelsLastBatchNorm}
 TRAINED: Replacements = {Conv: WideConv, ResizeConv: WideResizeConv, TransposedConv: WideTransposedConv}
+ON_GPUS: Replacements = {Conv: ReflectingConv, ResizeConv: ReflectingResizeConv}
 FROZEN: Replacements = {Conv: FrozenConv, ResizeConv: FrozenResizeConv, TransposedConv: FrozenTransposedConv}
 
 
@@ -34,9 +36,10 @@ def accelerate(network: Network, *, device: torch.device | str, frozen: torch.dt
     tensors = {id(buffer): buffer for buffer in network.buffers()}
     for parameter in network.parameters():
         tensors[id(parameter)] = _placed(parameter) if frozen is None else _frozen(parameter, frozen)
-    kinds = dict(NORMS)
+    convolutions = ON_GPUS
     if torch.device(device).type == "cpu":
-        kinds |= TRAINED if frozen is None else FROZEN
+        convolutions = TRAINED if frozen is None else FROZEN
+    kinds = NORMS | convolutions
 
     def faster(module: nn.Module) -> nn.Module | None:
         kind = kinds.get(type(module))

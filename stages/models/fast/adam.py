@@ -12,19 +12,34 @@ from torch import Tensor, nn
 class Adam(torch.optim.Adam):
     """torch's fused Adam that can also update weights during the backward pass.
 
-    A gradient is freed with the update: the gradients of all weights (730 MB for G1) never exist at once, and
-    each is read while it is still in the cache. The numbers are those of `step`, bit for bit.
+    in_backward   a gradient is freed with its update: the gradients of all weights (730 MB for G1) never
+                  exist at once, and each is read while it is still in a CPU's cache. A GPU is faster with one
+                  launch for all weights. The numbers are those of `step`, bit for bit
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], *, lr: float, betas: tuple[float, float]) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], *, lr: float, betas: tuple[float, float], in_backward: bool
+    ) -> None:
         super().__init__(parameters, lr=lr, betas=betas, fused=True)
+        self.in_backward = in_backward
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """All that it updates."""
+        return [parameter for group in self.param_groups for parameter in group["params"]]
 
     @contextmanager
-    def stepping_in_backward(self) -> Iterator[None]:
+    def stepping(self) -> Iterator[None]:
         """Around one backward pass that reaches each weight once. Gradients are None afterwards."""
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        if not self.in_backward:
+            yield
+            self.update(self.weights)
+            return
         hooks = [
-            p.register_post_accumulate_grad_hook(lambda weight: self.update([weight])) for p in parameters
+            weight.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                lambda weight: self.update([weight])
+            )
+            for weight in self.weights
         ]
         try:
             yield

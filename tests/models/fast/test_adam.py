@@ -10,29 +10,31 @@ from torch import nn
 from stages.models.fast.adam import Adam
 
 
-def train(network: nn.Module, optimizer: torch.optim.Optimizer, *, inside: bool) -> None:
+def adam(network: nn.Module, *, in_backward: bool = True, lr: float = 1e-2) -> Adam:
+    return Adam(network.parameters(), lr=lr, betas=(0.5, 0.999), in_backward=in_backward)
+
+
+def train(network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     for step in range(4):
         x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(step))
         loss = network(x).square().mean()
-        if inside:
-            assert isinstance(optimizer, Adam)
-            with optimizer.stepping_in_backward():
+        if isinstance(optimizer, Adam):
+            with optimizer.stepping():
                 loss.backward()
+            assert all(p.grad is None for p in network.parameters())
         else:
             loss.backward()
             optimizer.step()
-        assert all(p.grad is None for p in network.parameters()) or not inside
-        optimizer.zero_grad()
+            optimizer.zero_grad()
 
 
-def test_stepping_in_the_backward_pass_gives_the_same_bits() -> None:
+def test_stepping_in_the_backward_pass_and_after_it_give_the_same_bits() -> None:
     first = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 1, 3))
     second, third = copy.deepcopy(first), copy.deepcopy(first)
-    outside = Adam(first.parameters(), lr=1e-2, betas=(0.5, 0.999))
-    inside = Adam(second.parameters(), lr=1e-2, betas=(0.5, 0.999))
-    train(first, outside, inside=False)
-    train(second, inside, inside=True)
-    train(third, torch.optim.Adam(third.parameters(), lr=1e-2, betas=(0.5, 0.999)), inside=False)
+    outside, inside = adam(first, in_backward=False), adam(second)
+    train(first, outside)
+    train(second, inside)
+    train(third, torch.optim.Adam(third.parameters(), lr=1e-2, betas=(0.5, 0.999)))
     for a, b, c in zip(first.parameters(), second.parameters(), third.parameters(), strict=True):
         assert torch.equal(a, b)
         torch.testing.assert_close(a, c)
@@ -41,11 +43,11 @@ def test_stepping_in_the_backward_pass_gives_the_same_bits() -> None:
 
 def test_its_state_moves_to_another_one() -> None:
     first = nn.Conv2d(3, 1, 3)
-    optimizer = Adam(first.parameters(), lr=1e-2, betas=(0.5, 0.999))
-    train(first, optimizer, inside=True)
+    optimizer = adam(first)
+    train(first, optimizer)
     second = copy.deepcopy(first)
-    resumed = Adam(second.parameters(), lr=1.0, betas=(0.0, 0.0))
+    resumed = adam(second, lr=1.0)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    train(first, optimizer, inside=True)
-    train(second, resumed, inside=True)
+    train(first, optimizer)
+    train(second, resumed)
     assert torch.equal(first.weight, second.weight)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from stages.models.fast.norms import ChannelsLastBatchNorm, ChannelsLastInstanceNorm
+from stages.models.fast.norms import ChannelsLastBatchNorm, ChannelsLastInstanceNorm, _SmallInstanceNorm
 
 
 def test_instance_norm_is_the_same_in_both_layouts_and_for_any_batch() -> None:
@@ -46,3 +46,23 @@ def test_at_inference_batch_norm_takes_each_samples_own_statistics(layout: torch
         results.append((y, *torch.autograd.grad((y * of_y).sum(), (x, norm.weight, norm.bias))))
     assert results[1][0].is_contiguous(memory_format=layout)
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_the_norm_of_all_samples_together_is_torchs_with_its_gradient(affine: bool) -> None:
+    """The way of small samples on a GPU, on a CPU."""
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 4, 5, 7, generator=source, dtype=torch.float64)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    leaves = [
+        x,
+        *(torch.randn(4, generator=source, dtype=x.dtype).requires_grad_() for _ in range(2 * affine)),
+    ]
+    weight, bias = leaves[1:] or (None, None)
+    up = torch.randn(3, 4, 5, 7, generator=source, dtype=x.dtype)
+    expected = F.instance_norm(x, weight=weight, bias=bias, eps=1e-5)
+    found = _SmallInstanceNorm.apply(x, weight, bias, 1e-5)
+    torch.testing.assert_close(found, expected)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    wanted = torch.autograd.grad(expected, leaves, up)
+    torch.testing.assert_close(torch.autograd.grad(found, leaves, up), wanted)
