@@ -39,6 +39,8 @@ class StepContext:
     resources: Resources
     output: str
     track: Run
+    parent: Run
+    """The run that `track` belongs to."""
     inputs: Mapping[str, str]
     """Input name -> folder URI."""
     view: RunView
@@ -154,6 +156,31 @@ def steps(config: PipelineConfig) -> tuple[Step, ...]:
                 config_text=at.view.config_text,
                 command=at.view.command,
             ),
+        ),
+    )
+
+
+def registration(config: PipelineConfig) -> tuple[Step, ...]:
+    """The step after all others, which gives the model to MLflow; none if runs are not tracked."""
+    if not config.tracking.enabled:
+        return ()
+    own_images = not (config.infer.model or config.infer.input or config.evaluate.images)
+    settings = config.tracking.registration(config.workspace, config.evaluate.split or config.infer.split)
+
+    def work(at: StepContext) -> Outcome:
+        from stages.tracking import registry  # noqa: PLC0415 - imports all of MLflow, which takes 2-3 s
+
+        return registry.register_model(settings, parent=at.parent, **at.inputs)
+
+    model = {"model": f"train-{config.train.phases[-1].name}", "shards": "shard"}
+    return (
+        Step(
+            name="register",
+            stage="register",
+            version=1,
+            config=settings,
+            needs=model | ({"metrics": "evaluate"} if own_images else {}),
+            work=work,
         ),
     )
 

@@ -137,6 +137,7 @@ def execute(
                 resources=resources,
                 output=p.folder,
                 track=observe(p.step, run),
+                parent=parent,
                 inputs=p.inputs,
                 view=replace(view, markers=list(markers.values())),
             )

@@ -7,7 +7,9 @@ import os
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, get_args
 
 import ray
@@ -17,7 +19,7 @@ import yaml
 from pipeline.cli import planning, stop_on_sigterm
 from pipeline.cluster import check_folders, cluster, result_folders
 from pipeline.config import PipelineConfig
-from pipeline.dag import RunView, needed, steps
+from pipeline.dag import RunView, needed, registration, steps
 from pipeline.runner import PlannedStep, check, execute, plan, select
 from stages import storage
 from stages.base import Role
@@ -53,7 +55,7 @@ def run(
     """
     check_folders(result_folders(config), path)
     storage.configure(config.storage)
-    pipeline = steps(config)
+    pipeline = (*steps(config), *registration(config))
     with planning():
         planned = plan(needed(pipeline, only) if only else pipeline, config.workspace)
     if plan_only:
@@ -71,15 +73,24 @@ def run(
         parent.artifact("config.yaml", as_yaml(config).encode())
         size = full_size(config.shard.size, config.augment)
         parent.params(phases.compared(config.train, config.train.phases, size))
-        with cluster(config.resources, config.storage, result_folders(config)):
-            parent.tags({"pixloom.hosts": hosts()})
+        run_steps = partial(
+            execute, resources=config.resources, parent=parent, view=run_view(config, planned, command)
+        )
+        work = [p for p in chosen if p.step.stage != "register"]
+        with nullcontext() if all(p.done for p in work) else on_cluster(config, parent):
             stop_on_sigterm()
-            markers = execute(
-                chosen, config.resources, parent=parent, view=run_view(config, planned, command)
-            )
+            markers = run_steps(work)
         log_results(config, planned, markers, parent)
-        register_model(config, planned, markers, parent)
+        markers |= run_steps([p for p in chosen if p.step.stage == "register"])
     return summary(config, chosen, markers)
+
+
+@contextmanager
+def on_cluster(config: PipelineConfig, parent: Run) -> Iterator[None]:
+    """The run's cluster, for a block; its machines are recorded."""
+    with cluster(config.resources, config.storage, result_folders(config)):
+        parent.tags({"pixloom.hosts": hosts()})
+        yield
 
 
 def as_yaml(config: PipelineConfig) -> str:
@@ -120,32 +131,6 @@ def log_results(
         parent.params({"precision": trained[-1]["notes"]["precision"]})
     if "evaluate" in markers:
         parent.metrics(markers["evaluate"]["metrics"], step=0)
-
-
-def register_model(
-    config: PipelineConfig, planned: Sequence[PlannedStep], markers: Markers, parent: Run
-) -> None:
-    """Log and register the model of the last phase, with its score if this run evaluated it."""
-    trained = [p for p in planned if p.step.stage == "train" and p.step.name in markers][-1:]
-    if not trained or trained[0].step.name != f"train-{config.train.phases[-1].name}":
-        return
-    own_images = not (config.infer.model or config.infer.input or config.evaluate.images)
-    scores = markers.get("evaluate", {}).get("metrics", {}) if own_images else {}
-    metric = config.tracking.metric
-    if scores and metric not in scores:
-        logger.warning("tracking.metric: %s was not measured; there are %s", metric, ", ".join(scores))
-    shards = trained[0].inputs["shards"]
-    spec = dataset.load(shards)
-    split = spec.scored_split(config.evaluate.split or config.infer.split, "evaluate.split") if scores else ""
-    parent.model(
-        storage.join(trained[0].folder, "model"),
-        dataset.example(shards, spec),
-        name=config.tracking.model or config.tracking.experiment,
-        alias=config.tracking.alias,
-        metric=metric,
-        value=scores.get(metric),
-        data=f"{shards.rpartition('/')[2]} {split}",
-    )
 
 
 def commit() -> dict[str, str]:

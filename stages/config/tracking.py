@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 from pydantic import Field, field_validator, model_validator
 
-from stages.base import Config
+from stages.base import Config, Split
 from stages.config.locations import absolute
 
 
@@ -24,6 +24,18 @@ def sqlite_file(uri: str) -> Path | None:
 def sqlite_uri(file: Path) -> str:
     """The URI of a SQLite file. Only what SQLAlchemy would misread is quoted: MLflow quotes nothing."""
     return f"sqlite:///{str(file).replace('%', '%25').replace('?', '%3F')}"
+
+
+class Registration(Config):
+    """The config of the register step: another model name, alias or server registers the model again."""
+
+    server: str
+    """Without user and password."""
+    experiment: str
+    name: str
+    alias: str
+    metric: str
+    split: Split | None
 
 
 class TrackingConfig(Config):
@@ -66,6 +78,17 @@ class TrackingConfig(Config):
             advice = "name it differently" if self.model else "set tracking.model"
             raise ValueError(f"MLflow cannot register a model as {name!r} (no '/' or ':'): {advice}")
         return self
+
+    def registration(self, workspace: str, split: Split | None) -> Registration:
+        """What the register step does in a workspace, with scores on this split."""
+        return Registration(
+            server=self.place(workspace).rpartition("@")[2],
+            experiment=self.experiment,
+            name=self.model or self.experiment,
+            alias=self.alias,
+            metric=self.metric,
+            split=split,
+        )
 
     def place(self, workspace: str) -> str:
         """The tracking URI of runs in a workspace."""

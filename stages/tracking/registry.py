@@ -1,4 +1,4 @@
-"""Logs a model to its run, registers it, and moves the alias `champion` to it if it scores better.
+"""The register step: logs a model, registers it, and moves the alias `champion` to it if it scores better.
 
 in:  a model folder, a source image as its input example, and a metric that evaluation measured
 out: a logged model (`models:/m-...`), a version of a registered model, perhaps the alias
@@ -9,9 +9,12 @@ it was measured on are tags of the version; versions measured on other data are 
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import mlflow
@@ -22,14 +25,68 @@ from mlflow.models import Model, ModelSignature
 from mlflow.tracking import MlflowClient
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
+from stages import storage
+from stages.base import Outcome
+from stages.config.tracking import Registration
+from stages.errors import StageError, one_line
 from stages.inference.model_source import description, local_model, tracking_server
 from stages.models.files.saved import DISCRIMINATOR, EMA, WEIGHTS, fingerprint, read_manifest
+from stages.scoring import table
 from stages.scoring.metrics import lower_is_better
+from stages.shards import dataset
 from stages.tracking import served
+from stages.tracking.run import Run
+from stages.tracking.sender import is_refusal
+
+logger = logging.getLogger(__name__)
+
+AGAIN = "the results are complete; run the same command again to register their model, and nothing else"
+WAITS = (2.0, 10.0)  # seconds before another attempt
 
 NAME = "model"  # below its run: `runs:/<id>/model`
 MODEL_TAG, DATA_TAG = "pixloom.model", "pixloom.data"
 REQUIREMENTS = ["imagecodecs", "mlflow", "pandas", "pillow", "pydantic", "safetensors", "tifffile", "torch"]
+
+
+def register_model(
+    config: Registration, *, parent: Run, model: str, shards: str, metrics: str = ""
+) -> Outcome:
+    """Log the model in a phase's folder to the parent run, register it, and compare it by its metric.
+
+    metrics   the folder of its evaluation; "": it is not evaluated, the alias stays
+
+    Raises StageError if MLflow is away or refuses: run again, this step alone is done.
+    """
+    spec = dataset.load(shards)
+    scores = table.headline(storage.read_json(storage.join(metrics, "summary.json"))) if metrics else {}
+    if scores and config.metric not in scores:
+        measured = ", ".join(scores)
+        logger.warning("tracking.metric: %s was not measured; there are %s", config.metric, measured)
+    split = spec.scored_split(config.split, "evaluate.split") if metrics else ""
+    send = partial(
+        register,
+        storage.join(model, "model"),
+        tracking_uri=parent.uri,
+        example=dataset.example(shards, spec),
+        name=config.name,
+        alias=config.alias,
+        metric=config.metric,
+        value=scores.get(config.metric),
+        data=f"{shards.rpartition('/')[2]} {split}",
+    )
+    parent.flush()
+    if not (run_id := parent.run_id(wait=1.0)):
+        raise StageError(f"register: MLflow at {config.server} does not answer; {AGAIN}")
+    for wait in (*WAITS, None):
+        try:
+            outcome = send(run_id=run_id)
+            break
+        except Exception as error:  # every client library of MLflow has its own
+            if wait is None or is_refusal(error):
+                reason = one_line(error, kind=True)
+                raise StageError(f"register: MLflow did not take the model ({reason}); {AGAIN}") from error
+            time.sleep(wait)
+    return Outcome(notes={"model": outcome})
 
 
 def register(

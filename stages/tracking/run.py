@@ -119,11 +119,6 @@ class Run:
         data = {"name": name, "digest": digest[:36], "source_type": "uri", "source": json.dumps({"uri": uri})}
         self._put({("dataset", f"{name} {uri}", context): data | {"profile": json.dumps(dict(counts))}})
 
-    def model(self, folder: str, example: Mapping[str, bytes], **registration: Any) -> None:
-        """Record the model of this run, with the arguments of `stages.tracking.registry.register`."""
-        inputs = {name: data.hex() for name, data in example.items()}
-        self._put({("model",): {"folder": folder, "example": inputs, **registration}})
-
     def child(self, name: str, tags: Mapping[str, str] | None = None, *, key: str | None = None) -> Run:
         """A new run below this one. With a `key`, a run that has it already is continued."""
         return _create(self.sender, name, tags or {}, parent=self.key, key=key) if self.sender else self

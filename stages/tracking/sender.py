@@ -152,7 +152,7 @@ class Sender:
         self._folders: list[str] = []  # this one and those of ended processes, while they hold facts
         self._records: dict[str, Record] = {}  # by key
         self._changed, self._storing = threading.Condition(), threading.Lock()
-        self._hurry = self._uploads = False
+        self._hurry = False
         self._ids: dict[str, str] = {}
         self._held: dict[str, Held] = {}  # forgotten after an error: the server may have taken what failed
         self._failing: dict[Any, float] = {}  # since when facts fail though the server answers
@@ -187,15 +187,12 @@ class Sender:
     def flush(self, wait: float | None = None) -> bool:
         """Wait until MLflow holds everything; if not after `wait` seconds, the workspace has the rest.
 
-        By default, for 20 s, or less if the server is away. A model, which may be gigabytes, is waited for as
-        long as the server takes it.
+        By default, for 20 s, or less if the server is away.
         """
         away = self._away_since is not None
         if wait is None and not away:
             self._wait(lambda: self._is_settled() or self._away_since is not None, 20.0)
         done = self._wait(self._is_settled, wait or (2.0 if away else 0.0))
-        while not done and self._uploads:
-            done = self._wait(self._is_settled, 20.0)
         if not done:
             self._store()
         return done
@@ -285,7 +282,7 @@ class Sender:
                 record.rows += rows
                 record.curves = ""
         self._send_rows(held, record.rows)
-        for kind in ("dataset", "artifact", "model", "end"):
+        for kind in ("dataset", "artifact", "end"):
             for fact in facts:
                 if fact[0] == kind:
                     self._deliver(record, held, [fact])
@@ -343,7 +340,7 @@ class Sender:
             else:
                 self._log_large(held.run_id, facts[0], values[facts[0]])
         except Exception as error:
-            if not _is_refusal(error):
+            if not is_refusal(error):
                 self.client.get_experiment(self.experiment)  # raises if the server is away
                 since = self._failing.setdefault((held.run_id, *facts), time.monotonic())
                 if time.monotonic() - since < GIVE_UP_S:
@@ -373,8 +370,6 @@ class Sender:
     def _log_large(self, run_id: str, fact: Fact, value: Any) -> None:
         if fact[0] == "end":
             self.client.set_terminated(run_id, **value)
-        elif fact[0] == "model":
-            self._log_model(run_id, **value)
         elif fact[0] == "dataset":
             from mlflow.entities import Dataset, DatasetInput, InputTag  # noqa: PLC0415 - see connect
 
@@ -387,17 +382,6 @@ class Sender:
                 path.write_bytes(value if isinstance(value, bytes) else storage.read_bytes(value))
                 parent = None if len(name.parts) == 1 else str(name.parent)
                 self.client.log_artifact(run_id, str(path), artifact_path=parent)
-
-    def _log_model(self, run_id: str, folder: str, example: Mapping[str, str], **registration: Any) -> None:
-        from stages.tracking.registry import register  # noqa: PLC0415 - imports all of MLflow, see connect
-
-        contents = {name: bytes.fromhex(data) for name, data in example.items()}
-        self._uploads = True
-        try:
-            outcome = register(folder, tracking_uri=self.uri, run_id=run_id, example=contents, **registration)
-            logger.info("model         %s", outcome)
-        finally:
-            self._uploads = False
 
     # -- while the server is away ---------------------------------------------
 
@@ -456,7 +440,7 @@ class Sender:
                 self._changed.notify_all()
 
 
-def _is_refusal(error: Exception) -> bool:
+def is_refusal(error: Exception) -> bool:
     """Whether trying again would not help: the server said no, or another process has sent and removed it."""
     code = getattr(error, "error_code", "")
     refusals = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "INVALID_STATE"}

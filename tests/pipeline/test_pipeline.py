@@ -63,6 +63,7 @@ STEPS = [
     "infer",
     "evaluate",
     "report",
+    "register",
 ]
 
 
@@ -216,6 +217,17 @@ def test_again_nothing_reruns_and_no_ray_starts(
     assert ray.is_initialized() == clusters
 
 
+def test_another_model_name_registers_the_model_again_and_nothing_else_runs(
+    whole: Place, run_here: Callable[..., tuple[int, str, str]]
+) -> None:
+    clusters = ray.is_initialized()
+    code, output, _ = run_here(whole, *LIMIT, "--set", "tracking.model=other")
+    assert code == 0
+    assert "models:/other/1; now champion" in output
+    assert "nothing to do" in run_here(whole, *LIMIT, "--set", "tracking.model=other")[1]
+    assert ray.is_initialized() == clusters
+
+
 def test_plan_names_what_a_change_would_rerun(
     whole: Place, run_here: Callable[..., tuple[int, str, str]]
 ) -> None:
@@ -229,6 +241,8 @@ def test_plan_names_what_a_change_would_rerun(
     assert " to do " in rows["train-local"]
     assert "phase.epochs" in rows["train-local"]
     assert "after train-local" in rows["infer"]
+    rows = planned("tracking.model=other")
+    assert [name for name in STEPS if " to do " in rows[name]] == ["register"]
     rows = planned("resources.io_threads=3")
     assert all(" done " in rows[name] for name in STEPS)
 

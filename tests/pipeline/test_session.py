@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,40 +11,14 @@ import pytest
 from pipeline import config as configuration
 from pipeline import session
 from pipeline.config import PipelineConfig
-from pipeline.dag import steps
+from pipeline.dag import registration, steps
 from pipeline.runner import PlannedStep
 from stages.errors import UserError
-from stages.shards.dataset import DatasetSpec, ShardFile
-from stages.tracking.run import NullRun
 from stages.training import execution
 from stages.training.execution import Execution
 
 YAML = str(Path(__file__).resolve().parents[2] / "pipeline.yaml")
 SCORES = {"l1": 0.25, "psnr": 12.0}
-
-
-class Record(NullRun):
-    """A run that keeps the models and metrics it is sent."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        object.__setattr__(self, "models", [])
-        object.__setattr__(self, "values", {})
-
-    def model(self, folder: str, example: Any, **registration: Any) -> None:
-        self.models.append({"folder": folder, **registration})  # type: ignore[attr-defined]
-
-    def metrics(self, values: Mapping[str, float], *, step: int = 0) -> None:
-        self.values.update(values)  # type: ignore[attr-defined]
-
-
-@pytest.fixture(autouse=True)
-def shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shards are not written here; the example is theirs."""
-    files = (ShardFile(name="test-0.parquet", rows=1, row_groups=(1,)),)
-    spec = DatasetSpec(size=(64, 64), roles={}, splits={"test": files})
-    monkeypatch.setattr("stages.shards.dataset.load", lambda folder: spec)
-    monkeypatch.setattr("stages.shards.dataset.example", lambda folder, spec: {})
 
 
 def planned(config: PipelineConfig) -> list[PlannedStep]:
@@ -64,43 +37,18 @@ def marker(**metrics: float) -> dict[str, Any]:
     return {"counts": {"images": 1200}, "metrics": metrics, "seconds": 61.0}
 
 
-def registered(config: PipelineConfig, markers: session.Markers) -> list[dict[str, Any]]:
-    run = Record()
-    session.register_model(config, planned(config), markers, run)
-    models: list[dict[str, Any]] = run.models  # type: ignore[attr-defined]
-    return models
+def test_the_last_phases_model_is_registered_after_all_else_with_the_scores_of_its_own_images() -> None:
+    (step,) = registration(configuration.load(YAML))
+    assert step.needs == {"model": "train-joint", "shards": "shard", "metrics": "evaluate"}
+    (step,) = registration(configuration.load(YAML, ["evaluate.images=/other"]))
+    assert step.needs == {"model": "train-joint", "shards": "shard"}
+    assert registration(configuration.load(YAML, ["tracking.enabled=false"])) == ()
 
 
-def test_the_last_phases_model_is_registered_with_its_score() -> None:
-    config = configuration.load(YAML)
-    (model,) = registered(
-        config, {"train-local": marker(), "train-joint": marker(), "evaluate": marker(**SCORES)}
-    )
-    assert model == {
-        "folder": "/w/train-joint-0/model",
-        "name": "street-sample",
-        "alias": "champion",
-        "metric": "l1",
-        "value": 0.25,
-        "data": "shard-0 test",
-    }
-
-
-def test_nothing_is_registered_before_the_last_phase_is_done() -> None:
-    assert registered(configuration.load(YAML), {"train-local": marker()}) == []
-
-
-def test_scores_of_other_images_are_not_the_models() -> None:
-    config = configuration.load(YAML, ["evaluate.images=/other"])
-    (model,) = registered(config, {"train-joint": marker(), "evaluate": marker(**SCORES)})
-    assert model["value"] is None
-
-
-def test_a_metric_that_was_not_measured_is_reported(caplog: pytest.LogCaptureFixture) -> None:
-    config = configuration.load(YAML, ["tracking.metric=fid"])
-    (model,) = registered(config, {"train-joint": marker(), "evaluate": marker(**SCORES)})
-    assert model["value"] is None
-    assert "tracking.metric: fid was not measured; there are l1, psnr" in caplog.text
+def test_a_password_of_the_tracking_server_is_in_no_marker() -> None:
+    (step,) = registration(configuration.load(YAML, ["tracking.uri=https://me:secret@host/mlflow"]))
+    assert "secret" not in step.config.model_dump_json()
+    assert "host/mlflow" in step.config.model_dump_json()
 
 
 def test_memory_is_estimated_for_every_phase_from_the_config_alone() -> None:

@@ -95,7 +95,7 @@ def runs(server: str, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     (folder / "page.yaml").write_text(yaml.safe_dump(config))
     model = [f"train.model={json.dumps(MODEL)}"]
     for weight in (100, 1):
-        words = [sys.executable, "-m", "pipeline.run", "-c", str(folder / "page.yaml"), "--until", "report"]
+        words = [sys.executable, "-m", "pipeline.run", "-c", str(folder / "page.yaml")]
         for setting in (*model, f"train.losses={{l1: {weight}}}", f"tracking.uri={server}"):
             words += ["--set", setting]
         told = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=400)

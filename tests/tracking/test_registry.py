@@ -20,16 +20,18 @@ from mlflow.entities import LoggedModelStatus
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from stages.config.tracking import TrackingConfig
+from stages.config.tracking import Registration, TrackingConfig
+from stages.errors import StageError
 from stages.images import encode
 from stages.inference.model_source import local_model
 from stages.inference.translator import Translator
 from stages.models.files.saved import DISCRIMINATOR, load_model
-from stages.tracking import sender
-from stages.tracking.registry import register
-from stages.tracking.run import open_parent
+from stages.tracking import registry
+from stages.tracking.registry import register, register_model
+from stages.tracking.run import Run, open_parent
+from stages.tracking.sender import Sender
 from tests.stores.seaweed import free_ports
-from tests.support.small import make_model, scene
+from tests.support.small import make_model, make_shards, scene
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own use of pandas, alembic and type hints
 
@@ -129,29 +131,87 @@ class Away:
         raise ConnectionError("no route")
 
 
-def test_a_run_sends_its_model_and_an_outage_only_delays_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.fixture
+def results(tmp_path: Path) -> dict[str, str]:
+    """What the register step reads: a phase's folder, shards, an evaluation."""
+    make_model(tmp_path / "phase" / "model")
+    make_shards(tmp_path / "shards", {"train": [4], "val": [2]})
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "summary.json").write_text(json.dumps({"l1": 0.5, "baselines": {}}))
+    return {
+        "model": str(tmp_path / "phase"),
+        "shards": str(tmp_path / "shards"),
+        "metrics": str(tmp_path / "metrics"),
+    }
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = open_parent(TrackingConfig(), "run", None, str(tmp_path_factory.mktemp("workspace")))
+    assert run.flush()
+    return run
+
+
+def step(name: str, **changes: str) -> Registration:
+    return (
+        TrackingConfig(experiment="pixloom", **changes)
+        .registration("/w", None)
+        .model_copy(update={"name": name})
+    )
+
+
+def test_the_step_registers_the_model_of_a_run_with_its_score(
+    parent: Run, results: dict[str, str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sender, "RETRY_S", (0.05,))
-    model = make_model(tmp_path / "model")
-    workspace = str(tmp_path / "workspace")
-    parent = open_parent(TrackingConfig(), "run", None, workspace)
-    assert parent.flush()
-    client = parent.sender.client
-    parent.sender.client = Away()
-    parent.tags({"before": "the model"})
-    parent.model(str(model), EXAMPLE, name="street", value=0.5, data="d")
-    assert not parent.flush(wait=0.3)
-    assert list(Path(parent.sender.unsent).rglob("*.json"))
-    parent.sender.client = client
-    caplog.set_level("INFO")
-    assert parent.flush()
-    assert "now champion (l1 0.5)" in caplog.text
-    found = local_model("models:/street@champion", tmp_path / "temp", tracking_uri=parent.uri)
-    assert load_model(found).fingerprint == load_model(model).fingerprint
-    found = local_model(f"runs:/{parent.run_id()}", tmp_path / "temp", tracking_uri=parent.uri)
-    assert load_model(found).fingerprint == load_model(model).fingerprint
-    assert not (found / DISCRIMINATOR).exists()
+    outcome = register_model(step("street"), parent=parent, **results)
+    assert outcome.notes == {"model": "registered as models:/street/1; now champion (l1 0.5)"}
+    version = MlflowClient(tracking_uri=parent.uri).get_model_version_by_alias("street", "champion")
+    assert (version.run_id, version.tags["pixloom.data"]) == (parent.run_id(), "shards val")
+    model = Path(results["model"]) / "model"
+    for uri in ("models:/street@champion", f"runs:/{parent.run_id()}"):
+        found = local_model(uri, tmp_path / "temp", tracking_uri=parent.uri)
+        assert load_model(found).fingerprint == load_model(model).fingerprint
+        assert not (found / DISCRIMINATOR).exists()
+
+
+def test_without_an_evaluation_or_its_metric_the_alias_stays(
+    parent: Run, results: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    outcome = register_model(step("alley", metric="fid"), parent=parent, **results)
+    assert outcome.notes == {"model": "registered as models:/alley/1"}
+    assert "tracking.metric: fid was not measured; there are l1" in caplog.text
+    del results["metrics"]
+    assert register_model(step("alley"), parent=parent, **results) == outcome
+
+
+def test_a_refusal_or_an_outage_fails_the_step_and_a_rerun_completes_it(
+    parent: Run, results: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "WAITS", (0.0,))
+    with pytest.raises(
+        StageError, match=r"did not take the model \(.*[Ii]nvalid.*; the results are complete; run"
+    ):
+        register_model(step("team/street"), parent=parent, **results)
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "MlflowClient", lambda **_: Away())
+        with pytest.raises(StageError, match=r"ConnectionError: no route.*; run the same command again"):
+            register_model(step("lane"), parent=parent, **results)
+    assert "models:/lane/1" in register_model(step("lane"), parent=parent, **results).notes["model"]
+    client = MlflowClient(tracking_uri=parent.uri)
+    (experiment,) = [e for e in client.search_experiments() if e.name == "pixloom"]
+    assert len(client.search_logged_models([experiment.experiment_id])) == 1  # each attempt found it
+
+
+def test_a_server_that_never_answered_fails_the_step(
+    tmp_path: Path, results: dict[str, str], parent: Run
+) -> None:
+    assert parent.sender is not None
+    away = Sender("http://127.0.0.1:9", "0", str(tmp_path / "other"))
+    away.client = Away()
+    run = Run(away, "key")
+    run.tags({"a": "b"})
+    with pytest.raises(StageError, match=r"register: MLflow at .* does not answer; the results are complete"):
+        register_model(step("street"), parent=run, **results)
 
 
 @pytest.mark.long
