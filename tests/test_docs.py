@@ -69,7 +69,9 @@ PYTHON = {
     for page, words in COMMANDS
     if words[0].startswith("python") and words[1] == "-m"
 }
-OURS = {name: rest for name, rest in PYTHON.items() if rest[1].startswith(("pipeline.", "benchmarks."))}
+OURS = {
+    name: rest for name, rest in PYTHON.items() if rest[1].startswith(("pipeline.", "benchmarks.", "chaos"))
+}
 
 
 class ParsedError(Exception):
@@ -89,7 +91,7 @@ def parse_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def parsed(monkeypatch: pytest.MonkeyPatch, module: str, words: Sequence[str]) -> argparse.Namespace:
     monkeypatch.setattr(sys, "argv", [module, *words])
-    name = "pipeline.sweep.run" if module == "pipeline.sweep" else module
+    name = {"pipeline.sweep": "pipeline.sweep.run", "chaos": "chaos.__main__"}.get(module, module)
     with pytest.raises(ParsedError) as caught:
         importlib.import_module(name).main()
     options: argparse.Namespace = caught.value.args[0]

@@ -5,8 +5,8 @@
     at the end: model/, metrics.parquet
 
 The state of a run is a `Position`; order, augmentation and noise are functions of the seed and of it, so a
-resumed run gives the same numbers as an uninterrupted one. Knows torch and storage, not Ray: `stages.train`
-starts it on a cluster, a test in its own process.
+resumed run gives the numbers of an uninterrupted one: bit for bit on CPUs, within rounding on GPUs. Knows
+torch and storage, not Ray: `stages.train` starts it on a cluster, a test in its own process.
 """
 
 from __future__ import annotations
