@@ -241,7 +241,7 @@ def test_plan_names_what_a_change_would_rerun(
     assert " to do " in rows["train-local"]
     assert "phase.epochs" in rows["train-local"]
     assert "after train-local" in rows["infer"]
-    rows = planned("tracking.model=other")
+    rows = planned("tracking.model=third")
     assert [name for name in STEPS if " to do " in rows[name]] == ["register"]
     rows = planned("resources.io_threads=3")
     assert all(" done " in rows[name] for name in STEPS)
