@@ -129,11 +129,11 @@ def untrained(path: Path) -> LoadedModel:
 
 def score(images: Sequence[Array], samples: Sequence[Sample], spec: DatasetSpec) -> Scores:
     """Means of the scores over the samples."""
-    sums = metrics.Sums()
-    for image, sample in zip(images, samples, strict=True):
-        sums.add(metrics.pixel_scores(image, sample.picture(spec, "target")))
-        sums.add({"sharpness": metrics.sharpness(image)})
-    return sums.means()
+    rows = [
+        metrics.pixel_scores(image, sample.picture(spec, "target")) | {"sharpness": metrics.sharpness(image)}
+        for image, sample in zip(images, samples, strict=True)
+    ]
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
 def by_phase(

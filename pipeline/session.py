@@ -26,6 +26,7 @@ from stages.base import Role
 from stages.config.train import PhaseJob, full_size
 from stages.models.fast.process import best_precision
 from stages.progress import duration
+from stages.scoring.table import is_bound, shown
 from stages.shard import role_specs
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec
@@ -234,7 +235,9 @@ def summary(config: PipelineConfig, chosen: Sequence[PlannedStep], markers: Mark
     lines = ["", f"{'step':<15} {'time':>12}  results"]
     for name, marker in markers.items():
         values = [f"{key} {value:,}" for key, value in marker["counts"].items()]
-        values += [f"{key} {value:.4g}" for key, value in marker["metrics"].items()]
+        values += [
+            f"{name} {shown(marker['metrics'], name)}" for name in marker["metrics"] if not is_bound(name)
+        ]
         values = values[:6] + [f"{key} {text}" for key, text in marker.get("notes", {}).items()]
         lines.append(f"{name:<15} {duration(marker['seconds']):>12}  {', '.join(values)}")
     report = next((p for p in chosen if p.step.name == "report" and "report" in markers), None)

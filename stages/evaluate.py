@@ -3,7 +3,7 @@
 in:  shards (targets, and the training split for the baselines), a folder of generated images
 out: table/                 a part for each unit of work (`scoring.table`)
      metrics.parquet        a row an image: key, split, group, every metric, every baseline's
-     summary.json           the means: of the model, of each baseline, by split and group
+     summary.json           the means with their intervals: of the model, of each baseline, by split and group
      confusion.json         class by class, where a segmenter or a palette is configured
      mean_target.png        the mean training target
 
@@ -56,7 +56,7 @@ from stages.shards.row_groups import num_row_groups, read_unit
 if TYPE_CHECKING:
     from stages.tracking.run import Run
 
-VERSION = 2
+VERSION = 3
 
 READ_AHEAD = 8
 AT_ONCE = {"cpu": 1, "cuda": 16}

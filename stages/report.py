@@ -38,7 +38,7 @@ from stages.storage.local import local_file
 if TYPE_CHECKING:
     from stages.tracking.run import Run
 
-VERSION = 1
+VERSION = 2
 
 EXAMPLES = 5  # of each reason in the quarantine
 QUARANTINE_FILES = 100  # looked through for examples
@@ -316,7 +316,7 @@ def describe(
         title=title(_json(storage.join(images, "model", "model.json")), spec),
         lede=lede(summary, spec, phases),
         scores=headline(summary),
-        deviations=summary.get("deviations", {}),
+        intervals=summary.get("intervals", {}),
         baselines=summary.get("baselines", {}),
         groups=summary.get("groups", {}),
         facts=facts(summary),

@@ -115,9 +115,15 @@ def judged(folder: Path, shards: str, count: int) -> tuple[str, str]:
         found.append(row)
     storage.write_json(f"{folder}/images/model/model.json", {"architecture": {"kind": "pix2pixhd"}})
     names = ["l1", "psnr", "ssim", "ms_ssim"]
-    summary = summarise(iter(found), names) | {"images": f"{folder}/images"}
+    table = pa.Table.from_pylist(
+        [dict.fromkeys((*names, "mean_target_l1")) | row for row in found],
+        schema=pa.schema(
+            [*[(name, pa.string()) for name in ("key", "split", "group", "error", "file", "generated")]]
+            + [(name, pa.float64()) for name in (*names, "mean_target_l1")]
+        ),
+    )
+    summary = summarise(table, names) | {"images": f"{folder}/images"}
     storage.write_json(f"{folder}/metrics/summary.json", summary)
-    table = pa.Table.from_pylist([dict.fromkeys(names) | row for row in found])
     storage.write_parquet(f"{folder}/metrics/metrics.parquet", table)
     return f"{folder}/images", f"{folder}/metrics"
 

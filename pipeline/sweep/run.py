@@ -36,10 +36,22 @@ from pipeline.dag import steps
 from pipeline.runner import PlannedStep, check, execute, plan
 from pipeline.session import run_tags, run_view
 from pipeline.sweep.config import EarlyStop, SweepConfig, load
-from pipeline.sweep.trials import State, Trial, TrialResult, best_of, make_trials, reporting, shared
+from pipeline.sweep.trials import (
+    State,
+    Trial,
+    TrialResult,
+    best_of,
+    make_trials,
+    not_told_apart,
+    reporting,
+    shared,
+)
 from stages import storage
 from stages.errors import StageError, UserError, cause
+from stages.scoring.table import shown
 from stages.tracking.run import Run, open_parent
+
+CELL = 27  # characters of a number with its interval
 
 logger = logging.getLogger(__name__)
 
@@ -281,7 +293,8 @@ def outcomes(
     results = []
     for index, trial in enumerate(trials):
         planned = plan(steps(trial.config), trial.config.workspace, digests)
-        marker = next((p.marker for p in planned if p.step.name == "evaluate"), None)
+        evaluated = next((p for p in planned if p.step.name == "evaluate"), None)
+        marker = evaluated.marker if evaluated else None
         begun = any(p.why.startswith("unfinished") for p in planned)
         state: State = "stopped early" if begun else "to do"
         if index in failed:
@@ -289,7 +302,9 @@ def outcomes(
         elif marker is not None:
             state = "done"
         metrics = marker["metrics"] if marker else {}
-        results.append(TrialResult(trial=trial, state=state, metrics=metrics, reason=failed.get(index, "")))
+        folder = evaluated.folder if evaluated and marker else ""
+        reason = failed.get(index, "")
+        results.append(TrialResult(trial=trial, state=state, metrics=metrics, reason=reason, folder=folder))
     return results
 
 
@@ -336,21 +351,25 @@ def plan_table(trials: Sequence[Trial], plans: Sequence[Sequence[PlannedStep]]) 
 
 
 def table(results: Sequence[TrialResult], best: TrialResult | None, sweep: SweepConfig) -> str:
-    """The trials, best first, with a few metrics, and how to run the best one."""
+    """The trials, best first, with a few metrics and their intervals, and how to run the best one."""
     names = list(dict.fromkeys([sweep.metric, "l1", "psnr", "ssim"]))
     width = max(12, *(len(result.trial.name) for result in results))
     sign = 1 if sweep.best == "min" else -1
     ranked = sorted(
         results, key=lambda r: (sweep.metric not in r.metrics, sign * r.metrics.get(sweep.metric, 0.0))
     )
-    lines = ["", f"{'trial':<{width}} " + " ".join(f"{name:>10}" for name in names)]
+    lines = ["", f"{'trial':<{width}} " + " ".join(f"{name:<{CELL}}" for name in names).rstrip()]
     for result in ranked:
-        numbers = [f"{result.metrics[n]:>10.4g}" if n in result.metrics else f"{'':>10}" for n in names]
+        numbers = [f"{shown(result.metrics, name):<{CELL}}" for name in names]
         state = "" if result.state == "done" else f"  {result.state}"
         reason = f": {result.reason}" if result.reason else ""
-        lines.append(f"{result.trial.name:<{width}} {' '.join(numbers)}{state}{reason}")
+        lines.append(f"{result.trial.name:<{width}} {' '.join(numbers)}{state}{reason}".rstrip())
     if best is not None:
         lines.append(f"\nbest by {sweep.metric} on {sweep.split}: {best.trial.name}")
+        lines += [
+            f"  not told apart from it: {name} (difference {one.mean:.4g}, {one.low:.4g} to {one.high:.4g})"
+            for name, one in not_told_apart(results, best, sweep.metric).items()
+        ]
         lines += [f"  --set {key}={json.dumps(value)}" for key, value in best.trial.values.items()]
     else:
         lines.append(f"\nno trial has a value of {sweep.metric}")

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import numpy as np
+import pyarrow as pa
 from pydantic import JsonValue
 from ray import tune
 
@@ -22,6 +23,9 @@ from pipeline import config as configuration
 from pipeline.config import PipelineConfig
 from pipeline.runner import PlannedStep
 from pipeline.sweep.config import Best, Range, SweepConfig
+from stages import storage
+from stages.scoring.intervals import Interval, difference
+from stages.scoring.table import of_images
 from stages.tracking.run import Run
 from stages.tracking.sender import MetricRow
 
@@ -45,6 +49,8 @@ class TrialResult:
     state: State
     metrics: Mapping[str, float] = field(default_factory=dict)
     reason: str = ""
+    folder: str = ""
+    """Of its evaluation."""
 
 
 def variants(sweep: SweepConfig) -> list[tuple[str, dict[str, JsonValue]]]:
@@ -109,6 +115,22 @@ def best_of(results: Sequence[TrialResult], metric: str, best: Best) -> TrialRes
     scored = [result for result in results if result.state == "done" and metric in result.metrics]
     choose = min if best == "min" else max
     return choose(scored, key=lambda result: result.metrics[metric]) if scored else None
+
+
+def not_told_apart(results: Sequence[TrialResult], best: TrialResult, metric: str) -> dict[str, Interval]:
+    """The finished trials whose difference from the best, image by image, has an interval with zero in it."""
+    found = {}
+    own = _of_images(best, metric)
+    for result in results:
+        other = None if result is best else _of_images(result, metric)
+        apart = None if own is None or other is None else difference(other, own, metric)
+        if apart is not None and not apart.excludes_zero:
+            found[result.trial.name] = apart
+    return found
+
+
+def _of_images(result: TrialResult, metric: str) -> pa.Table | None:
+    return of_images(storage.join(result.folder, "metrics.parquet"), metric) if result.folder else None
 
 
 class EpochReports:

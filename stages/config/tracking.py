@@ -6,13 +6,15 @@ import os
 import posixpath
 import shlex
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 from urllib.parse import unquote
 
 from pydantic import Field, field_validator, model_validator
 
 from stages.base import Config, Split
 from stages.config.locations import absolute
+
+Promotion = Literal["interval", "mean"]
 
 
 def sqlite_file(uri: str) -> Path | None:
@@ -35,6 +37,7 @@ class Registration(Config):
     name: str
     alias: str
     metric: str
+    promote: Promotion
     split: Split | None
 
 
@@ -61,6 +64,13 @@ class TrackingConfig(Config):
     metric: Annotated[
         str, Field(description="The metric of `evaluate` that decides which model version is the best.")
     ] = "l1"
+    promote: Annotated[
+        Promotion,
+        Field(
+            description="interval: a version becomes the best one where its difference from it, image by "
+            "image, has a 95 % interval without zero. mean: where its mean is better."
+        ),
+    ] = "interval"
 
     @field_validator("uri")
     @classmethod
@@ -87,6 +97,7 @@ class TrackingConfig(Config):
             name=self.model or self.experiment,
             alias=self.alias,
             metric=self.metric,
+            promote=self.promote,
             split=split,
         )
 

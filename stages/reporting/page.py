@@ -17,6 +17,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -24,6 +25,7 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from stages.progress import duration
+from stages.scoring.intervals import Interval
 from stages.scoring.metrics import lower_is_better
 
 ROLES = ("source", "generated", "target")
@@ -100,11 +102,12 @@ class ReportData:
     created: str = ""
     scores: Mapping[str, float] = field(default_factory=dict)
     """The model's mean per metric, the headline ones first."""
-    deviations: Mapping[str, float] = field(default_factory=dict)
-    baselines: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Baseline name -> metric -> value."""
-    groups: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Group name -> metric -> mean, with "num_images"."""
+    intervals: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """The ends of the means' intervals."""
+    baselines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Baseline name -> metric -> value, with "intervals" and the model's "differences"."""
+    groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Group name -> metric -> mean, with "num_images" and "intervals"."""
     facts: Sequence[str] = ()
     """Sentences below the headline metrics."""
     num_images: int = 0
@@ -187,7 +190,7 @@ class Tile:
     name: str
     lower: bool
     value: float
-    spread: float | None
+    interval: Sequence[float] | None
     kind: str
     verdict: str
     bars: Sequence[tuple[str, float, str, float]]
@@ -200,15 +203,19 @@ def tile(name: str, value: float, data: ReportData) -> Tile:
     verdict = kind = ""
     if rivals:
         best = (min if lower else max)(rivals, key=lambda base: rivals[base])
-        wins = value < rivals[best] if lower else value > rivals[best]
-        change = abs(value - rivals[best]) / abs(rivals[best]) * 100 if rivals[best] else math.inf
-        amount = f"{change:.0f} % " if math.isfinite(change) else ""
-        kind = "better" if wins else "worse"
-        verdict = f"{amount}{kind} than the best baseline ({baseline_name(best)})"
+        than = f"the best baseline ({baseline_name(best)})"
+        verdict = f"not told apart from {than}"
+        if (apart := data.baselines[best].get("differences", {}).get(name)) and Interval(
+            *apart
+        ).excludes_zero:
+            change = abs(apart[0]) / abs(rivals[best]) * 100 if rivals[best] else math.inf
+            amount = f"{change:.0f} % " if math.isfinite(change) else ""
+            kind = "better" if (apart[0] < 0) == lower else "worse"
+            verdict = f"{amount}{kind} than {than}"
     longest = max(abs(value), *(abs(rival) for rival in rivals.values()), 0) or 1
     rows = [("this model", value, "model"), *((baseline_name(b), v, "base") for b, v in rivals.items())]
     bars = [(label, v, css, max(0.5, 100 * abs(v) / longest)) for label, v, css in rows]
-    return Tile(metric_name(name), lower, value, data.deviations.get(name), kind, verdict, bars)
+    return Tile(metric_name(name), lower, value, data.intervals.get(name), kind, verdict, bars)
 
 
 def baseline_name(name: str) -> str:
@@ -267,7 +274,8 @@ def page(data: ReportData) -> str:
     charts: dict[str, list[Chart]] = {}
     for curve in data.curves:
         charts.setdefault(curve.phase, []).append(chart(curve))
-    rows = [("this model", data.scores), *((baseline_name(b), row) for b, row in data.baselines.items())]
+    own = {**data.scores, "intervals": data.intervals}
+    rows = [("this model", own), *((baseline_name(b), row) for b, row in data.baselines.items())]
     environment = Environment(
         loader=PackageLoader("stages.reporting", ""),
         autoescape=True,
@@ -278,6 +286,7 @@ def page(data: ReportData) -> str:
     environment.filters |= {
         "number": number,
         "metric_name": metric_name,
+        "between": between,
         "duration": duration,
         "source_hash": _source_hash,
     }
@@ -303,8 +312,13 @@ def page(data: ReportData) -> str:
     )
 
 
-def _cells(row: Mapping[str, float], data: ReportData) -> list[str]:
-    return [number(row.get(name), 4) for name in data.scores]
+def _cells(row: Mapping[str, Any], data: ReportData) -> list[str]:
+    return [number(row.get(name), 4) + between(row.get("intervals", {}).get(name)) for name in data.scores]
+
+
+def between(interval: Sequence[float] | None) -> str:
+    """The ends of an interval, in brackets; "" for none."""
+    return f" ({number(interval[0])} to {number(interval[1])})" if interval else ""
 
 
 def _is_finite(value: float | None) -> bool:

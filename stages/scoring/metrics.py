@@ -7,8 +7,8 @@ in the order of the units of work, so that any number of workers gives the same 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -105,36 +105,6 @@ def diversity(samples: Sequence[np.ndarray]) -> float:
 
 
 # -- sums over images --------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class Sums:
-    """Count, sum and sum of squares per metric."""
-
-    count: dict[str, int] = field(default_factory=dict)
-    total: dict[str, float] = field(default_factory=dict)
-    square: dict[str, float] = field(default_factory=dict)
-
-    def add(self, scores: Mapping[str, float]) -> None:
-        """Add one image's scores. A metric that is None or NaN is not counted."""
-        for name, value in scores.items():
-            if value is None or math.isnan(value):
-                continue
-            self.count[name] = self.count.get(name, 0) + 1
-            self.total[name] = self.total.get(name, 0.0) + value
-            self.square[name] = self.square.get(name, 0.0) + value * value
-
-    def means(self) -> dict[str, float]:
-        """Mean per metric over the images that have it."""
-        return {name: self.total[name] / count for name, count in self.count.items() if count}
-
-    def deviations(self) -> dict[str, float]:
-        """Standard deviation over the images, per metric."""
-        return {
-            name: math.sqrt(max(0.0, self.square[name] / count - (self.total[name] / count) ** 2))
-            for name, count in self.count.items()
-            if count
-        }
 
 
 @dataclass(slots=True)

@@ -10,22 +10,24 @@ Parts are added in unit order, so that the sums do not depend on how many proces
 from __future__ import annotations
 
 import io
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stages import storage
 from stages.scoring import metrics
-from stages.scoring.metrics import Moments, Sums
+from stages.scoring.intervals import group_numbers, interval
+from stages.scoring.metrics import Moments
 
 BASELINES = ("mean_target", "untrained", "nearest")
 MAX_GROUPS = 200  # groups in summary.json; more are no summary
 KID_IMAGES = 10_000
+BOUNDS = ("low", "high")
 
 ROW_FIELDS = {
     "key": pa.string(),
@@ -73,69 +75,88 @@ def _sums_uri(part: str) -> str:
 # -- one number of many -----------------------------------------------------------------------------
 
 
-def summarise(rows: Iterator[Mapping[str, Any]], names: list[str]) -> dict[str, Any]:
-    """The summary of rows in order: means and deviations of the model, means of baselines and groups."""
-    model, groups = Sums(), dict[str, Sums]()
-    baselines = {name: Sums() for name in BASELINES}
-    counts: Counter[str] = Counter()
-    for row in rows:
-        if row["error"] is not None:
-            counts["missing"] += 1
-            continue
-        counts["images"] += 1
-        scores = {name: row[name] for name in names if row.get(name) is not None}
-        model.add(scores)
-        for group in dict.fromkeys((row["split"], "/".join(filter(None, (row["split"], row["group"]))))):
-            if group in groups or len(groups) < MAX_GROUPS:
-                groups.setdefault(group, Sums()).add({**scores, "_": 1.0})
-        for baseline, sums in baselines.items():
-            columns = {name: row.get(f"{baseline}_{name}") for name in metrics.PIXEL_METRICS}
-            values = {name: value for name, value in columns.items() if value is not None}
-            if values:
-                sums.add({**values, "_": 1.0})
-    means = model.means()
+def summarise(scores: pa.Table, names: Sequence[str]) -> dict[str, Any]:
+    """The summary of all rows: means with their intervals, of the model, of baselines, by split and group.
+
+    names   the model's metrics; a baseline also has the differences of the model from it, image by image
+    """
+    usable = scores.filter(scores["error"].is_null())
+    columns = {name: usable[name].to_numpy() for name in usable.column_names if name not in ROW_FIELDS}
+    model = {name: columns[name] for name in names}
+    groups = group_numbers(usable["group"])
+    baselines: dict[str, dict[str, Any]] = {}
+    for baseline in BASELINES:
+        own = {n: columns[f"{baseline}_{n}"] for n in metrics.PIXEL_METRICS if f"{baseline}_{n}" in columns}
+        if scored := max((int(np.isfinite(values).sum()) for values in own.values()), default=0):
+            apart = {n: interval(model[n] - values, groups) for n, values in own.items() if n in model}
+            baselines[baseline] = {
+                **_means(own, groups),
+                "num_images": scored,
+                "differences": {name: found for name, found in apart.items() if found},
+            }
+    by_group: dict[str, dict[str, Any]] = {}
+    for label, rows in _labels(usable):
+        part = {name: values[rows] for name, values in model.items()}
+        by_group[label] = {**_means(part, groups[rows]), "num_images": len(rows)}
     return {
-        **{name: means[name] for name in names if name in means},
-        "num_images": counts["images"],
-        "num_missing": counts["missing"],
-        "deviations": model.deviations(),
-        "baselines": {name: _means_and_count(sums) for name, sums in baselines.items() if sums.count},
-        "groups": {name: _means_and_count(sums) for name, sums in sorted(groups.items())},
+        **_means(model, groups),
+        "num_images": usable.num_rows,
+        "num_missing": scores.num_rows - usable.num_rows,
+        "deviations": {n: float(np.nanstd(v)) for n, v in model.items() if np.isfinite(v).any()},
+        "baselines": baselines,
+        "groups": dict(sorted(by_group.items())),
     }
 
 
-def _means_and_count(sums: Sums) -> dict[str, float]:
-    means = {name: value for name, value in sums.means().items() if name != "_"}
-    return {**means, "num_images": sums.count.get("_", 0)}
+def _means(columns: Mapping[str, np.ndarray], groups: np.ndarray) -> dict[str, Any]:
+    """The mean of each column that has a value, and their intervals as {"intervals": {name: (low, high)}}."""
+    means = {n: float(np.nanmean(values)) for n, values in columns.items() if np.isfinite(values).any()}
+    found = {name: interval(columns[name], groups) for name in means}
+    return {**means, "intervals": {name: (one.low, one.high) for name, one in found.items() if one}}
+
+
+def _labels(scores: pa.Table) -> Iterator[tuple[str, np.ndarray]]:
+    """Each split and each group of a split, at most MAX_GROUPS, with the numbers of its rows."""
+    splits = pc.fill_null(scores["split"].combine_chunks(), "")
+    groups = pc.fill_null(scores["group"].combine_chunks(), "")
+    nested = pc.if_else(pc.equal(groups, ""), None, pc.binary_join_element_wise(splits, groups, "/"))
+    labels = [encoded.dictionary_encode() for encoded in (splits, nested)]
+    every = [(labels_, number) for labels_ in labels for number in range(len(labels_.dictionary))]
+    for encoded, number in every[:MAX_GROUPS]:
+        yield (
+            encoded.dictionary[number].as_py(),
+            np.flatnonzero(np.asarray(encoded.indices.fill_null(-1)) == number),
+        )
 
 
 def merge_parts(parts: Sequence[str], uri: str) -> dict[str, Any]:
-    """Write the rows of all parts to one Parquet file and return their summary. Holds one part at a time."""
+    """Write the rows of all parts to one Parquet file and return their summary.
+
+    Holds one part at a time, and the numbers of all: 8 bytes a score, 150 MB for a million images.
+    """
     schema = pa.unify_schemas([pq.read_schema(io.BytesIO(storage.read_bytes(part))) for part in parts])
     baseline_columns = tuple(f"{baseline}_" for baseline in BASELINES)
-    names = [n for n in schema.names if n not in ROW_FIELDS and not n.startswith(baseline_columns)]
+    scores = [name for name in schema.names if name not in ROW_FIELDS]
     example_missing: str | None = None
 
-    def rows(writer: pq.ParquetWriter) -> Iterator[dict[str, Any]]:
+    def write() -> pa.Table:
         nonlocal example_missing
-        for part in parts:
-            table = storage.read_parquet(part)
-            for name in schema.names:
-                if name not in table.column_names:
-                    table = table.append_column(name, pa.nulls(table.num_rows, schema.field(name).type))
-            table = table.select(schema.names)
-            writer.write_table(table)
-            for row in table.to_pylist():
-                if row["error"] is not None and example_missing is None:
-                    example_missing = f"{row['key']}: {row['error']}"
-                yield row
-
-    def write() -> dict[str, Any]:
+        kept = []
         with storage.create(uri) as file, pq.ParquetWriter(file, schema) as writer:
-            return summarise(rows(writer), names)
+            for part in parts:
+                table = pa.concat_tables(
+                    [schema.empty_table(), storage.read_parquet(part)], promote_options="default"
+                )
+                writer.write_table(table)
+                missing = table.filter(table["error"].is_valid())
+                if missing.num_rows and example_missing is None:
+                    example_missing = f"{missing['key'][0]}: {missing['error'][0]}"
+                kept.append(table.select(["split", "group", "error", *scores]))
+        return pa.concat_tables(kept)
 
-    summary = storage.written(write, uri)
-    return {**summary, "example_missing": example_missing}
+    rows = storage.written(write, uri)
+    names = [name for name in scores if not name.startswith(baseline_columns)]
+    return {**summarise(rows, names), "example_missing": example_missing}
 
 
 def merge_sums(
@@ -169,11 +190,36 @@ def merge_sums(
 
 
 def headline(summary: Mapping[str, Any]) -> dict[str, float]:
-    """The few numbers by which runs are compared."""
+    """The few numbers by which runs are compared; `l1_low` and `l1_high` are the ends of `l1`'s interval."""
     numbers = {name: float(value) for name, value in summary.items() if isinstance(value, float)}
+    ends = {
+        f"{name}_{end}": float(bound)
+        for name, pair in summary.get("intervals", {}).items()
+        for end, bound in zip(BOUNDS, pair, strict=True)
+    }
     for baseline, means in summary["baselines"].items():
         numbers |= {f"{baseline}_l1": float(means["l1"])} if "l1" in means else {}
     for name, scores in summary.get("segmentation", {}).items():
         prefix = "" if name in ("generated", "palette") else f"{name}_"
         numbers |= {f"{prefix}{key}": float(value) for key, value in scores.items()}
-    return numbers
+    return numbers | ends
+
+
+def shown(numbers: Mapping[str, float], name: str) -> str:
+    """A number of `headline` as text, with its interval if it has one; "" if it is absent."""
+    if name not in numbers:
+        return ""
+    low, high = (numbers.get(f"{name}_{end}") for end in BOUNDS)
+    between = "" if low is None or high is None else f" ({low:.4g} to {high:.4g})"
+    return f"{numbers[name]:.4g}{between}"
+
+
+def is_bound(name: str) -> bool:
+    """Whether a number of `headline` is the end of another's interval."""
+    return name.endswith(tuple(f"_{end}" for end in BOUNDS))
+
+
+def of_images(uri: str, metric: str) -> pa.Table | None:
+    """A metric in `metrics.parquet` as {key, group, metric}; None if it is of no single image."""
+    table = storage.read_parquet(uri)
+    return table.select(["key", "group", metric]) if metric in table.column_names else None

@@ -14,12 +14,16 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import mlflow
 import pandas as pd  # type: ignore[import-untyped]
+import pyarrow as pa
+import pyarrow.parquet as pq
 from mlflow.entities import LoggedModelStatus
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.tracking import MlflowClient
@@ -27,15 +31,16 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from stages import storage
 from stages.base import Outcome
-from stages.config.tracking import Registration
+from stages.config.tracking import Promotion, Registration
 from stages.errors import StageError, one_line
 from stages.inference.model_source import description, local_model, tracking_server
 from stages.models.files.saved import DISCRIMINATOR, EMA, WEIGHTS, fingerprint, read_manifest
 from stages.scoring import table
+from stages.scoring.intervals import Interval, difference
 from stages.scoring.metrics import lower_is_better
 from stages.shards import dataset
 from stages.tracking import served
-from stages.tracking.run import Run
+from stages.tracking.run import Run, allowed_name
 from stages.tracking.sender import is_refusal
 
 logger = logging.getLogger(__name__)
@@ -45,7 +50,26 @@ WAITS = (2.0, 10.0)  # seconds before another attempt
 
 NAME = "model"  # below its run: `runs:/<id>/model`
 MODEL_TAG, DATA_TAG = "pixloom.model", "pixloom.data"
+SCORES = "scores"  # the artifacts with scores of single images
+UNCERTAIN = "no interval of the difference can be had; tracking.promote: mean compares the means alone"
 REQUIREMENTS = ["imagecodecs", "mlflow", "pandas", "pillow", "pydantic", "safetensors", "tifffile", "torch"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """A model's value of a metric."""
+
+    metric: str
+    value: float
+    data: str
+    """The digest of what it was measured on."""
+    images: pa.Table | None = None
+    """The values of single images as {key, group, metric}; None for a metric of the whole set."""
+
+    @property
+    def file(self) -> str:
+        """The name of the file of the values of single images."""
+        return allowed_name(f"{self.metric} {self.data}").replace(" ", "-") + ".parquet"
 
 
 def register_model(
@@ -60,9 +84,16 @@ def register_model(
     spec = dataset.load(shards)
     scores = table.headline(storage.read_json(storage.join(metrics, "summary.json"))) if metrics else {}
     if scores and config.metric not in scores:
-        measured = ", ".join(scores)
-        logger.warning("tracking.metric: %s was not measured; there are %s", config.metric, measured)
-    split = spec.scored_split(config.split, "evaluate.split") if metrics else ""
+        there = ", ".join(name for name in scores if not table.is_bound(name))
+        logger.warning("tracking.metric: %s was not measured; there are %s", config.metric, there)
+    measured = None
+    if config.metric in scores:
+        measured = Measurement(
+            metric=config.metric,
+            value=scores[config.metric],
+            data=f"{shards.rpartition('/')[2]} {spec.scored_split(config.split, 'evaluate.split')}",
+            images=table.of_images(storage.join(metrics, "metrics.parquet"), config.metric),
+        )
     send = partial(
         register,
         storage.join(model, "model"),
@@ -70,9 +101,8 @@ def register_model(
         example=dataset.example(shards, spec),
         name=config.name,
         alias=config.alias,
-        metric=config.metric,
-        value=scores.get(config.metric),
-        data=f"{shards.rpartition('/')[2]} {split}",
+        promote=config.promote,
+        measured=measured,
     )
     parent.flush()
     if not (run_id := parent.run_id(wait=1.0)):
@@ -97,14 +127,13 @@ def register(
     example: Mapping[str, bytes],
     name: str | None = None,
     alias: str = "champion",
-    metric: str = "l1",
-    value: float | None = None,
-    data: str = "",
+    promote: Promotion = "interval",
+    measured: Measurement | None = None,
 ) -> str:
     """Log the model in `folder` (any URI); with a `name`, register and compare it. Returns a log line.
 
-    example  encoded images by column, as `served` takes them
-    value    of `metric`, measured on the data with the digest `data`; None: not measured, the alias stays
+    example    encoded images by column, as `served` takes them
+    measured   None: not measured, the alias stays
     """
     client = MlflowClient(tracking_uri=tracking_uri)
     identity = fingerprint(description(folder))
@@ -113,23 +142,26 @@ def register(
         if not model_id:
             with tempfile.TemporaryDirectory(prefix="pixloom-publish-") as temp:
                 model_id = _log(client, local_model(folder, Path(temp)), run_id, example, identity)
-        if value is not None:
-            client.log_metric(run_id, metric, value, model_id=model_id)
+        if measured is not None:
+            client.log_metric(run_id, measured.metric, measured.value, model_id=model_id)
         if name is None:
             return f"logged as models:/{model_id}"
         version = _version(client, name, model_id, identity)
-    if value is None:
+        if measured is not None and measured.images is not None:
+            _log_images(client, client.get_model_version(name, version), measured)
+    if measured is None:
         return f"registered as models:/{name}/{version}"
-    client.set_model_version_tag(name, version, metric, f"{value:.9g}")
-    client.set_model_version_tag(name, version, DATA_TAG, data)
-    outcome = _promote(client, name, version, alias, metric, value, data)
+    client.set_model_version_tag(name, version, measured.metric, f"{measured.value:.9g}")
+    client.set_model_version_tag(name, version, DATA_TAG, measured.data)
+    outcome = _promote(client, name, version, alias, promote, measured)
     return f"registered as models:/{name}/{version}; {outcome}"
 
 
 def _promote(
-    client: MlflowClient, name: str, version: str, alias: str, metric: str, value: float, data: str
+    client: MlflowClient, name: str, version: str, alias: str, promote: Promotion, measured: Measurement
 ) -> str:
-    """Move the alias to a version if its metric is better than that of the version with the alias."""
+    """Move the alias to a version if it is better by its metric than the version with the alias."""
+    metric, value = measured.metric, measured.value
     try:
         champion = client.get_model_version_by_alias(name, alias)
     except MlflowException:
@@ -140,13 +172,38 @@ def _promote(
     if champion is not None and metric in champion.tags:
         best = float(champion.tags[metric])
         other = f"version {champion.version} ({metric} {best:.4g})"
-        if champion.tags.get(DATA_TAG, "") != data:
+        if champion.tags.get(DATA_TAG, "") != measured.data:
             return f"{alias} stays {other}: it was measured on other data, so the two cannot be compared"
         if not (value < best if lower_is_better(metric) else value > best):
             return f"{alias} stays {other}, this one has {value:.4g}"
+        if promote == "interval" and measured.images is not None:
+            apart = _difference(client, champion, measured)
+            if apart is None:
+                return f"{alias} stays {other}, this one has {value:.4g}: {UNCERTAIN}"
+            amount = f"{apart.mean:.2g} ({apart.low:.2g} to {apart.high:.2g})"
+            if not apart.excludes_zero:
+                return f"{alias} stays {other}, this one has {value:.4g}: not told apart, difference {amount}"
+            other += f", difference {amount}"
         before = f", before: {other}"
     client.set_registered_model_alias(name, alias, version)
     return f"now {alias} ({metric} {value:.4g}{before})"
+
+
+def _log_images(client: MlflowClient, version: ModelVersion, measured: Measurement) -> None:
+    """Keep the scores of single images with the run of a version, for later versions to compare with."""
+    with tempfile.TemporaryDirectory(prefix="pixloom-scores-") as temp:
+        pq.write_table(measured.images, Path(temp) / measured.file)
+        client.log_artifact(version.run_id, str(Path(temp) / measured.file), SCORES)
+
+
+def _difference(client: MlflowClient, champion: ModelVersion, measured: Measurement) -> Interval | None:
+    """What was measured minus the same of the champion, by image; None if its run has no such scores."""
+    path = f"{SCORES}/{measured.file}"
+    if path not in {file.path for file in client.list_artifacts(champion.run_id, SCORES)}:
+        return None
+    with tempfile.TemporaryDirectory(prefix="pixloom-scores-") as temp:
+        other = pq.read_table(client.download_artifacts(champion.run_id, path, temp))
+    return difference(measured.images, other, measured.metric)
 
 
 # -- logging ------------------------------------------------------------------

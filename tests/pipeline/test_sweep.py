@@ -7,10 +7,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pydantic import JsonValue
 
@@ -183,6 +187,22 @@ def test_the_table_begins_with_the_best_and_says_why_one_failed() -> None:
     told = table(results, results[1], config(grid={"train.seed": [1]}))
     assert told.index("better") < told.index("worse") < told.index("failed: out of memory")
     assert "best by l1 on val: better" in told
+
+
+def test_the_table_says_which_trials_are_not_told_apart_from_the_best(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).normal(0, 0.01, 30)
+    found = []
+    for name, values in (("best", noise), ("as good", noise[::-1] + 0.001), ("worse", noise + 0.1)):
+        (tmp_path / name).mkdir()
+        keys = [f"k{i}" for i in range(30)]
+        table_ = pa.table({"key": keys, "group": [""] * 30, "l1": 0.2 + values})
+        pq.write_table(table_, tmp_path / name / "metrics.parquet")
+        one = result(name, "done", l1=0.2 + values.mean(), l1_low=0.1, l1_high=0.4)
+        found.append(replace(one, folder=str(tmp_path / name)))
+    told = table(found, found[0], config(grid={"train.seed": [1]}))
+    assert "(0.1 to 0.4)" in told
+    assert "not told apart from it: as good (difference 0.001, " in told
+    assert "from it: worse" not in told
 
 
 class Record(NullRun):

@@ -67,7 +67,16 @@ def data(**values: object) -> ReportData:
     given: dict[str, object] = {
         "title": "Streets",
         "scores": {"l1": 0.1, "psnr": 20.0},
-        "baselines": {"mean_target": {"l1": 0.2, "psnr": 15.0}, "nearest": {"l1": 0.15, "psnr": 22.0}},
+        "intervals": {"l1": (0.08, 0.12)},
+        "baselines": {
+            "mean_target": {"l1": 0.2, "psnr": 15.0},
+            "nearest": {
+                "l1": 0.15,
+                "psnr": 22.0,
+                "intervals": {"l1": (0.13, 0.17)},
+                "differences": {"l1": (-0.05, -0.07, -0.03), "psnr": (-2.0, -3.0, -1.0)},
+            },
+        },
         "num_images": 5,
         "pictures": [picture(i) for i in range(5)],
         "curves": [Curve(phase="global", name="loss", steps=[1, 2, 3], values=[3.0, 2.0, float("nan")])],
@@ -94,6 +103,14 @@ def test_the_page_shows_metrics_beside_baselines_with_a_verdict() -> None:
         "steps 100, precision bf16",
     ):
         assert word in told
+
+
+def test_better_is_said_only_where_the_interval_of_the_difference_excludes_zero() -> None:
+    rival = {"l1": 0.15, "differences": {"l1": (-0.05, -0.11, 0.01)}}
+    told = "".join(Reader(page(data(baselines={"nearest": rival}))).texts)
+    assert "not told apart from the best baseline (nearest target)" in told
+    assert "0.100 (0.080 to 0.120)" in told or "0.1 (0.08 to 0.12)" in told
+    assert "better than the" not in told
 
 
 def test_no_text_of_a_user_becomes_markup() -> None:

@@ -92,16 +92,6 @@ def test_two_shapes_are_refused() -> None:
         metrics.pixel_scores(np.zeros((4, 4, 3), np.uint8), np.zeros((4, 5, 3), np.uint8))
 
 
-def test_a_metric_that_an_image_lacks_is_not_counted_for_it() -> None:
-    sums = metrics.Sums()
-    rows = [{"l1": i / 7, "ssim": i / 3} for i in range(20)] + [{"l1": 1.0, "ssim": math.nan}]
-    for row in rows:
-        sums.add(row)
-    assert sums.count == {"l1": 21, "ssim": 20}
-    assert sums.means()["l1"] == pytest.approx(np.mean([row["l1"] for row in rows]))
-    assert sums.deviations()["ssim"] == pytest.approx(np.std([row["ssim"] for row in rows[:20]]))
-
-
 def test_the_mean_image_is_exact_in_any_order() -> None:
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (4, 5, 3), np.uint8) for _ in range(9)]

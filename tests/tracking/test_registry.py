@@ -15,19 +15,21 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from mlflow.entities import LoggedModelStatus
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from stages.config.tracking import Registration, TrackingConfig
+from stages.config.tracking import Promotion, Registration, TrackingConfig
 from stages.errors import StageError
 from stages.images import encode
 from stages.inference.model_source import local_model
 from stages.inference.translator import Translator
 from stages.models.files.saved import DISCRIMINATOR, load_model
 from stages.tracking import registry
-from stages.tracking.registry import register, register_model
+from stages.tracking.registry import Measurement, register, register_model
 from stages.tracking.run import Run, open_parent
 from stages.tracking.sender import Sender
 from tests.stores.seaweed import free_ports
@@ -69,40 +71,71 @@ def new_run(client: MlflowClient) -> str:
 EXAMPLE = {"image": encode.encode_png(scene(3, 32, 32)["source"])}
 
 
+def measured(value: float, data: str = "d", *, apart: float | None = None) -> Measurement:
+    """l1 by image: this mean, and a noise of its own if it is to be told apart from none of the others."""
+    rng = np.random.default_rng(int(value * 1000))
+    noise = rng.normal(0, 0.001 if apart is None else apart, 20)
+    images = {"key": [f"k{i}" for i in range(20)], "group": [""] * 20, "l1": value + noise - noise.mean()}
+    return Measurement(metric="l1", value=value, data=data, images=pa.table(images))
+
+
 def test_the_better_one_is_champion_and_none_is_made_twice(uri: str, tmp_path: Path) -> None:
     client = MlflowClient(tracking_uri=uri)
     before = os.environ.get("MLFLOW_TRACKING_URI")
     models = [make_model(tmp_path / str(width), trained=(width, 32)) for width in (32, 64, 96)]
 
-    def send(index: int, value: float | None, data: str = "d") -> str:
+    def send(index: int, result: Measurement | None, promote: Promotion = "interval") -> str:
         return register(
             str(models[index]),
             tracking_uri=uri,
             run_id=new_run(client),
             example=EXAMPLE,
             name="street",
-            value=value,
-            data=data,
+            promote=promote,
+            measured=result,
         )
 
     def champion() -> str:
         return str(client.get_model_version_by_alias("street", "champion").version)
 
     assert send(0, None) == "registered as models:/street/1"  # not evaluated yet
-    assert "now champion (l1 0.2)" in send(0, 0.2)
+    assert "now champion (l1 0.2)" in send(0, measured(0.2))
     assert champion() == "1"
-    assert "champion stays version 1 (l1 0.2), this one has 0.3" in send(1, 0.3)
+    assert "champion stays version 1 (l1 0.2), this one has 0.3" in send(1, measured(0.3))
+    assert "this one has 0.19: not told apart, difference -0.01 (" in send(2, measured(0.19, apart=0.2))
     assert champion() == "1"
-    assert "now champion (l1 0.1, before: version 1 (l1 0.2))" in send(2, 0.1)
-    assert "it is champion" in send(2, 0.1)
-    assert "other data" in send(0, 0.05, data="more")
+    better = send(2, measured(0.1))
+    assert "now champion (l1 0.1, before: version 1 (l1 0.2), difference -0.1 (" in better
+    assert "it is champion" in send(2, measured(0.1))
+    assert "other data" in send(0, measured(0.05, "more"))
     assert champion() == "3"
+    assert "now champion (l1 0.09" in send(1, measured(0.09, apart=0.2), "mean")
     assert len(client.search_model_versions("name = 'street'")) == 3
     experiment = client.get_experiment_by_name("e").experiment_id
     logged = client.search_logged_models([experiment])
     assert len(logged) == 3
     assert {m.value for model in logged for m in model.metrics or [] if m.key == "l1"} >= {0.2, 0.3, 0.1}
     assert os.environ.get("MLFLOW_TRACKING_URI") == before
+
+
+def test_what_has_no_scores_by_image_is_compared_by_its_value_or_not_at_all(uri: str, tmp_path: Path) -> None:
+    client = MlflowClient(tracking_uri=uri)
+
+    def send(width: int, result: Measurement) -> str:
+        folder = make_model(tmp_path / f"{result.metric}{width}", trained=(width, 32))
+        return register(
+            str(folder),
+            tracking_uri=uri,
+            run_id=new_run(client),
+            example=EXAMPLE,
+            name=f"by-{result.metric}",
+            measured=result,
+        )
+
+    send(160, Measurement(metric="fid", value=9.0, data="d"))
+    assert "now champion (fid 8, before" in send(192, Measurement(metric="fid", value=8.0, data="d"))
+    send(224, Measurement(metric="l1", value=0.9, data="d"))  # as an older version
+    assert "tracking.promote: mean" in send(256, measured(0.1))
 
 
 def test_what_a_kill_left_of_a_model_is_taken_away(uri: str, tmp_path: Path) -> None:
@@ -138,6 +171,7 @@ def results(tmp_path: Path) -> dict[str, str]:
     make_shards(tmp_path / "shards", {"train": [4], "val": [2]})
     (tmp_path / "metrics").mkdir()
     (tmp_path / "metrics" / "summary.json").write_text(json.dumps({"l1": 0.5, "baselines": {}}))
+    pq.write_table(pa.table({"key": ["a"], "group": [""], "l1": [0.5]}), tmp_path / "metrics/metrics.parquet")
     return {
         "model": str(tmp_path / "phase"),
         "shards": str(tmp_path / "shards"),
@@ -221,7 +255,12 @@ def test_a_registered_model_is_loaded_and_served_where_this_repository_is_not(
     client = MlflowClient(tracking_uri=uri)
     folder = make_model(tmp_path / "model")
     line = register(
-        str(folder), tracking_uri=uri, run_id=new_run(client), example=EXAMPLE, name="served", value=0.5
+        str(folder),
+        tracking_uri=uri,
+        run_id=new_run(client),
+        example=EXAMPLE,
+        name="served",
+        measured=Measurement(metric="l1", value=0.5, data="d"),
     )
     assert "now champion" in line
     labels = scene(1, 40, 24)["source"]

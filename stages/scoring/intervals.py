@@ -1,0 +1,85 @@
+"""How sure a mean over images is: 95 % intervals, from groups of images where there are groups.
+
+Images of one group (a drive, a site) resemble each other, so the groups are what is drawn again, each with
+all of its images. With 10 to 5,000 of them an interval is the bootstrap's: the 2.5th and 97.5th percentile
+of the means of 1,000 draws with a fixed seed. With fewer, draws say too little, and with more they say what
+the normal approximation says at a fraction of the cost: mean +- t * standard error, with Student's t.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+DRAWS = 1000
+FEW, MANY = 10, 5000
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306)
+"""The 97.5th percentile of Student's t for 1 to 8 degrees of freedom."""
+NORMAL = 1.960
+
+
+class Interval(NamedTuple):
+    """A mean, and the interval of 95 % around it."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether a difference with this interval is told apart from none."""
+        return self.low > 0 or self.high < 0
+
+
+def interval(values: np.ndarray, groups: np.ndarray | None = None) -> Interval | None:
+    """The mean of values (N,) float64 with its interval; None for fewer than two images.
+
+    values   NaN stands for an image without the value
+    groups   an integer for each image; where all are equal, or None, each image is drawn by itself
+    """
+    there = np.isfinite(values)
+    values = values[there]
+    if len(values) < 2:
+        return None
+    units = np.arange(len(values))
+    if groups is not None and (names := np.unique(groups[there], return_inverse=True))[0].size > 1:
+        units = names[1]
+    counts, totals = np.bincount(units), np.bincount(units, weights=values)
+    mean, number = float(values.mean()), len(counts)
+    if FEW <= number <= MANY:
+        times = _times_drawn(number)
+        low, high = np.quantile((times @ totals) / (times @ counts), (0.025, 0.975))
+        return Interval(mean, float(low), float(high))
+    variance = number / (number - 1) * ((totals - mean * counts) ** 2).sum() / len(values) ** 2
+    reach = (STUDENT[number - 2] if number < FEW else NORMAL) * float(np.sqrt(variance))
+    return Interval(mean, mean - reach, mean + reach)
+
+
+@lru_cache(maxsize=2)
+def _times_drawn(number: int) -> np.ndarray:
+    """(DRAWS, number) float64: how often each of `number` units is in each draw."""
+    drawn = np.random.default_rng(0).integers(number, size=(DRAWS, number))
+    drawn += number * np.arange(DRAWS)[:, None]
+    counts = np.bincount(drawn.reshape(-1), minlength=DRAWS * number)
+    return counts.reshape(DRAWS, number).astype(np.float64)
+
+
+def group_numbers(names: pa.ChunkedArray) -> np.ndarray:
+    """A number for each name, equal for equal names."""
+    encoded = names.combine_chunks().dictionary_encode()
+    return np.asarray(encoded.indices.fill_null(-1))
+
+
+def difference(one: pa.Table, other: pa.Table, metric: str) -> Interval | None:
+    """The mean of `one` minus `other` over the images that both have, with its interval; None for too few.
+
+    one, other   tables {key, group, metric}
+    """
+    both = one.join(other.drop_columns("group"), "key", join_type="inner", right_suffix="_other").sort_by(
+        "key"
+    )
+    values = both[metric].to_numpy() - both[f"{metric}_other"].to_numpy()
+    return interval(values, group_numbers(both["group"]))
