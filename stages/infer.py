@@ -50,7 +50,7 @@ from stages.shards.dataset import DatasetSpec
 if TYPE_CHECKING:
     from stages.tracking.run import Run
 
-VERSION = 2
+VERSION = 3
 
 BATCH_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 22}
 """Pixels of a batch: four images of 256x256 for a CPU's core, 64 for a GPU."""
@@ -289,9 +289,7 @@ class InferenceWorker:
         height, width = source.shape[:2]
         if config.tile is None and height * width > config.max_pixels:
             limit = config.max_pixels
-            raise ImageRejected(
-                "too_large", f"{width}x{height}, infer.max_pixels is {limit}; infer.tile cuts it"
-            )
+            raise ImageRejected("too_large", f"{width}x{height}, infer.max_pixels is {limit}; set infer.tile")
         return InputImages(self.translator.prepared(source), instance)
 
     def _usable(

@@ -180,6 +180,7 @@ TINY = {
     "listing": ["--sizes", "200,400"],
     "inference": shlex.split("--turns 1 --images 4 --size 64 --width 8 --store local --memory 0 --rerun 8"),
     "inference_model": ["--network", "unet", "--turns", "1", "--settings", "frozen"],
+    "tiled": shlex.split("--size 96x64 --width 8 --tile 32 --sides tiled tiles whole"),
     "train_step": ["unet", "--turns", "1", "--no-memory", "--precision", "float32"],
 }
 NOT_RUN = {

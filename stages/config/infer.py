@@ -80,8 +80,8 @@ class InferConfig(Config):
         int | None,
         Field(
             ge=64,
-            description="Cut larger images into overlapping tiles of this side and blend them; differs from "
-            "the whole image at once. null: never.",
+            description="Generate images with more pixels than a square of this side layer by layer, in "
+            "bands of as many pixels: the same image in bounded memory, with temporary files. null: never.",
         ),
     ] = None
     max_pixels: Annotated[

@@ -12,7 +12,8 @@ baseline share it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal
 
@@ -24,17 +25,21 @@ from stages import seeding
 from stages.base import Kind
 from stages.images import colour, kinds
 from stages.images.kinds import Array
+from stages.inference.tiled import FeatureMap, LayerByLayer
 from stages.models.architecture import Picture, size_multiple, uses_edges
 from stages.models.fast.accelerate import accelerate
 from stages.models.files.saved import LoadedModel
-from stages.models.inputs import make_condition, padded_size, reflect_to, translate, unit_range
+from stages.models.inputs import make_condition, padded_size, reflect_to, reflected, translate, unit_range
 from stages.models.layers import noise_sources
 from stages.models.styles import find_instances, from_reference, mean_features, style_map
 
+RowReader = Callable[[int, int], tuple[Sequence[Array], Sequence[Array] | None]]
+"""Reads rows, from a first one up to another, of the images of a batch."""
+
 StyleKind = Literal["random", "cluster", "reference"]
 
-OVERLAP = 4
-"""Neighbouring tiles share 1/OVERLAP of their side."""
+CHANNELS = 64
+"""A band has as many values as a tile with this number of channels."""
 
 
 def noise_seed(seed: int, key: str, sample: int = 0) -> int:
@@ -47,7 +52,8 @@ class Translator:
 
     stochastic    with dropout as noise, as Isola et al. generate; on a CPU one picture at a time, so that its
                   bits depend on its seed alone
-    tile          side of the tiles that larger pictures are cut into; None: always whole
+    tile          pictures with more pixels than a square of this side are computed layer by layer, in bands
+                  with as many pixels as it has: the same picture in bounded memory. None: always whole
     compiled      torch.compile the generator, for a GPU and batches of one shape
     """
 
@@ -123,18 +129,25 @@ class Translator:
                 for i, source in enumerate(sources)
             ]
         height, width = sources[0].shape[:2]
+        instances = instances if self.needs_instances else None
+        seeds = list(seeds) if seeds is not None else [0] * len(sources)
         with torch.inference_mode():
-            source = self._stack(sources)
-            instance = None if instances is None or not self.needs_instances else self._stack(instances)
-            seeds = list(seeds) if seeds is not None else [0] * len(sources)
             features = None
             if self.model.encoder is not None:
-                assert instance is not None
-                features = self._features(source, instance, seeds, style, cluster, reference)
-            if self.tile is None or max(height, width) <= self.tile:
-                out = self._whole(source, instance, features, seeds)
-            else:
-                out = self._tiled(source, instance, features, seeds, self.tile)
+                assert instances is not None
+                pair = self._stack(sources), self._stack(instances)
+                features = self._features(*pair, seeds, style, cluster, reference)
+            if self.tile is not None and height * width > self.tile**2:
+
+                def read(start: int, stop: int) -> tuple[list[Array], list[Array] | None]:
+                    rows = slice(start, stop)
+                    maps = None if instances is None else [one[rows] for one in instances]
+                    return [one[rows] for one in sources], maps
+
+                bands = self.bands(read, height, width, features=features, seeds=seeds)
+                return [np.concatenate(one) for one in zip(*bands, strict=True)]
+            instance = None if instances is None else self._stack(instances)
+            out = self._whole(self._stack(sources), instance, features, seeds)
             return self._arrays(out.float().permute(0, 2, 3, 1))
 
     def _arrays(self, out: Tensor) -> list[Array]:
@@ -173,41 +186,71 @@ class Translator:
         ).contiguous(memory_format=torch.channels_last)
         style = None if features is None else reflect_to(features, *size)
         noise = noise_sources(seeds) if self.stochastic else None
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with self._computing():
             out = translate(self.model.generator, condition, style, noise)
         return out[:, :, :height, :width]
 
-    def _tiled(
+    def bands(
         self,
-        source: Tensor,
-        instance: Tensor | None,
-        features: Tensor | None,
-        seeds: Sequence[int],
-        tile: int,
-    ) -> Tensor:
-        """Overlapping tiles, blended linearly where they overlap.
+        read: RowReader,
+        height: int,
+        width: int,
+        *,
+        features: Tensor | None = None,
+        seeds: Sequence[int] = (0,),
+    ) -> Iterator[list[Array]]:
+        """The pictures from top to bottom, in bands: each layer in bands of as many pixels as a tile has.
 
-        Inexact: instance norm takes the statistics of a tile instead of the image's, and the network does not
-        see past a tile's border.
+        read       rows of the sources, prepared, and of the instance maps
+        features   (N, F, height, width): the styles of a model with an encoder
         """
-        height, width = source.shape[2:]
-        channels = self.model.inputs.target_channels
-        total = torch.zeros(source.shape[0], channels, height, width, device=self.device)
-        weights = torch.zeros(1, 1, height, width, device=self.device)
-        for top in tile_starts(height, tile):
-            for left in tile_starts(width, tile):
-                bottom, right = min(top + tile, height), min(left + tile, width)
-                part = (..., slice(top, bottom), slice(left, right))
-                out = self._whole(
-                    source[part],
-                    None if instance is None else instance[part],
-                    None if features is None else features[part],
-                    seeds,
-                ).float()
-                weight = _ramp(bottom - top, tile, out)[:, None] * _ramp(right - left, tile, out)
-                total[part] += out * weight
-                weights[part] += weight
-        return total / weights
+        assert self.tile is not None
+        size = self.padded(height, width)
+
+        def condition(start: int, stop: int) -> Tensor:
+            """Rows of the padded condition; the rows beside them decide on edges of instances."""
+            first, last = max(0, start - 1), min(size[0], stop + 1)
+            rows = reflected(torch.arange(first, last), height)
+            low, high = int(rows.min()), int(rows.max()) + 1
+
+            def padded(values: Tensor) -> Tensor:
+                found = values.index_select(2, (rows - low).to(values.device))
+                return reflect_to(found, last - first, size[1])
+
+            sources, instances = read(low, high)
+            band = make_condition(
+                padded(self._stack(sources)),
+                None if instances is None else padded(self._stack(instances)),
+                arch=self.model.architecture,
+                inputs=self.model.inputs,
+                kind=self.source_kind,
+            )
+            if features is not None:
+                band = torch.cat([band, padded(features[:, :, low:high])], 1)
+            band = band[:, :, start - first : stop - first]
+            return band.contiguous(memory_format=torch.channels_last)
+
+        noise = noise_sources(seeds) if self.stochastic else None
+        with self._computing():
+            channels = condition(0, 1).shape[1]
+            source = FeatureMap(
+                channels=channels, height=size[0], width=size[1], read=condition, work=channels * size[1]
+            )
+            walk = LayerByLayer(self.tile**2 * CHANNELS // len(seeds), size[0])
+            out = walk.generate(self.model.generator, source, noise)
+        for start, stop in walk.bands(out, height):
+            with self._computing():
+                band = out.read(start, stop)[..., :width].float()
+                arrays = self._arrays(band.permute(0, 2, 3, 1))
+            yield arrays
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        with (
+            torch.inference_mode(),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"),
+        ):
+            yield
 
     def _features(
         self,
@@ -244,19 +287,3 @@ class Translator:
                 instances, torch.tensor(list(seeds), dtype=torch.int64, device=self.device)
             )
         return style_map(vectors, instances)
-
-
-def tile_starts(side: int, tile: int) -> list[int]:
-    """The first pixel of each tile along a side: evenly spaced, and the last tile ends at the border."""
-    if side <= tile:
-        return [0]
-    step = max(1, tile - tile // OVERLAP)
-    count = -(-(side - tile) // step) + 1
-    return [round(i * (side - tile) / (count - 1)) for i in range(count)]
-
-
-def _ramp(length: int, tile: int, like: Tensor) -> Tensor:
-    """Blend weights along a side: rising over the overlap, 1 inside, falling at the end; never 0."""
-    edge = max(1, tile // OVERLAP)
-    rising = (torch.arange(length, device=like.device, dtype=like.dtype) + 1) / (edge + 1)
-    return torch.minimum(torch.minimum(rising, rising.flip(0)), torch.ones((), device=like.device))

@@ -99,7 +99,12 @@ def reflect_to(x: Tensor, height: int, width: int) -> Tensor:
     """
     for dim, side in ((2, height), (3, width)):
         if x.shape[dim] != side:
-            period = max(2 * (x.shape[dim] - 1), 1)
-            index = torch.arange(side, device=x.device) % period
-            x = x.index_select(dim, torch.minimum(index, period - index))
+            x = x.index_select(dim, reflected(torch.arange(side, device=x.device), x.shape[dim]))
     return x
+
+
+def reflected(index: Tensor, side: int) -> Tensor:
+    """The places, on a side of so many pixels, of the pixels that reflection puts at these places."""
+    period = max(2 * (side - 1), 1)
+    index = index % period
+    return torch.minimum(index, period - index)

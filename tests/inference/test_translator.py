@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 
 from stages.images import decode, encode
 from stages.images.kinds import ImageRejected
-from stages.inference.translator import Translator, noise_seed, tile_starts
+from stages.inference.translator import Translator, noise_seed
 from stages.models.architecture import Preprocessing
 from stages.models.files import export
 from stages.models.files.saved import load_model
@@ -109,28 +108,34 @@ def test_seeds_differ_by_seed_key_and_sample() -> None:
     assert noise_seed(0, "a\udc80") != noise_seed(0, "a")
 
 
-def test_tiles_cover_a_side_and_overlap() -> None:
-    assert tile_starts(100, 128) == [0]
-    for side in (129, 300, 1000):
-        starts = tile_starts(side, 128)
-        assert starts[0] == 0
-        assert starts[-1] == side - 128
-        assert all(b - a <= 96 for a, b in itertools.pairwise(starts))
+def far_apart(picture: np.ndarray, other: np.ndarray) -> int:
+    return int(np.abs(picture.astype(int) - other).max())
 
 
-def test_tiles_are_blended_into_one_picture_without_seams_of_their_own(tmp_path: Path) -> None:
-    """A network that only looks at a pixel gives the same picture whole and in tiles."""
+@pytest.mark.parametrize(("width", "height"), [(150, 90), (40, 333)])
+def test_a_tiled_picture_is_the_whole_picture(tmp_path: Path, width: int, height: int) -> None:
     model = load_model(make_model(tmp_path))
+    source = labels(width, height)
+    whole, tiled = (Translator(model, tile=tile).translate([source])[0] for tile in (None, 4))
+    assert far_apart(whole, tiled) <= 1
+    assert np.ptp(whole) > 50
 
-    class Pixelwise(torch.nn.Module):
-        def forward(self, x: torch.Tensor, noise: object = None) -> torch.Tensor:
-            return x[:, :3] * 2 - 1
 
-    object.__setattr__(model, "generator", Pixelwise())
-    source = labels(150, 90)
-    whole = Translator(model).translate([source])[0]
-    tiled = Translator(model, tile=64).translate([source])[0]
-    assert np.abs(whole.astype(int) - tiled).max() <= 1
+def test_tiled_pictures_have_the_noise_edges_and_styles_of_whole_ones(tmp_path: Path) -> None:
+    noisy = load_model(make_model(tmp_path / "noisy", dropout=True, norm="batch"))
+    source, other = labels(70, 90), labels(70, 90, 1)
+    whole, tiled = (
+        Translator(noisy, stochastic=True, tile=tile).translate([source, other], seeds=[3, 4])
+        for tile in (None, 4)
+    )
+    assert all(far_apart(one, same) <= 1 for one, same in zip(whole, tiled, strict=True))
+    styled = load_model(make_model(tmp_path / "styled", styles=True))
+    instances = [scene(index, 70, 90)["instance"] for index in (0, 1)]
+    whole, tiled = (
+        Translator(styled, tile=tile).translate([source, other], instances, seeds=[5, 6])
+        for tile in (None, 4)
+    )
+    assert all(far_apart(one, same) <= 1 for one, same in zip(whole, tiled, strict=True))
 
 
 def test_styles_are_drawn_chosen_or_taken_from_a_reference(tmp_path: Path) -> None:

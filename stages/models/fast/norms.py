@@ -52,6 +52,26 @@ def instance_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: fl
     return norms[0] if len(norms) == 1 else torch.cat(norms)
 
 
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (N, C), float64, of each channel of each sample (N, C, H, W).
+
+    On a CPU torch's batch norm kernel sums each column of the image (a view), and columns are combined in
+    float64: it sums a channel in one float32, and is 1e-2 off at 512x256 where means are far from 0.
+    """
+    samples, channels, height, width = x.shape
+    if x.device.type != "cpu":
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        variance, mean = torch.var_mean(exact, (2, 3), correction=0)
+        return mean.double(), variance.double()
+    columns = x.permute(0, 2, 3, 1).reshape(samples, 1, height, 1, width * channels).permute(0, 1, 4, 2, 3)
+    statistics = [torch.batch_norm_update_stats(sample, None, None, 0.0) for sample in columns]
+    means, variances = (
+        torch.stack(each).view(samples, width, channels).double() for each in zip(*statistics, strict=True)
+    )
+    mean = means.mean(1)
+    return mean, variances.add_((means - mean[:, None]).square_()).mean(1)
+
+
 class _SmallInstanceNorm(torch.autograd.Function):
     """All samples in the launches of one, for GPUs: statistics and sums in float32 or better.
 
@@ -89,22 +109,12 @@ class _SmallInstanceNorm(torch.autograd.Function):
 
 
 class _InstanceNorm(torch.autograd.Function):
-    """torch's batch norm kernel sums a channel in one float32, and is 1e-2 off at 512x256 where means are far
-    from 0. Here it sums each column of the image (a view), and columns are combined in float64.
-    """
+    """Instance norm of channels-last images on CPUs, by `moments`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        samples, channels, height, width = x.shape
         rows = x.permute(0, 2, 3, 1)
-        columns = rows.view(samples, 1, height, 1, width * channels).permute(0, 1, 4, 2, 3)
-        statistics = [torch.batch_norm_update_stats(sample, None, None, 0.0) for sample in columns]
-        means, variances = (
-            torch.stack(each).view(samples, width, channels).double()
-            for each in zip(*statistics, strict=True)
-        )
-        mean = means.mean(1)
-        variance = variances.add_((means - mean[:, None]).square_()).mean(1)
+        mean, variance = moments(x)
         scale = (variance + eps).rsqrt_() if weight is None else (variance + eps).rsqrt_() * weight
         shift = -mean * scale if bias is None else bias - mean * scale
         exact = torch.promote_types(x.dtype, torch.float32)
