@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,9 @@ os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
 os.environ.setdefault(
     "RAY_worker_niceness", "0"
 )  # at Ray's 15, workers hardly run beside other busy processes
+
+# Started in the background, a shell has SIGINT ignored; tests press Ctrl-C in the processes they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REFERENCE = Path(__file__).resolve().parents[2] / "shared" / "reference"
 
