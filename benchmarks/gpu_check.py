@@ -32,6 +32,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ from stages.models.fast.process import tune_process
 from stages.models.gan import GanState, set_learning_rate
 from stages.models.inputs import make_condition
 from stages.models.objective import paper_weights
-from stages.models.step import Batch, step
+from stages.models.step import Batch, step, update
+from stages.training.graph import CudaGraphs, GraphedStep
 
 Run = Callable[[], Any]
 Row = dict[str, Any]
@@ -387,26 +389,18 @@ def infer(report: Report, options: argparse.Namespace) -> None:
 
 
 def graph(report: Report, options: argparse.Namespace) -> None:
-    """Our bf16 step, captured once and replayed. The trainer does not do this yet."""
-    for name in () if options.tiny else GRAPHED:
+    """Our bf16 step, recorded once and replayed, as the trainer does it with `resources.cuda_graph`."""
+    for name in () if report.device.type == "cpu" else GRAPHED:
         case = options.cases[name]
         with report.trying("train", case=name, variant="ours bf16 graph"):
             gan, batch = our_gan(case, "bf16", report.device), make_batch(case).to(report.device)
-            for optimizer in (gan.generator_optimizer, gan.discriminator_optimizer):
-                for group in [] if optimizer is None else optimizer.param_groups:
-                    group["lr"] = torch.tensor(group["lr"], device=report.device)
-                    group["capturable"] = True
-            *_, (_, run) = our_variants(case, gan, batch)
-            beside = torch.cuda.Stream()
-            beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(beside):
-                for _ in range(4):  # cuDNN's choices, the optimizers' state
-                    run()
-            torch.cuda.current_stream().wait_stream(beside)
-            captured = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(captured, capture_error_mode="thread_local"):
-                run()
-            add_times(report, name, "ours bf16 graph", captured.replay, options)
+            weights = paper_weights(case.arch)
+            graphed = GraphedStep(
+                lambda batch, _, gan=gan, weights=weights: (update(gan, batch, weights=weights), {}),  # type: ignore[misc]
+                rows=case.rows,
+                record=CudaGraphs(),
+            )
+            add_times(report, name, "ours bf16 graph", partial(graphed, batch, False), options)
 
 
 # -- Facades ----------------------------------------------------------------------------------------

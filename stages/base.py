@@ -147,6 +147,13 @@ class Resources(Config):
             "images of one size. For GPUs; CPUs get slower."
         ),
     ] = False
+    cuda_graph: Annotated[
+        bool | None,
+        Field(
+            description="Record a training step as one CUDA graph and replay it: small steps wait less for "
+            "the host. The same numbers; one worker on a GPU. null: no, until it was measured on a GPU."
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,7 @@ from stages.shards.readers import read_with_ray
 from stages.training import phases
 from stages.training.checkpoints import Position
 from stages.training.control import Courier, CurveSink, LostWorkers, NewsRecorder, open_mailbox, reading
+from stages.training.graph import CudaGraphs
 from stages.training.loop import Ending, Task, Worker, phase_seed, train_phase
 from stages.training.machine import machine_metrics
 from stages.training.memory import estimate_memory, out_of_memory, shortage
@@ -106,6 +107,7 @@ class Setup:
     spec: DatasetSpec
     mailbox: Any
     gpu: bool
+    cuda_graph: bool
     threads: int | None
     stall_s: float
 
@@ -187,6 +189,7 @@ def run(
         spec=spec,
         mailbox=mailbox,
         gpu=resources.gpu if resources.gpu is not None else ray.cluster_resources().get("GPU", 0) >= 1,
+        cuda_graph=bool(resources.cuda_graph),
         threads=resources.threads_per_worker,
         stall_s=resources.collective_timeout_s,
     )
@@ -357,6 +360,7 @@ def _train(setup: Setup) -> Ending:
             samples,
             preempted=lambda: ray.train.get_preemption_info() is not None,
             load=lambda: machine_metrics(device),
+            record=CudaGraphs() if setup.cuda_graph and device.type == "cuda" else None,
         )
 
 

@@ -232,6 +232,15 @@ class TrainConfig(Recipe):
                 "resources.micro_batch: gradient accumulation splits the batch, so train.synchronised_norms "
                 "cannot average over it; remove one of the two"
             )
+        if resources.cuda_graph:
+            excluded = {
+                "train_workers: 1": resources.train_workers > 1,
+                "micro_batch: null": resources.micro_batch is not None,
+                "checkpointing: false": resources.checkpointing,
+                "compile: false": resources.compile,
+            }
+            if needs := [name for name, clashes in excluded.items() if clashes]:
+                raise ValueError(f"resources.cuda_graph: needs {', '.join(needs)}; or set it to false")
         varies = resources.train_workers_min not in (None, resources.train_workers)
         if varies and self.has_batch_norm and not self.synchronised_norms:
             raise ValueError(

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
 from stages.base import Precision
 from stages.models.architecture import InputSpec, Parts, Pix2Pix, Pix2PixHD
@@ -114,16 +113,8 @@ def learning_rate_at(epoch: float, *, rate: float, epochs: int, decay_epochs: in
 def set_learning_rate(gan: GanState, rate: float) -> None:
     """Set the rate of both optimizers from the next step on."""
     for optimizer in (gan.generator_optimizer, gan.discriminator_optimizer):
-        for group in optimizer.param_groups if optimizer is not None else ():
-            group["lr"] = rate
-
-
-def learning_rates(gan: GanState) -> dict[str, float]:
-    """The rates that the optimizers hold, by network."""
-    rates = {"generator": float(gan.generator_optimizer.param_groups[0]["lr"])}
-    if gan.discriminator_optimizer is not None:
-        rates["discriminator"] = float(gan.discriminator_optimizer.param_groups[0]["lr"])
-    return rates
+        if optimizer is not None:
+            optimizer.set_rate(rate)
 
 
 # -- checkpoints --------------------------------------------------------------
@@ -150,24 +141,11 @@ def load_state(gan: GanState, state: Mapping[str, Any]) -> None:
     """Restore what `state_of` returned, into a state that was built with the same arguments."""
     gan.generator.load_state_dict(state["generator"])
     gan.generator_optimizer.load_state_dict(state["generator_optimizer"])
-    match_layout(gan.generator_optimizer)
     if gan.discriminator is not None and gan.discriminator_optimizer is not None:
         gan.discriminator.load_state_dict(state["discriminator"])
         gan.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
-        match_layout(gan.discriminator_optimizer)
     if gan.encoder is not None:
         gan.encoder.load_state_dict(state["encoder"])
     if gan.ema is not None:
         gan.ema.network.load_state_dict(state["ema"])
         gan.ema.updates = state["ema_updates"]
-
-
-def match_layout(optimizer: Optimizer) -> None:
-    """Copy restored moments into the memory layout of their weights: fused kernels pair elements by address.
-
-    Files hold tensors row by row; weights may be channels last.
-    """
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

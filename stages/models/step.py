@@ -15,9 +15,10 @@ The published step computes more; what does not change the result is left out he
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Protocol
 
 import torch
@@ -79,15 +80,16 @@ class Batch:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same batch on a device."""
 
-        def move(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.to(device, non_blocking=non_blocking)
+        return self.each(lambda images: images.to(device, non_blocking=non_blocking))
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with other images."""
         return replace(
             self,
-            source=self.source.to(device, non_blocking=non_blocking),
-            target=self.target.to(device, non_blocking=non_blocking),
-            instance=move(self.instance),
-            label=move(self.label),
+            source=change(self.source),
+            target=change(self.target),
+            instance=None if self.instance is None else change(self.instance),
+            label=None if self.label is None else change(self.label),
         )
 
     def split(self, rows: int | None) -> list[Batch]:
@@ -97,11 +99,7 @@ class Batch:
             return [self]
         return [
             replace(
-                self,
-                source=self.source[start : start + rows],
-                target=self.target[start : start + rows],
-                instance=None if self.instance is None else self.instance[start : start + rows],
-                label=None if self.label is None else self.label[start : start + rows],
+                self.each(itemgetter(slice(start, start + rows))),
                 keys=self.keys[start : start + rows],
                 share=self.share * min(rows, count - start) / count,
             )
@@ -110,6 +108,21 @@ class Batch:
 
 
 def step(
+    gan: GanState,
+    batch: Batch,
+    *,
+    weights: LossWeights,
+    average: Average | None = None,
+    micro_batch: int | None = None,
+) -> Losses:
+    """`update` both networks and the moving average of the generator's weights."""
+    losses = update(gan, batch, weights=weights, average=average, micro_batch=micro_batch)
+    if gan.ema is not None:
+        gan.ema.update(gan.generator)
+    return losses
+
+
+def update(
     gan: GanState,
     batch: Batch,
     *,
@@ -128,8 +141,8 @@ def step(
     if batch.source.shape[0] == 0:
         _empty_step(gan, average)
         return {}
-    update = _step_pix2pixhd if isinstance(gan.arch, Pix2PixHD) else _step_pix2pix
-    return update(gan, batch.split(micro_batch), weights, average)
+    of_arch = _step_pix2pixhd if isinstance(gan.arch, Pix2PixHD) else _step_pix2pix
+    return of_arch(gan, batch.split(micro_batch), weights, average)
 
 
 def random_source(device: torch.device) -> torch.Generator:
@@ -249,8 +262,6 @@ def _finish(
             waiting.update(parameters)
         for parameters in of_generator:
             optimizer.update(parameters)
-    if gan.ema is not None:
-        gan.ema.update(gan.generator)
 
 
 def _empty_step(gan: GanState, average: Average | None) -> None:
@@ -258,8 +269,6 @@ def _empty_step(gan: GanState, average: Average | None) -> None:
     for optimizer in (gan.discriminator_optimizer, gan.generator_optimizer):
         if optimizer is not None and average is not None:
             _update(optimizer, average)
-    if gan.ema is not None:
-        gan.ema.update(gan.generator)
 
 
 def _update(optimizer: Adam, average: Average | None) -> None:

@@ -37,14 +37,13 @@ from stages.models.gan import (
     GanState,
     build_gan,
     learning_rate_at,
-    learning_rates,
     load_state,
     set_learning_rate,
     state_of,
 )
 from stages.models.layers import synchronise_batch_norms
 from stages.models.pix2pixhd import FeatureEncoder
-from stages.models.step import Batch, random_source, step
+from stages.models.step import Batch, Losses, random_source, update
 from stages.models.styles import Styles, collect_styles
 from stages.seeding import number
 from stages.shards.order import num_steps
@@ -54,6 +53,7 @@ from stages.training.checkpoints import Checkpoint, Position, Writer
 from stages.training.curves import ClosedWindow, DivergedError, Window, arrival
 from stages.training.execution import Execution, Part
 from stages.training.gradients import GradientAverager, Messages, new_group
+from stages.training.graph import GraphedStep, Recorder, Step
 from stages.training.news import Advance, Begin, Channel, Note, Order, Point, Points, SampleGrid, Save, Stop
 
 PICTURES = 20  # sample grids per phase, at most
@@ -186,13 +186,15 @@ def train_phase(
     preview: Preview,
     preempted: Callable[[], bool] = lambda: False,
     load: Callable[[], dict[str, float]] = dict,
+    record: Recorder | None = None,
 ) -> Ending:
     """Run the phase to its end, or until it is stopped. All workers return alike.
 
     preempted   whether a machine of the phase will be taken away soon; all workers call it together
     load        the load of this worker's machine, by curve
+    record      how to record a step, to replay it from then on; None: every step runs as it is
     """
-    loop = Loop(task, worker, channel, preview, preempted, load)
+    loop = Loop(task, worker, channel, preview, preempted, load, record)
     try:
         while loop.position.epoch < task.job.phase.epochs:
             for batch in loop.timed(batches.epoch(loop.position.epoch, loop.position.step)):
@@ -293,6 +295,7 @@ class Loop:
         preview: Preview,
         preempted: Callable[[], bool],
         load: Callable[[], dict[str, float]],
+        record: Recorder | None = None,
     ) -> None:
         self.task, self.worker, self.channel, self.preview = task, worker, channel, preview
         self.load, self._load_measured = load, -math.inf
@@ -325,9 +328,20 @@ class Loop:
             wire=torch.bfloat16 if task.job.gradient_dtype == "bf16" else None,
             group=new_group(worker.device, worker.timeout_s) if worker.world > 1 else None,
         )
+        self.update: Step = self._update
+        if record is not None:
+            self.update = self._graphed(record)
         self.window = Window(worker.device, self.messages.total, worker.world, self.messages.broadcast)
         self.orders = OrderPoll(worker, self.messages, channel, preempted)
         self.throughput = Throughput(self.position.images)
+
+    def _graphed(self, record: Recorder) -> Step:
+        """Steps as recordings, where that gives the same numbers."""
+        batch, micro_batch = self.task.job.phase.batch, self.execution.micro_batch
+        if self.worker.world > 1 or (micro_batch is not None and micro_batch < batch):
+            self._note("steps run without a CUDA graph: it is for one worker without micro-batches")
+            return self._update
+        return GraphedStep(self._update, rows=batch, record=record)
 
     def _newest(self, folder: str) -> tuple[Checkpoint | None, Position | None]:
         """The newest whole checkpoint, on the worker that leads, and its position, on all workers."""
@@ -390,17 +404,15 @@ class Loop:
         set_learning_rate(self.gan, rate)
         seed = noise_seed(job.seed, phase.name, self.position.steps, self.worker.rank)
         random_source(self.worker.device).manual_seed(seed)
-        self.averager.measure = (self.position.steps + 1) % job.log_every == 0
-        # With one worker and no norm to log, gradients are freed during the backward pass.
-        average = self.averager if self.averager.measure or self.worker.world > 1 else None
         batch = batch.to(self.worker.device, non_blocking=True)
         if job.synchronised_norms and self.worker.world > 1:
             self._has_rows = batch.source.shape[0] > 0
             batch = batch if self._has_rows else blank_batch(batch)
+        measured = (self.position.steps + 1) % job.log_every == 0
         with self._compilation(batch):
-            losses = step(
-                self.gan, batch, weights=job.losses, average=average, micro_batch=self.execution.micro_batch
-            )
+            losses, self._norms = self.update(batch, measured)
+        if self.gan.ema is not None:
+            self.gan.ema.update(self.gan.generator)
         before, self.position = self.position, advance(self.position, rows=task.rows, batch=phase.batch)
         self.window.add(self.position.steps, losses, batch.share)
         order = self.orders.poll(self.position.steps)
@@ -415,6 +427,20 @@ class Loop:
                 self._picture(before.epoch)
             self._checkpoint()
         self.stopped = order if isinstance(order, Stop) else None
+
+    def _update(self, batch: Batch, measured: bool) -> tuple[Losses, Losses]:
+        """Update both networks. Returns the losses and, if `measured`, the norms of the gradients."""
+        self.averager.measure = measured
+        # With one worker and no norm to log, gradients are freed during the backward pass.
+        average = self.averager if measured or self.worker.world > 1 else None
+        losses = update(
+            self.gan,
+            batch,
+            weights=self.task.job.losses,
+            average=average,
+            micro_batch=self.execution.micro_batch,
+        )
+        return losses, self.averager.take_norms()
 
     def _compilation(self, batch: Batch) -> AbstractContextManager[object]:
         """Run short batches of a compiled phase as they are: compiling for their shape takes a minute."""
@@ -434,8 +460,9 @@ class Loop:
     def _close_window(self, epoch: int, rate: float) -> None:
         """Start one point of every curve. A GPU's losses are read when they are there, a window later."""
         self._add_last_window()
-        window = self.window.close(rate, self.averager.take_norms())
-        values = {f"learning_rate/{name}": value for name, value in learning_rates(self.gan).items()}
+        window = self.window.close(rate, self._norms)
+        networks = ("generator",) if self.gan.discriminator is None else ("generator", "discriminator")
+        values = {f"learning_rate/{name}": rate for name in networks}
         if self.worker.leads:
             values |= self.throughput.take(self.position.images)
             if time.monotonic() - self._load_measured >= LOAD_S:
@@ -532,14 +559,7 @@ class Loop:
 
 def blank_batch(batch: Batch) -> Batch:
     """One blank pair with weight 0, for a worker without rows: synchronised norms need every worker."""
-
-    def blank(images: Tensor) -> Tensor:
-        return images.new_zeros((1, *images.shape[1:]))
-
-    instance = None if batch.instance is None else blank(batch.instance)
-    return replace(
-        batch, source=blank(batch.source), target=blank(batch.target), instance=instance, share=0.0
-    )
+    return replace(batch.each(lambda images: images.new_zeros((1, *images.shape[1:]))), share=0.0)
 
 
 def all_finite(network: nn.Module | None) -> bool:

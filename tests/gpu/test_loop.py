@@ -13,6 +13,7 @@ pytest.importorskip("pyarrow", reason="NOT RUN: checkpoints have a Parquet file"
 from stages.config.train import PhaseJob
 from stages.models.fast.process import tune_process
 from stages.training import checkpoints
+from stages.training.graph import CudaGraphs
 from stages.training.loop import Ending, Loop, Task, Worker, train_phase
 from stages.training.news import Channel
 from tests.training.test_loop import BATCH, PHASES, Rows, losses, nothing, phase_jobs, task
@@ -91,3 +92,18 @@ def test_resumed_moments_have_the_layout_of_their_weights(device: torch.device, 
     for parameter, moments in state.items():
         assert moments["exp_avg"].stride() == parameter.stride()
         assert moments["exp_avg"].device == parameter.device
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=IDS)
+def test_a_recorded_step_gives_the_numbers_of_steps_that_run(
+    device: torch.device, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """To rounding, without `train.deterministic`."""
+    tune_process(device)
+    for name, record in (("eager", None), ("graphed", CudaGraphs())):
+        one = task(tmp_path / name, job(**changes))
+        train_phase(one, Worker(device=device), Rows(16), Channel(lambda _: None), nothing, record=record)
+    expected, got = losses(tmp_path / "eager"), losses(tmp_path / "graphed")
+    assert [row[:4] for row in got] == [row[:4] for row in expected]
+    for one_row, other in zip(got, expected, strict=True):
+        assert one_row[4] == pytest.approx(other[4], rel=0.1, abs=0.02), one_row

@@ -245,7 +245,7 @@ def test_a_loss_that_is_not_a_number_stops_the_phase_and_keeps_the_last_good_che
 
 def test_a_broken_weight_is_never_checkpointed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A gradient that overflows breaks the weights while that step's losses are still finite."""
-    original = loop.step
+    original = loop.update
 
     def overflow(gan: GanState, batch: Batch, **named: Any) -> dict[str, Tensor]:
         values = original(gan, batch, **named)
@@ -253,7 +253,7 @@ def test_a_broken_weight_is_never_checkpointed(tmp_path: Path, monkeypatch: pyte
             next(gan.generator.parameters()).fill_(float("inf"))
         return values
 
-    monkeypatch.setattr(loop, "step", overflow)
+    monkeypatch.setattr(loop, "update", overflow)
     ending, _ = train(task(tmp_path, phase_jobs()[0]), Rows(16))
     assert "a weight is not finite" in ending.failure
     assert checkpoints.names(str(tmp_path / "checkpoints")) == []

@@ -66,7 +66,7 @@ def measured(text: str) -> int:
     gan = loop.build(task, torch.device("cpu"), "float32")
     images = torch.zeros(job.phase.batch, 3, *SPEC.size, dtype=torch.uint8)
     for _ in range(3):
-        loop.step(gan, Batch(source=images, target=images), weights=job.losses)
+        loop.update(gan, Batch(source=images, target=images), weights=job.losses)
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert peak is not None
     return int(peak[1]) * 1024 - before

@@ -135,6 +135,14 @@ def test_more_workers_than_a_batch_has_pairs_are_refused() -> None:
         given.check_resources(Resources(train_workers=2, train_workers_min=3))
 
 
+def test_a_cuda_graph_is_refused_with_what_it_cannot_record() -> None:
+    given = config(GLOBAL, enhancers=0)
+    given.check_resources(Resources(cuda_graph=True))
+    given.check_resources(Resources(cuda_graph=False, compile=True))
+    with pytest.raises(ValueError, match=r"cuda_graph: needs train_workers: 1, compile: false; or set it"):
+        given.check_resources(Resources(cuda_graph=True, train_workers=2, compile=True))
+
+
 def test_a_number_of_workers_that_varies_is_refused_where_batch_norm_depends_on_it() -> None:
     phases = [{"name": "whole", "kind": "whole", "epochs": 1, "batch": 2}]
     for norm, synchronised in (("batch", False), ("batch", True), ("instance", False)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ class Adam(torch.optim.Adam):
     in_backward   a gradient is freed with its update: the gradients of all weights (730 MB for G1) never
                   exist at once, and each is read while it is still in a CPU's cache. A GPU is faster with one
                   launch for all weights. The numbers are those of `step`, bit for bit
+
+    The learning rate is in the weights' device's memory: a CUDA graph of an update serves all rates.
     """
 
     def __init__(
@@ -22,6 +25,26 @@ class Adam(torch.optim.Adam):
     ) -> None:
         super().__init__(parameters, lr=lr, betas=betas, fused=True)
         self.in_backward = in_backward
+        device = self.weights[0].device
+        dtype = torch.float64 if device.type == "cpu" else torch.float32  # as the fused kernels read it
+        self.rate = torch.tensor(lr, dtype=dtype, device=device)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state. Moments get the layout of their weights: fused kernels pair elements by address.
+
+        Files hold tensors row by row; weights may be channels last.
+        """
+        super().load_state_dict(state_dict)
+        for parameter, state in self.state.items():
+            for name, value in state.items():
+                if value.shape == parameter.shape:
+                    state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        self.set_rate(self.param_groups[0]["lr"])
+
+    def set_rate(self, rate: float) -> None:
+        """Set the learning rate from the next update on."""
+        self.param_groups[0]["lr"] = rate
+        self.rate.fill_(rate)
 
     @property
     def weights(self) -> list[nn.Parameter]:
@@ -65,7 +88,7 @@ class Adam(torch.optim.Adam):
             [],
             [state["step"] for state in states],
             amsgrad=False,
-            lr=group["lr"],
+            lr=self.rate,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
             weight_decay=0.0,

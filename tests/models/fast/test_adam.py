@@ -51,3 +51,27 @@ def test_its_state_moves_to_another_one() -> None:
     train(first, optimizer)
     train(second, resumed)
     assert torch.equal(first.weight, second.weight)
+
+
+def test_restored_moments_have_the_memory_layout_of_their_weights() -> None:
+    """A fused optimizer pairs elements by address: in another layout, weights get one another's moments."""
+    first = nn.Conv2d(3, 4, 2)
+    optimizer = adam(first)
+    train(first, optimizer)
+    second = copy.deepcopy(first).to(memory_format=torch.channels_last)
+    resumed = adam(second)
+    resumed.load_state_dict(optimizer.state_dict())
+    moments, expected = resumed.state[second.weight], optimizer.state[first.weight]
+    assert moments["exp_avg"].stride() == second.weight.stride() != first.weight.stride()
+    assert moments["exp_avg"].equal(expected["exp_avg"])
+
+
+def test_a_rate_that_is_set_holds_from_the_next_update_on() -> None:
+    first = nn.Conv2d(3, 1, 3)
+    second = copy.deepcopy(first)
+    one, other = adam(first, lr=1e-3), adam(second, lr=1.0)
+    other.set_rate(1e-3)
+    train(first, one)
+    train(second, other)
+    assert torch.equal(first.weight, second.weight)
+    assert one.state_dict()["param_groups"] == other.state_dict()["param_groups"]
