@@ -7,8 +7,8 @@
              than --most tiles, that many are measured and the time is scaled
     whole    the picture at once
 
-Each side is a process of its own: seconds, the largest resident size beyond what it had before, and the
-largest difference between tiled and whole where both are asked for.
+Each side is a process of its own: seconds, seconds of processor time, the largest resident size beyond what
+it had before, and the largest difference between tiled and whole where both are asked for.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def rows(start: int, stop: int, width: int) -> Array:
     return np.stack(bands, axis=2).astype(np.uint8)
 
 
-def measure(side: Side, options: argparse.Namespace) -> tuple[float, float, Array]:
-    """Seconds, MB beyond what the process had before, and every 16th row of the result."""
+def measure(side: Side, options: argparse.Namespace) -> tuple[float, float, float, Array]:
+    """Seconds, processor seconds, MB beyond what the process had before, and every 16th row of the result."""
     tune_process("cpu")
     torch.set_num_threads(options.threads)
     width, height = (int(number) for number in options.size.split("x"))
@@ -67,7 +67,7 @@ def measure(side: Side, options: argparse.Namespace) -> tuple[float, float, Arra
     network.translate([rows(0, 64, 64)])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     shares, kept = 1.0, np.zeros((0, width, 3), np.uint8)
-    start = time.perf_counter()
+    start, processor = time.perf_counter(), time.process_time()
     if side == "tiled":
         first = 0
         for (band,) in network.bands(lambda a, b: ([rows(a, b, width)], None), height, width):
@@ -81,8 +81,13 @@ def measure(side: Side, options: argparse.Namespace) -> tuple[float, float, Arra
             network.translate([part[:, x : x + options.tile]])
     else:
         kept = network.translate([rows(0, height, width)])[0][::16]
-    seconds = (time.perf_counter() - start) * shares
-    return seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, kept
+    seconds, processor = time.perf_counter() - start, time.process_time() - processor
+    return (
+        seconds * shares,
+        processor * shares,
+        (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
+        kept,
+    )
 
 
 def main() -> None:
@@ -98,12 +103,12 @@ def main() -> None:
     parser.add_argument("--sides", nargs="*", choices=["tiled", "tiles", "whole"], default=["tiled", "tiles"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
-    print("| side | seconds | MB |\n|---|---|---|")
+    print("| side | seconds | processor seconds | MB |\n|---|---|---|---|")
     pictures = []
     for side in options.sides:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            seconds, megabytes, picture = pool.apply(measure, (side, options))
-        print(f"| {side} | {seconds:.1f} | {megabytes:,.0f} |", flush=True)
+            seconds, processor, megabytes, picture = pool.apply(measure, (side, options))
+        print(f"| {side} | {seconds:.1f} | {processor:.1f} | {megabytes:,.0f} |", flush=True)
         pictures += [picture] if len(picture) else []
     if len(pictures) == 2:
         print(f"largest difference {np.abs(pictures[0].astype(int) - pictures[1]).max()} of 255")

@@ -143,6 +143,7 @@ def steps(config: PipelineConfig) -> tuple[Step, ...]:
             version=report.VERSION,
             config=config.report,
             needs={"shards": "shard", "images": "infer", "metrics": "evaluate"},
+            digest=(lambda: report.digest(config.report)) if config.report.others else None,
             work=lambda at: report.run(
                 config.report,
                 at.resources,

@@ -242,6 +242,8 @@ def summary(config: PipelineConfig, chosen: Sequence[PlannedStep], markers: Mark
         lines.append(f"{name:<15} {duration(marker['seconds']):>12}  {', '.join(values)}")
     report = next((p for p in chosen if p.step.name == "report" and "report" in markers), None)
     lines.append("")
+    if "evaluate" in markers:
+        lines.append(f"scores  {next(p.folder for p in chosen if p.step.name == 'evaluate')}")
     if report is not None:
         lines.append(f"report  {storage.join(report.folder, 'report.html')}")
     lines.append(f"runs    {config.tracking.page_command(config.workspace)}")

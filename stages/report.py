@@ -1,6 +1,6 @@
 """One page a person can look at: the run's images, their metrics beside baselines, losses, data, times.
 
-in:  shards, generated images, metrics, the phases' curves, the markers of every step
+in:  shards, generated images, metrics, the phases' curves, the markers of every step, other systems' metrics
 out: report.html, self-contained (`stages.reporting.page`)
 
 It shows at most `max_images`: the worst, the best, and a fixed random sample. Only those and their metrics
@@ -9,13 +9,14 @@ are in memory, however large the data set is.
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 import pyarrow as pa
@@ -30,7 +31,9 @@ from stages.images import decode, encode, geometry, pictures
 from stages.images.kinds import Array, ImageRejected
 from stages.inference import outputs
 from stages.reporting.page import Curve, PictureCard, RejectCount, ReportData, StepTime, data_uri, page
+from stages.scoring.intervals import Interval, difference
 from stages.scoring.metrics import PIXEL_METRICS, lower_is_better
+from stages.scoring.table import of_images
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec, Sample
 from stages.storage.local import local_file
@@ -164,6 +167,7 @@ def draw_pictures(
     shards: str,
     folder: str,
     names: Sequence[str],
+    others: Mapping[str, OtherSystem],
     *,
     max_side: int,
     max_bytes: int,
@@ -180,6 +184,7 @@ def draw_pictures(
         generated, note = _generated(folder, row)
         target = sample.picture(spec, "target")
         images = {"source": sample.picture(spec, "source"), "generated": generated, "target": target}
+        images |= {name: other.picture(sample.key) for name, other in others.items()}
         return PictureCard(
             key=sample.key,
             split=sample.split,
@@ -211,6 +216,51 @@ def _generated(folder: str, row: Mapping[str, Any]) -> tuple[Array | None, str]:
         return decode.decode_image(storage.read_bytes(storage.join(folder, row["generated"])), "rgb"), ""
     except (OSError, ImageRejected) as error:
         return None, f"the generated image cannot be read: {one_line(error)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherSystem:
+    """What was measured of another system's images."""
+
+    scores: Mapping[str, Any]
+    """Means with "intervals", and with "differences": this model's scores minus its own, image by image."""
+    images: str
+    """The folder of its images."""
+    rows: Mapping[str, Mapping[str, Any]]
+    """{generated, error} of the images to show, by key."""
+
+    def picture(self, key: str) -> Array | None:
+        """Its image of a key; None if it has none."""
+        return _generated(self.images, self.rows[key])[0] if key in self.rows else None
+
+
+def other_system(folder: str, own: str, picks: Picks, names: Sequence[str]) -> OtherSystem:
+    """Another system by the folder of its evaluation.
+
+    own     the `metrics.parquet` of this model
+    names   the metrics to compare
+    """
+    summary = storage.read_json(storage.join(folder, "summary.json"))
+    theirs = storage.join(folder, "metrics.parquet")
+    differences: dict[str, Interval] = {}
+    for name in names:
+        mine, other = of_images(own, name), of_images(theirs, name)
+        if mine is not None and other is not None and (found := difference(mine, other, name)):
+            differences[name] = found
+    table = storage.read_parquet(theirs, ["key", "generated", "error"])
+    shown = table.filter(pc.is_in(table["key"], pa.array(list(picks), pa.string())))
+    rows = {row["key"]: row for row in shown.to_pylist()}
+    return OtherSystem(scores={**summary, "differences": differences}, images=summary["images"], rows=rows)
+
+
+def digest(config: ReportConfig) -> str:
+    """A digest of the other systems' evaluations. Raises UserError for one that is not there."""
+    summaries = []
+    for name, folder in config.others.items():
+        uri = storage.join(storage.absolute(folder), "summary.json")
+        storage.require(uri, f"report.others.{name}")
+        summaries.append(storage.read_bytes(uri))
+    return hashlib.sha256(b"".join(summaries)).hexdigest()
 
 
 def read_curves(phases: Sequence[str]) -> list[Curve]:
@@ -276,17 +326,24 @@ def run(
     generated = summary.get("images") or images
     rows = metric_rows(storage.join(metrics, "metrics.parquet"))
     picks = pick(rows, most=config.max_images, metric=config.order_by, seed=config.seed)
+    own = storage.join(metrics, "metrics.parquet")
+    others = {
+        name: other_system(storage.absolute(folder), own, picks, score_names(summary))
+        for name, folder in config.others.items()
+    }
     drawn = draw_pictures(
         picks,
         shards,
         generated,
         score_names(summary),
+        others,
         max_side=config.max_side,
         max_bytes=budget(config, len(picks)),
         threads=resources.io_threads,
     )
     data = replace(
         describe(summary, shards, images, phases, steps),
+        others={name: other.scores for name, other in others.items()},
         pictures=drawn,
         created=time.strftime("%Y-%m-%d %H:%M"),
         config_text=config_text,
@@ -332,9 +389,9 @@ def describe(
 
 
 def budget(config: ReportConfig, rows: int) -> int:
-    """The size limit of a picture in bytes, so that `rows` of three fit `max_megabytes`."""
+    """The size limit of a picture in bytes, so that `rows` of source, target and each system fit."""
     whole = (config.max_megabytes * 1e6 - PAGE_BYTES) / BASE64
-    return max(1500, int(whole / (3 * max(1, rows))))
+    return max(1500, int(whole / ((3 + len(config.others)) * max(1, rows))))
 
 
 def sheet(picks: Picks, shards: str, folder: str) -> bytes | None:
@@ -394,4 +451,4 @@ def lede(summary: Mapping[str, Any], spec: DatasetSpec, phases: Sequence[str]) -
     return f"{sentence}.{missing}"
 
 
-__all__ = ["VERSION", "ReportConfig", "run"]
+__all__ = ["VERSION", "ReportConfig", "digest", "run"]

@@ -172,6 +172,17 @@ def test_images_of_another_system_are_scored_by_their_names(
         score(tmp_path / "out", ONE, "", shards, max_missing_fraction=0, **settings)
 
 
+def test_images_in_another_systems_folder_have_the_same_row_and_intervals_as_our_own(
+    workers_in_process: None, tmp_path: Path, shards: str, generated: str
+) -> None:
+    plain: dict[str, Any] = {"baselines": {"mean_target": False, "untrained": 0, "nearest": 0}}
+    own = score(tmp_path / "own", ONE, generated, shards, **plain)
+    theirs = score(tmp_path / "theirs", ONE, "", shards, images=f"{generated}/images", **plain)
+    assert theirs.metrics == {name: own.metrics[name] for name in theirs.metrics}
+    assert {"l1", "l1_low", "l1_high"} <= set(theirs.metrics)
+    assert set(own.metrics) - set(theirs.metrics) == {"diversity", "diversity_low", "diversity_high"}
+
+
 class Corner(nn.Module):
     """Two features: the means of red and blue in the corner that is at the top and at the left."""
 

@@ -90,14 +90,14 @@ def test_reasons_are_read_off_the_markers() -> None:
     ]
 
 
-def judged(folder: Path, shards: str, count: int) -> tuple[str, str]:
+def judged(folder: Path, shards: str, count: int, noise: float = 2) -> tuple[str, str]:
     """Images and metrics folders as infer and evaluate leave them: targets with some noise."""
     spec = dataset.load(shards)
     found = []
     rng = np.random.default_rng(0)
     for index, sample in enumerate(dataset.read_split(shards, spec, "test")):
-        noise = rng.normal(0, 2 + index, sample.images["target"].shape)
-        fake = np.clip(sample.images["target"] + noise, 0, 255).astype(np.uint8)
+        added = rng.normal(0, noise + index, sample.images["target"].shape)
+        fake = np.clip(sample.images["target"] + added, 0, 255).astype(np.uint8)
         name = outputs.output_name(sample.key, ".png")
         row = {
             "key": sample.key,
@@ -160,6 +160,33 @@ def test_a_run_makes_one_page_within_its_size(tmp_path: Path) -> None:
     assert json.dumps("missing")[1:-1] in made
     sizes = re.findall(r'width="(\d+)" height="(\d+)" src', made)
     assert set(sizes) == {("64", "48")}
+
+
+def test_another_systems_pictures_and_its_difference_are_on_the_page(tmp_path: Path) -> None:
+    make_shards(tmp_path / "shards", {"train": [4], "test": [12]}, size=(64, 48))
+    generated, own = judged(tmp_path, str(tmp_path / "shards"), 12)
+    _, worse = judged(tmp_path / "worse", str(tmp_path / "shards"), 12, noise=9)
+    config = ReportConfig(max_images=3, others={"theirs": worse})
+    report.run(
+        config,
+        Resources(io_threads=2),
+        output=str(tmp_path / "report"),
+        track=NullRun(),
+        shards=str(tmp_path / "shards"),
+        images=generated,
+        metrics=own,
+    )
+    made = (tmp_path / "report/report.html").read_text()
+    assert made.count('data-role="theirs"') == made.count('data-role="generated"') > 0
+    assert "This model minus another, image by image" in made
+    assert re.search(r"theirs</td><td[^>]*>-0\.\d+ \(-0\.\d+ to -0\.\d+\) better", made)
+    before = report.digest(config)
+    storage.write_json(f"{worse}/summary.json", {"changed": True})
+    assert report.digest(config) != before
+    with pytest.raises(UserError, match=r"report\.others\.theirs: .*nowhere"):
+        report.digest(ReportConfig(others={"theirs": f"{tmp_path}/nowhere"}))
+    with pytest.raises(ValueError, match="target is what a picture of this model is called"):
+        ReportConfig(others={"target": worse})
 
 
 def test_a_run_that_was_not_evaluated_is_named(tmp_path: Path) -> None:

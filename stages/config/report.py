@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from stages.base import Config
 
@@ -26,4 +26,16 @@ class ReportConfig(Config):
     max_megabytes: Annotated[
         float, Field(ge=1, description="Shrink images until the page is below this many MB.")
     ] = 18
+    others: dict[str, str] = Field(
+        default_factory=dict,
+        description="Other systems by name: the folders of their evaluations on the same images. Their "
+        "pictures, and the differences from this model, are shown beside its own.",
+    )
     seed: Annotated[int, Field(description="Seed of the random images.")] = 0
+
+    @field_validator("others")
+    @classmethod
+    def _names_are_free(cls, others: dict[str, str]) -> dict[str, str]:
+        if taken := {"source", "generated", "target"} & set(others):
+            raise ValueError(f"{min(taken)} is what a picture of this model is called; take another name")
+        return others

@@ -28,7 +28,7 @@ from stages.progress import duration
 from stages.scoring.intervals import Interval
 from stages.scoring.metrics import lower_is_better
 
-ROLES = ("source", "generated", "target")
+SOURCE, GENERATED, TARGET = "source", "generated", "target"
 
 METRIC_NAMES = {
     "l1": "L1",
@@ -106,6 +106,8 @@ class ReportData:
     """The ends of the means' intervals."""
     baselines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Baseline name -> metric -> value, with "intervals" and the model's "differences"."""
+    others: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """The same of other systems, by their names; their pictures are in each card under these names."""
     groups: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Group name -> metric -> mean, with "num_images" and "intervals"."""
     facts: Sequence[str] = ()
@@ -205,17 +207,24 @@ def tile(name: str, value: float, data: ReportData) -> Tile:
         best = (min if lower else max)(rivals, key=lambda base: rivals[base])
         than = f"the best baseline ({baseline_name(best)})"
         verdict = f"not told apart from {than}"
-        if (apart := data.baselines[best].get("differences", {}).get(name)) and Interval(
-            *apart
-        ).excludes_zero:
+        apart = data.baselines[best].get("differences", {}).get(name)
+        if kind := judged(name, apart):
             change = abs(apart[0]) / abs(rivals[best]) * 100 if rivals[best] else math.inf
             amount = f"{change:.0f} % " if math.isfinite(change) else ""
-            kind = "better" if (apart[0] < 0) == lower else "worse"
             verdict = f"{amount}{kind} than {than}"
-    longest = max(abs(value), *(abs(rival) for rival in rivals.values()), 0) or 1
-    rows = [("this model", value, "model"), *((baseline_name(b), v, "base") for b, v in rivals.items())]
+    shown = {baseline_name(base): rival for base, rival in rivals.items()}
+    shown |= {other: row[name] for other, row in data.others.items() if name in row}
+    longest = max(abs(value), *(abs(rival) for rival in shown.values()), 0) or 1
+    rows = [("this model", value, "model"), *((label, rival, "base") for label, rival in shown.items())]
     bars = [(label, v, css, max(0.5, 100 * abs(v) / longest)) for label, v, css in rows]
     return Tile(metric_name(name), lower, value, data.intervals.get(name), kind, verdict, bars)
+
+
+def judged(name: str, difference: Sequence[float] | None) -> str:
+    """ "better" or "worse" where the interval of a metric's difference excludes zero, else ""."""
+    if difference is None or not Interval(*difference).excludes_zero:
+        return ""
+    return "better" if (difference[0] < 0) == lower_is_better(name) else "worse"
 
 
 def baseline_name(name: str) -> str:
@@ -275,7 +284,7 @@ def page(data: ReportData) -> str:
     for curve in data.curves:
         charts.setdefault(curve.phase, []).append(chart(curve))
     own = {**data.scores, "intervals": data.intervals}
-    rows = [("this model", own), *((baseline_name(b), row) for b, row in data.baselines.items())]
+    rivals = {baseline_name(b): row for b, row in data.baselines.items()} | dict(data.others)
     environment = Environment(
         loader=PackageLoader("stages.reporting", ""),
         autoescape=True,
@@ -295,14 +304,17 @@ def page(data: ReportData) -> str:
         data=data,
         style=_asset("report.css"),
         script=_asset("report.js"),
-        roles=ROLES,
+        roles=(SOURCE, GENERATED, *data.others, TARGET),
         tiles=[tile(name, value, data) for name, value in data.scores.items()],
         metrics=list(dict.fromkeys(name for p in data.pictures for name in p.scores)),
         splits=sorted({p.split for p in data.pictures if p.split}),
         groups=sorted({p.group for p in data.pictures if p.group}),
         picks=sorted({pick for p in data.pictures for pick in p.picks}),
         names=[metric_name(name) for name in data.scores],
-        comparison=[[name, *_cells(row, data)] for name, row in rows],
+        comparison=[[name, *_cells(row, data)] for name, row in {"this model": own, **rivals}.items()],
+        differences=[
+            [name, *_difference_cells(row, data)] for name, row in rivals.items() if row.get("differences")
+        ],
         by_group=[
             [group, f"{row.get('num_images', 0):,.0f}", *_cells(row, data)]
             for group, row in data.groups.items()
@@ -314,6 +326,14 @@ def page(data: ReportData) -> str:
 
 def _cells(row: Mapping[str, Any], data: ReportData) -> list[str]:
     return [number(row.get(name), 4) + between(row.get("intervals", {}).get(name)) for name in data.scores]
+
+
+def _difference_cells(row: Mapping[str, Any], data: ReportData) -> list[str]:
+    found = [(name, row["differences"].get(name)) for name in data.scores]
+    return [
+        f"{number(apart[0])}{between(apart[1:])} {judged(name, apart)}".rstrip() if apart else number(None)
+        for name, apart in found
+    ]
 
 
 def between(interval: Sequence[float] | None) -> str:

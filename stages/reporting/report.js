@@ -125,10 +125,9 @@
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (dialog.open) {
       if (event.target.tagName === "SELECT") return;
-      const act = {
-        n: () => step(1), p: () => step(-1),
-        1: () => only("source", 100), 2: () => only("generated", 100), 3: () => only("target", 100),
-      }[event.key];
+      const role = left.options[Number(event.key) - 1];
+      const act = { n: () => step(1), p: () => step(-1) }[event.key]
+        ?? (role && !role.disabled ? () => only(role.value, 100) : null);
       if (act) { act(); event.preventDefault(); }
     } else if (event.key === "/" && !/^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) {
       byId("find").focus();

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html.parser
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -111,6 +112,24 @@ def test_better_is_said_only_where_the_interval_of_the_difference_excludes_zero(
     assert "not told apart from the best baseline (nearest target)" in told
     assert "0.100 (0.080 to 0.120)" in told or "0.1 (0.08 to 0.12)" in told
     assert "better than the" not in told
+
+
+def test_other_systems_are_beside_this_one_in_pictures_numbers_and_differences() -> None:
+    theirs = {"l1": 0.3, "intervals": {"l1": (0.2, 0.4)}, "differences": {"l1": (-0.2, -0.3, -0.1)}}
+    pictures = [picture(0), picture(1)]
+    pictures = [replace(one, images={**one.images, "theirs": one.images["target"]}) for one in pictures]
+    made = page(data(others={"theirs": theirs}, pictures=pictures))
+    read = Reader(made)
+    told = "".join(read.texts)
+    assert [image.get("data-role") for image in read.named("img")][:4] == [
+        "source",
+        "generated",
+        "theirs",
+        "target",
+    ]
+    assert "0.300 (0.200 to 0.400)" in told or "0.3 (0.2 to 0.4)" in told
+    assert "-0.2 (-0.3 to -0.1) better" in told or "-0.200 (-0.300 to -0.100) better" in told
+    assert "1 to 4 source, generated, theirs, target" in told
 
 
 def test_no_text_of_a_user_becomes_markup() -> None:
