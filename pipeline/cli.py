@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -27,8 +28,13 @@ exit codes:
 
 def parser(module: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
     """A command's parser, without its arguments. Help texts keep their line breaks."""
+    program = f"python -m {module}"
+    if Path(sys.argv[0]).stem == "pixloom":
+        program, epilog = (
+            re.sub(r"(?<!-- )python -m pipeline\.?", "pixloom ", text) for text in (program, epilog)
+        )
     return argparse.ArgumentParser(
-        prog=f"python -m {module}",
+        prog=program.strip(),
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -38,6 +44,13 @@ def parser(module: str, description: str, epilog: str = "") -> argparse.Argument
 def add_settings(p: argparse.ArgumentParser, text: str = "change one setting, e.g. train.seed=7") -> None:
     """Add `--set KEY=VALUE`, which may be repeated."""
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
+
+
+def count(text: str) -> int:
+    """The argument type of a number of things, at least one."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def size(text: str, *, least: int = 1, most: int = 99_999) -> tuple[int, int]:

@@ -35,6 +35,8 @@ from stages.errors import QUOTE, UserError, first_invalid
 SECRET_WORDS = ("secret", "token", "password", "passwd", "credential", "access_key", "account_key", "sas")
 SECRET_NAMES = ("key", "pass", "auth")
 
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
 RENAMED = {
     "resources.pairs_at_once": "resources.micro_batch",
     "infer.colors": "infer.palette",
@@ -133,6 +135,12 @@ def load(path: str, overrides: Iterable[str] = (), profile: str | None = None) -
     return validated(values, path, settings)
 
 
+def located(name: str, folder: Path = Path()) -> str:
+    """The path of a config file in the folder, else of a recipe: `facades`, `base/pix2pix.yaml`."""
+    places = folder / name, RECIPES / name, RECIPES / f"{name}.yaml"
+    return str(next((place for place in places if place.is_file()), places[0]))
+
+
 def read(path: str, profile: str | None = None) -> dict[str, Any]:
     """A config file's values, merged with the files it extends and its profile, not yet checked."""
     return _with_profile(_read(Path(path), seen=()), path, profile)
@@ -167,7 +175,7 @@ def schema() -> str:
     model["properties"] |= {
         "extends": {
             "anyOf": [path, {"type": "array", "items": path}],
-            "description": "Config files to start from, relative to this file; later ones win.",
+            "description": "Files to start from, relative to this one, or names of recipes; later ones win.",
         },
         "profile": path | {"description": "The profile to use if the command line names none."},
         "profiles": {
@@ -197,7 +205,7 @@ def parse(path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506  a SafeLoader
     except FileNotFoundError:
-        raise UserError(f"{path}: no such config file") from None
+        raise UserError(f"{path}: no such config file, nor a recipe (`pixloom recipes` lists them)") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     except yaml.YAMLError as error:
@@ -228,7 +236,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     try:
         for name in names:
-            merged = _merge(merged, _read(path.parent / name, (*seen, path.resolve())))
+            merged = _merge(merged, _read(Path(located(name, path.parent)), (*seen, path.resolve())))
         return cast(dict[str, Any], _merge(merged, values))
     except LookupError as error:
         raise UserError(f"{path}: {error.args[0]}") from None

@@ -28,7 +28,7 @@ EXAMPLES = f"""\
 examples:
   python -m pipeline.run                                   the run that pipeline.yaml describes
   python -m pipeline.run -c recipes/facades.yaml           another application
-  python -m pipeline.run -c recipes/facades.yaml --profile paper       at the paper's size
+  python -m pipeline.run -c facades --profile paper                    at the paper's size
   python -m pipeline.run --plan                            what would run, and why
   python -m pipeline.run --set train.seed=1 --set train.phases.0.epochs=20
   python -m pipeline.run --until shard                     prepare the data only
@@ -46,7 +46,12 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = cli.parser("pipeline.run", HELP, EXAMPLES)
     p.add_argument(
-        "-c", "--config", default="pipeline.yaml", metavar="FILE", help="the run (default: pipeline.yaml)"
+        "-c",
+        "--config",
+        default="pipeline.yaml",
+        type=configuration.located,
+        metavar="FILE",
+        help="a file, or the name of a recipe (default: pipeline.yaml)",
     )
     p.add_argument(
         "--profile", metavar="NAME", help="one of the config's profiles (recipes have cpu and paper)"

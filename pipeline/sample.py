@@ -12,6 +12,7 @@ a little light, so that a model can learn the mapping and be evaluated on scenes
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -218,13 +219,13 @@ def write(folder: str, *, pairs: int, width: int, height: int, seed: int) -> Non
             progress.advance()
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code."""
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     p = cli.parser(
         "pipeline.sample", "Draw street-like scenes (photo, label map, instance map) to try the pipeline on."
     )
     p.add_argument("folder", help="where to write: a local folder or a URI such as s3://bucket/sample")
-    p.add_argument("--pairs", type=int, default=120, metavar="N", help="how many scenes (default: 120)")
+    p.add_argument("--pairs", type=cli.count, default=120, metavar="N", help="how many scenes (default: 120)")
     p.add_argument(
         "--size",
         type=partial(cli.size, least=32, most=8192),
@@ -233,9 +234,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="size of every image (default: 256x128)",
     )
     p.add_argument("--seed", type=int, default=0, help="another seed draws other scenes (default: 0)")
-    options = p.parse_args(arguments)
-    if options.pairs < 1:
-        p.error("--pairs: at least 1")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit code."""
+    options = parser().parse_args(arguments)
     width, height = options.size
     cli.log_to_stdout()
     return cli.exit_code(

@@ -53,14 +53,17 @@ NO_ARGUMENTS = {"benchmarks.ceiling", "benchmarks.count_operations", "benchmarks
 
 def commands() -> Iterator[tuple[str, list[str]]]:
     """Every command in a code block or between backticks, with its page; comments are cut off."""
-    start = rf"(?:python3? (?:-m )?|cluster/submit\.sh|make |(?:{'|'.join(EXTERNAL)}) )"
+    start = rf"(?:python3? (?:-m )?|pixloom |cluster/submit\.sh|make |(?:{'|'.join(EXTERNAL)}) )"
     for page in PAGES:
         text = re.sub(r"\\\n\s*", " ", page.read_text())
         block = rf"^(?:    )?(?:\w+=\S+ )*({start}[^\n]*)$"
         inline = rf"`({start}[^`]*)`"
         for match in itertools.chain(re.finditer(block, text, re.MULTILINE), re.finditer(inline, text)):
             line = re.split(r"\s#|\s{3,}(?![\s-])|\s[>&|]", " ".join(match[1].split("\n")))[0]
-            yield str(page.relative_to(ROOT)), shlex.split(re.sub(r"\[.*?\]", "", line), comments=True)
+            words = shlex.split(re.sub(r"\[.*?\]", "", line), comments=True)
+            if words[0] == "pixloom":
+                words = ["python", "-m", f"pipeline.{words[1]}", *words[2:]]
+            yield str(page.relative_to(ROOT)), words
 
 
 COMMANDS = list(commands())

@@ -32,6 +32,7 @@ from ray.util.queue import Queue
 
 from pipeline import cli
 from pipeline.cluster import check_folders, cluster, result_folders
+from pipeline.config import located
 from pipeline.dag import steps
 from pipeline.runner import PlannedStep, check, execute, plan
 from pipeline.session import run_tags, run_view
@@ -47,7 +48,7 @@ from pipeline.sweep.trials import (
     shared,
 )
 from stages import storage
-from stages.errors import StageError, UserError, cause
+from stages.errors import StageError, cause
 from stages.scoring.table import shown
 from stages.tracking.run import Run, open_parent
 
@@ -74,14 +75,16 @@ examples:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = cli.parser("pipeline.sweep", HELP, EXAMPLES)
-    p.add_argument("sweep", metavar="SWEEP", help="the sweep's YAML file")
-    p.add_argument("-c", "--config", metavar="FILE", help="vary this recipe, not the sweep's own")
+    p.add_argument("sweep", metavar="SWEEP", type=located, help="the sweep's YAML file")
+    p.add_argument(
+        "-c", "--config", metavar="FILE", type=located, help="vary this recipe, not the sweep's own"
+    )
     p.add_argument("--profile", metavar="NAME", help="profile of the recipe")
     cli.add_settings(p, "change one setting of all trials")
-    p.add_argument("--trials", type=int, metavar="N", help="draws of a random search")
+    p.add_argument("--trials", type=cli.count, metavar="N", help="draws of a random search")
     p.add_argument(
         "--concurrent",
-        type=int,
+        type=cli.count,
         default=1,
         metavar="N",
         help="trials at a time (default 1); each has its own workers",
@@ -103,8 +106,6 @@ def configured(options: argparse.Namespace) -> tuple[SweepConfig, str]:
     """The sweep with the command line's changes, and the recipe's path."""
     sweep = load(options.sweep)
     recipe = options.config or str(Path(options.sweep).parent / sweep.recipe)
-    if options.concurrent < 1 or (options.trials is not None and options.trials < 1):
-        raise UserError("--trials, --concurrent: must be at least 1")
     changes = {"profile": options.profile, "trials": options.trials}
     return sweep.model_copy(update={k: v for k, v in changes.items() if v is not None}), recipe
 

@@ -29,7 +29,9 @@ from stages.tracking.run import NullRun
 ROOT = Path(__file__).resolve().parents[2]
 PROFILES = ("cpu", "paper")
 RECIPES = sorted(
-    path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name not in ("base", "data", "sweeps")
+    path
+    for path in (ROOT / "recipes").rglob("*.yaml")
+    if path.parent.name not in ("base", "data", "sweeps") and not path.is_symlink()
 )
 SWEEPS = sorted((ROOT / "recipes" / "sweeps").glob("*.yaml"))
 
