@@ -56,7 +56,8 @@ from stages.models.fast.process import tune_process
 from stages.models.gan import build_gan, state_of
 from stages.models.step import Batch, step
 from stages.shards import dataset
-from stages.shards.dataset import DatasetSpec, RoleSpec, ShardFile
+from stages.shards.dataset import DatasetSpec, RoleSpec
+from stages.shards.manifest import ShardFile, ShardFiles
 from stages.tracking.run import NullRun
 from stages.training import checkpoints, curves, gradients
 from stages.training.checkpoints import Checkpoint, Position
@@ -92,11 +93,10 @@ def make_shards(folder: Path, size: tuple[int, int]) -> DatasetSpec:
             row |= {f"{role}_width": width, f"{role}_height": height}
         rows.append(row)
     pq.write_table(pa.Table.from_pylist(rows), folder / "train-00000.parquet", row_group_size=16)
-    groups = (16,) * (ROWS // 16)
     spec = DatasetSpec(
         size=size,
         roles=roles,
-        splits={"train": (ShardFile(name="train-00000.parquet", rows=ROWS, row_groups=groups),)},
+        splits={"train": ShardFiles.of([ShardFile("train-00000.parquet", ROWS, 16)])},
     )
     dataset.save(str(folder), spec)
     return spec

@@ -434,7 +434,7 @@ def digest(config: InferConfig, tracking_uri: str | None = None) -> str:
     if config.input:
         where = location(config)
         if is_shards(where.uri):
-            texts.append(storage.read_bytes(storage.join(where.uri, dataset.NAME)).decode())
+            texts.append(dataset.load(where.uri).digest())
         else:
             with _named("infer.input"):
                 texts.append(inputs.plan(where, None).digest)
@@ -457,7 +457,7 @@ def location(config: InferConfig) -> Location:
 
 def is_shards(uri: str) -> bool:
     """Whether a location is a shards folder."""
-    return not uri.lower().endswith(".parquet") and storage.exists(storage.join(uri, dataset.NAME))
+    return not uri.lower().endswith(".parquet") and dataset.exists(uri)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -513,8 +513,7 @@ def prepare(
         split = split_of(config, spec)
         logger.info("infer         generates the %s split: %s pairs", split, f"{spec.rows(split):,}")
         units, rows = len(inputs.shard_units(spec, split)), spec.rows(split)
-        content = storage.read_bytes(storage.join(shards, dataset.NAME))
-        source = hashlib.sha256(content).hexdigest()[:16]
+        source = spec.digest()[:16]
     else:
         units, rows, source = plan.units, plan.rows, plan.digest
     outputs.begin(output, run_identity(manifest, config, source), {"rows": rows, "units": units})

@@ -4,7 +4,7 @@ in:  part-<n>.parquet         {key, split, group, per role R: R_uri, R_size, R_e
 out: <split>-<n>.parquet      {key, group, per role R: R, R_crc, R_uri, R_width, R_height, R_mean, ...}
      quarantine-<n>.parquet   {key, role, uri, reason, detail}
      _parts/<n>.json          the partition's marker, written last: its files, rejects and statistics
-     dataset.json, card.json, card.md, samples.png
+     dataset.parquet, card.json, card.md, samples.png
 
 One task does one partition <n> of the pairs: it reads objects with many threads and holds no more than a row
 group of images. A partition that has a marker is not done again. All names and bytes follow from the input,
@@ -44,7 +44,8 @@ from stages.parallel.threads import prefetch_map
 from stages.progress import Progress
 from stages.shards import card, dataset
 from stages.shards.card import Statistics
-from stages.shards.dataset import DatasetSpec, RoleSpec, ShardFile
+from stages.shards.dataset import DatasetSpec, RoleSpec
+from stages.shards.manifest import ShardFile, ShardFiles
 from stages.storage.local import local_file
 
 if TYPE_CHECKING:
@@ -479,24 +480,24 @@ class Summary:
         for reason, texts in marker["examples"].items():
             self.examples[reason] = sorted([*self.examples.get(reason, []), *texts])[:EXAMPLES]
         self.files[marker["bucket"]] = {
-            split: ShardFile(name=f["name"], rows=f["rows"], row_groups=tuple(f["row_groups"]))
-            for split, f in marker["files"].items()
+            split: ShardFile(f["name"], f["rows"], f["row_groups"][0]) for split, f in marker["files"].items()
         }
         self.bytes += sum(f["bytes"] for f in marker["files"].values())
         for split, sums in marker["statistics"].items():
             self.statistics.setdefault(split, Statistics()).merge(sums)
 
-    def splits(self) -> dict[Split, tuple[ShardFile, ...]]:
+    def splits(self) -> dict[Split, ShardFiles]:
         """The files of each split that has any, in the order of partitions."""
         ordered = [files for _, files in sorted(self.files.items())]
         of_split = {
-            split: tuple(files[split] for files in ordered if split in files) for split in get_args(Split)
+            split: ShardFiles.of(files[split] for files in ordered if split in files)
+            for split in get_args(Split)
         }
-        return {split: files for split, files in of_split.items() if files}
+        return {split: files for split, files in of_split.items() if len(files)}
 
     def counts(self) -> dict[str, int]:
         """The counts of the stage's outcome."""
-        per_split = {split: sum(f.rows for f in files) for split, files in self.splits().items()}
+        per_split = {split: files.rows for split, files in self.splits().items()}
         rejected = {f"rejected_{reason}": n for reason, n in sorted(self.rejects.items())}
         total = {"pairs": self.rows, "rejected": sum(self.rejects.values())}
         return total | {"shards": sum(map(len, self.files.values()))} | per_split | rejected

@@ -1,6 +1,6 @@
 """Train one phase on the cluster: a Ray Train run whose workers read shards and step the networks together.
 
-in:  shards   {split}-*.parquet and dataset.json (stages.shards.dataset)
+in:  shards   {split}-*.parquet and dataset.parquet (stages.shards.dataset)
      before   the folder of the previous phase
 out: model/               weights, averages, discriminator, model.json (stages.models.files.saved)
      metrics.parquet      the curves: step, images, epoch, name, value, time_ms
@@ -104,7 +104,6 @@ class Setup:
 
     task: Task
     shards: str
-    spec: DatasetSpec
     mailbox: Any
     gpu: bool
     cuda_graph: bool
@@ -186,7 +185,6 @@ def run(
     setup = Setup(
         task=task,
         shards=shards,
-        spec=spec,
         mailbox=mailbox,
         gpu=resources.gpu if resources.gpu is not None else ray.cluster_resources().get("GPU", 0) >= 1,
         cuda_graph=bool(resources.cuda_graph),
@@ -332,9 +330,10 @@ def _train(setup: Setup) -> Ending:
     tune_process(device, save_memory=setup.task.checkpointing)
     torch.set_num_threads(threads(setup.threads, context.get_local_world_size(), setup.gpu))
     job = setup.task.job
+    spec = dataset.load(setup.shards)
     feed = Feed(
         setup.shards,
-        setup.spec,
+        spec,
         split="train",
         seed=phase_seed(job.seed, job.phase.name),
         batch=job.phase.batch,
@@ -347,9 +346,9 @@ def _train(setup: Setup) -> Ending:
         epochs=job.phase.epochs,
         read=read_here if storage.is_local(setup.shards) else read_with_ray,
     )
-    samples = Samples(setup.shards, setup.spec, job, device)
+    samples = Samples(setup.shards, spec, job, device)
     channel = Channel(Courier(setup.mailbox))
-    if worker.leads and (shortage := memory_shortage(setup, worker)):
+    if worker.leads and (shortage := memory_shortage(setup, spec, worker)):
         channel.post(Note(shortage))
     with _watched(channel, worker.rank, setup.stall_s):
         return train_phase(
@@ -364,14 +363,12 @@ def _train(setup: Setup) -> Ending:
         )
 
 
-def memory_shortage(setup: Setup, worker: Worker) -> str:
+def memory_shortage(setup: Setup, spec: DatasetSpec, worker: Worker) -> str:
     """A warning if a step is expected to need more memory than the worker's GPU has; else ""."""
     if worker.device.type != "cuda" or setup.task.checkpointing:  # of which there is no estimate
         return ""
     task = setup.task
-    needed = estimate_memory(
-        task.job, setup.spec, workers=worker.world, micro_batch=task.micro_batch, gpu=True
-    )
+    needed = estimate_memory(task.job, spec, workers=worker.world, micro_batch=task.micro_batch, gpu=True)
     there = torch.cuda.get_device_properties(worker.device).total_memory
     return shortage(needed, there, task.job)
 

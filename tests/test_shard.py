@@ -245,7 +245,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path):
 def test_two_drivers_on_one_folder_write_the_same_files(tmp_path: Path):
     rows = photo_pairs(tmp_path / "in", 10)
     spec = make_shards(tmp_path / "one", rows)
-    (tmp_path / "one" / "dataset.json").unlink()
+    (tmp_path / "one" / "dataset.parquet").unlink()
     config = ShardConfig(size=SIZE, row_group_rows=4)
 
     def drive(_: int) -> None:
@@ -316,7 +316,7 @@ def test_too_many_rejects_fail_the_stage_and_name_the_reasons(tmp_path: Path, ra
         shard.run(
             ShardConfig(size=SIZE), Resources(), output=str(tmp_path / "out"), track=NullRun(), pairs=pairs
         )
-    assert not (tmp_path / "out" / "dataset.json").exists()
+    assert not (tmp_path / "out" / "dataset.parquet").exists()
     with pytest.raises(UserError, match="no pairs"):
         shard.run(
             ShardConfig(), Resources(), output=str(tmp_path), track=NullRun(), pairs=str(tmp_path / "x")

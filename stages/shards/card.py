@@ -267,7 +267,8 @@ def leakage(folder: str, spec: DatasetSpec) -> Leaks:
 
     One task compares one shard.
     """
-    role = next((r for r in ("target", "source") if r in spec.roles and hashable(spec.roles[r].kind)), None)
+    roles: tuple[Role, ...] = ("target", "source")
+    role = next((r for r in roles if r in spec.roles and hashable(spec.roles[r].kind)), None)
     names: dict[str, list[str]] = {
         split: [f.name for f in spec.splits.get(split, ())] for split in get_args(Split)
     }

@@ -1,6 +1,6 @@
 """A shards folder: its description, and its pairs read back with every checksum verified.
 
-in:  dataset.json            DatasetSpec: size, roles, the files of each split
+in:  dataset.parquet         the files of each split; in its metadata a `Header`: size and roles
      <split>-<n>.parquet     rows {key, group, and per role R: R, R_crc, R_uri, R_width, R_height, ...}
 out: Sample: a pair's images (H, W, C) by role, and where they came from
 
@@ -22,13 +22,16 @@ from pydantic import ValidationError
 
 from stages import storage
 from stages.base import Config, Encoding, Kind, Role, Split
-from stages.errors import StageError, UserError, first_invalid
+from stages.errors import StageError, UserError, first_invalid, one_line
 from stages.images import decode, encode, kinds, pictures
 from stages.images.kinds import Array, ImageRejected
 from stages.models.architecture import Picture
+from stages.shards.manifest import ShardFiles, from_json, from_table, to_table
 from stages.shards.row_groups import num_row_groups, read_unit
 
-NAME = "dataset.json"
+NAME = "dataset.parquet"
+OLD_NAME = "dataset.json"  # one JSON document, as folders had before: read, never written
+METADATA = b"pixloom"
 EXAMPLE_SIDE = 128
 SCORED: tuple[Split, ...] = ("test", "val")  # to generate and evaluate by default: the first that has pairs
 
@@ -44,25 +47,31 @@ class RoleSpec(Picture):
         return kinds.CHANNELS.get(self.kind) or self.channel_count or 1
 
 
-class ShardFile(Config):
-    """One Parquet file of a split: its rows, and the rows of each of its row groups."""
+class Header(Config):
+    """What all shards have in common, and the number of files of each split."""
 
-    name: str
-    rows: int
-    row_groups: tuple[int, ...]
-
-
-class DatasetSpec(Config):
-    """The description of a shards folder. All its images have one size (width, height)."""
-
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
     size: tuple[int, int]
     roles: dict[Role, RoleSpec]
-    splits: dict[Split, tuple[ShardFile, ...]]
+    files: dict[Split, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetSpec:
+    """The description of a shards folder. All its images have one size (width, height)."""
+
+    size: tuple[int, int]
+    roles: dict[Role, RoleSpec]
+    splits: Mapping[Split, ShardFiles]
+
+    def header(self) -> bytes:
+        """The description without names and row groups."""
+        files = {split: len(files) for split, files in self.splits.items()}
+        return Header(size=self.size, roles=self.roles, files=files).model_dump_json().encode()
 
     def rows(self, split: Split) -> int:
         """Number of pairs of a split."""
-        return sum(file.rows for file in self.splits.get(split, ()))
+        return self.splits[split].rows if split in self.splits else 0
 
     def scored_split(self, configured: Split | None, key: str) -> Split:
         """The split to generate or evaluate: the configured one; None: test, or val if test has no pair.
@@ -85,7 +94,12 @@ class DatasetSpec(Config):
 
     def digest(self) -> str:
         """A digest that differs if files, rows or the way images are stored differ."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        total = hashlib.sha256(self.header())
+        for files in self.splits.values():
+            for numbers in (files.file_rows, files.group_rows):
+                total.update(numbers.tobytes())
+            total.update("\n".join(files.names.to_pylist()).encode())
+        return total.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,18 +122,39 @@ class Sample:
 
 def load(folder: str) -> DatasetSpec:
     """The description of a shards folder. Raises UserError if there is none, or it is damaged."""
-    uri = storage.join(folder, NAME)
     try:
-        return DatasetSpec.model_validate_json(storage.read_bytes(uri))
+        try:
+            table = storage.read_parquet(storage.join(folder, NAME))
+        except FileNotFoundError:
+            content = storage.read_json(storage.join(folder, OLD_NAME))
+            splits = from_json(content.pop("splits"))
+            content["files"] = {split: len(files) for split, files in splits.items()}
+            header = Header.model_validate(content)
+        else:
+            header = Header.model_validate_json(table.schema.metadata[METADATA])
+            splits = from_table(table, header.files)
     except FileNotFoundError:
         raise UserError(f"{folder}: no {NAME}, so this is not a finished shards folder") from None
     except ValidationError as error:
-        raise UserError(f"{uri}: {first_invalid(error)}") from error
+        raise UserError(f"{folder}: its description is damaged: {first_invalid(error)}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder}: its description is damaged: {one_line(error, kind=True)}") from error
+    return DatasetSpec(size=header.size, roles=header.roles, splits=splits)
+
+
+def exists(folder: str) -> bool:
+    """Whether a folder holds finished shards."""
+    return any(storage.exists(storage.join(folder, name)) for name in (NAME, OLD_NAME))
 
 
 def save(folder: str, spec: DatasetSpec) -> None:
     """Write the description. It makes the folder a shards folder, so it is written last."""
-    storage.write_bytes(storage.join(folder, NAME), spec.model_dump_json(indent=1).encode() + b"\n")
+    table = to_table(spec.splits).replace_schema_metadata({METADATA: spec.header()})
+    numbers = ["split", "rows", "group_rows"]
+    # Small row groups halve the memory of reading it.
+    storage.write_parquet(
+        storage.join(folder, NAME), table, row_group_rows=1 << 14, compression="zstd", use_dictionary=numbers
+    )
 
 
 def decode_role(data: memoryview | bytes, crc: int, role: RoleSpec, size: tuple[int, int]) -> Array:

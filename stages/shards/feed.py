@@ -14,7 +14,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -96,7 +96,12 @@ class Feed:
         read: Read = read_here,
     ) -> None:
         self.preparation = Preparation(
-            folder=folder, spec=spec, seed=seed, augment=augment, scale=scale, with_labels=with_labels
+            folder=folder,
+            spec=replace(spec, splits={}),  # small, wherever it is sent
+            seed=seed,
+            augment=augment,
+            scale=scale,
+            with_labels=with_labels,
         )
         self.seed, self.batch, self.rank, self.world = seed, batch, rank, world
         self.device, self.prefetch, self.epochs = torch.device(device), prefetch, epochs
@@ -107,10 +112,8 @@ class Feed:
         if world > batch:
             raise UserError(f"a batch of {batch} is too small for {world} workers")
         self.steps_per_epoch = num_steps(self.rows, batch)
-        files = spec.splits[split]
-        self._names = [file.name for file in files for _ in file.row_groups]
-        self._index = [index for file in files for index in range(len(file.row_groups))]
-        self._sizes = np.array([rows for file in files for rows in file.row_groups], np.int64)
+        self._files = spec.splits[split]
+        self._sizes = self._files.sizes()
         self._stream: Prefetch[tuple[Batch, torch.cuda.Event | None]] | None = None
         self._next = (-1, -1)  # epoch and step of the stream's next batch
 
@@ -194,10 +197,11 @@ class Feed:
     def _unit(self, epoch: int, unit: ReadUnit) -> Unit:
         """A read unit as plain values."""
         whole = len(unit.rows) == self._sizes[unit.group]
+        file, group = self._files.place(unit.group)
         return {
             "epoch": epoch,
-            "file": self._names[unit.group],
-            "group": self._index[unit.group],
+            "file": file,
+            "group": group,
             "rows": None if whole else unit.rows.tolist(),
         }
 

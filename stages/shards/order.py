@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -73,7 +74,7 @@ def slot_starts(rows: int, batch: int) -> Ints:
 
 
 def plan_epoch(
-    groups: Sequence[int] | Ints,
+    groups: Sequence[int] | npt.NDArray[np.integer[Any]],
     *,
     seed: int,
     epoch: int,

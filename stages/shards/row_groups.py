@@ -115,4 +115,4 @@ def read_unit(folder: str, unit: Mapping[str, Any], columns: list[str]) -> pa.Ta
 
 
 def _mismatch(uri: str, error: Exception) -> StageError:
-    return StageError(f"{uri}: not the shard that dataset.json describes ({' '.join(str(error).split())})")
+    return StageError(f"{uri}: not the shard that dataset.parquet describes ({' '.join(str(error).split())})")

@@ -21,6 +21,7 @@ import yaml
 
 from pipeline import run as command
 from pipeline import sample
+from stages.shards import dataset
 
 pytestmark = pytest.mark.slow
 
@@ -177,8 +178,8 @@ def test_the_run_prints_its_results_its_report_and_how_to_open_mlflow(whole: Pla
 
 def test_every_step_leaves_its_marker_and_the_counts_agree(whole: Place) -> None:
     assert all(whole.done(name) for name in STEPS)
-    spec = json.loads((whole.step("shard") / "dataset.json").read_text())
-    rows = {split: sum(file["rows"] for file in files) for split, files in spec["splits"].items()}
+    spec = dataset.load(str(whole.step("shard")))
+    rows = {split: spec.rows(split) for split in spec.splits}
     assert sum(rows.values()) == PAIRS - 1  # one photo is torn: its pair is in quarantine
     assert len(whole.images()) == rows["test"]
     metrics = pq.read_table(whole.step("evaluate") / "metrics.parquet")

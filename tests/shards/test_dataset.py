@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +22,46 @@ from tests.support.pairs import ids, make_shards, pair_row, photo, photo_pairs, 
 
 def test_a_description_comes_back_and_a_folder_without_or_with_a_damaged_one_is_named(tmp_path: Path) -> None:
     spec = make_shards(tmp_path / "shards", photo_pairs(tmp_path / "in", 5))
-    assert dataset.load(str(tmp_path / "shards")) == spec
+    loaded = dataset.load(str(tmp_path / "shards"))
+    assert (loaded.size, loaded.roles, loaded.digest()) == (spec.size, spec.roles, spec.digest())
+    assert {s: list(files) for s, files in loaded.splits.items()} == {"train": list(spec.splits["train"])}
     assert spec.counts() == {"num_train": 5}
     assert (spec.rows("train"), spec.rows("test")) == (5, 0)
-    with pytest.raises(UserError, match=r"in: no dataset\.json, so this is not a finished shards folder"):
+    with pytest.raises(UserError, match=r"in: no dataset\.parquet, so this is not a finished shards folder"):
         dataset.load(str(tmp_path / "in"))
     file = tmp_path / "shards" / dataset.NAME
-    file.write_text(file.read_text().replace('"splits"', '"slpits"'))
-    with pytest.raises(UserError, match=r"dataset\.json: slpits: there is no such key \(and 1 more\)"):
-        dataset.load(str(tmp_path / "shards"))
+    table = pq.read_table(file)
+    for metadata, reason in (({}, "pixloom"), ({"pixloom": '{"slize": 1}'}, "slize: there is no such key")):
+        pq.write_table(table.replace_schema_metadata(metadata), file)
+        with pytest.raises(UserError, match=f"shards: its description is damaged: .*{reason}"):
+            dataset.load(str(tmp_path / "shards"))
+
+
+def test_a_folder_with_the_older_description_is_read(tmp_path: Path) -> None:
+    spec = small.make_shards(tmp_path, {"train": [7, 2], "test": [3]})
+    listed = {
+        split: [{"name": f.name, "rows": f.rows, "row_groups": f.row_groups} for f in files]
+        for split, files in spec.splits.items()
+    }
+    roles = {role: stored.model_dump() for role, stored in spec.roles.items()}
+    older = {"version": 1, "size": spec.size, "roles": roles, "splits": listed}
+    (tmp_path / dataset.NAME).unlink()
+    (tmp_path / dataset.OLD_NAME).write_text(json.dumps(older))
+    loaded = dataset.load(str(tmp_path))
+    assert loaded.digest() == spec.digest()
+    assert [s.key for s in dataset.read_split(str(tmp_path), loaded, "test")] == [
+        f"test/{n:03d}" for n in range(9, 12)
+    ]
+
+
+def test_row_groups_of_a_split_are_found_in_their_files(tmp_path: Path) -> None:
+    files = small.make_shards(tmp_path, {"train": [7, 2, 9]}, row_group=4).splits["train"]
+    assert files.sizes().tolist() == [4, 3, 2, 4, 4, 1]
+    places = [files.place(group) for group in range(6)]
+    assert places == [
+        (f"train-{n:05d}.parquet", g) for n, g in ((0, 0), (0, 1), (1, 0), (2, 0), (2, 1), (2, 2))
+    ]
+    assert files.place(2) == ("train-00001.parquet", 0)
 
 
 def test_the_digest_follows_files_rows_and_kinds(tmp_path: Path) -> None:
@@ -96,7 +128,7 @@ def test_a_shard_that_is_gone_or_cut_is_named(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-9])
     for _ in range(2):
         with pytest.raises(
-            StageError, match=r"train-00000\.parquet: not the shard that dataset\.json describes"
+            StageError, match=r"train-00000\.parquet: not the shard that dataset\.parquet describes"
         ):
             list(dataset.read_split(str(tmp_path), spec, "train"))
         file.unlink(missing_ok=True)

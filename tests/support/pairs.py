@@ -81,7 +81,7 @@ def photo_pairs(
 def make_shards(
     folder: Path, rows: Sequence[dict[str, Any]], *, parts: int = 2, **config: Any
 ) -> DatasetSpec:
-    """A shards folder of pair rows, made without Ray: every part, then dataset.json."""
+    """A shards folder of pair rows, made without Ray: every part, then its description."""
     settings = shard.ShardConfig(**({"size": SIZE, "row_group_rows": 4} | config))
     pairs = write_parts(folder.parent / f"{folder.name}-pairs", rows, parts)
     found = sorted(str(p) for p in Path(pairs).glob("part-*.parquet"))

@@ -18,7 +18,8 @@ from stages.models.build import build_encoder, build_generator
 from stages.models.files.saved import save_model
 from stages.models.styles import Styles
 from stages.shards import dataset
-from stages.shards.dataset import DatasetSpec, RoleSpec, ShardFile
+from stages.shards.dataset import DatasetSpec, RoleSpec
+from stages.shards.manifest import ShardFile, ShardFiles
 
 CLASSES = 4
 
@@ -56,7 +57,7 @@ def make_shards(
     }
     if instances:
         roles["instance"] = RoleSpec(kind="instances", encoding="raw")
-    splits: dict[Split, tuple[ShardFile, ...]] = {}
+    splits: dict[Split, ShardFiles] = {}
     number = 0
     for split, files in counts.items():
         listed = []
@@ -82,9 +83,8 @@ def make_shards(
                 number += 1
             name = f"{split}-{bucket:05d}.parquet"
             pq.write_table(pa.Table.from_pylist(records), folder / name, row_group_size=row_group)
-            groups = tuple(min(row_group, rows - start) for start in range(0, rows, row_group))
-            listed.append(ShardFile(name=name, rows=rows, row_groups=groups))
-        splits[split] = tuple(listed)
+            listed.append(ShardFile(name, rows, min(rows, row_group)))
+        splits[split] = ShardFiles.of(listed)
     spec = DatasetSpec(size=size, roles=roles, splits=splits)
     dataset.save(str(folder), spec)
     return spec

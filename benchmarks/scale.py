@@ -1,0 +1,114 @@
+"""What grows with the size of a data set, at three sizes: does it stay linear, and what is the next limit?
+
+    python -m benchmarks.scale [--only description] [--shards 2000,20000,195312]
+
+description   open a shards folder's description in a fresh process, as a training worker does: the Parquet
+              manifest, and beside it the JSON document of older folders, in turns
+
+A shard has 512 pairs in row groups of 17. Stated are seconds, and by how much the process's memory grew at
+most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from stages.shards import dataset
+from stages.shards.dataset import DatasetSpec, RoleSpec
+from stages.shards.manifest import ShardFile, ShardFiles
+
+OPEN = """
+import json, sys, time
+from pathlib import Path
+from stages.shards import dataset, feed
+
+def memory(name):
+    return int(Path("/proc/self/status").read_text().partition(name + ":")[2].split()[0]) / 1024
+
+dataset.load(sys.argv[2])  # what loads at the first use
+before, started = memory("VmRSS"), time.perf_counter()
+spec = dataset.load(sys.argv[1])
+sizes = spec.splits["train"].sizes()  # of row groups, of which an epoch's plan is made
+seconds = time.perf_counter() - started
+peak, after = memory("VmHWM") - before, memory("VmRSS") - before
+print(json.dumps({"rows": spec.rows("train"), "seconds": seconds, "peak": peak, "mb": after}))
+"""
+
+
+def described(shards: int) -> DatasetSpec:
+    """The description of so many shards."""
+    files = ShardFiles.of(ShardFile(f"train-{n:05d}.parquet", 512, 17) for n in range(shards))
+    roles = {role: RoleSpec(kind="rgb", encoding="raw") for role in ("source", "target")}
+    return DatasetSpec(size=(286, 286), roles=roles, splits={"train": files})  # type: ignore[arg-type]
+
+
+def write_older(folder: Path, spec: DatasetSpec) -> None:
+    """Write the JSON document that older folders have."""
+    files = [{"name": f.name, "rows": f.rows, "row_groups": f.row_groups} for f in spec.splits["train"]]
+    roles = {role: stored.model_dump() for role, stored in spec.roles.items()}
+    content = {"version": 1, "size": spec.size, "roles": roles, "splits": {"train": files}}
+    (folder / dataset.OLD_NAME).write_text(json.dumps(content, indent=1))
+
+
+def description(shards: int, folder: Path) -> list[dict[str, Any]]:
+    """Seconds and memory to open the description of so many shards, as Parquet and as JSON."""
+    spec = described(shards)
+    kinds: dict[str, Path] = {}
+    for kind in ("small", "parquet", "json"):
+        kinds[kind] = folder / f"{kind}-{shards}"
+        kinds[kind].mkdir()
+    dataset.save(str(kinds["small"]), described(1))
+    dataset.save(str(kinds["parquet"]), spec)
+    write_older(kinds["json"], spec)
+    rows = []
+    for kind in ("json", "parquet") * 3:
+        command = [sys.executable, "-c", OPEN, str(kinds[kind]), str(kinds["small"])]
+        measured = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+        assert measured.pop("rows") == spec.rows("train")
+        size = sum(file.stat().st_size for file in kinds[kind].iterdir())
+        rows.append({"kind": kind, "shards": shards, "file_mb": size / 2**20} | measured)
+    return rows
+
+
+def best(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The fastest of the turns of each kind."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: -row["seconds"]):
+        found[row["kind"]] = row
+    return [found[kind] for kind in sorted(found)]
+
+
+def report_description(sizes: Sequence[int], folder: Path) -> None:
+    """Print what opening a description costs."""
+    for shards in sizes:
+        for row in best(description(shards, folder)):
+            print(
+                f"description, {row['shards']:>7,} shards, {row['kind']:>7}: {row['seconds']:6.2f} s, "
+                f"+{row['mb']:4.0f} MB (at most {row['peak']:.0f}); the file has {row['file_mb']:.1f} MB",
+                flush=True,
+            )
+
+
+REPORTS: dict[str, Callable[[Sequence[int], Path], None]] = {"description": report_description}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--only", default=",".join(REPORTS), help="what to measure")
+    parser.add_argument("--shards", default="2000,20000,195312")
+    given = parser.parse_args()
+    sizes = [int(size) for size in given.shards.split(",")]
+    with tempfile.TemporaryDirectory() as folder:
+        for name in given.only.split(","):
+            REPORTS[name](sizes, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
