@@ -31,7 +31,7 @@ Split = Literal["train", "val", "test"]
 Encoding = Literal["raw", "png", "jpeg", "webp"]
 """How an image is stored in a shard. `raw` is the array itself, planar (C, H, W), little-endian."""
 
-Format = Literal["png", "jpeg", "webp"]
+Format = Literal["png", "jpeg", "webp", "tiff"]
 """The file format of generated images."""
 
 Precision = Literal["float32", "bf16"]

@@ -14,16 +14,19 @@ import hashlib
 import json
 import logging
 import math
+import os
 import tempfile
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -31,7 +34,8 @@ from stages import storage
 from stages.base import MAX_PIXELS, Kind, Outcome, Resources, Split
 from stages.config.infer import InferConfig, StyleConfig
 from stages.errors import StageError, UserError
-from stages.images import colour, decode, encode, geometry, pictures
+from stages.images import colour, decode, encode, geometry, geotiff, kinds, pictures
+from stages.images.geotiff import Tags, TiffRows
 from stages.images.kinds import Array, ImageRejected
 from stages.inference import inputs, outputs
 from stages.inference.inputs import InputImages, InputPlan, Item, Location
@@ -46,6 +50,7 @@ from stages.parallel.threads import prefetch_map, results
 from stages.progress import Progress
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec
+from stages.storage.local import upload_open
 
 if TYPE_CHECKING:
     from stages.tracking.run import Run
@@ -63,6 +68,7 @@ GPU_BATCHES = 2
 
 EXAMPLES = 3  # unusable sources that a message quotes
 MAX_BATCH = 64
+COPY_BYTES = 1 << 20
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +104,13 @@ def output_array(generated: Array, kind: Kind, source: Array, source_kind: Kind)
     return pictures.picture(generated, kind, lightness=source if source_kind == "lab_l" else None)
 
 
-def output_file(array: Array, config: InferConfig) -> bytes:
-    """The image file of an array: a picture, or class ids if the config has the classes' colours."""
+def output_file(array: Array, config: InferConfig, tags: Tags) -> bytes:
+    """The image file of an array: a picture, or class ids if the config has the classes' colours.
+
+    tags   of the source's file: where it lies on Earth
+    """
+    if config.format == "tiff":
+        return geotiff.encode(array, tags)
     if config.palette is None:
         return encode.encode_image(array, config.format, quality=config.quality)
     return encode.encode_ids(colour.nearest_class(array, config.palette), colour.rgb_palette(config.palette))
@@ -180,8 +191,9 @@ class InferJob:
 Row = dict[str, Any]
 """A row of the output table (`outputs.ROWS`)."""
 
-Generated = tuple[int, Row, Array, Array]
-"""A generated image: its place in the work unit, its row, the source, and the model's output."""
+Generated = tuple[int, Row, InputImages, Array | IO[bytes] | None]
+"""A generated image: its place in the work unit, its row, the source, and the model's output: an array, a
+file that is ready, or None for a source that turned out to be unusable."""
 
 
 class InferenceWorker:
@@ -245,8 +257,8 @@ class InferenceWorker:
             for chunk in draws(batch, self.config.samples, self._chunk_size(batch))
         )
         writing = (
-            self.pool.submit(self._write, row, array)
-            for row, array in self._outputs(results(generating, ahead=self.at_once), rows)
+            self.pool.submit(self._write, *output)
+            for output in self._outputs(results(generating, ahead=self.at_once), rows)
         )
         for _ in results(writing, ahead=2 * MAX_BATCH):
             pass
@@ -260,7 +272,13 @@ class InferenceWorker:
         if self.spec is not None:
             return inputs.shard_items(self.job.shards, self.spec, self.units[unit], size=self.job.size)
         assert self.job.plan is not None
-        tiled = self.config.tile is not None
+        config, tiled = self.config, self.config.tile is not None
+        by_rows = (
+            config.format == "tiff"
+            and config.size is None
+            and not self.translator.needs_instances
+            and self.translator.target_kind in ("rgb", "grey", "grey16")
+        )
         return inputs.object_items(
             self.job.output,
             self.job.plan,
@@ -268,6 +286,7 @@ class InferenceWorker:
             how=self.translator.source,
             max_pixels=MAX_PIXELS if tiled else self.config.max_pixels,
             instances=self.translator.needs_instances,
+            by_rows=config.tile**2 if config.tile is not None and by_rows else None,
         )
 
     def _load(self, placed: tuple[int, Item]) -> LoadedItem | UnusableItem:
@@ -280,9 +299,11 @@ class InferenceWorker:
     def _checked(self, images: InputImages) -> InputImages:
         """The images as the model takes them. Raises ImageRejected if it cannot."""
         config = self.config
-        source, instance = images.source, images.instance
+        source, instance, tags = images.source, images.instance, images.tags
+        if isinstance(source, TiffRows):
+            return images
         if self.job.size is None and config.size is not None:
-            source = geometry.resize(source, config.size, self.translator.source_kind)
+            source, tags = geometry.resize(source, config.size, self.translator.source_kind), ()
             instance = None if instance is None else geometry.resize(instance, config.size, "instances")
         if self.translator.needs_instances and instance is None:
             raise ImageRejected("missing", "the model needs an instance map, the pair has none")
@@ -290,7 +311,7 @@ class InferenceWorker:
         if config.tile is None and height * width > config.max_pixels:
             limit = config.max_pixels
             raise ImageRejected("too_large", f"{width}x{height}, infer.max_pixels is {limit}; set infer.tile")
-        return InputImages(self.translator.prepared(source), instance)
+        return InputImages(self.translator.prepared(source), instance, tags)
 
     def _usable(
         self, items: Iterable[LoadedItem | UnusableItem], rows: dict[tuple[int, int], Row]
@@ -317,7 +338,10 @@ class InferenceWorker:
 
     def _generate(self, chunk: list[tuple[LoadedItem, int]]) -> list[Generated]:
         random = self.config.stochastic or self.translator.model.encoder is not None
-        shape = chunk[0][0].images.source.shape
+        first = chunk[0][0].images.source
+        if isinstance(first, TiffRows):
+            return [self._generate_by_rows(loaded, sample) for loaded, sample in chunk]
+        shape = first.shape
         # A compiled network takes batches of one size: a short one is filled, and the filling dropped.
         filling = self._batch_size(shape) - len(chunk) if self.job.compiled else 0
         filled = chunk + filling * chunk[-1:]
@@ -325,7 +349,7 @@ class InferenceWorker:
         instances = [one.images.instance for one, _ in filled if one.images.instance is not None]
         started = time.monotonic()
         generated = self.translator.translate(
-            [loaded.images.source for loaded, _ in filled],
+            [cast(Array, loaded.images.source) for loaded, _ in filled],
             instances if len(instances) == len(filled) else None,
             seeds=seeds if random else None,
             style=self.config.style.kind,
@@ -344,7 +368,7 @@ class InferenceWorker:
                     seed=seed if random else None,
                     output=outputs.output_name(loaded.item.key, suffix, sample),
                 ),
-                loaded.images.source,
+                loaded.images,
                 array,
             )
             for (loaded, sample), seed, array in zip(chunk, seeds, generated, strict=False)
@@ -352,21 +376,63 @@ class InferenceWorker:
 
     def _outputs(
         self, batches: Iterable[list[Generated]], rows: dict[tuple[int, int], Row]
-    ) -> Iterator[tuple[Row, Array]]:
-        """The rows of generated images, which are added to `rows`, and the arrays to write."""
+    ) -> Iterator[tuple[Row, Array | IO[bytes], Tags]]:
+        """The rows of generated images, which are added to `rows`, and what to write."""
         for batch in batches:
-            for place, row, source, generated in batch:
-                array = output_array(
-                    generated, self.translator.target_kind, source, self.translator.source_kind
-                )
-                row["height"], row["width"] = array.shape[:2]
+            for place, row, images, generated in batch:
                 rows[place, row["sample"]] = row
-                yield row, array
+                if generated is None:
+                    continue
+                row["height"], row["width"] = images.source.shape[:2]
+                if isinstance(images.source, TiffRows):
+                    yield row, generated, images.tags
+                else:
+                    kinds_ = self.translator.target_kind, self.translator.source_kind
+                    array = output_array(cast(Array, generated), kinds_[0], images.source, kinds_[1])
+                    yield row, array, images.tags
 
-    def _write(self, row: Row, array: Array) -> None:
-        data = output_file(array, self.config)
-        row["crc"], row["size"] = encode.checksum(data), len(data)
-        storage.write_bytes(storage.join(self.job.output, row["output"]), data)
+    def _write(self, row: Row, generated: Array | IO[bytes], tags: Tags) -> None:
+        uri = storage.join(self.job.output, row["output"])
+        if isinstance(generated, np.ndarray):
+            data = output_file(generated, self.config, tags)
+            row["crc"], row["size"] = encode.checksum(data), len(data)
+            storage.write_bytes(uri, data)
+            return
+        with generated as file:
+            row["crc"], row["size"] = 0, file.seek(0, os.SEEK_END)
+            file.seek(0)
+            while part := file.read(COPY_BYTES):
+                row["crc"] = zlib.crc32(part, row["crc"])
+            upload_open(file, uri)
+
+    def _generate_by_rows(self, loaded: LoadedItem, sample: int) -> Generated:
+        """A picture whose source is read, and whose TIFF is written, row by row."""
+        translator, source = self.translator, cast(TiffRows, loaded.images.source)
+        seed = noise_seed(self.config.seed, loaded.item.key, sample)
+        stored = kinds.dtype(translator.target_kind)
+        shape = (*source.shape[:2], kinds.CHANNELS[translator.target_kind])
+        started = time.monotonic()
+        file = tempfile.NamedTemporaryFile(prefix="pixloom-")  # noqa: SIM115 - `_write` closes it
+
+        def read(start: int, stop: int) -> tuple[list[Array], None]:
+            return [translator.prepared(source.read(start, stop))], None
+
+        try:
+            bands = translator.bands(read, *shape[:2], seeds=[seed])
+            geotiff.write(file, (band for (band,) in bands), shape, stored, loaded.images.tags)
+        except BaseException as error:
+            file.close()
+            if not isinstance(error, ImageRejected):
+                raise
+            return loaded.place, self._row(loaded.item, error=str(error)), loaded.images, None
+        row = self._row(
+            loaded.item,
+            sample=sample,
+            seconds=time.monotonic() - started,
+            seed=seed if self.config.stochastic else None,
+            output=outputs.output_name(loaded.item.key, outputs.SUFFIX["tiff"], sample),
+        )
+        return loaded.place, row, loaded.images, file
 
     def _row(self, item: Item, **values: Any) -> Row:
         common = {"key": item.key, "source": item.uri, "sample": 0, "output": "", "model": self.fingerprint}
@@ -576,8 +642,10 @@ def make_job(config: InferConfig, resources: Resources, work: Work, output: str)
         stored = dataset.load(work.shards).size
         size = source_size(stored, tuple(trained) if trained else None, config.size)
     kind = (preprocessing.get("pictures") or {}).get("target", {}).get("kind", "rgb")
-    if kind == "grey16" and config.format != "png":
-        raise UserError(f"infer.format: {config.format} cannot hold this model's 16-bit images; use png")
+    if kind == "grey16" and config.format not in ("png", "tiff"):
+        raise UserError(
+            f"infer.format: {config.format} cannot hold this model's 16-bit images; use png or tiff"
+        )
     if kind != "rgb" and config.palette is not None:
         raise UserError(f"infer.palette: this model's images are {kind}, not colours of labels")
     return InferJob(

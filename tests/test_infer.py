@@ -14,20 +14,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tifffile
 from PIL import Image
 
 from stages import infer
 from stages.base import Outcome, Resources
 from stages.config.infer import InferConfig
 from stages.errors import StageError, UserError
-from stages.images import colour, encode
+from stages.images import colour, decode, encode, geotiff
+from stages.images.kinds import ImageRejected
 from stages.infer import InferenceWorker, LoadedItem, draws, same_shape_batches, source_size
 from stages.inference import outputs
 from stages.inference.inputs import InputImages, Item
+from stages.inference.translator import Translator
 from stages.models.files.saved import load_model
 from stages.tracking.run import NullRun
 from tests.support.here import workers_here
-from tests.support.small import make_model, make_shards, scene
+from tests.support.small import CLASSES, make_model, make_shards, scene
 
 RESOURCES = Resources(infer_actors=1, io_threads=4, threads_per_worker=1, gpu=False)
 
@@ -305,6 +308,40 @@ def test_threads_change_no_picture(
     one, three = (np.stack(pictures).astype(int) for pictures in by_threads)
     assert len(np.unique(one, axis=0)) == 2 * 79
     assert np.abs(one - three).max() <= off
+
+
+def test_a_geotiff_gives_a_geotiff_of_the_same_place_row_by_row(
+    workers_in_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = str(make_model(tmp_path / "model", source="rgb"))
+    folder = tmp_path / "in"
+    folder.mkdir()
+    place = [(33550, 12, 3, (0.5, 0.5, 0.0), True), (34735, 3, 8, (1, 1, 0, 1, 1024, 0, 1, 1), True)]
+    for name, height in (("large", 140), ("damaged", 140), ("small", 40)):
+        pixels = colour.colorize(scene(1, 90, height)["source"], CLASSES)
+        tifffile.imwrite(folder / f"{name}.tif", pixels, photometric="rgb", tile=(32, 32), extratags=place)
+    expected = Translator(load_model(tmp_path / "model")).translate(
+        [decode.decode_image((folder / "large.tif").read_bytes(), "rgb")]
+    )[0]
+    settings: dict[str, Any] = {"input": str(folder), "format": "tiff", "tile": 64, "max_reject_fraction": 1}
+    read = geotiff.TiffRows.read
+
+    def fails_below(self: geotiff.TiffRows, start: int, stop: int) -> np.ndarray:
+        if stop > 100 and "damaged" in self.file.filehandle.name:
+            raise ImageRejected("unreadable", "no tile")
+        return read(self, start, stop)
+
+    monkeypatch.setattr(geotiff.TiffRows, "read", fails_below)
+    assert run(tmp_path / "out", model=model, **settings).counts["images"] == 2
+    rows = {row["key"]: row for row in table(tmp_path / "out")}
+    assert rows["damaged"]["error"] == "unreadable: no tile"
+    for key, height in (("large", 140), ("small", 40)):
+        data = (tmp_path / "out" / rows[key]["output"]).read_bytes()
+        assert (rows[key]["size"], rows[key]["crc"]) == (len(data), zlib.crc32(data))
+        assert (rows[key]["width"], rows[key]["height"]) == (90, height)
+        assert [tag[3] for tag in geotiff.place_tags(data)] == [tag[3] for tag in place]
+    made = decode.decode_image((tmp_path / "out" / rows["large"]["output"]).read_bytes(), "rgb")
+    assert np.abs(made.astype(int) - expected).max() <= 1
 
 
 def test_a_table_of_uris_is_generated(workers_in_process: None, tmp_path: Path, model: str) -> None:

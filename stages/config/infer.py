@@ -87,7 +87,10 @@ class InferConfig(Config):
     max_pixels: Annotated[
         int, Field(ge=1, description="Refuse sources with more pixels than this, unless `tile` is set.")
     ] = 1 << 24
-    format: Annotated[Format, Field(description="File format of the generated images.")] = "png"
+    format: Annotated[
+        Format,
+        Field(description="File format of the generated images. tiff keeps a source's place on Earth."),
+    ] = "png"
     quality: Annotated[int, Field(ge=1, le=100, description="Quality of jpeg and webp, 1 to 100.")] = 95
     palette: Annotated[
         Palette | None,

@@ -50,24 +50,24 @@ def read(data: bytes, kind: Kind, limit: int) -> RawImage | None:
     limit   the most pixels
     """
     with TiffFile(io.BytesIO(data)) as file:
-        pages = _pages(file)
-        if kind != "channels" and len(pages) > 1:
-            raise ImageRejected("animated", f"{len(pages)} pages; only kind channels takes more than one")
-        first = pages[0]
-        for page in pages:
+        found = pages(file)
+        if kind != "channels" and len(found) > 1:
+            raise ImageRejected("animated", f"{len(found)} pages; only kind channels takes more than one")
+        first = found[0]
+        for page in found:
             if page.shape != first.shape or page.dtype != first.dtype:
                 raise ImageRejected("wrong_kind", "its pages differ in size or depth")
-        if len(pages) == 1 and _for_pillow(first, kind):
+        if len(found) == 1 and _for_pillow(first, kind):
             return None
-        _check(first, len(pages), limit)
-        for page in pages:
-            _check_places(page, len(data))
-        return _raw(first, np.concatenate([_array(page) for page in pages], axis=2), kind)
+        _check(first, len(found), limit)
+        for page in found:
+            check_places(page, len(data))
+        return raw(first, np.concatenate([_array(page) for page in found], axis=2), kind)
 
 
-def _pages(file: TiffFile) -> list[TiffPage]:
+def pages(file: TiffFile) -> list[TiffPage]:
     """The whole pages. Raises ImageRejected if the chain of pages is endless."""
-    pages: list[TiffPage] = []
+    found: list[TiffPage] = []
     places: set[int] = set()
     for index in range(MAX_PAGES + 1):
         try:
@@ -78,9 +78,9 @@ def _pages(file: TiffFile) -> list[TiffPage]:
             raise ImageRejected("unreadable", f"its pages form a loop, or are more than {MAX_PAGES}")
         places.add(page.offset)
         assert isinstance(page, TiffPage)
-        if not pages or not (page.is_reduced or page.is_mask):
-            pages.append(page)
-    return pages
+        if not found or not (page.is_reduced or page.is_mask):
+            found.append(page)
+    return found
 
 
 def _for_pillow(page: TiffPage, kind: Kind) -> bool:
@@ -106,20 +106,25 @@ def _layout(page: TiffPage) -> str:
     )
 
 
-def _check(page: TiffPage, pages: int, limit: int) -> None:
-    """Raise ImageRejected for a page that is too large or of a layout that is not read."""
-    width, height, count = page.imagewidth, page.imagelength, pages * page.samplesperpixel
+def _check(page: TiffPage, count: int, limit: int) -> None:
+    """Raise ImageRejected for so many pages that are too large or of a layout that is not read."""
+    width, height, count = page.imagewidth, page.imagelength, count * page.samplesperpixel
     if width * height > limit or width * height * count > 4 * limit:
         raise ImageRejected("too_large", f"{width}x{height} with {count} bands, the limit is {limit} pixels")
     tile = page.tilewidth * page.tilelength if page.is_tiled else width * page.rowsperstrip
     if tile * page.samplesperpixel > 4 * limit:
         raise ImageRejected("too_large", f"a tile of {tile} pixels, the limit is {limit}")
+    check_layout(page)
+
+
+def check_layout(page: TiffPage) -> None:
+    """Raise ImageRejected for a page of a layout that is not read."""
     known = page.dtype is not None and page.dtype.kind in "buif" and page.dtype.itemsize <= 8
     if not known or page.imagedepth != 1 or page.compression not in _COMPRESSIONS:
         raise ImageRejected("unreadable", f"TIFF of {_layout(page)} is not read")
 
 
-def _check_places(page: TiffPage, size: int) -> None:
+def check_places(page: TiffPage, size: int) -> None:
     """Raise ImageRejected if a strip or tile is missing or ends behind the file."""
     places = list(zip(page.dataoffsets, page.databytecounts, strict=False))
     segments = math.prod(page.chunked)
@@ -143,7 +148,7 @@ def _alpha(page: TiffPage) -> Alpha:
     return names.get(page.extrasamples[-1], "none") if page.extrasamples else "none"
 
 
-def _raw(page: TiffPage, values: Array, kind: Kind) -> RawImage:
+def raw(page: TiffPage, values: Array, kind: Kind) -> RawImage:
     """The values of a page with their meaning; light is large."""
     if kind in IDS:
         return RawImage(values)

@@ -9,10 +9,11 @@ out: unit -> Item, Item, ...   each with its key; `load` fetches and decodes its
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import finalize
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,8 @@ from stages import storage
 from stages.base import Role, Split
 from stages.config.locations import Pattern, compile_pattern
 from stages.errors import UserError
-from stages.images import decode, geometry
+from stages.images import decode, geometry, geotiff
+from stages.images.geotiff import Tags, TiffRows
 from stages.images.kinds import Array, ImageRejected
 from stages.models.architecture import Picture
 from stages.objects import listing, patterns
@@ -32,6 +34,7 @@ from stages.parallel.threads import Prefetch
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec
 from stages.shards.row_groups import read_unit
+from stages.storage.local import local_file
 
 UNIT_ROWS = 64
 LISTERS = 8  # parts of a location that are listed at the same time
@@ -53,8 +56,11 @@ PLAN = pa.schema(
 class InputImages:
     """A decoded input: source (H, W, C) of the model's kind, and the map of instance ids it may need."""
 
-    source: Array
+    source: Array | TiffRows
+    """An array, or a file whose rows are read when they are needed."""
     instance: Array | None = None
+    tags: Tags = ()
+    """Of the source's file: where it lies on Earth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,11 +296,19 @@ def _valid(text: str) -> str:
 
 
 def object_items(
-    output: str, planned: InputPlan, unit: int, *, how: Picture, max_pixels: int, instances: bool
+    output: str,
+    planned: InputPlan,
+    unit: int,
+    *,
+    how: Picture,
+    max_pixels: int,
+    instances: bool,
+    by_rows: int | None,
 ) -> Iterator[Item]:
     """The items of a unit of the plan; their objects are fetched when they are loaded.
 
     instances   whether the model needs an instance map
+    by_rows     TIFFs with more pixels than this are read row by row, if they can be; None: none
     """
     reader = Reader()  # of this unit alone: it holds the members of the compressed archives it has read
     place = {"file": f"plan/chunk-{unit // UNITS_PER_CHUNK:05d}.parquet", "group": unit % UNITS_PER_CHUNK}
@@ -309,10 +323,12 @@ def object_items(
         def load(row: dict[str, Any] = row) -> InputImages:
             if row["error"] is not None:
                 raise ImageRejected(row["error"])
+            if by_rows is not None and (rows := _large_tiff(row["uri"], how, by_rows)) is not None:
+                return InputImages(rows, tags=rows.tags)
             data = reader.read(Object(row["uri"], row["size"], row["etag"]))
             source = decode.decode_image(data, how, max_pixels=max_pixels)
             if not instances:
-                return InputImages(source)
+                return InputImages(source, tags=geotiff.place_tags(data))
             if row["instance"] is None:
                 raise ImageRejected("missing", "the model needs an instance map; set infer.instance_pattern")
             ids = decode.decode_image(
@@ -330,3 +346,17 @@ def object_items(
             if refused and int(key_hashes(pa.chunked_array([[key]]))[0]) in refused:
                 row["error"] = "duplicate_key"
         yield Item(key, row["uri"], load)
+
+
+def _large_tiff(uri: str, how: Picture, pixels: int) -> TiffRows | None:
+    """A TIFF to read row by row; None if it has not so many pixels, or must be read whole."""
+    if not uri.lower().endswith((".tif", ".tiff")) or "::" in uri:
+        return None
+    with ExitStack() as kept, suppress(FileNotFoundError):  # which reading it whole reports
+        rows = geotiff.open_rows(kept.enter_context(local_file(uri)), how)
+        if rows is not None:
+            kept.callback(rows.file.close)
+            if rows.shape[0] * rows.shape[1] > pixels:
+                finalize(rows, kept.pop_all().close)
+                return rows
+    return None

@@ -17,16 +17,15 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 
 from stages import storage
+from stages.base import Format
 from stages.errors import UserError
 
-Format = Literal["png", "jpeg", "webp"]
-
-SUFFIX: dict[Format, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+SUFFIX: dict[Format, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp", "tiff": ".tif"}
 
 MANIFEST = "infer.json"
 IMAGES, SAMPLES, TABLE = "images", "samples", "table"

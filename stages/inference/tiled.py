@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from tempfile import SpooledTemporaryFile
@@ -158,7 +159,7 @@ class LayerByLayer:
             assert isinstance(up, Up)
             x = self._normalised(convolved(pixelwise(F.relu, x), up.conv), up.norm)
             if up.dropout is not None and noise is not None:
-                x = pixelwise(lambda band, mask: band * mask * 2, x, _masks(x, noise))
+                x = pixelwise(_dropped, x, _masks(x, noise))
             if network.skips and level > 0:
                 skip = skips.pop()
                 x = replace(pixelwise(_joined, skip, x), channels=skip.channels + x.channels)
@@ -210,12 +211,14 @@ class LayerByLayer:
 
     def _stored(self, source: FeatureMap, measured: MapStatistics | None = None) -> FeatureMap:
         """A map in a temporary file, which is gone when the map is."""
-        file = SpooledTemporaryFile(max_size=IN_MEMORY)  # noqa: SIM115 - it lives as long as the map
-        for start, stop in self.bands(source):
-            band = source.read(start, stop)
-            if measured is not None:
-                measured.add(band)
-            file.write(band.permute(2, 0, 3, 1).to("cpu", torch.float32).contiguous().numpy().data)
+        with ExitStack() as opened:
+            file = opened.enter_context(SpooledTemporaryFile(max_size=IN_MEMORY))
+            for start, stop in self.bands(source):
+                band = source.read(start, stop)
+                if measured is not None:
+                    measured.add(band)
+                file.write(band.permute(2, 0, 3, 1).to("cpu", torch.float32).contiguous().numpy().data)
+            close = opened.pop_all().close
         shape, device = (len(band), source.width, source.channels), band.device
 
         def read(start: int, stop: int) -> Tensor:
@@ -225,12 +228,16 @@ class LayerByLayer:
             rows = torch.from_numpy(values).permute(1, 3, 0, 2)
             return rows.to(device, memory_format=torch.channels_last)
 
-        finalize(read, file.close)
+        finalize(read, close)
         return replace(source, read=read, work=source.channels * source.width)
 
 
 def _joined(one: Tensor, other: Tensor) -> Tensor:
     return torch.cat([one, other], 1)
+
+
+def _dropped(band: Tensor, mask: Tensor) -> Tensor:
+    return band * mask.to(band.device, band.dtype) * 2
 
 
 def _masks(x: FeatureMap, noise: Noise) -> FeatureMap:

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from stages.errors import UserError
 from stages.storage.files import (
@@ -84,15 +85,19 @@ def download(uri: str, path: Path) -> None:
 
 def upload(path: Path, uri: str) -> None:
     """Copy a file of this machine to a location. Raises as `written` does."""
-
     with path.open("rb") as source:
+        upload_open(source, uri)
 
-        def send() -> None:
-            source.seek(0)
-            with create(uri) as target:
-                shutil.copyfileobj(source, target, UPLOAD_BYTES)
 
-        written(send, uri)
+def upload_open(source: IO[bytes], uri: str) -> None:
+    """Copy an open file from its beginning. Raises as `written` does."""
+
+    def send() -> None:
+        source.seek(0)
+        with create(uri) as target:
+            shutil.copyfileobj(source, target, UPLOAD_BYTES)
+
+    written(send, uri)
 
 
 def upload_folder(path: Path, uri: str, *, last: str) -> None:
