@@ -129,6 +129,13 @@ class Recipe(Config):
             "Without effect on instance norm."
         ),
     ] = False
+    select: Annotated[
+        Literal["l1", "psnr", "ssim", "ms_ssim"] | None,
+        Field(
+            description="The model of a phase is that of the epoch with the best value of this metric on the "
+            "first 64 validation pairs, of the epochs with sample pictures. null: that of the last epoch."
+        ),
+    ] = None
     seed: Annotated[
         int, Field(ge=0, lt=2**63, description="Seed of the initial weights, the order and the augmentation.")
     ] = 0

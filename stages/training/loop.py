@@ -45,6 +45,7 @@ from stages.models.layers import synchronise_batch_norms
 from stages.models.pix2pixhd import FeatureEncoder
 from stages.models.step import Batch, Losses, random_source, update
 from stages.models.styles import Styles, collect_styles
+from stages.scoring.metrics import lower_is_better
 from stages.seeding import number
 from stages.shards.order import num_steps
 from stages.storage.local import local_file, local_folder
@@ -166,12 +167,12 @@ def is_pictured(epoch: int, epochs: int) -> bool:
     return epoch == epochs or epoch % math.ceil(epochs / PICTURES) == 0
 
 
-def best_checkpoint(points: Sequence[Point]) -> str:
-    """Name of the checkpoint with the lowest validation L1 so far; "" if none was measured."""
-    measured = [point for point in points if point.name == "validation/l1"]
+def best_checkpoint(points: Sequence[Point], metric: str) -> str:
+    """Name of the checkpoint with the best validation metric so far; "" if none was measured."""
+    measured = [point for point in points if point.name == f"validation/{metric}"]
     if not measured:
         return ""
-    best = min(measured, key=lambda point: point.value)
+    best = (min if lower_is_better(metric) else max)(measured, key=lambda point: point.value)
     return checkpoints.folder_name(Position(steps=best.step))
 
 
@@ -513,7 +514,7 @@ class Loop:
             checkpoints.copied(state_of(self.gan)),
             curves.to_table(self.points),
             self.task.run_id,
-            best_checkpoint(self.points),
+            best_checkpoint(self.points, self.task.job.select or "l1"),
             arrival(self.worker.device),
         )
         self.writer.submit(checkpoint)
@@ -530,11 +531,27 @@ class Loop:
             storage.write_bytes(storage.join(self.task.output, "samples", name), encode.encode_png(grid))
             self.channel.post(SampleGrid(self.position.images, self.position.steps, grid))
 
+    def _select(self) -> None:
+        """Go back to the state that `train.select` chooses. Raises StageError if it is damaged."""
+        if (metric := self.task.job.select) is None:
+            return
+        name = best_checkpoint(self.points, metric)
+        if not name:
+            self._note(f"train.select: {metric} was not measured; the model is that of the last epoch")
+            return
+        place = storage.join(self.task.output, "checkpoints", name)
+        try:
+            load_state(self.gan, checkpoints.load(place, job=self.task.name).state)
+        except checkpoints.DamagedError as damage:
+            raise StageError(f"the best checkpoint {place} cannot be used: {damage}") from damage
+        self._note(f"train.select: the model is that of {name}, the best by validation/{metric}")
+
     def write_outputs(self, batches: Iterator[Batch]) -> None:
         """Write the phase's outputs: the model, the styles in these batches, the curves."""
         if not self.worker.leads:
             return
         self.writer.finish()
+        self._select()
         task, gan = self.task, self.gan
         styles = styles_in(self.timed(batches), gan, self.worker.device)
         with checkpoints.new_folder(storage.join(task.output, "model"), last=MANIFEST) as folder:

@@ -2,7 +2,8 @@
 
 in:  the first pairs of the shards' validation split (else test, else train), at the phase's resolution
 out: (H, W, 3) uint8 grids, source | generated | target, a pair a row; `validation/l1`, the mean absolute
-     difference in [0, 1] (as in `stages.scoring.metrics`), over the first `MEASURED` validation pairs
+     difference in [0, 1], over the first validation pairs; with `train.select` that metric too, of the
+     pictures, as evaluation computes it (`stages.scoring.metrics`)
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from stages.images.augment import apply, centre
 from stages.images.kinds import Array
 from stages.models.gan import GanState
 from stages.models.inputs import make_condition, translate
+from stages.scoring.metrics import pixel_scores_of
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec, Sample
 
 SHOWN = 4
-MEASURED = 16
+MEASURED, CHOOSING = 16, 64
+"""Validation pairs that are measured: to see how it goes, and to choose a model by (`train.select`)."""
 SPLITS: tuple[Split, ...] = ("val", "test", "train")
 
 
@@ -62,28 +65,34 @@ class Samples:
         split: Split = next((split for split in SPLITS if self.spec.rows(split)), "train")
         rows: list[list[Array]] = []
         differences: list[float] = []
-        for group in self._groups(split, MEASURED if split == "val" else SHOWN):
+        scores: list[float] = []
+        chosen = None if self.job.select == "l1" else self.job.select
+        limit = SHOWN if split != "val" else MEASURED if self.job.select is None else CHOOSING
+        for group in self._groups(split, limit):
             generated = self._generate(gan, group)
             differences += [
                 float((image.float() - truth.float()).abs().mean()) / 2
                 for image, truth in zip(generated, self._stack(group, "target"), strict=True)
             ]
-            if not rows:
-                kind = self.spec.roles["target"].kind
-                values = generated.float().permute(0, 2, 3, 1).cpu().numpy()
-                for pair, value in zip(group, values, strict=True):
-                    translated = {**pair, "target": kinds.restore(value, kind)}
-                    shown: list[tuple[dict[Role, Array], Role]] = [
-                        (pair, "source"),
-                        (translated, "target"),
-                        (pair, "target"),
-                    ]
-                    rows.append([self._picture(images, role) for images, role in shown])
-        measured = split == "val" and differences
-        return (
-            pictures.sheet(rows) if rows else None,
-            {"validation/l1": float(np.mean(differences))} if measured else {},
-        )
+            if rows and chosen is None:
+                continue
+            kind = self.spec.roles["target"].kind
+            values = generated.float().permute(0, 2, 3, 1).cpu().numpy()
+            fakes = [
+                self._picture({**pair, "target": kinds.restore(value, kind)}, "target")
+                for pair, value in zip(group, values, strict=True)
+            ]
+            reals = [self._picture(pair, "target") for pair in group]
+            rows = rows or [
+                [self._picture(pair, "source"), fake, real]
+                for pair, fake, real in zip(group, fakes, reals, strict=True)
+            ]
+            if chosen is not None:
+                found = pixel_scores_of(fakes, reals, self.device.type)
+                scores += [row[chosen] for row in found if chosen in row]
+        measured = {"l1": differences, chosen: scores} if split == "val" else {}
+        numbers = {f"validation/{name}": float(np.mean(each)) for name, each in measured.items() if each}
+        return pictures.sheet(rows) if rows else None, numbers
 
     def _groups(self, split: Split, limit: int) -> Iterator[list[dict[Role, Array]]]:
         """The first whole pairs of a split, in the order they are stored, a few at a time."""

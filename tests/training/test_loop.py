@@ -24,7 +24,7 @@ from stages.shards.order import num_steps
 from stages.training import checkpoints, curves, loop
 from stages.training.checkpoints import Position
 from stages.training.loop import Ending, Task, Worker, train_phase
-from stages.training.news import Advance, Begin, Channel, Mailbox, Points, SampleGrid
+from stages.training.news import Advance, Begin, Channel, Mailbox, Note, Points, SampleGrid
 
 ROWS, BATCH = 10, 4
 HD = {
@@ -291,6 +291,32 @@ def test_the_best_checkpoint_by_validation_stays_whatever_its_age(tmp_path: Path
         "step-00000012",
         "step-00000015",
     ]
+
+
+@pytest.mark.parametrize(
+    ("select", "name", "best"), [("ssim", "ssim", 2), ("l1", "l1", 3), (None, "ssim", 5), ("psnr", "ssim", 5)]
+)
+def test_the_model_is_that_of_the_epoch_that_is_chosen(
+    tmp_path: Path, select: str | None, name: str, best: int
+) -> None:
+    """By the best value there; by what was not measured, or by nothing, that of the last epoch."""
+    measured = iter([0.2, 0.9, 0.1, 0.4, 0.5])
+    seen: list[dict[str, Tensor]] = []
+
+    def preview(gan: GanState) -> tuple[None, dict[str, float]]:
+        assert gan.ema is not None
+        networks = {"raw": gan.generator, "ema": gan.ema.network}
+        seen.append({f"{w}.{n}": v.clone() for w, g in networks.items() for n, v in g.state_dict().items()})
+        return None, {f"validation/{name}": next(measured)}
+
+    job = phase_jobs(phases=[{**PHASES[0], "epochs": 5}, *PHASES[1:]], select=select)[0]
+    _, mailbox = train(task(tmp_path, job, checkpoint_images=None), Rows(16), preview)
+    for kind in ("raw", "ema"):
+        made = {f"{kind}.{n}": value for n, value in weights(tmp_path, weights=kind).items()}
+        assert_equal(made, {n: seen[best - 1][n] for n in made})
+    told = [news.text for news in mailbox.take() if isinstance(news, Note) and "train.select" in news.text]
+    assert len(told) == (select is not None)
+    assert all(("was not measured" in text) == (select != name) for text in told)
 
 
 def test_health_is_in_the_curves(tmp_path: Path) -> None:

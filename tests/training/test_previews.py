@@ -10,9 +10,11 @@ import torch
 
 from stages.config.shard import AugmentConfig
 from stages.config.train import PhaseJob, TrainConfig, jobs
+from stages.images import kinds
 from stages.models.architecture import InputSpec, Pix2PixHD
 from stages.models.gan import GanState, build_gan
 from stages.models.objective import LossWeights
+from stages.scoring.metrics import pixel_scores
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec
 from stages.training import previews
@@ -79,6 +81,22 @@ def test_the_number_is_the_mean_over_all_measured_pairs(tmp_path: Path) -> None:
         drawn = previews.generate(gan, one["source"], one["target"], one["instance"])
         each.append(float((drawn - one["target"]).abs().mean()) / 2)
     assert values["validation/l1"] == pytest.approx(np.mean(each), rel=1e-5)
+
+
+def test_the_metric_that_chooses_is_evaluations_own_of_the_pictures(tmp_path: Path) -> None:
+    spec = make_shards(tmp_path, {"val": [6]}, instances=True)
+    chosen = job(1).model_copy(update={"select": "ssim"})
+    gan = translator(chosen, LABELS)
+    _, values = samples(tmp_path, spec, chosen)(gan)
+    each = []
+    for sample in dataset.read_split(str(tmp_path), spec, "val"):
+        one = {role: previews.tensor([image], spec, role) for role, image in sample.images.items()}
+        drawn = previews.generate(gan, one["source"], one["target"], one["instance"])
+        picture = kinds.restore(drawn[0].permute(1, 2, 0).numpy(), "rgb")
+        each.append(pixel_scores(picture, sample.images["target"])["ssim"])
+    assert values["validation/ssim"] == pytest.approx(np.mean(each), rel=1e-3)
+    too_small = chosen.model_copy(update={"select": "ms_ssim"})
+    assert set(samples(tmp_path, spec, too_small)(gan)[1]) == {"validation/l1"}
 
 
 def test_drawing_leaves_no_trace_in_training(tmp_path: Path) -> None:
