@@ -1,9 +1,11 @@
 """What grows with the size of a data set, at three sizes: does it stay linear, and what is the next limit?
 
-    python -m benchmarks.scale [--only description] [--shards 2000,20000,195312]
+    python -m benchmarks.scale [--only description,finished] [--shards 2000,20000,195312]
 
 description   open a shards folder's description in a fresh process, as a training worker does: the Parquet
               manifest, and beside it the JSON document of older folders, in turns
+finished      what a resumed shard stage reads to know its parts and what the finished ones hold, on a real S3
+              server whose every answer is 20 ms late
 
 A shard has 512 pairs in row groups of 17. Stated are seconds, and by how much the process's memory grew at
 most.
@@ -16,13 +18,20 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from stages import shard, storage
 from stages.shards import dataset
+from stages.shards.card import RoleSums
 from stages.shards.dataset import DatasetSpec, RoleSpec
 from stages.shards.manifest import ShardFile, ShardFiles
+from stages.storage.finished import GROUP, Finished
+from tests.stores.faults import Fault, FaultProxy
+from tests.stores.seaweed import SeaweedS3
 
 OPEN = """
 import json, sys, time
@@ -96,7 +105,51 @@ def report_description(sizes: Sequence[int], folder: Path) -> None:
             )
 
 
-REPORTS: dict[str, Callable[[Sequence[int], Path], None]] = {"description": report_description}
+def finished_parts(store: str, shards: int) -> dict[str, Any]:
+    """Seconds until a resumed run knows its parts and what all finished ones hold."""
+    pairs, output = f"{store}/pairs-{shards}", f"{store}/shards-{shards}"
+    names = [f"part-{n:05d}.parquet" for n in range(shards)]
+    storage.write_json(f"{pairs}/_listing.json", {"parts": names})
+    sums = RoleSums(512, 1, [1.0] * 3, [1.0] * 3, smallest=[1, 1], largest=[9, 9], low=0.0, high=255.0)
+    statistics = {"train": dict.fromkeys(("source", "target"), asdict(sums))}
+    groups = Finished(f"{output}/_parts/groups", range(shards))
+    for first in range(0, shards, GROUP):
+        thousand = shard.Summary()
+        for number in range(first, min(first + GROUP, shards)):
+            file = {"rows": 512, "row_groups": [17] * 30 + [2], "bytes": 1}
+            marker = {"bucket": number, "rows": 512, "files": {"train": file}, "rejects": {}, "examples": {}}
+            thousand.add(marker | {"statistics": statistics})
+        groups.write(first, thousand.to_json())
+    started = time.perf_counter()
+    parts = {shard.partition_of(part) for part in shard.parts_of(pairs)}
+    finished, summary = Finished(f"{output}/_parts/groups", parts), shard.Summary()
+    for of_group in finished.read():
+        summary.merge(of_group)
+    seconds = time.perf_counter() - started
+    assert not finished.left
+    assert summary.rows == 512 * shards
+    return {"shards": shards, "seconds": seconds}
+
+
+def report_finished(sizes: Sequence[int], folder: Path) -> None:
+    """Print how long a resumed run looks for what is done."""
+    late = Fault("delay", seconds=0.02)
+    with SeaweedS3(folder / "s3") as server, FaultProxy(server.address, [late]) as slow:
+        server.client().call_s3("create_bucket", Bucket="scale")
+        storage.configure({"s3": server.options(endpoint=slow.url)})
+        for shards in sizes:
+            before = slow.counts["requests"]
+            row = finished_parts("s3://scale", shards)
+            requests = slow.counts["requests"] - before
+            print(
+                f"finished, {shards:>7,} parts: {row['seconds']:6.2f} s; {requests:,} requests with writing"
+            )
+
+
+REPORTS: dict[str, Callable[[Sequence[int], Path], None]] = {
+    "description": report_description,
+    "finished": report_finished,
+}
 
 
 def main() -> None:

@@ -537,10 +537,13 @@ class Work:
     shards: str
     plan: InputPlan | None
     rows: int
-    left: list[int]
-    """Work units that are not finished."""
-    counts: Counter[str]
-    """Images and errors of the finished ones."""
+    counts: outputs.UnitCounts
+    """Images and errors of the finished units."""
+
+    @property
+    def left(self) -> list[int]:
+        """Work units that are not finished."""
+        return sorted(self.counts.finished.left)
 
 
 def prepare(
@@ -584,7 +587,6 @@ def prepare(
         units, rows, source = plan.units, plan.rows, plan.digest
     outputs.begin(output, run_identity(manifest, config, source), {"rows": rows, "units": units})
     storage.write_json(storage.join(output, "model", "model.json"), manifest)
-    finished = outputs.finished_units(output) & set(range(units))
     return Work(
         model=model,
         manifest=manifest,
@@ -592,8 +594,7 @@ def prepare(
         shards=shards,
         plan=plan,
         rows=rows,
-        left=[unit for unit in range(units) if unit not in finished],
-        counts=outputs.finished_counts(output, sorted(finished)),
+        counts=outputs.UnitCounts(output, units),
     )
 
 
@@ -617,10 +618,10 @@ def run(
 
 def finish(config: InferConfig, resources: Resources, work: Work, output: str) -> Outcome:
     """Do the units that are left. Raises StageError if more sources than allowed cannot be used."""
-    counts = Counter(work.counts)
     if work.left:
         job = make_job(config, resources, work, output)
-        counts += generate(job, resources, work.left, work.rows * config.samples, counts["images"])
+        generate(job, resources, work.counts, work.left, work.rows * config.samples)
+    counts = work.counts.total
     errors = {name: value for name, value in sorted(counts.items()) if name.startswith("error_")}
     failed = sum(errors.values())
     if failed > config.max_reject_fraction * work.rows:
@@ -668,19 +669,19 @@ def make_job(config: InferConfig, resources: Resources, work: Work, output: str)
     )
 
 
-def generate(job: InferJob, resources: Resources, units: list[int], total: int, done: int) -> Counter[str]:
-    """Do work units on as many processes as allowed. Returns the number of images and errors.
+def generate(
+    job: InferJob, resources: Resources, counts: outputs.UnitCounts, units: list[int], total: int
+) -> None:
+    """Do work units on as many processes as allowed, and count their images and errors.
 
-    total, done   images of the whole run, and those an earlier run finished, for the progress line
+    total   images of the whole run, for the progress line
     """
-    counts: Counter[str] = Counter()
     gpu = job.device == "cuda"
-    with Progress("infer", total=total, unit="images", done=done) as progress:
+    with Progress("infer", total=total, unit="images", done=counts.total["images"]) as progress:
         most = pool_size(resources, gpu=gpu)
         for row in on_actors(InferenceWorker, job, units, stage="infer", most=most, gpu=gpu):
-            counts += row["counts"]
+            counts.add(int(row["unit"]), row["counts"])
             progress.advance(row["counts"]["images"])
-    return counts
 
 
 __all__ = ["VERSION", "InferConfig", "StyleConfig", "digest", "run"]

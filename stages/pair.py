@@ -3,6 +3,7 @@
 in:  objects-*.parquet   {key, role, split, group, x, y, uri, size, etag}   one object a row
 out: part-*.parquet      {key, split, group, and per role R: R_uri, R_size, R_etag, R_crop, R_derive}
      rejects-*.parquet   {key, role, uri, reason, detail}
+     _listing.json       the names of the parts
 
 The objects of a key meet by a hash shuffle, so no side is ever in memory as a whole. The hash of a key is
 its partition. A first set of tasks (`scatter`) writes each object to the task that joins its partition; a
@@ -38,7 +39,16 @@ from stages.objects.digest import key_hashes
 from stages.objects.tables import ROLES, reject_text
 from stages.parallel.cluster import each
 from stages.progress import Progress
-from stages.storage import join, list_folders, list_names, read_json, read_parquet, remove, write_parquet
+from stages.storage import (
+    join,
+    list_folders,
+    list_names,
+    read_json,
+    read_parquet,
+    remove,
+    write_json,
+    write_parquet,
+)
 
 if TYPE_CHECKING:
     from stages.tracking.run import Run
@@ -541,4 +551,6 @@ def run(
             examples += done.examples
             progress.advance()
     tidy(output, exchange, files)
+    parts = sorted(name for name in files if name.startswith("part-"))
+    write_json(join(output, "_listing.json"), {"parts": parts})
     return outcome(config, counts, listing["rejected"], output, examples)

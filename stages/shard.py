@@ -4,6 +4,7 @@ in:  part-<n>.parquet         {key, split, group, per role R: R_uri, R_size, R_e
 out: <split>-<n>.parquet      {key, group, per role R: R, R_crc, R_uri, R_width, R_height, R_mean, ...}
      quarantine-<n>.parquet   {key, role, uri, reason, detail}
      _parts/<n>.json          the partition's marker, written last: its files, rejects and statistics
+     _parts/groups/<n>.json   the sum of a thousand markers, all that a rerun reads (`storage.finished`)
      dataset.parquet, card.json, card.md, samples.png
 
 One task does one partition <n> of the pairs: it reads objects with many threads and holds no more than a row
@@ -16,7 +17,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -46,6 +47,7 @@ from stages.shards import card, dataset
 from stages.shards.card import Statistics
 from stages.shards.dataset import DatasetSpec, RoleSpec
 from stages.shards.manifest import ShardFile, ShardFiles
+from stages.storage.finished import GROUP, Finished
 from stages.storage.local import local_file
 
 if TYPE_CHECKING:
@@ -419,7 +421,7 @@ def _write(
                 rejects.append(pair)
                 continue
             if pair.split not in writers:
-                name = f"{pair.split}-{number:05d}.parquet"
+                name = shard_name(pair.split, number)
                 file = stack.enter_context(storage.create(storage.join(output, name)))
                 writers[pair.split] = ShardWriter(name, file, stored, row_group_rows(config, stored))
                 stack.callback(writers[pair.split].abandon)
@@ -443,6 +445,11 @@ def _write(
         },
         "statistics": {split: sums.to_json() for split, sums in sorted(statistics.items())},
     }
+
+
+def shard_name(split: Split, number: int) -> str:
+    """The file of a split's pairs in a partition."""
+    return f"{split}-{number:05d}.parquet"
 
 
 def partition_of(part: str) -> int:
@@ -475,16 +482,38 @@ class Summary:
 
     def add(self, marker: Mapping[str, Any]) -> None:
         """Add one partition's marker."""
-        self.rows += marker["rows"]
-        self.rejects.update(marker["rejects"])
-        for reason, texts in marker["examples"].items():
+        files = marker["files"]
+        ranges = {split: (file["rows"], file["row_groups"][0]) for split, file in files.items()}
+        size = sum(file["bytes"] for file in files.values())
+        self.merge({**marker, "files": {marker["bucket"]: ranges}, "bytes": size})
+
+    def merge(self, other: Mapping[str, Any]) -> None:
+        """Add the sum of other partitions, from `to_json`."""
+        self.rows += other["rows"]
+        self.bytes += other["bytes"]
+        self.rejects.update(other["rejects"])
+        for reason, texts in other["examples"].items():
             self.examples[reason] = sorted([*self.examples.get(reason, []), *texts])[:EXAMPLES]
-        self.files[marker["bucket"]] = {
-            split: ShardFile(f["name"], f["rows"], f["row_groups"][0]) for split, f in marker["files"].items()
-        }
-        self.bytes += sum(f["bytes"] for f in marker["files"].values())
-        for split, sums in marker["statistics"].items():
+        for number, files in other["files"].items():
+            self.files[int(number)] = {
+                split: ShardFile(shard_name(split, int(number)), *rows) for split, rows in files.items()
+            }
+        for split, sums in other["statistics"].items():
             self.statistics.setdefault(split, Statistics()).merge(sums)
+
+    def to_json(self) -> dict[str, Any]:
+        """The sum as plain values."""
+        return {
+            "rows": self.rows,
+            "bytes": self.bytes,
+            "rejects": dict(self.rejects),
+            "examples": self.examples,
+            "files": {
+                number: {split: (file.rows, file.group_rows) for split, file in files.items()}
+                for number, files in sorted(self.files.items())
+            },
+            "statistics": {split: sums.to_json() for split, sums in self.statistics.items()},
+        }
 
     def splits(self) -> dict[Split, ShardFiles]:
         """The files of each split that has any, in the order of partitions."""
@@ -533,17 +562,29 @@ def run(config: ShardConfig, resources: Resources, *, output: str, track: Run, p
         UserError: no pairs, `classes` missing, or a store that refuses access.
         StageError: more than `max_reject_fraction` of the pairs were rejected, or a store failed.
     """
-    parts = list(storage.parquet_parts(pairs, "part-"))
+    parts = {partition_of(part): part for part in parts_of(pairs)}
     if not parts:
         raise UserError(f"{pairs}: there are no pairs")
-    specs = role_specs(config, roles_of(parts[0]))
+    specs = role_specs(config, roles_of(next(iter(parts.values()))))
     task = partial(_task, output=output, config=config, specs=specs, io_threads=resources.io_threads)
+    finished = Finished(storage.join(output, "_parts", "groups"), parts)
     summary = Summary()
-    with Progress("shard", total=None, unit="pairs") as progress:
+    for sums in finished.read():
+        summary.merge(sums)
+    left = [parts[number] for number in sorted(finished.left)]
+    groups: defaultdict[int, Summary] = defaultdict(Summary)
+    done = len(parts) - len(left)
+    with Progress("shard", total=None, unit="pairs", done=summary.rows) as progress:
         # A task waits for the store half of its time.
-        for marker in each(task, parts, stage="shard", num_cpus=0.5):
-            summary.add(marker)
-            progress.advance(marker["rows"], f"{len(summary.files):,}/{len(parts):,} parts")
+        for marker in each(task, left, stage="shard", num_cpus=0.5):
+            number = marker["bucket"]
+            group = groups[number // GROUP]
+            group.add(marker)
+            if finished.finish(number):
+                finished.write(number, group.to_json())
+                summary.merge(groups.pop(number // GROUP).to_json())
+            done += 1
+            progress.advance(marker["rows"], f"{done:,}/{len(parts):,} parts")
     summary.check(config.max_reject_fraction, output)
     spec = DatasetSpec(size=config.size, roles=stored_specs(specs), splits=summary.splits())
     leaks = card.leakage(output, spec)
@@ -554,6 +595,15 @@ def run(config: ShardConfig, resources: Resources, *, output: str, track: Run, p
     for name, data in files.items():
         track.artifact(f"dataset/{name}", data)
     return Outcome(counts=summary.counts() | {"leaks": leaks.found}, metrics={"bytes": float(summary.bytes)})
+
+
+def parts_of(pairs: str) -> list[str]:
+    """The parts of pairs: as the pair stage listed them, for the store would take 200 requests; or listed."""
+    try:
+        names = storage.read_json(storage.join(pairs, "_listing.json"))["parts"]
+    except FileNotFoundError:
+        return list(storage.parquet_parts(pairs, "part-"))
+    return [storage.join(pairs, name) for name in names]
 
 
 def _task(part: str, **settings: Any) -> dict[str, Any]:

@@ -7,16 +7,18 @@ out: files below the output folder
     model/model.json             the model's description
     images/<key>.<suffix>        the image of a key; further samples in samples/<n>/<key>.<suffix>
     table/part-<unit>.parquet    rows of one work unit, written after all its images
+    finished/<n>.json            the counts of a thousand finished units (`storage.finished`)
 
-A work unit whose table part exists is finished; nothing else marks it.
+A work unit whose table part exists is finished.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -24,11 +26,12 @@ import pyarrow as pa
 from stages import storage
 from stages.base import Format
 from stages.errors import UserError
+from stages.storage.finished import GROUP, Finished
 
 SUFFIX: dict[Format, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp", "tiff": ".tif"}
 
 MANIFEST = "infer.json"
-IMAGES, SAMPLES, TABLE = "images", "samples", "table"
+IMAGES, SAMPLES, TABLE, FINISHED = "images", "samples", "table", "finished"
 
 MAX_SEGMENT = 180
 """Longest name of a file or folder made from a key, in bytes; most file systems take 255."""
@@ -105,15 +108,31 @@ def finished_units(output: str) -> set[int]:
     }
 
 
-def finished_counts(output: str, units: Iterable[int]) -> Counter[str]:
-    """The number of images in the parts of finished units, and of errors as `error_<reason>`."""
+class UnitCounts:
+    """The images and errors (`error_<reason>`) of the finished work units of a run."""
 
-    def count(unit: int) -> Counter[str]:
-        errors = storage.read_parquet(part_uri(output, unit), columns=["error"])["error"]
-        return error_counts(errors.drop_null().to_pylist()) + Counter(images=errors.null_count)
+    def __init__(self, output: str, units: int) -> None:
+        self.finished = Finished(storage.join(output, FINISHED), range(units))
+        self.total = sum(map(Counter, self.finished.read()), Counter[str]())
+        self.of_group: defaultdict[int, Counter[str]] = defaultdict(Counter)
+        left = self.finished.left
+        there = sorted(finished_units(output) & left) if left else []
+        with ThreadPoolExecutor(32) as threads:
+            for unit, counts in zip(there, threads.map(partial(part_counts, output), there), strict=True):
+                self.add(unit, counts)
 
-    with ThreadPoolExecutor(16) as threads:
-        return sum(threads.map(count, units), Counter[str]())
+    def add(self, unit: int, counts: Counter[str]) -> None:
+        """Add a finished unit; the last one of a thousand writes their sum."""
+        self.total += counts
+        self.of_group[unit // GROUP] += counts
+        if self.finished.finish(unit):
+            self.finished.write(unit, self.of_group.pop(unit // GROUP))
+
+
+def part_counts(output: str, unit: int) -> Counter[str]:
+    """The counts of a finished unit, from its table part."""
+    errors = storage.read_parquet(part_uri(output, unit), columns=["error"])["error"]
+    return error_counts(errors.drop_null().to_pylist()) + Counter(images=errors.null_count)
 
 
 def error_counts(errors: Iterable[str]) -> Counter[str]:
@@ -158,5 +177,5 @@ def clear(output: str) -> None:
     """Remove an earlier run's work; the table first, since without it nothing counts as finished."""
     if not any(storage.exists(storage.join(output, name)) for name in (MANIFEST, TABLE)):
         return  # not written by this stage
-    for name in (TABLE, IMAGES, SAMPLES, MANIFEST, "plan"):
+    for name in (FINISHED, TABLE, IMAGES, SAMPLES, MANIFEST, "plan"):
         storage.remove(storage.join(output, name))

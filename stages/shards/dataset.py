@@ -170,7 +170,8 @@ def corrupt(folder: str, name: str, key: str, role: str, reason: object) -> Stag
     """The error for a damaged image: a shard is made again as a whole."""
     return StageError(
         f"{storage.join(folder, name)}: image '{role}' of pair '{key}' is damaged ({reason}); "
-        f"delete that file and its marker in _parts/ (or the whole folder) and run the shard stage again"
+        "delete that file, its marker in _parts/, _parts/groups/ and _SUCCESS.json (or the whole folder) and "
+        "run the shard stage again"
     )
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path, PurePosixPath
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from stages import storage
+from stages.inference import outputs
 from stages.inference.outputs import MAX_SEGMENT, finished_units, output_name, part_uri
 from stages.objects.fetch import Object, Reader
 from stages.objects.listing import pages, split_location
@@ -71,3 +74,19 @@ def test_only_whole_table_parts_count_as_finished(tmp_path) -> None:
     ):
         write_bytes(name, b"x")
     assert finished_units(str(tmp_path)) == {7}
+
+
+def test_a_resumed_run_counts_finished_units_and_reads_no_part_of_a_finished_thousand(tmp_path: Path) -> None:
+    output, units = str(tmp_path), 1002
+    for unit in (0, 1000):
+        rows = [{"key": f"{unit}/{n}", "error": "empty: no bytes" if n else None} for n in range(3)]
+        storage.write_parquet(outputs.part_uri(output, unit), pa.Table.from_pylist(rows, schema=outputs.ROWS))
+    counts = outputs.UnitCounts(output, units)
+    assert counts.total == {"images": 2, "error_empty": 4}
+    assert counts.finished.left == set(range(1002)) - {0, 1000}
+    for unit in range(1, 1000):
+        counts.add(unit, Counter(images=1))
+    (tmp_path / "table" / "part-00000.parquet").unlink()  # it is in the sum of its thousand
+    again = outputs.UnitCounts(output, units)
+    assert again.total == counts.total == {"images": 1001, "error_empty": 4}
+    assert again.finished.left == {1001}
