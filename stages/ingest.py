@@ -26,7 +26,7 @@ from stages.base import Outcome, Resources
 from stages.config.ingest import IngestConfig, LocationConfig
 from stages.config.locations import compile_pattern
 from stages.errors import UserError
-from stages.objects import tables
+from stages.objects import inventory, tables
 from stages.objects.digest import Uint64s, no_rows, row_sums, spell
 from stages.objects.listing import Page, Unit, etag_of, pages, split_location
 from stages.objects.patterns import bad_keys, canonical_splits, match
@@ -240,16 +240,22 @@ def root(location: LocationConfig) -> str:
     return head + chained + absolute(outer)
 
 
-def units(config: IngestConfig) -> list[LocationUnit]:
-    """The units of all locations: parts of a listing, or a Parquet table's row groups.
+def units(config: IngestConfig, *, inventories: bool = True) -> list[LocationUnit]:
+    """The units of all locations: parts of a listing, a Parquet table's row groups, an inventory's files.
+
+    inventories   False: leave out locations that have an inventory
 
     Raises:
         UserError: there is no such location, or it cannot be read.
     """
     numbered: list[LocationUnit] = []
     for index, location in enumerate(config.locations):
+        if location.inventory is not None and not inventories:
+            continue
         with located(place(config, index)):
-            if location.role == "table":
+            if location.inventory is not None:
+                cut = inventory.units(location.inventory, root(location))
+            elif location.role == "table":
                 cut = [Unit("table", row_group=n) for n in range(tables.count_row_groups(root(location)))]
             else:
                 cut = split_location(root(location), want=UNITS_PER_LOCATION)
@@ -265,7 +271,11 @@ def unit_rows(
         for table, broken in tables.read(root(location), unit.row_group):
             yield *table_rows(location, index, table, broken), 0
     else:
-        for batch in batches(pages(root(location), unit, requests=requests)):
+        if location.inventory is not None:
+            listed = inventory.pages(location.inventory, unit, root(location))
+        else:
+            listed = pages(root(location), unit, requests=requests)
+        for batch in batches(listed):
             yield rows(location, index, batch)
 
 
@@ -273,7 +283,8 @@ def digest(config: IngestConfig) -> str:
     """A hash of every matching object's (uri, size, etag), in no order: it changes if a location's data do.
 
     The planner computes it in every run, in constant memory and without Ray. Objects that no pattern matches
-    do not count: a note next to the images must not train a model again.
+    do not count: a note next to the images must not train a model again. Of an inventory only the manifest is
+    read, by one request.
 
     Raises:
         UserError: there is no such location, or it cannot be read.
@@ -291,8 +302,13 @@ def digest(config: IngestConfig) -> str:
         return sums, count
 
     total, total_count = no_rows(), 0
+    for index, location in enumerate(config.locations):
+        if location.inventory is not None:
+            with located(place(config, index)):
+                total += row_sums(pa.array([location.uri]), pa.array([inventory.version(location.inventory)]))
+                total_count += 1
     with ThreadPoolExecutor(LISTING_THREADS) as threads:
-        for sums, count in threads.map(of_unit, units(config)):
+        for sums, count in threads.map(of_unit, units(config, inventories=False)):
             total += sums
             total_count += count
     return spell(total, total_count)

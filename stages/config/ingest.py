@@ -39,6 +39,24 @@ class LocationConfig(Config):
         Field(description="Further locations whose images a table may name, besides its own folder."),
     ] = ()
 
+    inventory: Annotated[
+        str | None,
+        Field(
+            description="The manifest.json of an S3 Inventory of the bucket. Objects below `uri` are read "
+            "from it, and the bucket is not listed. The data change when you name another day's manifest."
+        ),
+    ] = None
+
+    @model_validator(mode="after")
+    def _inventory_is_of_a_bucket(self) -> Self:
+        if self.inventory is None:
+            return self
+        if not self.inventory.endswith("/manifest.json"):
+            raise ValueError("`inventory` names a manifest.json")
+        if not self.uri.startswith("s3://") or is_archive(self.uri) or self.role == "table":
+            raise ValueError("`inventory` is for the images of an S3 bucket")
+        return self
+
     @model_validator(mode="after")
     def _table_has_a_known_format(self) -> Self:
         if self.role == "table":

@@ -46,9 +46,10 @@ class Unit:
     archive   an archive's members
     file      a single file
     table     a row group of a table, which is read and not listed (`objects.tables`)
+    inventory a data file of an S3 Inventory, which is read and not listed (`objects.inventory`)
     """
 
-    kind: Literal["tree", "folder", "range", "index", "archive", "file", "table"]
+    kind: Literal["tree", "folder", "range", "index", "archive", "file", "table", "inventory"]
     paths: Sequence[str] = ("",)
     after: str = ""
     until: str = ""
