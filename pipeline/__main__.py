@@ -13,6 +13,7 @@ from pipeline import cli
 VERBS = {
     "run": "the pipeline: from pairs of images to a trained model, generated images and a report",
     "plan": "what `run` would do, and why",
+    "doctor": "check stores, rights, machines and MLflow before anything is spent",
     "infer": "generate images with a trained model",
     "convert": "import a published checkpoint; export a model",
     "sweep": "try a recipe with other settings and name the best",

@@ -186,18 +186,33 @@ def _create(to: Sender, name: str, tags: Mapping[str, str], *, parent: str, key:
 
 
 def _sender(config: TrackingConfig, workspace: str) -> Sender:
+    with _opened(config, workspace) as (uri, experiment):
+        new = Sender(uri, experiment, workspace)
+        new.take_over()
+    return new
+
+
+def probe(config: TrackingConfig, workspace: str) -> str:
+    """Create a run in the experiment and delete it; returns the server. Raises UserError as `open_parent`."""
+    with _opened(config, workspace) as (uri, experiment):
+        client = sender.connect(uri)
+        client.delete_run(client.create_run(experiment, run_name="probe").info.run_id)
+    return sender.without_password(uri)
+
+
+@contextmanager
+def _opened(config: TrackingConfig, workspace: str) -> Iterator[tuple[str, str]]:
+    """The server's URI and the experiment's id. Raises UserError for what fails in the block."""
     uri = _absolute_sqlite(config.place(workspace))
     try:
         with _alone(uri):
             experiment = _open_experiment(uri, config.experiment)
-        new = Sender(uri, experiment, workspace)
-        new.take_over()
+        yield uri, experiment
     except UserError:
         raise
     except Exception as error:  # MLflow, SQLAlchemy and requests each have their own
         where = sender.without_password(uri)
         raise UserError(f"tracking.uri: cannot use {where}: {one_line(error)}") from error
-    return new
 
 
 def _absolute_sqlite(uri: str) -> str:
