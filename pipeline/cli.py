@@ -7,10 +7,10 @@ import logging
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import NoReturn
 
 from stages.errors import PixloomError, StageError, UserError
@@ -21,7 +21,8 @@ EXIT_CODES = """\
 exit codes:
   0    everything that was asked for is done
   1    a stage failed; what was done is kept
-  2    the command, the config or the data must be fixed: one line names the file and key, or the object
+  2    the command, the config, the data or a store must be seen to: one line names the file and key, or the
+       object; what was done is kept
   130  stopped by Ctrl-C or SIGTERM; what was done is kept, and the same command continues
 """
 
@@ -94,18 +95,29 @@ def exit_code(
 
 
 @contextmanager
-def planning() -> Iterator[None]:
-    """Raises a StageError as UserError: a store that fails before any work is the user's to see to."""
+def planning(locations: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
+    """Raises a StageError as UserError: a store that fails before any work is the user's to see to.
+
+    locations   whose stores must answer, by the config's key or the option
+    """
+    from stages import storage  # noqa: PLC0415 - its clients take a second to load
+
     try:
+        for key, uri in locations.items():
+            storage.check_reachable(uri, key)
         yield
     except StageError as error:
         raise UserError(str(error)) from error
 
 
 def stop_on_sigterm() -> None:
-    """Handle SIGTERM (`ray job stop`, schedulers) like Ctrl-C. Call it again after `ray.init`."""
+    """Handle the first SIGTERM (`ray job stop`, schedulers) like Ctrl-C. Call it again after `ray.init`.
+
+    Later ones are ignored: they would interrupt what is being put in order.
+    """
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001
+        signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)

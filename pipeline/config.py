@@ -109,16 +109,16 @@ class PipelineConfig(Config):
         self.train.check_resources(self.resources)
         return self
 
+    def inputs(self) -> dict[str, str]:
+        """The locations that a run reads, by the config's key."""
+        uris = {f"ingest.locations.{n}.uri": one.uri for n, one in enumerate(self.ingest.locations)}
+        others = {"infer.input": self.infer.input, "evaluate.images": self.evaluate.images}
+        return uris | {key: uri for key, uri in others.items() if uri}
+
     def _check_workspace(self) -> None:
         """Raise ValueError if an input location would hold the run's own results at its next run."""
-        listed = {
-            f"ingest.locations.{n}.uri": location.uri
-            for n, location in enumerate(self.ingest.locations)
-            if location.role != "table"
-        }
-        listed |= {"infer.input": self.infer.input or "", "evaluate.images": self.evaluate.images or ""}
-        for key, uri in listed.items():
-            if uri and holds(uri, self.workspace):
+        for key, uri in self.inputs().items():
+            if holds(uri, self.workspace):
                 raise ValueError(
                     f"workspace: {self.workspace} is in {key} ({uri}), so results would be read as images; "
                     "name a folder outside of it, or the folder of the images alone"

@@ -86,7 +86,8 @@ def run(options: argparse.Namespace) -> None:
             f"--output: {output} is in --input {options.input}, so its images would be read as inputs; "
             "name a folder outside of it"
         )
-    with cli.planning(), storage.located(f"--output {options.output}"):
+    locations = {"--output": output, "--input": options.input}
+    with cli.planning(locations), storage.located(f"--output {options.output}"):
         work = infer.prepare(
             config.infer,
             output=output,

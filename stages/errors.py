@@ -1,8 +1,8 @@
 """Every error Pixloom raises on purpose, and how any error becomes one line for a person.
 
 PixloomError
-├── UserError     the user can fix it: bad config, missing bucket, wrong credentials   exit 2, one line
-└── StageError    a stage failed on good input: worker lost, too many rejects          exit 1, cause shown
+├── UserError     the user can fix it: bad config, missing bucket, a store that is away  exit 2, one line
+└── StageError    a stage failed on good input: worker lost, too many rejects            exit 1, cause shown
 """
 
 from __future__ import annotations

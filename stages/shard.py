@@ -588,9 +588,10 @@ def run(config: ShardConfig, resources: Resources, *, output: str, track: Run, p
     summary.check(config.max_reject_fraction, output)
     spec = DatasetSpec(size=config.size, roles=stored_specs(specs), splits=summary.splits())
     leaks = card.leakage(output, spec)
-    files = card.write(output, spec, summary.statistics, summary.rejects, leaks)
+    remarks = card.remarks(spec, summary.statistics, keep_shape=config.fit == "same")
+    files = card.write(output, spec, summary.statistics, summary.rejects, leaks, remarks)
     dataset.save(output, spec)
-    for text in card.remarks(spec, summary.statistics):
+    for text in remarks:
         logger.warning("shard: %s", text)
     for name, data in files.items():
         track.artifact(f"dataset/{name}", data)

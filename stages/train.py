@@ -204,7 +204,8 @@ def run(
     finally:
         recorder.finish()
     if ending.failure:
-        raise StageError(f"{label}: {ending.failure}; the last good checkpoint is in {output}/checkpoints")
+        kept = f"the last good checkpoint is in {output}/checkpoints"
+        raise type(ending.failure)(f"{label}: {ending.failure}; {kept}")
     if ending.stopped:
         images = f"{ending.position.images:,} images"
         raise StageError(f"{label}: {ending.stopped} at {images}; run the same command again to resume")
@@ -312,9 +313,10 @@ def _work(config: dict[str, Any]) -> Ending:
     try:
         return _train(setup)
     except (PixloomError, RuntimeError, MemoryError) as error:
-        reason = str(error) if isinstance(error, PixloomError) else out_of_memory(error, setup.task.job)
-        if reason:
-            ray.get(setup.mailbox.give_up.remote(reason))
+        advice = out_of_memory(error, setup.task.job)
+        failure = error if isinstance(error, PixloomError) else StageError(advice) if advice else None
+        if failure:
+            ray.get(setup.mailbox.give_up.remote(type(failure)(str(failure))))
         raise
 
 

@@ -341,7 +341,7 @@ def test_deep_images_that_use_little_of_their_range_and_pixels_without_a_value_a
         marker = json.loads(next(folder.glob("_parts/*.json")).read_text())
         done = shard.Summary()
         done.add(marker)
-        return card.remarks(spec, done.statistics)
+        return card.remarks(spec, done.statistics, keep_shape=True)
 
     first, second = remarks(range={"target": [0, 4080]})
     assert first.startswith("source: values 0 to 4080 of 0 to 65535")

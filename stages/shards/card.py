@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, get_args
@@ -30,6 +30,8 @@ from stages.shards.dataset import DatasetSpec, read_split
 SAMPLES = 4
 SMALL = 0.25
 """The share of its range that a role's values use at most when the card remarks on it."""
+STRETCHED = 1.5
+"""How much one side of an image is stretched against the other when the card remarks on it."""
 LEAK_DISTANCE = 2
 """Bits of 64 by which the hashes of near-duplicates may differ."""
 LEAK_SAMPLE = 20_000
@@ -200,15 +202,31 @@ class Statistics:
         return {role: asdict(sums) for role, sums in sorted(self.roles.items())}
 
 
-def remarks(spec: DatasetSpec, statistics: Mapping[Split, Statistics]) -> list[str]:
-    """What a person should look at, over all splits."""
+def remarks(spec: DatasetSpec, statistics: Mapping[Split, Statistics], *, keep_shape: bool) -> list[str]:
+    """What a person should look at, over all splits.
+
+    keep_shape   whether images that are stretched should not be
+    """
     total: dict[Role, RoleSums] = {}
     for split in statistics.values():
         for role, sums in split.roles.items():
             total.setdefault(role, RoleSums()).merge(asdict(sums))
-    return [
+    texts = [
         text for role, sums in sorted(total.items()) for text in sums.remarks(role, spec.roles[role].kind)
     ]
+    sizes = {role: sums.largest for role, sums in sorted(total.items()) if _stretch(sums.largest, spec.size)}
+    if keep_shape and sizes:
+        role, (width, height) = next(iter(sizes.items()))
+        texts.append(
+            f"{role}: images (of `role: pair` each half) of {width}x{height} are stretched to "
+            f"{spec.size[0]}x{spec.size[1]}; shard.fit: crop keeps their shape, stretch says that it is meant"
+        )
+    return texts
+
+
+def _stretch(original: Sequence[int], stored: tuple[int, int]) -> bool:
+    ratio = original[0] * stored[1] / (original[1] * stored[0])
+    return max(ratio, 1 / ratio) >= STRETCHED
 
 
 # -- leaks --------------------------------------------------------------------
@@ -347,8 +365,12 @@ def write(
     statistics: Mapping[Split, Statistics],
     rejects: Mapping[str, int],
     leaks: Leaks,
+    notes: Sequence[str],
 ) -> dict[str, bytes]:
-    """Write card.json, card.md and samples.png into a shards folder; returns their contents by name."""
+    """Write card.json, card.md and samples.png into a shards folder; returns their contents by name.
+
+    notes   the `remarks`
+    """
     content = {
         "size": list(spec.size),
         "roles": {role: stored.model_dump(exclude_none=True) for role, stored in spec.roles.items()},
@@ -364,7 +386,7 @@ def write(
             for split in get_args(Split)
             if split in spec.splits
         },
-        "remarks": remarks(spec, statistics),
+        "remarks": list(notes),
         "rejects": dict(sorted(rejects.items())),
         "leakage": asdict(leaks),
     }

@@ -2,6 +2,7 @@
 
 from stages.config.locations import absolute
 from stages.storage.files import (
+    check_reachable,
     configure,
     create,
     exists,
@@ -27,6 +28,7 @@ from stages.storage.retry import located, passing, patiently, retried
 
 __all__ = [
     "absolute",
+    "check_reachable",
     "configure",
     "create",
     "exists",

@@ -26,7 +26,7 @@ from fsspec.spec import AbstractFileSystem
 
 from stages.config.locations import absolute
 from stages.errors import UserError, one_line
-from stages.storage.retry import ATTEMPTS, patiently
+from stages.storage.retry import ATTEMPTS, explain, patiently, unreachable
 
 Value = TypeVar("Value")
 
@@ -67,6 +67,21 @@ def speaks(fs: AbstractFileSystem, protocol: str) -> bool:
 def is_local(uri: str) -> bool:
     """Whether a location is on this machine."""
     return isinstance(filesystem(uri)[0], LocalFileSystem)
+
+
+def check_reachable(uri: str, key: str) -> None:
+    """Ask a location's store once, before any work: one that never answered is misspelt rather than busy.
+
+    Raises UserError that names the config key if there is no answer. What the answer says, its reader finds.
+    """
+    fs, path = filesystem(absolute(uri.rpartition("::")[2]))
+    if isinstance(fs, LocalFileSystem):
+        return
+    try:
+        fs.info(path)
+    except Exception as error:  # each client has its own
+        if unreachable(error):
+            raise UserError(f"{key}: {uri}: {explain(error)}") from error
 
 
 def join(uri: str, *parts: str) -> str:

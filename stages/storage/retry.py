@@ -22,7 +22,9 @@ Value = TypeVar("Value")
 ATTEMPTS = 8
 FIRST_WAIT = 0.25  # seconds; doubled each time, at most LONGEST_WAIT: about 40 s in all
 LONGEST_WAIT = 10.0
+CLIENTS = ("botocore", "aiobotocore", "aiohttp", "asyncio", "obstore", "urllib3")
 PATIENCE = 300.0  # seconds after which no new attempt starts: each may take as long as the client's timeouts
+WHEN_BACK = "what was done is kept: start the same command again when the store answers"
 
 
 def misconfigured(error: BaseException) -> bool:
@@ -48,14 +50,26 @@ def passing(error: BaseException) -> bool:
     lasting = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
     if lasting or refusal(error) or misconfigured(error):
         return False
-    client = type(error).__module__.partition(".")[0]
-    return isinstance(error, OSError | EOFError | tarfile.TarError | zlib.error) or client in (
-        "botocore",
-        "aiobotocore",
-        "aiohttp",
-        "asyncio",
-        "urllib3",
-    )
+    return isinstance(error, OSError | EOFError | tarfile.TarError | zlib.error) or _client(error) in CLIENTS
+
+
+def unreachable(error: BaseException) -> bool:
+    """Whether a client got no answer at all."""
+    return type(error).__name__.endswith(("ConnectionError", "ConnectorError", "TimeoutError", "SSLError"))
+
+
+def away(error: BaseException) -> bool:
+    """Whether the network or a store failed, and not this machine or what was read. Clients wrap errors."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if unreachable(chain) or isinstance(chain, ConnectionError) or _client(chain) in CLIENTS:
+            return True
+        chain = chain.__cause__
+    return False
+
+
+def _client(error: BaseException) -> str:
+    return type(error).__module__.partition(".")[0]
 
 
 def retried(call: Callable[[], Value], *, attempts: int = ATTEMPTS, first_wait: float = FIRST_WAIT) -> Value:
@@ -84,7 +98,8 @@ def patiently(
 
     Raises:
         FileNotFoundError: there is no such object.
-        UserError: the store refuses access. StageError: it failed at every attempt.
+        UserError: the store refuses access, or was away at every attempt.
+        StageError: what was read is damaged, or this machine failed.
     """
     try:
         return retried(call, attempts=attempts, first_wait=first_wait)
@@ -95,6 +110,8 @@ def patiently(
             raise UserError(f"{uri}: {explain(error)}") from error
         if passing(error):
             tried = f"failed at each of {attempts} attempts: " if attempts > 1 else ""
+            if away(error):
+                raise UserError(f"{uri}: {tried}{explain(error)}; {WHEN_BACK}") from error
             raise StageError(f"{uri}: {tried}{explain(error)}") from error
         raise
 
@@ -106,7 +123,7 @@ def explain(error: BaseException) -> str | None:
         return "there is no such bucket, folder or file"
     if refusal(error):
         return f"access denied, check credentials and permissions ({text})"
-    if type(error).__name__.endswith(("ConnectionError", "ConnectorError", "TimeoutError", "SSLError")):
+    if unreachable(error):
         return f"cannot reach the store, check the endpoint and the network ({text})"
     if isinstance(error, ImportError | ValueError):  # fsspec names the package to install
         return one_line(error)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from stages import storage
 from stages.base import Precision
 from stages.config.train import PhaseJob, discriminators
-from stages.errors import StageError
+from stages.errors import PixloomError, StageError
 from stages.images import encode
 from stages.models.architecture import InputSpec, Pix2PixHD, Preprocessing
 from stages.models.build import grow_discriminator, grow_generator
@@ -121,11 +121,11 @@ class Preview(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a phase ended on this worker: `failure` and `stopped` are reasons in one line, or ""."""
+    """How a phase ended on this worker. `stopped` is a reason in one line, or ""."""
 
     position: Position
     losses: dict[str, float] = field(default_factory=dict)
-    failure: str = ""
+    failure: PixloomError | None = None
     stopped: str = ""
     notes: Mapping[str, str] = field(default_factory=dict)
 
@@ -204,7 +204,7 @@ def train_phase(
                     return Ending(loop.position, loop.losses, stopped=loop.stopped.reason)
         loop.write_outputs(batches.epoch(task.job.phase.epochs - 1))
     except DivergedError as error:
-        return Ending(loop.position, loop.losses, failure=f"training diverged at {error}")
+        return Ending(loop.position, loop.losses, failure=StageError(f"training diverged at {error}"))
     finally:
         loop.writer.wait()  # whatever happened, a submitted checkpoint is written
     return Ending(loop.position, loop.losses, notes=loop.execution.notes())

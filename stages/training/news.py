@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from stages.errors import PixloomError
+
 
 class Point(NamedTuple):
     """One value of one curve after `step` steps and `images` images of the phase, in epoch `epoch`."""
@@ -93,7 +95,7 @@ class Mailbox:
     def __init__(self) -> None:
         self.news: list[News] = []
         self.order: Stop | None = None
-        self.failure = ""
+        self.failure: PixloomError | None = None
 
     def post(self, news: Sequence[News]) -> Stop | None:
         """Add news; returns the driver's order."""
@@ -109,12 +111,12 @@ class Mailbox:
         """Order the workers to write a checkpoint at once and end the phase."""
         self.order = Stop(reason)
 
-    def give_up(self, reason: str) -> None:
-        """Record why a restart would fail again; the first reason is kept."""
-        self.failure = self.failure or reason
+    def give_up(self, failure: PixloomError) -> None:
+        """Record why a restart would fail again; the first failure is kept."""
+        self.failure = self.failure or failure
 
-    def permanent_failure(self) -> str:
-        """Why an earlier attempt failed permanently, or ""."""
+    def permanent_failure(self) -> PixloomError | None:
+        """Why an earlier attempt failed permanently."""
         return self.failure
 
 

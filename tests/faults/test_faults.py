@@ -242,7 +242,9 @@ def test_a_store_that_stays_away_is_one_error_and_nothing_is_taken_for_whole(
     for fault in (Fault("status", code=503, path=r"\.png"), Fault("reset", path=r"\.png")):
         with FaultProxy(store.address, [fault]) as proxy:
             storage.configure({"s3": {**store.options(endpoint=proxy.url), **once}})
-            with pytest.raises(StageError, match=r"s3://.*\.png: failed at each of 8 attempts") as caught:
+            with pytest.raises(
+                UserError, match=r"s3://.*\.png: failed at each of 8 attempts.* when the store answers"
+            ) as caught:
                 make(parts, output)
             print(f"\n{fault.action}: {dict(proxy.counts)}")
         assert "\n" not in str(caught.value)

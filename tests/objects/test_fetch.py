@@ -130,7 +130,7 @@ def test_passing_faults_of_a_server_are_survived(server: FaultyServer, fault: st
 
 def test_a_server_that_stays_away_is_one_clear_error(server: FaultyServer):
     server.faults = itertools.repeat("503")
-    with pytest.raises(StageError, match=r"a\.png: failed at each of 4 attempts") as caught:
+    with pytest.raises(UserError, match=r"a\.png: failed at each of 4 attempts") as caught:
         quick(4).read(Object(server.url))
     assert "\n" not in str(caught.value)
     assert server.requests == 4

@@ -53,5 +53,20 @@ def test_sigterm_ends_like_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "stopped; nothing was written\n"
 
 
+def test_a_second_sigterm_does_not_interrupt_what_the_first_began(capsys: pytest.CaptureFixture[str]) -> None:
+    order = []
+
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            order.append("put in order")
+
+    assert cli.exit_code(work) == 130
+    assert order
+    assert capsys.readouterr().err.startswith("stopped; ")
+
+
 def test_work_that_returns_is_exit_0() -> None:
     assert cli.exit_code(lambda: None) == 0

@@ -20,7 +20,7 @@ WAYS = {
     "credentials": ({"key": None, "secret": None}, "access denied.*NoCredentialsError"),
     "secret": ({"secret": "wrong"}, "access denied.*signature"),
     "user": ({"key": "nobody"}, "access denied.*access key"),
-    "dead": ({"endpoint_url": "http://127.0.0.1:9"}, r"failed at each of 2 attempts: cannot reach the store"),
+    "dead": ({"endpoint_url": "http://127.0.0.1:9"}, r"workspace: s3://.*/ws: cannot reach the store, check"),
     "endpoint": ({"endpoint_url": "minio"}, "storage.s3: ValueError: Invalid endpoint: minio"),
     "option": ({"endpoint": "http://127.0.0.1:9"}, "storage.s3: TypeError: .*'endpoint'"),
     "profile": ({"profile": "nobody"}, "storage.s3: ProfileNotFound"),

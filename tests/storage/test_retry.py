@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from botocore.exceptions import EndpointConnectionError, NoCredentialsError
+from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
 
 from stages import storage
 from stages.errors import StageError, UserError
@@ -65,10 +65,21 @@ def test_waits_grow_but_stay_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     def away() -> None:
         raise ConnectionResetError("away")
 
-    with pytest.raises(StageError, match="x: failed at each of 8 attempts"):
+    with pytest.raises(UserError, match=r"x: failed at each of 8 attempts: .*same command again"):
         storage.patiently(away, "x")
     assert len(waits) == retry.ATTEMPTS - 1
     assert 10 < sum(waits) < 60  # longer than a server's restart, not for ever
+
+
+def test_a_store_that_is_away_is_known_by_what_its_client_wrapped() -> None:
+    def raising(error: Exception, reason: Exception) -> Exception:
+        try:
+            raise error from reason
+        except Exception as caught:
+            return caught
+
+    assert retry.away(raising(OSError("SlowDown"), ClientError({}, "GetObject")))
+    assert not retry.away(raising(OSError("t.parquet: CRC differs"), ValueError("damaged")))
 
 
 def test_attempts_end_with_patience(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +93,7 @@ def test_attempts_end_with_patience(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(1)
         raise TimeoutError("no answer")
 
-    with pytest.raises(StageError, match="no answer"):
+    with pytest.raises(UserError, match="no answer"):
         storage.patiently(hangs, "x")
     assert len(calls) == 2
 
@@ -120,5 +131,5 @@ def test_an_error_without_a_text_is_named_by_its_kind() -> None:
     def call() -> None:
         raise TimeoutError
 
-    with pytest.raises(StageError, match=r"attempts: cannot reach .*\(TimeoutError\)"):
+    with pytest.raises(UserError, match=r"attempts: cannot reach .*\(TimeoutError\)"):
         storage.patiently(call, "x", 2, 0)

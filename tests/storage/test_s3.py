@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from obstore.store import MemoryStore
 
 from stages import storage
-from stages.errors import StageError, UserError
+from stages.errors import UserError
 from stages.images.kinds import ImageRejected
 from stages.objects.fetch import Object, Reader
 from stages.storage import retry, s3
@@ -224,7 +224,7 @@ def test_a_failure_is_repeated_by_the_client_that_was_chosen(
         assert proxy.counts["status"] + proxy.counts["reset"] == 5
         proxy.faults = [Fault("status", method="PUT")]
         proxy.counts.clear()
-        with pytest.raises(StageError, match=r"failed at each of 8 attempts: .*injected"):
+        with pytest.raises(UserError, match=r"failed at each of 8 attempts: .*injected"):
             storage.write_bytes(uri, b"third")
         assert proxy.counts["status"] == retry.ATTEMPTS
     storage.configure({"s3": s3_store.options()})

@@ -1,14 +1,17 @@
-"""The work of `stages.parallel.cluster.on_actors`, done in this process."""
+"""The work of `stages.parallel.cluster`, done in this process."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+
+from stages import ingest, pair, shard
+from stages.shards import card
 
 
 @contextmanager
@@ -28,3 +31,16 @@ def _in_turn(worker: type, job: Any, units: Sequence[int], **_: Any) -> Iterator
     instance = worker(job=job)
     for unit in units:
         yield {name: values[0] for name, values in instance({"unit": [unit]}).items()}
+
+
+@contextmanager
+def tasks_here() -> Iterator[None]:
+    """The tasks of ingest, pair and shard run in this process, one after the other, and need no Ray."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (ingest, pair, shard, card):
+            patch.setattr(module, "each", _each_in_turn)
+        yield
+
+
+def _each_in_turn(task: Callable[[Any], Any], items: Sequence[Any], **_: Any) -> Iterator[Any]:
+    return map(task, items)

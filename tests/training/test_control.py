@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from stages.errors import cause
+from stages.errors import StageError, UserError, cause
 from stages.parallel.cluster import failure
 from stages.progress import Progress
 from stages.training import checkpoints, loop
@@ -66,9 +66,9 @@ def test_news_is_taken_once_and_answered_with_the_order() -> None:
 
 def test_a_permanent_failure_is_the_first_one() -> None:
     mailbox = Mailbox()
-    mailbox.give_up("damaged shard")
-    mailbox.give_up("something later")
-    assert mailbox.permanent_failure() == "damaged shard"
+    mailbox.give_up(StageError("damaged shard"))
+    mailbox.give_up(UserError("something later"))
+    assert str(mailbox.permanent_failure()) == "damaged shard"
 
 
 def test_points_that_a_restart_repeats_are_recorded_once() -> None:

@@ -234,9 +234,9 @@ def test_a_loss_that_is_not_a_number_stops_the_phase_and_keeps_the_last_good_che
 ) -> None:
     job = phase_jobs(log_every=5)[0]
     ending, _ = train(task(tmp_path, job), Rows(16, spoil=5))
-    assert "step 6" in ending.failure
-    assert "nan" in ending.failure
-    assert "learning rate" in ending.failure
+    assert "step 6" in str(ending.failure)
+    assert "nan" in str(ending.failure)
+    assert "learning rate" in str(ending.failure)
     good = checkpoints.load_newest(str(tmp_path / "checkpoints"), job="name")
     assert good is not None
     assert good.position.steps == 5
@@ -255,7 +255,7 @@ def test_a_broken_weight_is_never_checkpointed(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(loop, "update", overflow)
     ending, _ = train(task(tmp_path, phase_jobs()[0]), Rows(16))
-    assert "a weight is not finite" in ending.failure
+    assert "a weight is not finite" in str(ending.failure)
     assert checkpoints.names(str(tmp_path / "checkpoints")) == []
 
 
