@@ -7,10 +7,10 @@ import logging
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType, MappingProxyType
+from types import FrameType
 from typing import NoReturn
 
 from stages.errors import PixloomError, StageError, UserError
@@ -95,16 +95,9 @@ def exit_code(
 
 
 @contextmanager
-def planning(locations: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
-    """Raises a StageError as UserError: a store that fails before any work is the user's to see to.
-
-    locations   whose stores must answer, by the config's key or the option
-    """
-    from stages import storage  # noqa: PLC0415 - its clients take a second to load
-
+def planning() -> Iterator[None]:
+    """Raises a StageError as UserError: a store that fails before any work is the user's to see to."""
     try:
-        for key, uri in locations.items():
-            storage.check_reachable(uri, key)
         yield
     except StageError as error:
         raise UserError(str(error)) from error

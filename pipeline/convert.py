@@ -135,7 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def import_model(options: argparse.Namespace) -> None:
     """Read published files, write a model folder."""
     output = storage.absolute(options.output)
-    with cli.planning({"--output": output}), storage.located(f"--output: {output}"):
+    with cli.planning(), storage.located(f"--output: {output}"):
+        storage.check_reachable({"--output": output})
         if not options.overwrite and storage.exists(storage.join(output, MANIFEST)):
             raise UserError(f"--output: {output}: there is a model already; --overwrite replaces it")
     states = {name: _tensors(f"--{name}", getattr(options, name)) for name in ("discriminator", "encoder")}
@@ -197,8 +198,8 @@ def _tensors(option: str, uri: str | None) -> dict[str, Tensor] | None:
     """The tensors of a file at any location; None if the option was left out."""
     if uri is None:
         return None
-    place = f"{option}: {uri}"
-    with cli.planning({option: uri}), storage.located(place), local_file(storage.absolute(uri)) as path:
+    storage.check_reachable({option: uri})
+    with cli.planning(), storage.located(f"{option}: {uri}"), local_file(storage.absolute(uri)) as path:
         try:
             return read_tensors(path)
         except ValueError as error:

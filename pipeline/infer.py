@@ -86,8 +86,8 @@ def run(options: argparse.Namespace) -> None:
             f"--output: {output} is in --input {options.input}, so its images would be read as inputs; "
             "name a folder outside of it"
         )
-    locations = {"--output": output, "--input": options.input}
-    with cli.planning(locations), storage.located(f"--output {options.output}"):
+    with cli.planning(), storage.located(f"--output {options.output}"):
+        storage.check_reachable({"--output": output, "--input": options.input})
         work = infer.prepare(
             config.infer,
             output=output,

@@ -57,7 +57,8 @@ def run(
     check_folders(result_folders(config), path)
     storage.configure(config.storage)
     pipeline = (*steps(config), *registration(config))
-    with planning({"workspace": config.workspace} | config.inputs()):
+    with planning():
+        storage.check_reachable({"workspace": config.workspace} | config.inputs())
         planned = plan(needed(pipeline, only) if only else pipeline, config.workspace)
     if plan_only:
         check(select(planned, only=None, until=until))

@@ -118,7 +118,8 @@ def run(options: argparse.Namespace, *, command: str) -> None:
     check_folders(result_folders(config), recipe)
     storage.configure(config.storage)
     digests: dict[str, str] = {}
-    with cli.planning({"workspace": config.workspace} | config.inputs()):
+    with cli.planning():
+        storage.check_reachable({"workspace": config.workspace} | config.inputs())
         plans = [plan(steps(trial.config), trial.config.workspace, digests) for trial in trials]
         for planned in plans:
             check(planned)

@@ -69,19 +69,21 @@ def is_local(uri: str) -> bool:
     return isinstance(filesystem(uri)[0], LocalFileSystem)
 
 
-def check_reachable(uri: str, key: str) -> None:
-    """Ask a location's store once, before any work: one that never answered is misspelt rather than busy.
+def check_reachable(locations: Mapping[str, str]) -> None:
+    """Ask the stores once, before any work: one that never answered is misspelt rather than busy.
 
-    Raises UserError that names the config key if there is no answer. What the answer says, its reader finds.
+    locations   by the config's key or the option
+
+    Raises UserError if there is no answer. What an answer says is left to whoever reads there.
     """
-    fs, path = filesystem(absolute(uri.rpartition("::")[2]))
-    if isinstance(fs, LocalFileSystem):
-        return
-    try:
-        fs.info(path)
-    except Exception as error:  # each client has its own
-        if unreachable(error):
-            raise UserError(f"{key}: {uri}: {explain(error)}") from error
+    for key, uri in locations.items():
+        try:
+            fs, path = filesystem(absolute(uri.rpartition("::")[2]))
+            if not isinstance(fs, LocalFileSystem):
+                fs.info(path)
+        except Exception as error:  # each client has its own
+            if unreachable(error):
+                raise UserError(f"{key}: {uri}: {explain(error)}") from error
 
 
 def join(uri: str, *parts: str) -> str:
