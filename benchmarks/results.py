@@ -140,12 +140,20 @@ def folders(config: PipelineConfig) -> dict[str, str]:
     return {p.step.name: p.folder for p in plan(steps(config), config.workspace)}
 
 
+def cell(means: dict[str, Any], score: str) -> str:
+    """A mean with its interval; "" if it was not measured."""
+    if score not in means:
+        return ""
+    ends = means["intervals"].get(score)
+    return f"{means[score]:.4g}" + (f" ({ends[0]:.4g} to {ends[1]:.4g})" if ends else "")
+
+
 def rows(split: Split, summary: dict[str, Any]) -> list[str]:
     """The table's lines for one split: the model's, then the baselines'."""
     scores = [("**trained**", summary), *((SIDES[side], of) for side, of in summary["baselines"].items())]
     return [
         f"| {split}, {summary['num_images']} | {name} | "
-        + " | ".join(f"{of[score]:.4g}" if score in of else "" for score in SCORES)
+        + " | ".join(cell(of, score) for score in SCORES)
         + " |"
         for name, of in scores
     ]
