@@ -64,7 +64,7 @@ class TiffRows:
     """The picture of a TIFF, read row by row. For one thread at a time.
 
     Raises ImageRejected for what is damaged, or can only be read whole: several pages, a picture that is
-    turned, another compression, values that are scaled by all others.
+    turned, another compression, a colour profile, values that are scaled by all others.
     """
 
     def __init__(self, file: TiffFile, size: int, how: Picture) -> None:
@@ -74,7 +74,8 @@ class TiffRows:
         pages = tiff.pages(file)
         self.page: TiffPage = pages[0]
         page = self.page
-        if len(pages) > 1 or how.range == "percentile" or page.tags.valueof(tiff.ORIENTATION, 1) != 1:
+        turned = page.tags.valueof(tiff.ORIENTATION, 1) != 1
+        if len(pages) > 1 or how.range == "percentile" or turned or page.iccprofile:
             raise ImageRejected("unreadable", "it can only be read whole")
         tiff.check_layout(page)
         tiff.check_places(page, size)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
-from PIL import Image
+from PIL import Image, ImageCms
 
 from stages.images import decode, geotiff
 from stages.images.kinds import ImageRejected
@@ -100,6 +100,9 @@ def test_what_must_be_read_whole_has_no_rows_and_a_turned_picture_no_place(tmp_p
     tifffile.imwrite(plain, noise(40, 30))
     assert geotiff.open_rows(plain, Picture(kind="grey", range="percentile")) is None
     rows_of(plain, Picture(kind="grey")).file.close()
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    tifffile.imwrite(tmp_path / "colours.tif", noise(40, 30, 3), photometric="rgb", iccprofile=profile)
+    assert geotiff.open_rows(tmp_path / "colours.tif", Picture(kind="rgb")) is None
     (tmp_path / "cut.tif").write_bytes(plain.read_bytes()[:600])
     assert geotiff.open_rows(tmp_path / "cut.tif", Picture(kind="grey")) is None
     (tmp_path / "no.tif").write_bytes(b"no TIFF")
