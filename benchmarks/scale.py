@@ -1,11 +1,15 @@
 """What grows with the size of a data set, at three sizes: does it stay linear, and what is the next limit?
 
-    python -m benchmarks.scale [--only description,finished] [--shards 2000,20000,195312]
+    python -m benchmarks.scale [--only description,plan] [--shards 2000,20000,195312]
 
 description   open a shards folder's description in a fresh process, as a training worker does: the Parquet
               manifest, and beside it the JSON document of older folders, in turns
 finished      what a resumed shard stage reads to know its parts and what the finished ones hold, on a real S3
               server whose every answer is 20 ms late
+
+plan          the plan of an epoch for one of 64 workers
+inventory     ingest of an S3 Inventory, and of the synthetic listing, in one process: 50 objects a shard
+sharding      processor time of a pair from S3 to a raw shard, of two objects and of halves of one; one size
 
 A shard has 512 pairs in row groups of 17. Stated are seconds, and by how much the process's memory grew at
 most.
@@ -14,6 +18,7 @@ most.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import subprocess
 import sys
@@ -24,15 +29,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stages import shard, storage
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from benchmarks.listing import PeakMemory, register
+from stages import ingest, shard, storage
+from stages.config.ingest import IngestConfig
 from stages.shards import dataset
 from stages.shards.card import RoleSums
 from stages.shards.dataset import DatasetSpec, RoleSpec
 from stages.shards.manifest import ShardFile, ShardFiles
+from stages.shards.order import plan_epoch
 from stages.storage.finished import GROUP, Finished
 from tests.stores.faults import Fault, FaultProxy
 from tests.stores.seaweed import SeaweedS3
 
+PAIRS = 200
 OPEN = """
 import json, sys, time
 from pathlib import Path
@@ -146,9 +160,115 @@ def report_finished(sizes: Sequence[int], folder: Path) -> None:
             )
 
 
+def report_plan(sizes: Sequence[int], _: Path) -> None:
+    """Print what the plan of an epoch costs one of 64 workers, with batches of 256."""
+    for shards in sizes:
+        groups = described(shards).splits["train"].sizes()
+        started = time.perf_counter()
+        with PeakMemory() as memory:
+            plan = plan_epoch(groups, seed=0, epoch=0, batch=256, rank=31, world=64)
+        print(
+            f"plan of an epoch, {shards:>7,} shards: {time.perf_counter() - started:6.2f} s, "
+            f"+{memory.growth:4.0f} MB; {plan.steps:,} steps, {len(plan.units):,} reads",
+            flush=True,
+        )
+
+
+def report_inventory(sizes: Sequence[int], folder: Path) -> None:
+    """Print how fast an inventory and the synthetic listing are ingested in one process."""
+    register()
+    for shards in sizes:
+        objects, rates = 50 * shards, {}
+        manifest = write_inventory(folder / f"inventory-{objects}", objects)
+        listed = {"uri": "s3://bucket/photos", "inventory": manifest, "pattern": "{group}/{key}_source.png"}
+        synthetic = {"uri": f"synthetic://{2 * objects}/source", "pattern": "{group}/{key}_source.png"}
+        for name, location in (("synthetic", synthetic), ("inventory", listed)):
+            config = IngestConfig.model_validate({"locations": [location | {"role": "source"}]})
+            started = time.perf_counter()
+            with PeakMemory() as memory:
+                task = ingest.ListingTask(ingest.units(config))
+                total = ingest.list_units(task, config=config, output=str(folder / name), requests=8).total
+            assert total["objects"] == objects
+            rates[name] = (
+                f"{objects / (time.perf_counter() - started):9,.0f} objects/s, +{memory.growth:.0f} MB"
+            )
+        started = time.perf_counter()
+        ingest.digest(config)
+        seconds = time.perf_counter() - started
+        print(
+            f"ingest of {objects:>9,} objects: synthetic listing {rates['synthetic']}; "
+            f"inventory {rates['inventory']}; unchanged? {seconds:.3f} s",
+            flush=True,
+        )
+
+
+def write_inventory(folder: Path, objects: int) -> str:
+    """An inventory of so many objects in Parquet files of a million; returns its manifest."""
+    (folder / "data").mkdir(parents=True)
+    (folder / "day").mkdir()
+    files = []
+    for first in range(0, objects, 1_000_000):
+        numbers = range(first, min(first + 1_000_000, objects))
+        keys = [f"photos/city_{n % 500}/frame_{n:09d}_source.png" for n in numbers]
+        table = pa.table(
+            {
+                "bucket": ["bucket"] * len(keys),
+                "key": keys,
+                "size": [1] * len(keys),
+                "e_tag": list(map(hex, numbers)),
+            }
+        )
+        pq.write_table(table, folder / "data" / f"{first}.parquet")
+        files.append({"key": f"inventory/data/{first}.parquet"})
+    content = {"sourceBucket": "bucket", "fileFormat": "Parquet", "files": files}
+    (folder / "day" / "manifest.json").write_text(json.dumps(content))
+    return str(folder / "day" / "manifest.json")
+
+
+def report_sharding(_: Sequence[int], folder: Path) -> None:
+    """Print the processor time of a pair from S3 to a raw shard in S3: two objects or halves of one."""
+    rng = np.random.default_rng(0)
+    with SeaweedS3(folder / "weed") as server:
+        storage.configure({"s3": server.options()})
+        server.client().call_s3("create_bucket", Bucket="shard")
+        for name, width, crops in (("two objects", 286, ("", "")), ("halves of one", 572, ("left", "right"))):
+            rows: list[dict[str, Any]] = []
+            for n in range(PAIRS):
+                row: dict[str, Any] = {"key": f"{n:04d}", "split": "train", "group": None}
+                for role, crop in zip(("source", "target"), crops, strict=True):
+                    uri = f"s3://shard/{name}/{n}-{role if not crop else 'both'}.jpg"
+                    if crop != "right":
+                        noise = rng.normal(128, 22, (286, width, 3)).clip(0, 255).astype(np.uint8)
+                        file = io.BytesIO()
+                        Image.fromarray(noise).save(file, "jpeg", quality=93)
+                        storage.write_bytes(uri, file.getvalue())
+                    row |= {f"{role}_uri": uri, f"{role}_crop": crop, f"{role}_derive": ""}
+                    row |= {f"{role}_size": file.tell(), f"{role}_etag": ""}
+                rows.append(row)
+            config = shard.ShardConfig(size=(286, 286))
+            specs = shard.role_specs(config, ["source", "target"])
+            parts = [folder / f"{name}-{turn}" / "part-00000.parquet" for turn in range(4)]
+            spent = []
+            for part in parts:
+                part.parent.mkdir()
+                pq.write_table(pa.Table.from_pylist(rows), part)
+                before = time.process_time()
+                output = f"s3://shard/out/{part.parent.name}"
+                shard.shard_part(str(part), output=output, config=config, specs=specs, io_threads=16)
+                spent.append(1000 * (time.process_time() - before) / PAIRS)
+            print(
+                f"sharding, {name:>13}: {min(spent[1:]):5.1f} ms of a core a pair "
+                f"({', '.join(f'{ms:.1f}' for ms in spent)}), {file.tell() / 1000:.0f} KB an object",
+                flush=True,
+            )
+
+
 REPORTS: dict[str, Callable[[Sequence[int], Path], None]] = {
     "description": report_description,
     "finished": report_finished,
+    "plan": report_plan,
+    "inventory": report_inventory,
+    "sharding": report_sharding,
 }
 
 
