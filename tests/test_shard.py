@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,18 +18,29 @@ import tifffile
 from PIL import Image
 from pydantic import ValidationError
 
-from stages import shard
+from stages import ingest, shard
 from stages.base import Resources
+from stages.config.ingest import IngestConfig
 from stages.config.shard import ShardConfig
 from stages.errors import StageError, UserError
-from stages.images import colour, decode, geometry, kinds
+from stages.images import colour, decode, encode, geometry, kinds
 from stages.images.colour import class_ids
 from stages.images.kinds import ImageRejected
 from stages.models.architecture import Picture
 from stages.shard import check_shapes, row_group_rows
 from stages.shards import card, dataset
 from stages.tracking.run import NullRun
-from tests.support.pairs import SIZE, ids, make_shards, pair_row, photo, photo_pairs, write_image, write_parts
+from tests.support.pairs import (
+    SIZE,
+    ids,
+    list_and_pair,
+    make_shards,
+    pair_row,
+    photo,
+    photo_pairs,
+    write_image,
+    write_parts,
+)
 
 
 def quarantine(folder: Path) -> dict[str, str]:
@@ -392,3 +405,37 @@ def test_the_message_of_too_many_rejects_quotes_examples_and_the_settings_that_h
     assert text.count("id 255") == 2
     assert "shard.palette lists" in text
     assert "\n" not in text
+
+
+def test_tars_of_webdataset_become_shards_and_a_damaged_member_is_quarantined(tmp_path: Path) -> None:
+    for number in range(2):
+        with tarfile.open(tmp_path / f"train-{number:03d}.tar", "w") as archive:
+            for n in range(3 * number, 3 * number + 3):
+                for at, role in enumerate(("source", "target")):
+                    data = encode.encode_png(photo(2 * n + at))
+                    member = tarfile.TarInfo(f"{n:06d}.{role}.png")
+                    data = data[:-30] if (n, role) == (4, "target") else data
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+                text = tarfile.TarInfo(f"{n:06d}.json")
+                archive.addfile(text, io.BytesIO())
+    uri = f"{tmp_path}/train-{{000..001}}.tar"
+    roles = ("source", "target")
+    listed = IngestConfig.model_validate(
+        {"locations": [{"uri": uri, "role": role, "pattern": f"{{key}}.{role}.png"} for role in roles]}
+    )
+    before = ingest.digest(listed)
+    parts = list_and_pair(listed, str(tmp_path / "work"))
+    config = ShardConfig(size=SIZE)
+    specs = shard.role_specs(config, roles)
+    done = shard.Summary()
+    for part in parts:
+        done.add(
+            shard.shard_part(part, output=str(tmp_path / "out"), config=config, specs=specs, io_threads=2)
+        )
+    assert (done.rows, dict(done.rejects)) == (6, {"truncated": 1})
+    assert sum(files.rows for files in done.splits().values()) == 5
+    (tmp_path / "train-001.tar").unlink()
+    with pytest.raises(UserError, match=r"ingest\.locations\.0\.uri: "):
+        ingest.digest(listed)
+    assert len(before) == 32

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from stages.base import Config
-from stages.config.locations import archive_parts, compile_pattern, is_archive, table_format
+from stages.config.locations import archive_parts, compile_pattern, expand_ranges, is_archive, table_format
 
 
 class LocationConfig(Config):
@@ -17,7 +17,8 @@ class LocationConfig(Config):
         str,
         Field(
             min_length=1,
-            description="The location, any fsspec URI: a folder, an image, an archive or a table.",
+            description="The location, any fsspec URI: a folder, an image, an archive or a table. {000..099} "
+            "in an archive's name stands for these numbers.",
         ),
     ]
     role: Annotated[
@@ -76,6 +77,7 @@ class LocationConfig(Config):
     def _chain_names_the_archive(cls, uri: str) -> str:
         if is_archive(uri):
             archive_parts(uri)
+            expand_ranges(uri)
         return uri
 
 

@@ -21,6 +21,7 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 ZIP_SUFFIXES = (".zip",)
 FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _NUMBER = r"-?[0-9]{1,15}(?:\.[0-9]{1,9})?"
 _CAPTURES = {"key": r"(?s:.+)", "split": r"[^/]+", "group": r"[^/]+", "x": _NUMBER, "y": _NUMBER}
 _TOKEN = re.compile(r"\{([^{}]*)\}|(\*\*)|(\*)|([^{}*]+)|(.)", re.DOTALL)
@@ -47,6 +48,23 @@ def is_archive(uri: str) -> bool:
     return uri.startswith(("tar://", "zip://")) or uri.split("?", maxsplit=1)[0].lower().endswith(
         TAR_SUFFIXES + ZIP_SUFFIXES
     )
+
+
+def expand_ranges(uri: str) -> list[str]:
+    """The archives that a range of numbers stands for: `{000..099}` as WebDataset writes it; or the one.
+
+    Raises:
+        ValueError: the range ends before it starts.
+    """
+    match = _RANGE.search(uri)
+    if match is None:
+        return [uri]
+    first, last = int(match[1]), int(match[2])
+    if last < first:
+        raise ValueError(f"{match[0]} ends before it starts")
+    before, after = uri[: match.start()], expand_ranges(uri[match.end() :])
+    numbers = (f"{number:0{len(match[1])}d}" for number in range(first, last + 1))
+    return [f"{before}{number}{rest}" for number in numbers for rest in after]
 
 
 def archive_parts(uri: str) -> tuple[str, str, str]:

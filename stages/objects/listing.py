@@ -28,7 +28,7 @@ from urllib.parse import unquote, urlsplit
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from stages.config.locations import is_archive
+from stages.config.locations import expand_ranges, is_archive
 from stages.objects import archives, patterns
 from stages.storage import filesystem, retried, s3, speaks
 
@@ -43,7 +43,7 @@ class Unit:
     folder    the folders `paths` without the folders in them
     range     S3 keys after `after` up to and including `until` ("" is open)
     index     a server's pages
-    archive   an archive's members
+    archive   the members of the archive `paths`, a URI
     file      a single file
     table     a row group of a table, which is read and not listed (`objects.tables`)
     inventory a data file of an S3 Inventory, which is read and not listed (`objects.inventory`)
@@ -124,8 +124,9 @@ def split_location(uri: str, *, want: int) -> list[Unit]:
         ValueError: the location is a glob.
     """
     if is_archive(uri):
-        retried(lambda: archives.info(uri))
-        return [Unit("archive")]
+        every = expand_ranges(uri)
+        retried(lambda: archives.info(every[0]))
+        return [Unit("archive", (archive,)) for archive in every]
     fs, base = filesystem(uri)
     if speaks(fs, "http"):
         return [Unit("file" if patterns.is_image(urlsplit(uri).path) else "index")]
@@ -218,7 +219,7 @@ def pages(uri: str, unit: Unit, *, requests: int = 16) -> Iterator[Page]:
         FileNotFoundError, PermissionError, OSError: there is no such location, or it cannot be read.
     """
     if unit.kind == "archive":
-        yield from _archive_pages(uri)
+        yield from _archive_pages(unit.paths[0])
         return
     fs, base = filesystem(uri)
     if unit.kind == "file":

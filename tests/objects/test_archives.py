@@ -66,7 +66,7 @@ def test_names_as_other_programs_write_them_are_paths(tmp_path: Path) -> None:
     absolute = make_tar(tmp_path / "a.tar.gz", ["/set/A/1.jpg", "//set/B/1.jpg", "././set/C/1.jpg"], "w:gz")
     assert [member.path for member in members(absolute)] == ["set/A/1.jpg", "set/B/1.jpg", "set/C/1.jpg"]
     for uri in (f"zip://set/A::{windows}", f"tar://set/A::{absolute}"):
-        (page,) = listing.pages(uri, listing.Unit("archive"))
+        (page,) = listing.pages(uri, listing.Unit("archive", (uri,)))
         assert page.paths == ["1.jpg"]
         reader, wanted = Reader(), Object(page.uris[0], page.sizes[0], page.etags[0])
         reader.stream_archives([wanted])

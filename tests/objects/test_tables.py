@@ -136,6 +136,7 @@ def test_one_file_is_one_address_however_it_is_written(tmp_path: Path, cell: str
         b" Source , TARGET,Key\na.png, b.png,k \n\n",
         b',"Key","source","target"\n0,"k","a.png","b.png"\n',
         "\ufeffsource,target,key\na.png,b.png,k".encode(),
+        '\ufeff"Source","target","key"\r\n".\\a.png","sub/../b.png","k"\r\n'.encode(),
         "source,target,key\na.png,b.png,k\n".encode("utf-16"),
         "source;target;key\r\na.png;b.png;k\r\n".encode("utf-16-be"),
         "source\ttarget\tkey\na.png\tb.png\tk\n".encode("utf-16-le"),
