@@ -28,7 +28,7 @@ from stages.config.locations import absolute, holds
 from stages.config.pair import PairConfig
 from stages.config.report import ReportConfig
 from stages.config.shard import AugmentConfig, ShardConfig
-from stages.config.tracking import TrackingConfig
+from stages.config.tracking import ARTIFACTS, TrackingConfig, sqlite_file
 from stages.config.train import TrainConfig
 from stages.errors import QUOTE, UserError, first_invalid
 
@@ -117,12 +117,17 @@ class PipelineConfig(Config):
 
     def _check_workspace(self) -> None:
         """Raise ValueError if an input location would hold the run's own results at its next run."""
-        for key, uri in self.inputs().items():
-            if holds(uri, self.workspace):
-                raise ValueError(
-                    f"workspace: {self.workspace} is in {key} ({uri}), so results would be read as images; "
-                    "name a folder outside of it, or the folder of the images alone"
-                )
+        folders = {"workspace": self.workspace}
+        database = sqlite_file(self.tracking.place(self.workspace))
+        if self.tracking.enabled and database is not None:
+            folders["tracking.uri"] = str(database.parent / ARTIFACTS)
+        for name, folder in folders.items():
+            for key, uri in self.inputs().items():
+                if holds(uri, folder):
+                    raise ValueError(
+                        f"{name}: {folder} is in {key} ({uri}), so results would be read as images; "
+                        "name a folder outside of it, or the folder of the images alone"
+                    )
 
 
 def load(path: str, overrides: Iterable[str] = (), profile: str | None = None) -> PipelineConfig:

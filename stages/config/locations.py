@@ -45,9 +45,13 @@ def holds(location: str, folder: str) -> bool:
 
 def is_archive(uri: str) -> bool:
     """Whether a location is an archive, by its chain or its suffix."""
-    return uri.startswith(("tar://", "zip://")) or uri.split("?", maxsplit=1)[0].lower().endswith(
-        TAR_SUFFIXES + ZIP_SUFFIXES
-    )
+    return uri.startswith(("tar://", "zip://")) or plain_name(uri).endswith(TAR_SUFFIXES + ZIP_SUFFIXES)
+
+
+def plain_name(uri: str) -> str:
+    """A location in lower case, of a web address without its query."""
+    web = uri.startswith(("http://", "https://"))
+    return (uri.partition("?")[0] if web else uri).lower()
 
 
 def expand_ranges(uri: str) -> list[str]:
@@ -81,7 +85,7 @@ def archive_parts(uri: str) -> tuple[str, str, str]:
                 f"name the archive after '::', as in {protocol}://::https://host/images.{protocol}"
             )
         return protocol, inside.strip("/"), outer
-    name = uri.partition("?")[0].lower()
+    name = plain_name(uri)
     return "zip" if name.endswith(ZIP_SUFFIXES) else "tar", "", uri
 
 
@@ -91,7 +95,7 @@ def table_format(uri: str) -> str:
     Raises:
         ValueError: the suffix is not one of `FORMATS`.
     """
-    name = uri.partition("?")[0].lower().removesuffix(".gz")
+    name = plain_name(uri).removesuffix(".gz")
     for suffix, kind in FORMATS.items():
         if name.endswith(suffix):
             return kind

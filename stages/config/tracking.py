@@ -16,6 +16,9 @@ from stages.config.locations import absolute
 
 Promotion = Literal["interval", "mean"]
 
+ARTIFACTS = "artifacts"
+"""The folder beside a SQLite file that holds its runs' artifacts."""
+
 
 def sqlite_file(uri: str) -> Path | None:
     """The file of a SQLite URI, as SQLAlchemy reads it; None for servers and for databases in memory."""

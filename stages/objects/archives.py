@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any, cast
 
-from stages.config.locations import archive_parts
+from stages.config.locations import archive_parts, plain_name
 from stages.storage import filesystem
 
 _ROOT = re.compile(r"\A(?:\.?/)+")  # of names that begin with "./", or with "/", as `tar -P` writes
@@ -37,10 +37,6 @@ class Member:
     size: int
     etag: str
     fault: str = ""
-
-
-def _file_name(uri: str) -> str:
-    return uri.partition("?")[0].lower()
 
 
 def info(uri: str) -> dict[str, Any]:
@@ -72,7 +68,7 @@ def members(uri: str, version: str) -> Iterator[Member]:
     fs, path = filesystem(outer)
     try:
         with fs.open(path, "rb") as file:
-            entries = _tar_members(file, _file_name(outer)) if protocol == "tar" else _zip_members(file)
+            entries = _tar_members(file, plain_name(outer)) if protocol == "tar" else _zip_members(file)
             others, any_below = "", False
             for name, size, place, fault in entries:
                 clean = _ROOT.sub("", name)

@@ -28,7 +28,7 @@ from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from stages.config.locations import archive_parts
+from stages.config.locations import archive_parts, plain_name
 from stages.images.kinds import ImageRejected
 from stages.objects import archives
 from stages.objects.listing import etag_of, local_etag
@@ -91,7 +91,7 @@ class Reader:
         for member in wanted:
             if member.uri.startswith("tar://"):
                 _, _, outer = archive_parts(member.uri)
-                if outer.split("?")[0].lower().endswith(_COMPRESSED):
+                if plain_name(outer).endswith(_COMPRESSED):
                     members_of.setdefault(outer, {})[member.uri] = member
         for outer, members in members_of.items():
             with suppress(FileNotFoundError):  # `read` reports each member as missing
@@ -146,7 +146,7 @@ class Reader:
     def _read_member(self, wanted: Object) -> bytes:
         protocol, _, outer = archive_parts(wanted.uri)
         place = (_TAR_PLACE if protocol == "tar" else _ZIP_PLACE).fullmatch(wanted.etag)
-        if place is None or outer.split("?")[0].lower().endswith(_COMPRESSED):
+        if place is None or plain_name(outer).endswith(_COMPRESSED):
             fs, path = filesystem(wanted.uri)  # the place is unknown: fsspec searches the archive
             return cast(bytes, fs.cat_file(path))
         if self._version(outer) != place[place.lastindex or 0]:

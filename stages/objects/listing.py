@@ -135,10 +135,12 @@ def split_location(uri: str, *, want: int) -> list[Unit]:
     try:
         kind = retried(lambda: fs.info(base))["type"]
     except FileNotFoundError:
-        if "*" in uri:
-            suffix = re.sub(r".*\*", "", uri) or ".*"
+        folder, glob, rest = re.match(r"([^*?[]*)([*?[]?)(.*)", uri, re.DOTALL).groups()  # type: ignore[union-attr]
+        if glob:
+            suffix = re.sub(r".*[*?\]]", "", rest) or ".*"
             raise ValueError(
-                f"a location is no glob: name the folder alone, and as pattern '{{key}}{suffix}'"
+                f"a location is no glob: name the folder {folder.rpartition('/')[0] or '.'} alone, "
+                f"and as pattern '{{key}}{suffix}'"
             ) from None
         raise
     if kind == "file":

@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from stages import storage
-from stages.config.tracking import TrackingConfig, sqlite_file, sqlite_uri
+from stages.config.tracking import ARTIFACTS, TrackingConfig, sqlite_file, sqlite_uri
 from stages.errors import UserError, one_line
 from stages.images import encode
 from stages.tracking import sender
@@ -249,7 +249,7 @@ def _open_experiment(uri: str, name: str) -> str:
         return str(experiment.experiment_id)
     location = None  # a server decides where artifacts go
     if (file := sqlite_file(uri)) is not None:
-        location = (file.parent / "artifacts" / name).as_uri()
+        location = (file.parent / ARTIFACTS / name).as_uri()
     return str(client.create_experiment(name, artifact_location=location))
 
 

@@ -94,9 +94,46 @@ def test_a_missing_folder_and_a_glob_are_no_locations(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught:
         listing.split_location(str(tmp_path / "nothing"), want=4)
     assert retry.explain(caught.value) == "there is no such bucket, folder or file"
-    for glob, suffix in (("*.png", ".png"), ("**/a_*.jpg", ".jpg"), ("*", ".*")):
-        with pytest.raises(ValueError, match=f"no glob: .*pattern '{{key}}{re.escape(suffix)}'"):
+    globs = {"*.png": ".png", "**/a_*.jpg": ".jpg", "*": ".*", "a?.png": ".png", "[ab].png": ".png"}
+    for glob, suffix in globs.items():
+        message = f"no glob: name the folder {tmp_path} alone, and as pattern '{{key}}{re.escape(suffix)}'"
+        with pytest.raises(ValueError, match=message):
             listing.split_location(str(tmp_path / glob), want=4)
+
+
+MARKED = ["a[1].png", "b?.png", "c*.png", "d[1]/e?.png"]
+"""Names that hold what a glob means something by."""
+
+
+def test_names_with_marks_of_globs_are_files_as_others(tmp_path: Path) -> None:
+    make_files(tmp_path, *MARKED, "a1.png")
+    assert sorted(list_paths(str(tmp_path))) == sorted([*MARKED, "a1.png"])
+    for name in (*MARKED[:3], "d[1]"):
+        (unit,) = listing.split_location(str(tmp_path / name), want=1)
+        (path,) = [uri for page in listing.pages(str(tmp_path / name), unit) for uri in page.uris]
+        assert path.startswith(str(tmp_path / name))
+        assert Reader().read(Object(path)) == Path(path).read_bytes()
+
+
+@pytest.mark.s3
+def test_keys_with_marks_of_globs_are_read_and_removed_alone(
+    s3_bucket: str, s3_store: SeaweedS3, client_options: None
+) -> None:
+    storage.configure({"s3": s3_store.options()})
+    for name in (*MARKED, "a1.png", "d1/e1.png"):
+        storage.write_bytes(f"s3://{s3_bucket}/in/{name}", name.encode())
+    for name in MARKED[:3]:
+        uri = f"s3://{s3_bucket}/in/{name}"
+        (unit,) = listing.split_location(uri, want=1)
+        assert [u for page in listing.pages(uri, unit) for u in page.uris] == [uri]
+        assert Reader().read(Object(uri)) == name.encode()
+        storage.remove(uri)
+    storage.remove(f"s3://{s3_bucket}/in/d[1]")
+    assert storage.list_names(f"s3://{s3_bucket}/in") == ["a1.png"]
+    assert storage.list_names(f"s3://{s3_bucket}/in/d1") == ["e1.png"]
+    assert not storage.exists(f"s3://{s3_bucket}/in/d[1]/e?.png")
+    with pytest.raises(ValueError, match="no glob"):
+        listing.split_location(f"s3://{s3_bucket}/in/?.png", want=1)
 
 
 def test_a_single_file_is_a_location(tmp_path: Path) -> None:

@@ -89,6 +89,20 @@ def test_results_are_never_below_the_images_they_come_from(
     assert "--output: " in capsys.readouterr().err
 
 
+def test_the_runs_of_a_remote_workspace_are_not_read_as_images_of_this_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    file = write_config(tmp_path, workspace="s3://bucket/ws")
+    with pytest.raises(
+        UserError, match=r"tracking.uri: .*/mlflow/artifacts is in ingest.locations.0.uri \(\.\)"
+    ):
+        config.load(file, ["ingest.locations.0.uri=."])
+    config.load(file, ["ingest.locations.0.uri=.", "tracking.enabled=false"])
+    config.load(file, ["ingest.locations.0.uri=.", "tracking.uri=http://localhost:5000"])
+
+
 def test_a_workspace_beside_the_images_or_around_them_is_allowed(tmp_path: Path) -> None:
     file = write_config(tmp_path, workspace="s3://bucket/photos-ws")
     config.load(file, ["ingest.locations.0.uri=s3://bucket/photos"])
