@@ -23,7 +23,7 @@ from typing import Any
 from pipeline import cli
 from pipeline import config as configuration
 from pipeline.config import PipelineConfig
-from stages.config.ingest import IngestConfig, LocationConfig
+from stages.config.ingest import LocationConfig
 from stages.errors import PixloomError, UserError, one_line
 
 HELP = """\
@@ -83,8 +83,8 @@ def read_location(location: LocationConfig) -> str:
     from stages import ingest  # noqa: PLC0415
     from stages.objects.fetch import Object, Reader  # noqa: PLC0415
 
-    config = IngestConfig(locations=(location,))
-    found = (ingest.unit_rows(location, 0, item.unit, requests=1) for item in ingest.units(config))
+    units = ingest.cut_location(location)
+    found = (ingest.unit_rows(location, 0, unit, requests=1) for unit in units)
     for objects, _, _ in islice(chain.from_iterable(found), BATCHES):
         for row in objects.slice(0, 1).to_pylist():
             data = Reader().read(Object(row["uri"], row["size"], row["etag"]))

@@ -240,8 +240,17 @@ def root(location: LocationConfig) -> str:
     return head + chained + absolute(outer)
 
 
+def cut_location(location: LocationConfig) -> list[Unit]:
+    """The units of a location: parts of a listing, a Parquet table's row groups, an inventory's files."""
+    if location.inventory is not None:
+        return inventory.units(location.inventory, root(location))
+    if location.role == "table":
+        return [Unit("table", row_group=n) for n in range(tables.count_row_groups(root(location)))]
+    return split_location(root(location), want=UNITS_PER_LOCATION)
+
+
 def units(config: IngestConfig, *, inventories: bool = True) -> list[LocationUnit]:
-    """The units of all locations: parts of a listing, a Parquet table's row groups, an inventory's files.
+    """The units of all locations.
 
     inventories   False: leave out locations that have an inventory
 
@@ -253,12 +262,7 @@ def units(config: IngestConfig, *, inventories: bool = True) -> list[LocationUni
         if location.inventory is not None and not inventories:
             continue
         with located(place(config, index)):
-            if location.inventory is not None:
-                cut = inventory.units(location.inventory, root(location))
-            elif location.role == "table":
-                cut = [Unit("table", row_group=n) for n in range(tables.count_row_groups(root(location)))]
-            else:
-                cut = split_location(root(location), want=UNITS_PER_LOCATION)
+            cut = cut_location(location)
         numbered += [LocationUnit(number, index, unit) for number, unit in enumerate(cut, len(numbered))]
     return numbered
 

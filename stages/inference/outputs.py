@@ -113,10 +113,10 @@ class UnitCounts:
 
     def __init__(self, output: str, units: int) -> None:
         self.finished = Finished(storage.join(output, FINISHED), range(units))
-        self.total = sum(map(Counter, self.finished.read()), Counter[str]())
+        marked = finished_units(output)
+        self.total = sum(map(Counter, self.finished.read(marked)), Counter[str]())
         self.of_group: defaultdict[int, Counter[str]] = defaultdict(Counter)
-        left = self.finished.left
-        there = sorted(finished_units(output) & left) if left else []
+        there = sorted(marked & self.finished.left)
         with ThreadPoolExecutor(32) as threads:
             for unit, counts in zip(there, threads.map(partial(part_counts, output), there), strict=True):
                 self.add(unit, counts)

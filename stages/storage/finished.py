@@ -8,7 +8,7 @@ for 200,000 units. It reads 200 files instead, and looks only at the units of an
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -27,10 +27,18 @@ class Finished:
         for unit in units:
             self.unfinished.setdefault(unit // GROUP, set()).add(unit)
 
-    def read(self) -> list[Any]:
-        """The sums of the finished thousands. Their units are left out of `left` from now on."""
+    def read(self, marked: Collection[int] | None = None) -> list[Any]:
+        """The sums of the finished thousands. Their units are left out of `left` from now on.
+
+        marked   units whose own marker is there, where it is known: a thousand that lacks one is not finished
+        """
         there = set(list_names(self.folder))
-        groups = [group for group in sorted(self.unfinished) if self._name(group) in there]
+        known = None if marked is None else set(marked)
+        groups = [
+            group
+            for group, units in sorted(self.unfinished.items())
+            if self._name(group) in there and (known is None or units <= known)
+        ]
         with ThreadPoolExecutor(READERS) as threads:
             sums = list(threads.map(lambda group: read_json(join(self.folder, self._name(group))), groups))
         for group in groups:

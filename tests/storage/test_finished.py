@@ -22,6 +22,9 @@ def test_a_thousand_units_are_one_file_and_the_rest_are_left(tmp_path: Path) -> 
     resumed = Finished(str(tmp_path), units)
     assert resumed.read() == [{"last": 995}, {"last": 2700}]
     assert resumed.left == set(range(1000, 1500)) == finished.left
+    without = Finished(str(tmp_path), units)
+    assert without.read(marked=set(units) - {5}) == [{"last": 2700}]
+    assert 5 in without.left
 
 
 def test_reading_takes_a_request_a_thousand_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
