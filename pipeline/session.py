@@ -8,7 +8,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, get_args
 
@@ -59,7 +59,27 @@ def run(
     pipeline = (*steps(config), *registration(config))
     with planning():
         storage.check_reachable({"workspace": config.workspace} | config.inputs())
-        planned = plan(needed(pipeline, only) if only else pipeline, config.workspace)
+    # A cluster that is there also looks whether the data changed. One of our own is not started for that.
+    with run_cluster(config) if "RAY_ADDRESS" in os.environ else nullcontext():
+        stop_on_sigterm()
+        with planning():
+            planned = plan(needed(pipeline, only) if only else pipeline, config.workspace)
+        return do_planned(
+            config, planned, path=path, command=command, only=only, until=until, plan_only=plan_only
+        )
+
+
+def do_planned(
+    config: PipelineConfig,
+    planned: tuple[PlannedStep, ...],
+    *,
+    path: str,
+    command: str,
+    only: str | None,
+    until: str | None,
+    plan_only: bool,
+) -> str:
+    """Run what is planned and not done; as `run`."""
     if plan_only:
         check(select(planned, only=None, until=until))
         available = gpu_memory() if uses_gpu(config) else None
@@ -87,10 +107,15 @@ def run(
     return summary(config, chosen, markers)
 
 
+def run_cluster(config: PipelineConfig) -> AbstractContextManager[None]:
+    """The run's cluster."""
+    return cluster(config.resources, config.storage, result_folders(config))
+
+
 @contextmanager
 def on_cluster(config: PipelineConfig, parent: Run) -> Iterator[None]:
-    """The run's cluster, for a block; its machines are recorded."""
-    with cluster(config.resources, config.storage, result_folders(config)):
+    """The run's cluster, for a block, if it has not joined one; its machines are recorded."""
+    with nullcontext() if ray.is_initialized() else run_cluster(config):
         parent.tags({"pixloom.hosts": hosts()})
         yield
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import ray
 
 from stages.base import Outcome, Resources
 from stages.config.ingest import IngestConfig, LocationConfig
@@ -286,13 +287,37 @@ def unit_rows(
 def digest(config: IngestConfig) -> str:
     """A hash of every matching object's (uri, size, etag), in no order: it changes if a location's data do.
 
-    The planner computes it in every run, in constant memory and without Ray. Objects that no pattern matches
-    do not count: a note next to the images must not train a model again. Of an inventory only the manifest is
-    read, by one request.
+    The planner computes it in every run, in constant memory: over the cluster if it has joined one, else in
+    this process. Objects that no pattern matches do not count: a note next to the images must not train a
+    model again. Of an inventory only the manifest is read, by one request.
 
     Raises:
         UserError: there is no such location, or it cannot be read.
     """
+    total, total_count = no_rows(), 0
+    for index, location in enumerate(config.locations):
+        if location.inventory is not None:
+            with located(place(config, index)):
+                total += row_sums(pa.array([location.uri]), pa.array([inventory.version(location.inventory)]))
+                total_count += 1
+    items, call = units(config, inventories=False), partial(sum_units, config=config)
+    if ray.is_initialized():
+        added = each(call, tasks_of(items), stage="changes")
+    else:
+        added = iter([call(ListingTask(items))])
+    for sums, count in added:
+        total += sums
+        total_count += count
+    return spell(total, total_count)
+
+
+def tasks_of(items: Sequence[LocationUnit]) -> list[ListingTask]:
+    """Tasks of as many units as a task has threads."""
+    return [ListingTask(items[n : n + LISTING_THREADS]) for n in range(0, len(items), LISTING_THREADS)]
+
+
+def sum_units(task: ListingTask, *, config: IngestConfig) -> tuple[Uint64s, int]:
+    """The sums of the rows of a task's units, and their number."""
 
     def of_unit(item: LocationUnit) -> tuple[Uint64s, int]:
         index, location = item.location, config.locations[item.location]
@@ -306,16 +331,11 @@ def digest(config: IngestConfig) -> str:
         return sums, count
 
     total, total_count = no_rows(), 0
-    for index, location in enumerate(config.locations):
-        if location.inventory is not None:
-            with located(place(config, index)):
-                total += row_sums(pa.array([location.uri]), pa.array([inventory.version(location.inventory)]))
-                total_count += 1
     with ThreadPoolExecutor(LISTING_THREADS) as threads:
-        for sums, count in threads.map(of_unit, units(config, inventories=False)):
+        for sums, count in threads.map(of_unit, task.units):
             total += sums
             total_count += count
-    return spell(total, total_count)
+    return total, total_count
 
 
 def table_sums(uri: str) -> Uint64s:
@@ -426,8 +446,7 @@ def run(config: IngestConfig, resources: Resources, *, output: str, track: Run) 
     Raises:
         UserError: a location is missing, empty or cannot be read, or its pattern matches nothing.
     """
-    items = units(config)
-    tasks = [ListingTask(items[n : n + LISTING_THREADS]) for n in range(0, len(items), LISTING_THREADS)]
+    tasks = tasks_of(units(config))
     call = partial(list_units, config=config, output=output, requests=resources.io_threads)
     listing = Listing()
     with Progress("ingest", total=None, unit="objects") as progress:

@@ -18,6 +18,7 @@ from stages.base import Resources
 from stages.config.ingest import IngestConfig, LocationConfig
 from stages.errors import UserError
 from stages.ingest import LocationUnit
+from stages.objects.digest import spell
 from stages.objects.listing import Page, Unit
 from stages.tracking.run import NullRun
 from tests.stores.faults import Fault, FaultProxy
@@ -322,6 +323,8 @@ def test_locations_are_listed_and_again_to_the_same_end(ray_local: None, tmp_pat
     (output / "objects-00099-0000.parquet").write_bytes(b"left by a killed run of another cut")
     run(listed, output)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == first
+    sums, count = ingest.sum_units(ingest.ListingTask(ingest.units(listed)), config=listed)
+    assert ingest.digest(listed) == spell(sums, count)  # in tasks, and in this process
 
 
 @pytest.mark.ray
