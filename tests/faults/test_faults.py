@@ -341,7 +341,7 @@ def test_flips_that_stay_are_one_error_when_shards_are_read(
     client = store.client()
     client.cp(f"{bucket}/calm/shards", f"{bucket}/rotten", recursive=True)
     spec = dataset.load(f"s3://{bucket}/rotten")
-    name = spec.splits["train"][0].name
+    name = next(iter(spec.splits["train"])).name
     data = bytearray(client.cat_file(f"{bucket}/rotten/{name}"))
     data[len(data) // 3] ^= 4
     client.pipe_file(f"{bucket}/rotten/{name}", bytes(data))
