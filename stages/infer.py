@@ -46,6 +46,7 @@ from stages.models.fast.process import tune_process
 from stages.models.files.saved import fingerprint, load_model
 from stages.objects.fetch import Object, Reader
 from stages.parallel.cluster import on_actors, pool_size, threads, uses_gpu
+from stages.parallel.monitoring import INFER_IMAGES
 from stages.parallel.threads import prefetch_map, results
 from stages.progress import Progress
 from stages.shards import dataset
@@ -681,6 +682,8 @@ def generate(
         most = pool_size(resources, gpu=gpu)
         for row in on_actors(InferenceWorker, job, units, stage="infer", most=most, gpu=gpu):
             counts.add(int(row["unit"]), row["counts"])
+            if row["counts"]["images"]:
+                INFER_IMAGES.inc(row["counts"]["images"])
             progress.advance(row["counts"]["images"])
 
 

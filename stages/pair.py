@@ -38,6 +38,7 @@ from stages.errors import StageError, UserError
 from stages.objects.digest import key_hashes
 from stages.objects.tables import ROLES, reject_text
 from stages.parallel.cluster import each
+from stages.parallel.monitoring import count_rejected
 from stages.progress import Progress
 from stages.storage import (
     join,
@@ -547,6 +548,8 @@ def run(
         tasks = [GatherTask(number, sorted(scatters[number])) for number in sorted(scatters)]
         for done in each(call, tasks, stage="pair"):
             counts.update(done.counts)
+            reasons = {name: n for name, n in done.counts.items() if name.startswith("reject_")}
+            count_rejected("pair", {name.removeprefix("reject_"): n for name, n in reasons.items()})
             files.update(done.files)
             examples += done.examples
             progress.advance()

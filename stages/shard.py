@@ -41,6 +41,7 @@ from stages.models.architecture import Picture
 from stages.models.fast.heap import keep_freed_memory
 from stages.objects.fetch import Object, Reader
 from stages.parallel.cluster import each
+from stages.parallel.monitoring import count_rejected
 from stages.parallel.threads import prefetch_map
 from stages.progress import Progress
 from stages.shards import card, dataset
@@ -583,6 +584,7 @@ def run(config: ShardConfig, resources: Resources, *, output: str, track: Run, p
             if finished.finish(number):
                 finished.write(number, group.to_json())
                 summary.merge(groups.pop(number // GROUP).to_json())
+            count_rejected("shard", marker["rejects"])
             done += 1
             progress.advance(marker["rows"], f"{done:,}/{len(parts):,} parts")
     summary.check(config.max_reject_fraction, output)

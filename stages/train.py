@@ -360,7 +360,7 @@ def _train(setup: Setup) -> Ending:
             channel,
             samples,
             preempted=lambda: ray.train.get_preemption_info() is not None,
-            load=lambda: machine_metrics(device),
+            load=lambda: machine_metrics(device, worker.rank if worker.world > 1 else None),
             record=CudaGraphs() if setup.cuda_graph and device.type == "cuda" else None,
         )
 

@@ -16,6 +16,7 @@ import logging
 import queue
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -271,6 +272,8 @@ class Writer:
     folder: str
     keep: int
     tell: Callable[[str], None] = logger.warning
+    saved: Callable[[float], None] = lambda _: None
+    """Called after each checkpoint with the seconds that writing it took."""
     failure: str = ""
     """Why the last checkpoint was not written, or ""."""
     _queue: queue.Queue[Checkpoint] = field(default_factory=lambda: queue.Queue(maxsize=1))
@@ -306,6 +309,7 @@ class Writer:
 
     def _save(self, checkpoint: Checkpoint) -> str:
         """Write one; returns why it could not be written, or ""."""
+        started = time.monotonic()
         try:
             retried(lambda: save(self.folder, checkpoint, keep=self.keep))
         except Exception as error:  # every store's client has its own
@@ -314,4 +318,5 @@ class Writer:
                 f"checkpoint {folder_name(checkpoint.position)} not written ({reason}); training continues"
             )
             return reason
+        self.saved(time.monotonic() - started)
         return ""

@@ -3,7 +3,7 @@
 open_mailbox()               the driver's mailbox, which all workers can reach
 Courier(mailbox)             how a worker sends news: without waiting
 reading(mailbox, handle)     the driver: handle news while the phase runs
-NewsRecorder                 the driver: news becomes progress lines and MLflow records
+NewsRecorder                 the driver: news becomes progress lines, MLflow records, metrics
 LostWorkers(mailbox)         Ray Train's controller: a line for each worker that failed
 """
 
@@ -21,8 +21,21 @@ import ray
 from ray.train import UserCallback
 
 from stages.errors import cause
+from stages.parallel import monitoring
 from stages.progress import Progress
-from stages.training.news import Advance, Begin, Mailbox, News, Note, Point, Points, SampleGrid, Stop
+from stages.training.news import (
+    Advance,
+    Begin,
+    Mailbox,
+    News,
+    Note,
+    Point,
+    Points,
+    Restart,
+    SampleGrid,
+    Saved,
+    Stop,
+)
 
 POLL_S = 1.0
 
@@ -72,9 +85,9 @@ class LostWorkers(UserCallback):  # type: ignore[misc]
         self.mailbox = mailbox
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
-        """Post a note."""
+        """Post the news."""
         lost = ", ".join(f"worker {rank} was lost ({cause(e)})" for rank, e in worker_exceptions.items())
-        self.mailbox.post.remote([Note(f"{lost}; restarting the group from its last checkpoint")])
+        self.mailbox.post.remote([Restart(f"{lost}; restarting the group from its last checkpoint")])
 
 
 @contextmanager
@@ -123,9 +136,14 @@ class NewsRecorder:
     """The last recorded step of each curve."""
     _last_step: int = -1
     _pictured: int = -1
+    _restarts: int = 0
     _progress: Progress | None = None
     _text: str = ""
     """The end of the next progress line, until it is written."""
+
+    def __post_init__(self) -> None:
+        self._phase = {"phase": self.label.removeprefix("train-")}
+        monitoring.TRAIN_RESTARTS.set(0, self._phase)
 
     def handle(self, news: Sequence[News]) -> None:
         """Log and record news."""
@@ -137,6 +155,12 @@ class NewsRecorder:
                     self._advance(images, text)
                 case Note(text):
                     logger.warning("%-13s %s", self.label, text)
+                case Restart(text):
+                    logger.warning("%-13s %s", self.label, text)
+                    self._restarts += 1
+                    monitoring.TRAIN_RESTARTS.set(self._restarts, self._phase)
+                case Saved(seconds):
+                    monitoring.TRAIN_CHECKPOINT_SECONDS.set(seconds, self._phase)
                 case Begin(notes):
                     logger.info("%-13s %s", self.label, "  ".join(f"{name} {notes[name]}" for name in notes))
                     self.sink.tags({f"pixloom.{name}": text for name, text in notes.items()})
@@ -146,12 +170,17 @@ class NewsRecorder:
                         self.sink.image(pixels, "samples", step)
 
     def finish(self) -> None:
-        """Write the last progress line if it was not written yet."""
+        """Write the last progress line if it was not written yet; nothing flows any more."""
+        for gauge in monitoring.CURVES.values():
+            gauge.set(0, self._phase)
         if self._progress is not None and self._text:
             self._progress.say(self._text)
 
     def _record(self, points: Sequence[Point]) -> None:
         fresh = [point for point in points if point.step > self._last_steps.get(point.name, -1)]
+        for point in fresh:
+            if point.name in monitoring.CURVES:
+                monitoring.CURVES[point.name].set(point.value, self._phase)
         self._last_steps |= {point.name: point.step for point in fresh}
         # curves per layer are in metrics.parquet only: they are too many for a page of charts
         self.sink.metrics_batch(point for point in fresh if "/layer" not in point.name)
@@ -167,5 +196,7 @@ class NewsRecorder:
         if self._progress is None or images < self._progress.done:
             self._progress = Progress(self.label, total=self.total_images, unit="images", done=images)
         spoken = self._progress.spoken
+        if images > self._progress.done:
+            monitoring.TRAIN_IMAGES.inc(images - self._progress.done, self._phase)
         self._progress.advance(images - self._progress.done, text)
         self._text = text if self._progress.spoken == spoken else ""

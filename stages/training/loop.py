@@ -55,7 +55,19 @@ from stages.training.curves import ClosedWindow, DivergedError, Window, arrival
 from stages.training.execution import Execution, Part
 from stages.training.gradients import GradientAverager, Messages, new_group
 from stages.training.graph import GraphedStep, Recorder, Step
-from stages.training.news import Advance, Begin, Channel, Note, Order, Point, Points, SampleGrid, Save, Stop
+from stages.training.news import (
+    Advance,
+    Begin,
+    Channel,
+    Note,
+    Order,
+    Point,
+    Points,
+    SampleGrid,
+    Save,
+    Saved,
+    Stop,
+)
 
 PICTURES = 20  # sample grids per phase, at most
 ORDERS_S = 2.0  # between two polls for orders, on which all workers have to agree
@@ -308,7 +320,9 @@ class Loop:
         self.losses: dict[str, float] = {}
         self.stopped: Stop | None = None
         folder = storage.join(task.output, "checkpoints")
-        self.writer = Writer(folder, task.keep_checkpoints, self._note)
+        self.writer = Writer(
+            folder, task.keep_checkpoints, self._note, lambda seconds: channel.post(Saved(seconds))
+        )
         checkpoint, position = self._newest(folder)
         self.execution = cast(
             Execution, self.messages.broadcast(self._decide(position) if worker.leads else None)
@@ -466,9 +480,11 @@ class Loop:
         values = {f"learning_rate/{name}": rate for name in networks}
         if self.worker.leads:
             values |= self.throughput.take(self.position.images)
-            if time.monotonic() - self._load_measured >= LOAD_S:
-                values |= self.load()
-                self._load_measured = time.monotonic()
+        if time.monotonic() - self._load_measured >= LOAD_S:
+            load, self._load_measured = self.load(), time.monotonic()
+            values |= load
+            if not self.worker.leads:  # whose values are the curves
+                self.channel.post(Points(curves.points(self.position, epoch, load)))
         self._last_window = OpenPoint(self.position, epoch, window, values)
         if window.arrived is None:
             self._add_last_window()

@@ -56,6 +56,20 @@ class Note:
 
 
 @dataclass(frozen=True, slots=True)
+class Restart:
+    """Workers were lost, and the group starts again; the text says why."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint was written, in so many seconds."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Begin:
     """How the phase is computed from here on (`stages.training.execution`), by name."""
 
@@ -71,7 +85,7 @@ class SampleGrid:
     pixels: np.ndarray
 
 
-News = Points | Advance | Note | Begin | SampleGrid
+News = Points | Advance | Note | Restart | Saved | Begin | SampleGrid
 
 
 @dataclass(frozen=True, slots=True)

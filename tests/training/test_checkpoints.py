@@ -168,10 +168,12 @@ def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_a_store_that_comes_back_gets_the_checkpoint(failing: str) -> None:
     FailingStore.errors[:] = [ConnectionError("away"), ConnectionError("away")]
-    writer = Writer(failing, keep=1)
+    seconds: list[float] = []
+    writer = Writer(failing, keep=1, saved=seconds.append)
     writer.submit(checkpoint(4))
     writer.finish()
     assert FailingStore.errors == []
+    assert len(seconds) == 1
     read = checkpoints.load_newest(failing, job="job")
     assert read is not None
     assert read.position.steps == 4

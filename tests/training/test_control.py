@@ -21,7 +21,20 @@ from stages.progress import Progress
 from stages.training import checkpoints, loop
 from stages.training.control import NewsRecorder
 from stages.training.loop import Ending, Task, Worker, train_phase
-from stages.training.news import Advance, Begin, Channel, Mailbox, News, Note, Point, Points, SampleGrid, Stop
+from stages.training.news import (
+    Advance,
+    Begin,
+    Channel,
+    Mailbox,
+    News,
+    Note,
+    Point,
+    Points,
+    Restart,
+    SampleGrid,
+    Saved,
+    Stop,
+)
 from tests.training.test_loop import Rows, assert_equal, losses, nothing, phase_jobs, task, weights
 
 STEPS = 9  # of the phase: 3 epochs of 3 steps
@@ -87,6 +100,13 @@ def test_how_a_phase_is_computed_is_logged_and_tagged(caplog: pytest.LogCaptureF
     NewsRecorder("train-global", 100, run).handle([Begin({"precision": "bf16", "workers": "2 on cuda"})])
     assert run.tagged == {"pixloom.precision": "bf16", "pixloom.workers": "2 on cuda"}
     assert "precision bf16  workers 2 on cuda" in caplog.text
+
+
+def test_a_restart_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    NewsRecorder("train-global", 100, Recorded()).handle([Restart("worker 1 was lost"), Saved(0.5)])
+    assert [(record.levelname, record.message) for record in caplog.records] == [
+        ("WARNING", "train-global  worker 1 was lost")
+    ]
 
 
 def test_pictures_that_a_restart_repeats_are_recorded_once() -> None:
@@ -173,6 +193,7 @@ def train(
     *,
     send: Callable[[Sequence[News]], Stop | None] = lambda _: None,
     warned_at: int = STEPS + 1,
+    load: Callable[[], dict[str, float]] = dict,
 ) -> Ending:
     """A phase in this process, whose machines are to be taken away from the poll `warned_at` on."""
     polls = 0
@@ -182,7 +203,7 @@ def train(
         polls += 1
         return polls >= warned_at
 
-    return train_phase(task, worker or Worker(), Rows(16), Channel(send), nothing, preempted)
+    return train_phase(task, worker or Worker(), Rows(16), Channel(send), nothing, preempted, load)
 
 
 @pytest.fixture
@@ -238,7 +259,12 @@ def one_of_two(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     loop.ORDERS_S, loop.WARNINGS_S = 0.0, -1.0
     worker, job, root = Worker(rank=rank, world=world), phase_jobs()[0], Path(folder)
-    train(task(root / "whole", job), worker)
+    mailbox = Mailbox()
+    train(task(root / "whole", job), worker, send=mailbox.post, load=lambda: {f"system/{rank}": 1.0})
+    news = mailbox.take()
+    named = {point.name for one in news if isinstance(one, Points) for point in one.points}
+    assert f"system/{rank}" in named  # of every worker; all else is the first one's
+    assert ("generator/gan" in named, any(isinstance(one, Saved) for one in news)) == ((rank == 0,) * 2)
     parts = task(root / "parts", job, checkpoint_images=None)
     ending = train(parts, worker, send=stop_at(4) if rank == 0 else lambda _: None)
     assert ending.position.steps == 4
