@@ -67,10 +67,10 @@ def test_no_more_values_wait_than_allowed() -> None:
     counter = Counter(100)
     values = Prefetch([counter], depth=3)
     for _ in range(4):  # three that wait, one that a thread has ready
-        assert counter.taken.acquire(timeout=10)
+        assert counter.taken.acquire(timeout=60)
     assert not counter.taken.acquire(timeout=0.3)
     assert next(values) == 0
-    assert counter.taken.acquire(timeout=10)
+    assert counter.taken.acquire(timeout=60)
     values.close()
 
 
