@@ -124,7 +124,7 @@ def register() -> list[torch.library.Library]:
 
     torch._C._conv_determine_backend_memory_format = layout  # type: ignore[assignment]
     torch._meta_registrations.device_hint = lambda tensor: "cuda"  # type: ignore[attr-defined]
-    return [_autocast(), _fallthrough()]
+    return [_autocast(), _fallthrough(), _updates()]
 
 
 def _moved(network: nn.Module, device: Any) -> nn.Module:
@@ -138,6 +138,13 @@ def _moved(network: nn.Module, device: Any) -> nn.Module:
                     kept = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
                     tensors[name] = kept
     return network
+
+
+def _updates() -> torch.library.Library:
+    """Fused Adam with its rate in a tensor: torch does not know the operator without data."""
+    library = torch.library.Library("aten", "IMPL", "Meta")
+    library.impl("_fused_adam_.tensor_lr", lambda *_, **__: None)
+    return library
 
 
 def _fallthrough() -> torch.library.Library:

@@ -27,7 +27,7 @@ class Adam(torch.optim.Adam):
         self.in_backward = in_backward
         device = self.weights[0].device
         dtype = torch.float64 if device.type == "cpu" else torch.float32  # as the fused kernels read it
-        self.rate = torch.tensor(lr, dtype=dtype, device=device)
+        self.rate = torch.full((), lr, dtype=dtype, device=device)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state. Moments get the layout of their weights: fused kernels pair elements by address.
