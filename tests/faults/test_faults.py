@@ -250,7 +250,7 @@ def test_a_store_that_stays_away_is_one_error_and_nothing_is_taken_for_whole(
         assert "\n" not in str(caught.value)
         assert not [name for name in contents(store, output.removeprefix("s3://")) if "quarantine" in name]
         storage.configure({"s3": store.options()})
-        with pytest.raises(UserError, match=r"no dataset\.json"):
+        with pytest.raises(UserError, match=r"no dataset\.parquet"):
             dataset.load(output)
     spec = make(parts, output)  # and once it is back the run goes on
     assert spec.rows("train") == PAIRS
