@@ -1,7 +1,8 @@
 """The metrics of a run in Ray's Prometheus endpoints. This is the only place that names them.
 
 The driver records them: news and results of workers reach it anyway, so what runs in workers needs none of
-this. Without Ray, records are dropped. In Prometheus every name begins with `ray_`, and a counter's ends with
+this. Ray exports a gauge only after it was set, so what must stay visible is a counter. Without Ray, records
+are dropped. In Prometheus every name begins with `ray_`, and a counter's ends with
 `_total`. docs/operations.md explains each; cluster/grafana/pixloom.json shows them.
 """
 
@@ -21,9 +22,7 @@ TRAIN_DATA_WAIT_RATIO = Gauge(
 TRAIN_CHECKPOINT_SECONDS = Gauge(
     "pixloom_train_checkpoint_seconds", "Seconds that writing the last checkpoint took.", ("phase",)
 )
-TRAIN_RESTARTS = Gauge(
-    "pixloom_train_restarts", "Restarts of the group of workers, since the run began.", ("phase",)
-)
+TRAIN_RESTARTS = Counter("pixloom_train_restarts", "Restarts of the group of workers.", ("phase",))
 PAIRS_REJECTED = Counter("pixloom_pairs_rejected", "Pairs left out of the data set.", ("stage", "reason"))
 INFER_IMAGES = Counter("pixloom_infer_images", "Images generated.")
 

@@ -136,14 +136,12 @@ class NewsRecorder:
     """The last recorded step of each curve."""
     _last_step: int = -1
     _pictured: int = -1
-    _restarts: int = 0
     _progress: Progress | None = None
     _text: str = ""
     """The end of the next progress line, until it is written."""
 
     def __post_init__(self) -> None:
         self._phase = {"phase": self.label.removeprefix("train-")}
-        monitoring.TRAIN_RESTARTS.set(0, self._phase)
 
     def handle(self, news: Sequence[News]) -> None:
         """Log and record news."""
@@ -157,8 +155,7 @@ class NewsRecorder:
                     logger.warning("%-13s %s", self.label, text)
                 case Restart(text):
                     logger.warning("%-13s %s", self.label, text)
-                    self._restarts += 1
-                    monitoring.TRAIN_RESTARTS.set(self._restarts, self._phase)
+                    monitoring.TRAIN_RESTARTS.inc(1, self._phase)
                 case Saved(seconds):
                     monitoring.TRAIN_CHECKPOINT_SECONDS.set(seconds, self._phase)
                 case Begin(notes):
