@@ -47,6 +47,22 @@ def add_settings(p: argparse.ArgumentParser, text: str = "change one setting, e.
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
 
 
+def add_config(p: argparse.ArgumentParser, located: Callable[[str], str]) -> None:
+    """Add `-c FILE`, `--profile` and `--set`. located: `pipeline.config.located`, which finds the file."""
+    p.add_argument(
+        "-c",
+        "--config",
+        default="pipeline.yaml",
+        type=located,
+        metavar="FILE",
+        help="a file, or the name of a recipe (default: pipeline.yaml)",
+    )
+    p.add_argument(
+        "--profile", metavar="NAME", help="one of the config's profiles (recipes have cpu and paper)"
+    )
+    add_settings(p)
+
+
 def count(text: str) -> int:
     """The argument type of a number of things, at least one."""
     if not text.isdecimal() or int(text) < 1:

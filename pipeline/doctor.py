@@ -266,16 +266,7 @@ def _check_step(check: Callable[[Mapping[str, str]], None]) -> str:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = cli.parser("pipeline.doctor", HELP, EXAMPLES)
-    p.add_argument(
-        "-c",
-        "--config",
-        default="pipeline.yaml",
-        type=configuration.located,
-        metavar="FILE",
-        help="a file, or the name of a recipe (default: pipeline.yaml)",
-    )
-    p.add_argument("--profile", metavar="NAME", help="one of the config's profiles")
-    cli.add_settings(p)
+    cli.add_config(p, configuration.located)
     return p
 
 

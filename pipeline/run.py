@@ -45,18 +45,7 @@ cluster:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = cli.parser("pipeline.run", HELP, EXAMPLES)
-    p.add_argument(
-        "-c",
-        "--config",
-        default="pipeline.yaml",
-        type=configuration.located,
-        metavar="FILE",
-        help="a file, or the name of a recipe (default: pipeline.yaml)",
-    )
-    p.add_argument(
-        "--profile", metavar="NAME", help="one of the config's profiles (recipes have cpu and paper)"
-    )
-    cli.add_settings(p)
+    cli.add_config(p, configuration.located)
     which = p.add_mutually_exclusive_group()
     which.add_argument("--until", metavar="STAGE", help="stop after this stage")
     which.add_argument("--only", metavar="STAGE", help="run this stage alone; its inputs must be done")
