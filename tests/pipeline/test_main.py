@@ -137,8 +137,9 @@ def test_the_wheel_runs_the_sample_pipeline_from_any_folder(tmp_path: Path) -> N
     assert "pix2pix/camvid" in run("recipes")
     run("recipes", "copy", "sample", "pipeline.yaml")
     run("sample", "sample", "--pairs", "16", "--size", "64x64")
-    tiny = ["shard.size=[64, 64]", "pair.split.val=0.2", "train.model.width=4", "train.phases.0.epochs=1",
-            "train.phases.0.decay_epochs=0", "train.phases.2=null", "train.phases.1=null"]  # fmt: skip
+    tiny = ["shard.size=[64, 64]", "pair.split.val=0.2", "train.model.width=4", "train.model.enhancers=0",
+            "train.phases.0.epochs=1", "train.phases.0.decay_epochs=0",
+            "train.phases.2=null", "train.phases.1=null"]  # fmt: skip
     sets = [word for text in tiny for word in ("--set", text)]
     assert "train" in run("plan", *sets)
     text = run("run", *sets)
