@@ -58,24 +58,26 @@ def open_mailbox() -> Any:
 
 
 class Courier:
-    """Sends news to the mailbox without waiting; returns the last order that has arrived."""
+    """Sends news to the mailbox without waiting; returns the last order that has arrived. For any thread."""
 
     def __init__(self, mailbox: Any) -> None:
         self.mailbox = mailbox
         self._answer: Any = None
         self._order: Stop | None = None
+        self._one_at_a_time = threading.Lock()
 
     def __call__(self, news: Sequence[News]) -> Stop | None:
         """Send news. Errors are ignored if the mailbox's node is gone."""
-        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
-            try:
-                self._order = ray.get(self._answer)
-            except ray.exceptions.RayError:
-                logger.debug("the mailbox is gone")
-            self._answer = None
-        answer = self.mailbox.post.remote(list(news))
-        self._answer = self._answer or answer  # wait for the older answer: it arrives first
-        return self._order
+        with self._one_at_a_time:
+            if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+                try:
+                    self._order = ray.get(self._answer)
+                except ray.exceptions.RayError:
+                    logger.debug("the mailbox is gone")
+                self._answer = None
+            answer = self.mailbox.post.remote(list(news))
+            self._answer = self._answer or answer  # wait for the older answer: it arrives first
+            return self._order
 
 
 class LostWorkers(UserCallback):  # type: ignore[misc]
