@@ -100,7 +100,11 @@ def test_a_download_is_repeated_and_appears_when_it_is_whole(
 
 @pytest.mark.parametrize(
     ("failure", "error"),
-    [(ConnectionResetError("reset"), StageError), (PermissionError("no"), UserError)],
+    [
+        (ConnectionResetError("reset"), UserError),
+        (OSError("bad block"), StageError),
+        (PermissionError("no"), UserError),
+    ],
 )
 def test_half_a_file_is_never_seen(
     store: FailingFileSystem, tmp_path: Path, failure: Exception, error: type[Exception]

@@ -24,7 +24,7 @@ from stages.shards.order import num_steps
 from stages.training import checkpoints, curves, loop
 from stages.training.checkpoints import Position
 from stages.training.loop import Ending, Task, Worker, train_phase
-from stages.training.news import Advance, Begin, Channel, Mailbox, Note, Points, SampleGrid
+from stages.training.news import Advance, Begin, Channel, Mailbox, Note, Points, SampleGrid, Saved
 
 ROWS, BATCH = 10, 4
 HD = {
@@ -175,7 +175,7 @@ def test_a_phase_leaves_a_model_its_curves_and_checkpoints(tmp_path: Path) -> No
     assert all(later < earlier for earlier, later in itertools.pairwise(rates[3:]))
     assert 0 < rates[-1] < 1e-4
     assert len(checkpoints.names(str(tmp_path / "checkpoints"))) == 2
-    assert {type(news) for news in mailbox.take()} == {Begin, Points, Advance}
+    assert {type(news) for news in mailbox.take()} == {Begin, Points, Advance, Saved}
 
 
 @pytest.mark.parametrize("cut", [1, 3, 5, 8])
