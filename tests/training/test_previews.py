@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from stages.config.shard import AugmentConfig
 from stages.config.train import PhaseJob, TrainConfig, jobs
@@ -16,7 +18,7 @@ from stages.models.gan import GanState, build_gan
 from stages.models.objective import LossWeights
 from stages.scoring.metrics import pixel_scores
 from stages.shards import dataset
-from stages.shards.dataset import DatasetSpec
+from stages.shards.dataset import DatasetSpec, Sample
 from stages.training import previews
 from stages.training.previews import Samples
 from tests.support.small import make_shards
@@ -69,6 +71,13 @@ def test_without_a_validation_split_other_pairs_are_shown_and_nothing_is_measure
     assert values == {}
 
 
+def drawn_singly(folder: Path, spec: DatasetSpec, gan: GanState) -> Iterator[tuple[Sample, Tensor, Tensor]]:
+    """Each validation pair with its generated image and its target, (1, C, H, W) in [-1, 1]."""
+    for sample in dataset.read_split(str(folder), spec, "val"):
+        one = {role: previews.tensor([image], spec, role) for role, image in sample.images.items()}
+        yield sample, previews.generate(gan, one["source"], one["target"], one["instance"]), one["target"]
+
+
 def test_the_number_is_the_mean_over_all_measured_pairs(tmp_path: Path) -> None:
     """The same pairs one at a time and together."""
     spec = make_shards(tmp_path, {"val": [6]}, instances=True)
@@ -76,10 +85,8 @@ def test_the_number_is_the_mean_over_all_measured_pairs(tmp_path: Path) -> None:
     gan = translator(phase_job, LABELS)
     _, values = samples(tmp_path, spec, phase_job)(gan)
     each = []
-    for sample in dataset.read_split(str(tmp_path), spec, "val"):
-        one = {role: previews.tensor([image], spec, role) for role, image in sample.images.items()}
-        drawn = previews.generate(gan, one["source"], one["target"], one["instance"])
-        each.append(float((drawn - one["target"]).abs().mean()) / 2)
+    for _, drawn, target in drawn_singly(tmp_path, spec, gan):
+        each.append(float((drawn - target).abs().mean()) / 2)
     assert values["validation/l1"] == pytest.approx(np.mean(each), rel=1e-5)
 
 
@@ -89,9 +96,7 @@ def test_the_metric_that_chooses_is_evaluations_own_of_the_pictures(tmp_path: Pa
     gan = translator(chosen, LABELS)
     _, values = samples(tmp_path, spec, chosen)(gan)
     each = []
-    for sample in dataset.read_split(str(tmp_path), spec, "val"):
-        one = {role: previews.tensor([image], spec, role) for role, image in sample.images.items()}
-        drawn = previews.generate(gan, one["source"], one["target"], one["instance"])
+    for sample, drawn, _ in drawn_singly(tmp_path, spec, gan):
         picture = kinds.restore(drawn[0].permute(1, 2, 0).numpy(), "rgb")
         each.append(pixel_scores(picture, sample.images["target"])["ssim"])
     assert values["validation/ssim"] == pytest.approx(np.mean(each), rel=1e-3)
