@@ -47,7 +47,7 @@ from stages.images import augment, geometry
 from stages.images.kinds import Array
 from stages.models.architecture import Pix2Pix, Pix2PixHD
 from stages.models.fast.accelerate import accelerate
-from stages.models.fast.process import tune_process
+from stages.models.fast.process import set_tf32, tune_process
 from stages.models.gan import GanState, set_learning_rate
 from stages.models.inputs import make_condition
 from stages.models.objective import paper_weights
@@ -160,12 +160,6 @@ def _shown(value: Any) -> str:
 
 
 # -- steps in their variants ----------------------------------------------------------------------
-
-
-def set_tf32(allowed: bool) -> None:
-    """Products and convolutions of float32 in TF32, as the trainer has them, or exact."""
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
-    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def published_variants(case: Case, device: torch.device) -> Iterator[tuple[str, Run]]:

@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("pyarrow", reason="NOT RUN: the helper that makes models also makes shards")
 
 from stages.inference.translator import Translator
+from stages.models.fast.process import set_tf32
 from stages.models.files.saved import load_model
 from tests.support.small import make_model, scene
 
@@ -23,10 +24,9 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture(autouse=True)
 def _exact_products() -> Iterator[None]:
     """Without TF32, which the comparison with a CPU would have to allow for."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    set_tf32(False)
     yield
-    torch.backends.cudnn.allow_tf32 = before
+    set_tf32(True)
 
 
 def images(translator: Translator, count: int = 3, **options: Any) -> list[np.ndarray]:

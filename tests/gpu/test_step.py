@@ -67,8 +67,8 @@ def test_a_step_never_waits_for_the_device(precision: Precision) -> None:
 
 def test_float32_products_use_tf32() -> None:
     build()
-    assert torch.backends.cudnn.allow_tf32
-    assert torch.get_float32_matmul_precision() == "high"
+    assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    assert torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def test_weights_and_gradients_are_channels_last() -> None:

@@ -22,13 +22,22 @@ def tune_process(device: torch.device | str, *, save_memory: bool = False) -> No
     sys.setswitchinterval(SWITCH_SECONDS)
     if torch.device(device).type == "cuda":
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # against fragmentation
-        torch.set_float32_matmul_precision("high")  # TF32
-        torch.backends.cudnn.allow_tf32 = True
+        set_tf32(True)
         torch.backends.cudnn.benchmark = True  # shapes never change within a phase
     elif save_memory:
         return_freed_memory(1 << 20)
     else:
         keep_freed_memory()
+
+
+def set_tf32(allowed: bool) -> None:
+    """Whether float32 products and convolutions of a GPU may be TF32.
+
+    These settings also set `torch.backends.*.fp32_precision`. That alone makes torch.compile of torch 2.13
+    raise, which still reads the older ones (pytorch#196728).
+    """
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def best_precision(device: torch.device | str) -> Literal["float32", "bf16"]:

@@ -31,6 +31,20 @@ def test_the_networks_thread_does_not_wait_long_for_the_interpreter(save_memory:
         sys.setswitchinterval(before)
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_set_for_new_readers_and_for_those_of_the_compiler(allowed: bool) -> None:
+    matmul, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        process.set_tf32(allowed)
+        assert (torch.backends.cuda.matmul.fp32_precision == "tf32") == allowed
+        assert (torch.backends.cudnn.conv.fp32_precision == "tf32") == allowed
+        assert torch.get_float32_matmul_precision() == ("high" if allowed else "highest")  # or it raises
+        assert torch.backends.cudnn.allow_tf32 == allowed
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
 def test_a_gpus_allocator_is_told_to_expand_its_segments_unless_the_user_says_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
