@@ -60,7 +60,7 @@ def test_killed_in_the_middle_the_same_command_goes_on_to_the_same_end(
 ) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
-    for index in range(260):
+    for index in range(132):
         (folder / f"{index:03d}.png").write_bytes(encode.encode_image(scene(index, 96, 64)["source"], "png"))
     make_model(tmp_path / "model", dropout=True)
     out = tmp_path / "out"
@@ -78,16 +78,16 @@ def test_killed_in_the_middle_the_same_command_goes_on_to_the_same_end(
         unit: Path(outputs.part_uri(str(out), unit)).stat().st_mtime_ns
         for unit in outputs.finished_units(str(out))
     }
-    assert len(finished) < 5
+    assert len(finished) < 3
     subprocess.run(command, env=environment, check=True, timeout=300, stdout=subprocess.DEVNULL)
     rows = [row for uri in outputs.parts(str(out)) for row in pq.read_table(uri).to_pylist()]
-    assert sorted(row["key"] for row in rows) == [f"{index:03d}" for index in range(260)]
+    assert sorted(row["key"] for row in rows) == [f"{index:03d}" for index in range(132)]
     assert all(zlib.crc32((out / row["output"]).read_bytes()) == row["crc"] for row in rows)
     there = {path.name for path in (out / "images").iterdir() if not path.name.startswith(".")}
-    assert there == {f"{index:03d}.png" for index in range(260)}
+    assert there == {f"{index:03d}.png" for index in range(132)}
     for unit, written in finished.items():
         assert Path(outputs.part_uri(str(out), unit)).stat().st_mtime_ns == written
     clusters = ray.is_initialized()
     assert main(words) == 0
-    assert "images 260, errors 0" in capsys.readouterr().out
+    assert "images 132, errors 0" in capsys.readouterr().out
     assert ray.is_initialized() == clusters  # none is started for work that is done
