@@ -52,7 +52,7 @@ from stages.config.train import (
 )
 from stages.errors import PixloomError, StageError, UserError, cause
 from stages.models.architecture import Picture, Preprocessing
-from stages.models.fast.process import tune_process
+from stages.models.fast.process import gpu_environment, tune_process
 from stages.parallel.threads import own_cores
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec
@@ -257,6 +257,7 @@ def _fit(setup: Setup, resources: Resources, label: str) -> Ending:
             failure_config=FailureConfig(max_failures=resources.max_failures),
             logging_config=LoggingConfig("WARNING"),
             callbacks=[LostWorkers(setup.mailbox)],
+            worker_runtime_env={"env_vars": gpu_environment()} if setup.gpu else None,
         ),
     )
     # After so long Ray Train restarts a worker whose process does not answer at all, e.g. a stopped one.

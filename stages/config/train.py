@@ -122,6 +122,13 @@ class Recipe(Config):
             "machines and rounds the gradients; one worker exchanges none."
         ),
     ] = "float32"
+    deterministic: Annotated[
+        bool,
+        Field(
+            description="On GPUs, a phase that resumes gives the numbers of one that was not interrupted, to "
+            "the last bit, as CPUs always do. Steps take longer."
+        ),
+    ] = False
     synchronised_norms: Annotated[
         bool,
         Field(

@@ -5,8 +5,9 @@
     at the end: model/, metrics.parquet
 
 The state of a run is a `Position`; order, augmentation and noise are functions of the seed and of it, so a
-resumed run gives the numbers of an uninterrupted one: bit for bit on CPUs, within rounding on GPUs. Knows
-torch and storage, not Ray: `stages.train` starts it on a cluster, a test in its own process.
+resumed run gives the numbers of an uninterrupted one: bit for bit on CPUs and under `train.deterministic`,
+else within rounding. Knows torch and storage, not Ray: `stages.train` starts it on a cluster, a test in its
+own process.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from stages.images import encode
 from stages.models.architecture import InputSpec, Pix2PixHD, Preprocessing
 from stages.models.build import grow_discriminator, grow_generator
 from stages.models.ema import Ema
-from stages.models.fast.process import best_precision
+from stages.models.fast.process import best_precision, deterministic
 from stages.models.files.saved import MANIFEST, load_discriminator, load_model, save_model
 from stages.models.files.vgg import load_vgg
 from stages.models.gan import (
@@ -207,7 +208,13 @@ def train_phase(
     load        the load of this worker's machine, by curve
     record      how to record a step, to replay it from then on; None: every step runs as it is
     """
-    loop = Loop(task, worker, channel, preview, preempted, load, record)
+    with deterministic(task.job.deterministic):
+        loop = Loop(task, worker, channel, preview, preempted, load, record)
+        return _run(loop, batches)
+
+
+def _run(loop: Loop, batches: BatchSource) -> Ending:
+    task = loop.task
     try:
         while loop.position.epoch < task.job.phase.epochs:
             for batch in loop.timed(batches.epoch(loop.position.epoch, loop.position.step)):

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+from stages.models.fast.process import gpu_environment
+
+os.environ.update(gpu_environment())  # before CUDA starts
 
 
 @pytest.fixture(autouse=True)

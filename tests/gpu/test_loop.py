@@ -16,7 +16,17 @@ from stages.training import checkpoints
 from stages.training.graph import CudaGraphs
 from stages.training.loop import Ending, Loop, Task, Worker, train_phase
 from stages.training.news import Channel
-from tests.training.test_loop import BATCH, PHASES, Rows, losses, nothing, phase_jobs, task
+from tests.training.test_loop import (
+    BATCH,
+    PHASES,
+    Rows,
+    assert_equal,
+    losses,
+    nothing,
+    phase_jobs,
+    task,
+    weights,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -59,6 +69,19 @@ def test_killed_and_resumed_ends_near_an_uninterrupted_run(
     assert [row[:4] for row in got] == [row[:4] for row in expected]
     for one, other in zip(got, expected, strict=True):
         assert one[4] == pytest.approx(other[4], rel=0.1, abs=0.02), one
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=IDS)
+def test_deterministic_training_resumes_to_the_last_bit(
+    device: torch.device, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    whole, parts = (task(tmp_path / name, job(deterministic=True, **changes)) for name in ("whole", "parts"))
+    train(whole, device)
+    with pytest.raises(KeyboardInterrupt):
+        train(parts, device, cut=5)
+    train(parts, device)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert_equal(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=IDS)

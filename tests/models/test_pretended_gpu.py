@@ -46,6 +46,10 @@ def test_a_step_launches_and_moves_no_more_than_is_stored(found: dict[str, dict[
     assert not grown, f"{grown}; if it is meant, store the counts again"
 
 
+def test_deterministic_training_finds_kernels_for_all(found: dict[str, dict[str, Any]]) -> None:
+    assert {name: counts["refused"] for name, counts in found.items() if counts["refused"]} == {}
+
+
 def test_images_stay_channels_last_all_the_way(found: dict[str, dict[str, Any]]) -> None:
     """Only the batch itself is copied from one layout to the other."""
     assert {name for counts in found.values() for name in counts["mixed layouts"]} <= {"clone.default"}

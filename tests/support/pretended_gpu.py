@@ -61,6 +61,24 @@ VIEWS = (
 )
 """Operators that start no kernel: views and allocations."""
 
+REFUSED = (
+    "reflection_pad",
+    "upsample_linear",
+    "upsample_bilinear",
+    "upsample_bicubic",
+    "adaptive_",
+    "avg_pool3d",
+    "fractional_max_pool",
+    "max_unpool",
+    "grid_sampler",
+    "nll_loss",
+    "bincount",
+    "histc",
+    "median",
+    "put_",
+)
+"""Operators that have no deterministic kernel, forward or backward (`torch.use_deterministic_algorithms`)."""
+
 IN_BF16 = ("conv2d", "conv_transpose2d.input", "mm", "matmul", "addmm", "linear")
 IN_FLOAT32 = ("softplus",)
 """CUDA's autocast, as far as we use it."""
@@ -85,6 +103,7 @@ class Counts:
             "launches": self.launches.total(),
             "bytes": self.bytes.total(),
             "most bytes": dict(self.bytes.most_common(4)),
+            "refused": sorted(name for name in self.launches if name.startswith(REFUSED)),
             "mixed layouts": sorted(name for name, count in self.layouts.items() if count),
         }
 

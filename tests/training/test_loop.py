@@ -194,6 +194,19 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, cut: int) -> No
     assert_equal(weights(parts, weights="raw"), weights(whole, weights="raw"))
 
 
+def test_a_phase_asks_for_deterministic_operators_and_a_cpus_numbers_stay(tmp_path: Path) -> None:
+    asked = []
+
+    def preview(gan: GanState) -> tuple[np.ndarray | None, dict[str, float]]:
+        asked.append(torch.are_deterministic_algorithms_enabled())
+        return None, {}
+
+    for wanted in (False, True):
+        train(task(tmp_path / str(wanted), phase_jobs(deterministic=wanted)[0]), Rows(16), preview)
+    assert asked == [False] * 3 + [True] * 3
+    assert losses(tmp_path / "True") == losses(tmp_path / "False")
+
+
 def test_a_finished_phase_run_again_is_the_same_and_trains_nothing(tmp_path: Path) -> None:
     job = phase_jobs()[0]
     train(task(tmp_path, job), Rows(16))

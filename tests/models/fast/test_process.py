@@ -52,12 +52,24 @@ def test_a_gpus_allocator_is_told_to_expand_its_segments_unless_the_user_says_ot
     matmul, switching = torch.get_float32_matmul_precision(), sys.getswitchinterval()
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # what it was is put back afterwards
     monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     try:
         process.tune_process("cuda")
         assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
         monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
         process.tune_process("cuda")
         assert os.environ["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:64"
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
     finally:
         torch.set_float32_matmul_precision(matmul)
         sys.setswitchinterval(switching)
+
+
+def test_deterministic_operators_are_asked_for_inside_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    for wanted in (False, True):
+        with process.deterministic(wanted):
+            assert torch.are_deterministic_algorithms_enabled() == wanted
+            assert torch.backends.cudnn.benchmark != wanted
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.backends.cudnn.benchmark
