@@ -98,16 +98,21 @@ def exit_code(
     try:
         work()
     except UserError as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"{_printable(error)}\n")
         return 2
     except PixloomError as error:
-        logger.error("%s", error, exc_info=error.__cause__)
-        sys.stderr.write(f"{error}\n")
+        logger.error("%s", _printable(error), exc_info=error.__cause__)
+        sys.stderr.write(f"{_printable(error)}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write(f"stopped; {stopped}\n")
         return 130
     return 0
+
+
+def _printable(error: PixloomError) -> str:
+    """The error's line. Names of objects may hold line breaks and what commands a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
 
 
 @contextmanager

@@ -470,8 +470,9 @@ def outcome(
     buffer = reasons.pop("reject_buffer", 0)  # left out by the config, so not a fault of the data
     rejected = sum(reasons.values()) + unusable
     total = sum(pairs.values()) + rejected
-    text = ", ".join(f"{name.removeprefix('reject_')} {n:,}" for name, n in reasons.items())
-    text += f", not usable by name {unusable:,}" if unusable else ""
+    named = {name.removeprefix("reject_"): n for name, n in reasons.items()}
+    named |= {"not usable by name": unusable} if unusable else {}
+    text = ", ".join(f"{name} {n:,}" for name, n in named.items())
     if rejected > config.max_reject_fraction * total or not any(pairs.values()):
         raise StageError(
             f"pair: {rejected:,} of {total:,} pairs rejected, pair.max_reject_fraction allows "

@@ -294,6 +294,8 @@ def test_roles_keep_their_order() -> None:
 
 
 def test_too_many_rejects_fail_the_stage_and_say_why() -> None:
+    with pytest.raises(StageError, match=r"2 of 2 pairs rejected.*\(not usable by name 2\)"):
+        pair.outcome(PairConfig(), {}, 2, "out")
     with pytest.raises(StageError, match=r"3 of 10 pairs rejected.*no_target 2.*not usable by name 1"):
         pair.outcome(PairConfig(), {"train": 7, "reject_no_target": 2}, 1, "/out")
     with pytest.raises(StageError, match=r"a.png \(duplicate_source\); several images .* a `key` column"):

@@ -125,13 +125,15 @@ def _lines(file: Iterable[str]) -> Iterator[str]:
 
 def _csv(file: IO[str]) -> Iterator[tuple[pa.Table, list[str]]]:
     lines = _lines(file)
-    header = next(lines, "")[:100_000]
+    header, number = next(lines, "")[:100_000], 1
+    if header.lower().startswith("sep="):  # Excel's own line
+        header, number = next(lines, "")[:100_000], 2
     separator, cells = max(
         ((mark, next(csv.reader([header], delimiter=mark), [])) for mark in SEPARATORS),
         key=lambda choice: len(set(map(_name, choice[1])) & set(COLUMNS)),
     )
-    places = {name: cells.index(written) for name, written in _columns(cells).items()}
-    numbered = _csv_rows(lines, separator)
+    places = {name: cells.index(written) for name, written in _columns(cells, f"line {number}: ").items()}
+    numbered = _csv_rows(lines, separator, number + 1)
     while batch := list(islice(numbered, ROWS)):
         good = [(number, row) for number, row in batch if len(row) == len(cells)]
         columns = {
@@ -145,15 +147,15 @@ def _csv(file: IO[str]) -> Iterator[tuple[pa.Table, list[str]]]:
         yield _table(columns, [number for number, _ in good]), broken
 
 
-def _csv_rows(lines: Iterator[str], separator: str) -> Iterator[tuple[int, list[str]]]:
-    """The rows below the header, each with the line it begins in."""
+def _csv_rows(lines: Iterator[str], separator: str, first: int) -> Iterator[tuple[int, list[str]]]:
+    """The rows below the header, each with the line it begins in. `first`: the line after the header."""
     reader = csv.reader(lines, delimiter=separator)
-    line = 2
+    line = first
     try:
         for row in reader:
             if row:
                 yield line, row
-            line = reader.line_num + 2
+            line = reader.line_num + first
     except csv.Error as error:
         raise ValueError(f"line {line}: {error}") from error
 

@@ -260,7 +260,8 @@ def written(call: Callable[[], Value], uri: str) -> Value:
     try:
         return call_store(call, uri)
     except FileNotFoundError as error:
-        raise UserError(f"{uri}: there is no such bucket ({one_line(error, kind=True)})") from error
+        lacking = "the folder cannot be made" if is_local(uri) else "there is no such bucket"
+        raise UserError(f"{uri}: {lacking} ({one_line(error, kind=True)})") from error
 
 
 def call_store(call: Callable[[], Value], uri: str) -> Value:

@@ -129,6 +129,7 @@ def test_one_file_is_one_address_however_it_is_written(tmp_path: Path, cell: str
     "data",
     [
         b"source;target;key\na.png;b.png;k\n",
+        b"sep=;\r\nsource;target;key\r\na.png;b.png;k\r\n",
         b"source|target|key\na.png|b.png|k\n",
         b"source\ttarget\tkey\na.png\tb.png\tk\n",
         b"source,target,key\r\na.png,b.png,k\r\n",

@@ -43,6 +43,11 @@ def test_a_users_error_is_exit_2_with_its_line_alone(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == "pipeline.yaml: train.seed: must be positive\n"
 
 
+def test_a_name_with_a_line_break_does_not_break_the_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert raising(UserError("a\nb\x1b[2J größe 写真.png: not usable by name")) == 2
+    assert capsys.readouterr().err == "a\\nb\\x1b[2J größe 写真.png: not usable by name\n"
+
+
 def test_a_stages_error_is_exit_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert raising(StageError("shard failed")) == 1
     assert capsys.readouterr().err.endswith("shard failed\n")

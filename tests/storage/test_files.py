@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from stages import storage
-from stages.errors import StageError
+from stages.errors import StageError, UserError
 from stages.storage import files
 from tests.stores.seaweed import SeaweedS3
 
@@ -20,6 +20,11 @@ def test_a_file_of_this_machine_is_asked_for_once(tmp_path: Path) -> None:
     with pytest.raises(StageError, match="none"):
         storage.write_bytes(str(tmp_path / "file" / "none"), b"x")
     assert storage.list_names(str(tmp_path / "none")) == []
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_error() -> None:
+    with pytest.raises(UserError, match=r"^/proc/none/x: the folder cannot be made"):
+        storage.write_bytes("/proc/none/x", b"x")
 
 
 def test_damage_in_a_table_is_found(tmp_path: Path) -> None:
