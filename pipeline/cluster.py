@@ -14,6 +14,7 @@ import psutil
 import ray
 import ray.data
 from ray.exceptions import AuthenticationError
+from ray.util.debug import log_once
 
 from pipeline.config import PipelineConfig
 from stages import storage
@@ -82,7 +83,7 @@ def cluster(
             log_to_driver=False,
             logging_level=logging.ERROR,  # a warning at every start would say that tokens are on
         )
-    _quiet_data()
+    _set_up_data()
     try:
         yield
     finally:
@@ -114,14 +115,16 @@ def _family(process: psutil.Process) -> list[psutil.Process]:
     return []
 
 
-def _quiet_data() -> None:
+def _set_up_data() -> None:
     """Switch off Ray Data's own progress bars and plans: stages log their progress themselves."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.issue_detectors_config.detectors = []  # they report a process that generates for its memory
+    # Of a pool's processes, each has 3 units in hand and works at 2: at Ray's own 1.75 no pool would grow.
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.5
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it would log that bars are off
+    log_once("ray_data_progress_manager_disabled")  # Ray Data would warn once that its bars are off
 
 
 def _join(address: str, runtime_env: Mapping[str, Any]) -> None:

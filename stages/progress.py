@@ -1,6 +1,6 @@
 """Progress of long work, as lines for a terminal and for a job's log file.
 
-shard   312/500 pairs  62 %  85.1/s  2 s left
+shard         312/500 pairs  62 %  85.1/s  2 s left
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Progress:
     def line(self, elapsed: float, note: str = "") -> str:
         """The line after `elapsed` seconds."""
         rate = (self.done - self.start_done) / elapsed if elapsed > 0 else 0.0
-        parts = [f"{self.label:<13}"]
+        parts = []
         if self.total is None:
             parts.append(f"{self.done:,} {self.unit}")
         else:
@@ -60,7 +60,7 @@ class Progress:
                 parts.append(f"{duration((self.total - self.done) / rate)} left")
         if note:
             parts.append(note)
-        return "  ".join(parts)
+        return f"{self.label:<13} " + "  ".join(parts)
 
     def __enter__(self) -> Self:
         return self

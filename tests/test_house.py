@@ -17,12 +17,17 @@ FILES = {
         "from typing import TYPE_CHECKING\n"
         "from stages import images\n"
         "from stages.models.step import step\n"
+        "import ray.train\n"
+        "from ray.train import RunConfig\n"
         "if TYPE_CHECKING:\n"
         "    from stages.unseen import Unseen\n"
         "else:\n"
         "    import numpy\n"
         "def late():\n"
         "    from ray.data._internal import plan\n"
+        "class Watch(ray.train.UserCallback):\n"
+        "    def _poll(self):\n"
+        "        self._mine = RunConfig(name='public')._other\n"
     ),
     "stages/unseen.py": "class Unseen:\n    pass\n",
     "stages/images/__init__.py": '"""Code."""\nfrom stages.images.png import encode\n',
@@ -46,7 +51,7 @@ def test_a_closure_has_what_is_imported_at_run_time_and_no_empty_packages(
 ) -> None:
     found = house.closure(modules, "stages.train")
     assert set(found) == {"stages.train", "stages.images", "stages.images.png", "stages.models.step"}
-    assert house.lines_of(found) == 9 + 2 + 6 + 4
+    assert house.lines_of(found) == 14 + 2 + 6 + 4
 
 
 def test_packages_are_those_that_the_modules_import(modules: dict[str, house.Module]) -> None:
@@ -58,8 +63,20 @@ def test_a_class_name_that_exists_twice_is_named_with_its_modules(modules: dict[
     assert house.repeated_classes(modules) == {"Config": ["stages.base", "stages.images.png"]}
 
 
-def test_private_names_of_ray_are_found_wherever_they_are_imported(modules: dict[str, house.Module]) -> None:
-    assert house.private_ray_imports(modules) == ["stages.train: ray.data._internal"]
+@pytest.mark.usefixtures("modules")
+def test_private_names_of_ray_are_found_wherever_they_are_used(tmp_path: Path) -> None:
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster" / "log.py").write_text("silence('ray.data._internal.progress')\n")
+    assert house.private_names_of_ray(tmp_path) == [
+        "cluster/log.py:1: ray.data._internal.progress",
+        "stages/train.py:11: ray.data._internal.plan",
+        "stages/train.py:13: Watch._poll",
+        "stages/train.py:14: RunConfig(name='public')._other",
+    ]
+
+
+def test_our_code_uses_no_private_name_of_ray() -> None:
+    assert house.private_names_of_ray(house.ROOT) == []
 
 
 def test_a_limit_holds_up_to_its_value() -> None:

@@ -9,11 +9,13 @@ it was measured on are tags of the version; versions measured on other data are 
 
 from __future__ import annotations
 
+import io
 import logging
 import shutil
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -277,4 +279,5 @@ def _version(client: MlflowClient, name: str, model_id: str, identity: str) -> s
         if version.source == source:
             return str(version.version)
     tags = {MODEL_TAG: identity}
-    return str(mlflow.register_model(source, name, await_registration_for=0, tags=tags).version)
+    with redirect_stderr(io.StringIO()):  # it prints what our own line says
+        return str(mlflow.register_model(source, name, await_registration_for=0, tags=tags).version)

@@ -27,6 +27,7 @@ from botocore.validate import ParamValidator
 from ray.core.generated import autoscaler_pb2
 
 from cluster import local
+from stages.base import Resources
 from stages.training.loop import ORDERS_S, WARNINGS_S
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -252,6 +253,48 @@ def test_a_pod_that_ends_gives_notice_before_it_does(spec: dict[str, Any]) -> No
     assert saving < int(sleep.split()[1]) < int(words[-1]) < pod["terminationGracePeriodSeconds"]
 
 
+def plain_variables(container: Mapping[str, Any]) -> dict[str, str]:
+    """A container's variables that are no secrets."""
+    return {one["name"]: one["value"] for one in container["env"] if "value" in one}
+
+
+def test_nodes_have_time_to_drain_after_sigterm(spec: dict[str, Any]) -> None:
+    name = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+    assert f'"{name}"' in ray_source("_private", "ray_constants.py")
+    saving = 2 * ORDERS_S + WARNINGS_S
+    for group, container in containers(spec):
+        hook = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["sleep 0"])
+        waits = int(hook[-1].rpartition("sleep ")[2])
+        grace = pods(spec)[group].get("terminationGracePeriodSeconds", 30)  # Kubernetes' default
+        drain = int(plain_variables(container)[name])
+        assert saving < drain < grace - waits
+    for launched, notice in {"aws.yaml": 120, "gcp.yaml": 30}.items():
+        (option,) = [one for one in launcher(launched)["docker"]["run_options"] if name in one]
+        assert saving < int(option.partition("=")[2]) < notice
+
+
+def test_hung_collectives_are_detected_before_they_time_out(spec: dict[str, Any]) -> None:
+    source = ray_source("train", "v2", "_internal", "constants.py")
+    timeout = Resources().collective_timeout_s
+    places = [plain_variables(container) for _, container in containers(spec)]
+    for name in LAUNCHERS:
+        options = [one.removeprefix("--env ") for one in launcher(name)["docker"]["run_options"]]
+        places.append(dict(one.split("=", 1) for one in options))
+    for variables in places:
+        detector = {name: value for name, value in variables.items() if "NCCL" in name}
+        assert all(f'"{name}"' in source for name in detector)
+        assert detector["RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR"] == "1"
+        assert f'"{detector["RAY_TRAIN_NCCL_RAS_ACTION"]}"' in source
+        assert int(detector["RAY_TRAIN_NCCL_RAS_CONFIRM_DURATION_S"]) < timeout
+
+
+def test_the_option_of_a_kueue_queue_is_a_label_of_the_job() -> None:
+    text = (CLUSTER / "kubernetes" / "rayjob.yaml").read_text()
+    _, job = yaml.safe_load_all(text.replace("# labels:", "labels:"))
+    assert job["metadata"] == {"name": "pixloom", "labels": {"kueue.x-k8s.io/queue-name": "QUEUE"}}
+    assert job["spec"]["shutdownAfterJobFinishes"] is True  # Kueue takes no other
+
+
 def test_ports_are_those_the_readme_forwards(spec: dict[str, Any]) -> None:
     ports = {port["name"]: port["containerPort"] for port in pods(spec)["head"]["containers"][0]["ports"]}
     assert ports == {"gcs-server": GCS, "dashboard": DASHBOARD, "client": 10001}
@@ -270,8 +313,10 @@ def test_secrets_come_by_reference_under_the_names_the_aws_chain_reads(spec: dic
         for name, reference in secret.items():
             assert reference["name"] == "pixloom-s3"
             assert reference["key"] == name
-        plain = {e["name"]: e["value"] for e in container["env"] if "value" in e}
-        assert plain.keys() == {BOTOCORE_DEFAUT_SESSION_VARIABLES["region"][1], "RAY_JOB_STOP_WAIT_TIME_S"}
+        plain = plain_variables(container)
+        assert {name for name in plain if not name.startswith("RAY_")} == {
+            BOTOCORE_DEFAUT_SESSION_VARIABLES["region"][1]
+        }
         assert all(isinstance(value, str) for value in plain.values())
 
 
@@ -475,9 +520,9 @@ def test_nodes_start_and_find_each_other_on_the_same_ports(name: str) -> None:
     for who in ("head", "worker"):
         stop, command = config[f"{who}_start_ray_commands"]
         assert stop == "ray stop"
-        words = shlex.split(command.partition("; ")[2])
-        assert words[:2] == ["ray", "start"]
-        started[who] = dict(word.removeprefix("--").partition("=")[::2] for word in words[2:])
+        words = shlex.split(command.partition("; ")[2].removesuffix(" > ~/ray-start.log 2>&1 < /dev/null &"))
+        assert words[:5] == ["setsid", "nohup", "ray", "start", "--block"]
+        started[who] = dict(word.removeprefix("--").partition("=")[::2] for word in words[5:])
         assert all(f'"--{flag}"' in flags for flag in started[who])
     head, worker = started["head"], started["worker"]
     assert worker["address"] == f"$RAY_HEAD_IP:{head['port']}"

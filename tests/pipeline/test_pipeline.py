@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -177,6 +178,22 @@ def test_the_run_prints_its_results_its_report_and_how_to_open_mlflow(whole: Pla
     results = {line.split()[0]: line for line in output.splitlines() if line.startswith(tuple(STEPS))}
     assert list(results) == STEPS
     assert f"l1 {whole.marker('evaluate')['metrics']['l1']:.4g}" in results["evaluate"]
+
+
+def test_every_line_of_the_console_is_expected_and_none_is_printed_twice(whole: Place) -> None:
+    step = f"({'|'.join(STEPS)})"
+    ours = re.compile(
+        rf"\d\d:\d\d:\d\d  {step} +[^ ].*"  # the log
+        rf"|step +time +results|{step} +\d+ (s|min) .*"  # the table of results
+        r"|(scores|report|runs) +[^ ].*"  # where to look
+        # Ray's C++ about a pool of Ray Data, which keeps those arguments alive. RAY_BACKEND_LOG_LEVEL
+        # would hide it with all other errors, and prints a line of its own.
+        r"|\[.*core_worker.cc:\d+: Actor .*'MapWorker.* has constructor arguments in the object store .*"
+    )
+    lines = [line for line in whole.output.splitlines() if line]
+    assert [line for line in lines if not ours.fullmatch(line)] == []
+    without_time = [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in lines]
+    assert len(set(without_time)) == len(lines)
 
 
 def test_every_step_leaves_its_marker_and_the_counts_agree(whole: Place) -> None:
