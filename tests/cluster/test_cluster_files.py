@@ -261,16 +261,17 @@ def plain_variables(container: Mapping[str, Any]) -> dict[str, str]:
 def test_nodes_have_time_to_drain_after_sigterm(spec: dict[str, Any]) -> None:
     name = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
     assert f'"{name}"' in ray_source("_private", "ray_constants.py")
+    ending = 5  # seconds that Ray's processes took to end after a drain
     saving = 2 * ORDERS_S + WARNINGS_S
     for group, container in containers(spec):
         hook = container.get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["sleep 0"])
         waits = int(hook[-1].rpartition("sleep ")[2])
         grace = pods(spec)[group].get("terminationGracePeriodSeconds", 30)  # Kubernetes' default
         drain = int(plain_variables(container)[name])
-        assert saving < drain < grace - waits
+        assert saving < drain < grace - waits - ending
     for launched, notice in {"aws.yaml": 120, "gcp.yaml": 30}.items():
         (option,) = [one for one in launcher(launched)["docker"]["run_options"] if name in one]
-        assert saving < int(option.partition("=")[2]) < notice
+        assert saving < int(option.partition("=")[2]) < notice - ending
 
 
 def test_hung_collectives_are_detected_before_they_time_out(spec: dict[str, Any]) -> None:
