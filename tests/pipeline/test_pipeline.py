@@ -268,28 +268,31 @@ def test_plan_names_what_a_change_would_rerun(
     assert all(" done " in rows[name] for name in STEPS)
 
 
-def test_stopped_in_shard_killed_in_train_and_resumed_comes_to_the_same_model(
+def test_stopped_in_shard_killed_in_train_and_in_infer_and_resumed_comes_to_the_same_end(
     whole: Place, data: Path, tmp_path: Path
 ) -> None:
-    """Up to the first phase: a killed inference and a killed evaluation have tests of their own."""
-    place, words = Place(tmp_path, data), (*LIMIT, "--until", "train-global")
+    place = Place(tmp_path, data)
 
-    def in_shard() -> bool:
-        return any(place.workspace.glob("shard-*/_parts/*.json"))
-
-    def in_train() -> bool:
-        return any(place.workspace.glob("train-global-*/**/*.safetensors"))
-
-    assert place.stop_when(signal.SIGINT, in_shard, *words) == 130
+    assert (
+        place.stop_when(signal.SIGINT, lambda: any(place.workspace.glob("shard-*/_parts/*.json")), *LIMIT)
+        == 130
+    )
     assert "the same command continues" in place.log.read_text()
     assert place.done("ingest")
-    place.stop_when(signal.SIGKILL, in_train, *words)
+    place.stop_when(
+        signal.SIGKILL, lambda: any(place.workspace.glob("train-global-*/**/*.safetensors")), *LIMIT
+    )
     assert place.done("shard")
     assert not place.done("train-global")
-    place.run(*words)
+    place.stop_when(signal.SIGKILL, lambda: any(place.workspace.glob("infer-*/images/**/*.png")), *LIMIT)
+    assert not place.done("infer")
+    place.run(*LIMIT)
 
+    assert all(place.done(name) for name in STEPS)
     assert place.marker("shard")["counts"] == whole.marker("shard")["counts"]
     assert place.weights("train-global") == whole.weights("train-global")
+    assert place.images() == whole.images()
+    assert place.marker("evaluate")["metrics"] == whole.marker("evaluate")["metrics"]
 
 
 @pytest.mark.parametrize(
