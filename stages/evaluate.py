@@ -56,7 +56,7 @@ from stages.shards.row_groups import num_row_groups, read_unit
 if TYPE_CHECKING:
     from stages.tracking.run import Run
 
-VERSION = 3
+VERSION = 4
 
 READ_AHEAD = 8
 AT_ONCE = {"cpu": 1, "cuda": 16}

@@ -56,7 +56,7 @@ from stages.storage.local import upload_open
 if TYPE_CHECKING:
     from stages.tracking.run import Run
 
-VERSION = 3
+VERSION = 4
 
 BATCH_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 22}
 """Pixels of a batch: four images of 256x256 for a CPU's core, 64 for a GPU."""
@@ -278,6 +278,7 @@ class InferenceWorker:
             config.format == "tiff"
             and config.size is None
             and not self.translator.needs_instances
+            and self.translator.source_kind not in ("lab_l", "lab_ab")
             and self.translator.target_kind in ("rgb", "grey", "grey16")
         )
         return inputs.object_items(
@@ -445,7 +446,7 @@ class InferenceWorker:
         if style.kind != "reference":
             return None
         return (
-            _read_style("picture", style.picture, self.translator.target_kind),
+            _read_style("picture", style.picture, self.translator.target),
             _read_style("instances", style.instances, "instances"),
             _read_style("labels", style.labels, self.translator.source),
         )

@@ -31,7 +31,7 @@ def picture(array: Array, kind: Kind, *, classes: int | None = None, lightness: 
         case "grey" | "lab_l":
             return np.repeat(array, 3, axis=2)
         case "grey16":
-            return np.repeat((array // 257).astype(np.uint8), 3, axis=2)
+            return np.repeat(settled(array / 257, np.dtype("u1")), 3, axis=2)
         case "lab_ab":
             level = np.full((*array.shape[:2], 1), 50, np.float32)
             if lightness is not None:

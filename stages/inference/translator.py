@@ -79,7 +79,8 @@ class Translator:
         default: Kind = "labels" if model.inputs.source == "labels" else "rgb"
         self.source = pictures.get("source", Picture(kind=default, classes=model.inputs.classes))
         self.source_kind: Kind = self.source.kind
-        self.target_kind: Kind = pictures["target"].kind if "target" in pictures else "rgb"
+        self.target = pictures.get("target", Picture(kind="rgb"))
+        self.target_kind: Kind = self.target.kind
         self.needs_instances = model.inputs.instances and (
             uses_edges(model.architecture, model.inputs) or model.encoder is not None
         )
@@ -93,6 +94,8 @@ class Translator:
 
     def prepared(self, source: Array) -> Array:
         """A source as the model was trained on it. Raises ImageRejected if its ids are no classes."""
+        if self.source_kind in ("lab_l", "lab_ab") and source.shape[2] == 3:  # a file's colours
+            return colour.lab_channels(source, self.source_kind)
         return colour.class_ids(source, self.source) if self.source_kind == "labels" else source
 
     def translate(

@@ -42,7 +42,7 @@ class Served(PythonModel):  # type: ignore[misc]
         images = []
         for index, row in enumerate(model_input.to_dict("records")):
             try:
-                source = decode.decode_image(row["image"], translator.source)
+                source = translator.prepared(decode.decode_image(row["image"], translator.source))
                 instance = None
                 if translator.needs_instances:
                     instance = [decode.decode_image(row.get("instance") or b"", "instances")]
