@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ from stages.objects.fetch import Object, Reader
 from stages.parallel.cluster import UNITS_AT_ONCE, each, on_actors, pool_size, threads, uses_gpu
 from stages.parallel.threads import prefetch_map
 from stages.progress import Progress
-from stages.scoring import baselines, metrics, table
+from stages.scoring import baselines, efficientnet, metrics, table
 from stages.scoring.baselines import BaselineData, Place
 from stages.scoring.lpips import LpipsScorer, lpips_name
 from stages.scoring.metrics import MeanImage
@@ -202,7 +202,11 @@ class EvaluationWorker:
         self.pool = ThreadPoolExecutor(job.io_threads, thread_name_prefix="evaluate-io")
         config = job.config
         self.lpips = LpipsScorer(config.lpips, job.device) if config.lpips else None
-        self.inception = Inception(config.inception, job.device) if config.inception else None
+        self.features: dict[str, Callable[[Sequence[Array]], np.ndarray]] = {}
+        if config.inception:
+            self.features["inception"] = Inception(config.inception, job.device)
+        if config.perceptual:
+            self.features[config.perceptual] = efficientnet.PerceptualFeatures(job.device)
         self.segmenter = Segmenter(config.segmenter, job.device) if config.segmenter else None
         self._untrained: Translator | None = None
 
@@ -278,9 +282,9 @@ class EvaluationWorker:
             fakes, reals = [fake for fake, _ in found], [real for _, real in found]
             values = metrics.pixel_scores_of(fakes, reals, self.job.device)
             _update(records, [{f"{baseline}_{name}": v for name, v in one.items()} for one in values])
-        if self.inception is not None:
-            scores.generated_features += list(self.inception([pair.samples[0] for pair in pairs]))
-            scores.target_features += list(self.inception([pair.target for pair in pairs]))
+        for name, features in self.features.items():
+            generated, targets = [pair.samples[0] for pair in pairs], [pair.target for pair in pairs]
+            scores.add_features(name, features(generated), features(targets))
 
     def _baseline_images(self, unit: int, pair: ReadPair) -> dict[str, Array]:
         """Each baseline's image, at the size the model is scored at."""
@@ -352,6 +356,8 @@ def split_of(config: EvaluateConfig, spec: DatasetSpec) -> Split:
 
 def check(config: EvaluateConfig, shards: str = "") -> None:
     """Raise UserError for what is not there. `shards`: where the targets are; "" if not known yet."""
+    if config.perceptual is not None:
+        efficientnet.weights()
     files = {"images": config.images}
     if config.lpips is not None:
         files |= {"lpips.backbone": config.lpips.backbone, "lpips.linear": config.lpips.linear}
@@ -381,7 +387,7 @@ def run(
     split = split_of(config, spec)
     logger.info("evaluate      scores the %s split: %s pairs", split, f"{spec.rows(split):,}")
     units = inputs.shard_units(spec, split)
-    distances = feature_names(config.inception) if config.inception else ()
+    distances = distance_names(config)
     job = make_job(config, resources, spec, shards, images, output)
     score_units(job, resources, spec, len(units))
     summary = summarise_units(job, len(units), distances)
@@ -400,6 +406,15 @@ def run(
         track.artifact(f"confusion/{name}.png", encode.encode_png(metrics.confusion_picture(matrix)))
     counts = {"images": summary["num_images"], "missing": num_missing}
     return Outcome(counts=counts, metrics=table.headline(summary))
+
+
+def distance_names(config: EvaluateConfig) -> dict[str, tuple[str, str]]:
+    """The names of the Frechet and the kernel distance by network. UserError where weights are absent."""
+    names = {"inception": feature_names(config.inception)} if config.inception else {}
+    if config.perceptual:
+        efficientnet.weights()
+        names[config.perceptual] = (f"frechet_{config.perceptual}", f"kernel_{config.perceptual}")
+    return names
 
 
 def make_job(
@@ -456,17 +471,17 @@ def score_units(job: EvaluateJob, resources: Resources, spec: DatasetSpec, count
             progress.advance(int(row["images"]))
 
 
-def summarise_units(job: EvaluateJob, count: int, distances: tuple[str, ...]) -> dict[str, Any]:
+def summarise_units(job: EvaluateJob, count: int, distances: dict[str, tuple[str, str]]) -> dict[str, Any]:
     """Add up the units, in order, into metrics.parquet, confusion.json and the summary.
 
-    distances   the names of the Frechet and the kernel distance, if an Inception network is configured
+    distances   as `distance_names` gives them
     """
     config = job.config
     parts = [outputs.part_uri(job.output, unit) for unit in range(count)]
     summary = table.merge_parts(parts, storage.join(job.output, "metrics.parquet"))
     summary["images"] = job.images
     if distances or config.segmenter or config.palette:
-        matrices, sums = table.merge_sums(parts, *distances)
+        matrices, sums = table.merge_sums(parts, distances)
         if matrices:
             lists = {name: matrix.tolist() for name, matrix in matrices.items()}
             storage.write_json(storage.join(job.output, "confusion.json"), lists)

@@ -32,7 +32,7 @@ from stages.images.kinds import Array, ImageRejected
 from stages.inference import outputs
 from stages.reporting.page import Curve, PictureCard, RejectCount, ReportData, StepTime, data_uri, page
 from stages.scoring.intervals import Interval, difference
-from stages.scoring.metrics import PIXEL_METRICS, lower_is_better
+from stages.scoring.metrics import PIXEL_METRICS, SET_DISTANCES, lower_is_better
 from stages.scoring.table import of_images
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec, Sample
@@ -420,7 +420,7 @@ def headline(summary: Mapping[str, Any]) -> dict[str, float]:
     for name, segmented in summary.get("segmentation", {}).items():
         if name in ("generated", "palette"):
             scores |= segmented
-    return scores | {n: v for n, v in summary.items() if n.split("_")[0] in ("fid", "kid")}
+    return scores | {n: v for n, v in summary.items() if n.split("_")[0] in SET_DISTANCES}
 
 
 def facts(summary: Mapping[str, Any]) -> list[str]:

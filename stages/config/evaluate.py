@@ -111,6 +111,13 @@ class EvaluateConfig(Config):
     inception: Annotated[InceptionConfig | None, Field(description="Compute FID and KID. null: do not.")] = (
         None
     )
+    perceptual: Annotated[
+        Literal["efficientnet_lite0"] | None,
+        Field(
+            description="Compute the Frechet and the kernel distance of this network's features; its weights "
+            "come with the extra `perceptual`. null: do not."
+        ),
+    ] = None
     segmenter: Annotated[
         SegmenterConfig | None, Field(description="Score images by a segmentation network. null: do not.")
     ] = None

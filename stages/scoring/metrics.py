@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 PIXEL_METRICS = ("l1", "psnr", "ssim", "ms_ssim")
-LOWER_IS_BETTER = frozenset({"l1", "lpips", "fid", "kid"})
+SET_DISTANCES = ("fid", "kid", "frechet", "kernel")  # of a set of images, not of one
+LOWER_IS_BETTER = frozenset({"l1", "lpips", *SET_DISTANCES})
 
 PSNR_OF_IDENTICAL = 100.0
 """The PSNR, in decibels, of two equal images: it is infinite, and would make every mean infinite."""
@@ -221,8 +222,10 @@ class Moments:
 def frechet_distance(one: Moments, other: Moments) -> float:
     """Squared Frechet distance of two Gaussians (Heusel et al. 2017, eq. 6); needs two vectors a side."""
     (mean1, cov1), (mean2, cov2) = one.mean_and_covariance(), other.mean_and_covariance()
-    # tr sqrt(AB) is the sum of the roots of AB's eigenvalues, which are real and not negative up to rounding
-    roots = np.sqrt(np.linalg.eigvals(cov1 @ cov2).astype(np.complex128)).real.sum()
+    # AB has the eigenvalues of H'BH, where HH' = A: symmetric, which is faster, and negative only by rounding
+    values, vectors = np.linalg.eigh(cov1)
+    half = vectors * np.sqrt(values.clip(0))
+    roots = np.sqrt(np.linalg.eigvalsh(half.T @ cov2 @ half).clip(0)).sum()
     return float(((mean1 - mean2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * roots)
 
 

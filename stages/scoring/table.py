@@ -46,20 +46,23 @@ class UnitScores:
     """What is measured of a unit's images."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
-    generated_features: list[np.ndarray] = field(default_factory=list)
-    target_features: list[np.ndarray] = field(default_factory=list)
+    features: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    """Vectors of the images, by `fake_` or `real_` and the network's name."""
     matrices: dict[str, np.ndarray] = field(default_factory=dict)
 
     def add_matrix(self, name: str, matrix: np.ndarray) -> None:
         """Add an image's confusion matrix to the unit's."""
         self.matrices[name] = self.matrices.get(name, 0) + matrix
 
+    def add_features(self, network: str, fakes: np.ndarray, reals: np.ndarray) -> None:
+        """Add a network's feature vectors (N, D) of generated images and of their targets."""
+        for side, vectors in (("fake", fakes), ("real", reals)):
+            self.features.setdefault(f"{side}_{network}", []).append(vectors)
+
     def write(self, part: str) -> None:
         """Write the sums, then the table part whose presence means that the unit is finished."""
         arrays = {f"matrix_{name}": matrix for name, matrix in self.matrices.items()}
-        if self.generated_features:
-            arrays["fake"] = np.stack(self.generated_features)
-            arrays["real"] = np.stack(self.target_features)
+        arrays |= {name: np.concatenate(vectors) for name, vectors in self.features.items()}
         if arrays:
             sink = io.BytesIO()
             np.savez(sink, **arrays)  # type: ignore[arg-type]
@@ -160,15 +163,15 @@ def merge_parts(parts: Sequence[str], uri: str) -> dict[str, Any]:
 
 
 def merge_sums(
-    parts: Sequence[str], fid: str = "fid", kid: str = "kid"
+    parts: Sequence[str], distances: Mapping[str, tuple[str, str]]
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Confusion matrices by name, and the distances of the features of two images or more.
 
-    fid, kid   the names of the Frechet and the kernel distance
+    distances   the names of the Frechet and the kernel distance of each network's features
     """
     matrices: dict[str, np.ndarray] = {}
     moments: dict[str, Moments] = {}
-    vectors: dict[str, list[np.ndarray]] = {"fake": [], "real": []}
+    vectors: dict[str, list[np.ndarray]] = {}
     for part in parts:
         if not storage.exists(_sums_uri(part)):
             continue
@@ -178,15 +181,19 @@ def merge_sums(
                     matrices[name[7:]] = matrices.get(name[7:], 0) + array
                 else:
                     moments.setdefault(name, Moments.empty(array.shape[1])).add(array)
-                    if sum(map(len, vectors[name])) < KID_IMAGES:
-                        vectors[name].append(array)
-    if not moments or moments["fake"].count < 2:
-        return matrices, {}
-    return matrices, {
-        fid: metrics.frechet_distance(moments["fake"], moments["real"]),
-        kid: metrics.kernel_distance(np.concatenate(vectors["fake"]), np.concatenate(vectors["real"])),
-        "feature_images": moments["fake"].count,
-    }
+                    kept = vectors.setdefault(name, [])
+                    if sum(map(len, kept)) < KID_IMAGES:
+                        kept.append(array)
+    sums: dict[str, float] = {}
+    for network, (frechet, kernel) in distances.items():
+        fake, real = f"fake_{network}", f"real_{network}"
+        if fake in moments and moments[fake].count > 1:
+            sums[frechet] = metrics.frechet_distance(moments[fake], moments[real])
+            sums[kernel] = metrics.kernel_distance(
+                np.concatenate(vectors[fake]), np.concatenate(vectors[real])
+            )
+            sums["feature_images"] = moments[fake].count
+    return matrices, sums
 
 
 def headline(summary: Mapping[str, Any]) -> dict[str, float]:

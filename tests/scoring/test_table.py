@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -65,3 +66,23 @@ def test_parts_of_different_columns_are_one_table(tmp_path: Path) -> None:
     merged = storage.read_parquet(str(tmp_path / "metrics.parquet"))
     assert merged["key"].to_pylist() == ["a", "b", "c"]
     assert merged["nearest_l1"].to_pylist() == [0.5, None, None]
+
+
+def test_each_networks_features_have_their_own_distances_over_all_parts(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    parts = [str(tmp_path / f"part-{number}.parquet") for number in range(2)]
+    every: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"inception": [], "other": []}
+    for part in parts:
+        unit = UnitScores(rows=[{"key": "a", "l1": 0.5}])
+        for (network, vectors), size in zip(every.items(), (3, 5), strict=True):
+            vectors.append((rng.normal(size=(4, size)), rng.normal(size=(4, size))))
+            unit.add_features(network, *vectors[-1])
+        unit.write(part)
+    names = {"inception": ("fid", "kid"), "other": ("frechet_other", "kernel_other")}
+    _, sums = table.merge_sums(parts, names)
+    assert set(sums) == {"fid", "kid", "frechet_other", "kernel_other", "feature_images"}
+    for network, vectors in every.items():
+        fake, real = (np.concatenate(side) for side in zip(*vectors, strict=True))
+        assert sums[names[network][1]] == pytest.approx(table.metrics.kernel_distance(fake, real))
+    assert sums["feature_images"] == 8
+    assert all(table.metrics.lower_is_better(name) for name in sums if name != "feature_images")
