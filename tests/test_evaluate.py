@@ -26,6 +26,7 @@ from stages.inference import outputs
 from stages.inference.translator import Translator
 from stages.models.files.saved import load_model
 from stages.scoring import metrics
+from stages.scoring.efficientnet import PerceptualFeatures
 from stages.scoring.lpips import LpipsScorer, lpips_name
 from stages.shards import dataset
 from stages.tracking.run import NullRun
@@ -232,6 +233,7 @@ def test_networks_score_the_images_as_they_do_one_by_one(
         inception=inception,
         segmenter=segmenter,
         palette=colors,
+        perceptual="efficientnet_lite0",
         baselines={"untrained": 0, "nearest": 0},
     )
     summary = json.loads((tmp_path / "out/summary.json").read_text())
@@ -251,6 +253,10 @@ def test_networks_score_the_images_as_they_do_one_by_one(
     assert summary["fid"] == pytest.approx(fid, rel=1e-3)
     assert summary["kid"] == pytest.approx(metrics.kernel_distance(fake, real), rel=1e-3)
     assert summary["feature_images"] == 71
+    features_of = PerceptualFeatures("cpu")
+    kernel = metrics.kernel_distance(features_of(mirrored), features_of(targets))
+    assert summary["kernel_efficientnet_lite0"] == pytest.approx(kernel, rel=1e-2, abs=1e-6)
+    assert 0 < summary["frechet_efficientnet_lite0"] < 50
 
     expected = np.zeros((4, 4), np.int64)
     for sample in samples:
