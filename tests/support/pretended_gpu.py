@@ -315,11 +315,14 @@ ON_UNET = {"arch": UNET, "size": (256, 256)}
 
 CASES = {
     "pix2pix": Case(**ON_UNET),
+    "pix2pix, batch 4": Case(**ON_UNET, rows=4),
     "pix2pix, instance norm, resize, average": Case(arch=NORMED, size=(256, 256), ema=0.99),
     "pix2pix, instance norm, resize, batch 4": Case(arch=NORMED, size=(256, 256), rows=4),
+    "pix2pix, micro-batches": Case(**ON_UNET, rows=3, micro_batch=2),
     "pix2pixHD global": Case(**ON_HD, enhancers=0),
     "pix2pixHD local": Case(**ON_HD, enhancers=1, parts="outermost"),
     "pix2pixHD joint": Case(**ON_HD, enhancers=1),
+    "pix2pixHD joint, batch 4": Case(**ON_HD, enhancers=1, rows=4),
     "pix2pixHD, micro-batches, several workers": Case(
         **ON_HD, enhancers=1, rows=3, micro_batch=2, ema=0.99, averaged=True
     ),
@@ -328,7 +331,7 @@ CASES = {
         **ON_HD | {"arch": ENCODED}, enhancers=1, rows=2, perceptual=True, averaged=True, ema=0.99
     ),
 }
-FLOAT32_TOO = {"pix2pix", "pix2pixHD joint"}
+FLOAT32_TOO = {"pix2pix", "pix2pix, batch 4", "pix2pixHD global", "pix2pixHD joint"}
 PUBLISHED = {
     "pix2pixHD global 1024x512": Case(
         arch=Pix2PixHD(enhancers=1), labels=True, size=(512, 1024), enhancers=0, discriminators=2

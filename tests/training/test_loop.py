@@ -26,6 +26,8 @@ from stages.training.checkpoints import Position
 from stages.training.loop import Ending, Task, Worker, train_phase
 from stages.training.news import Advance, Begin, Channel, Mailbox, Note, Points, SampleGrid, Saved
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROWS, BATCH = 10, 4
 HD = {
     "kind": "pix2pixhd",
@@ -49,15 +51,6 @@ PHASES = [
 def phase_jobs(**changes: Any) -> tuple[PhaseJob, ...]:
     values = {"model": HD, "phases": PHASES, "log_every": 1, "ema": 0.9, "precision": "float32", **changes}
     return jobs(TrainConfig.model_validate(values), AugmentConfig())
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small only lose by more threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Rows:
