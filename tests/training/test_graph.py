@@ -16,7 +16,9 @@ from stages.training.graph import WARM_UP
 from stages.training.loop import Loop, Worker
 from stages.training.news import Channel, Mailbox, Note
 from tests.support.pretended_graph import PretendedGraphs
-from tests.training.test_loop import Rows, nothing, one_thread, phase_jobs, task  # noqa: F401
+from tests.training.test_loop import Rows, nothing, phase_jobs, task
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PIX2PIX = {
     "model": {
