@@ -11,6 +11,7 @@ from typing import Any
 from pipeline import cli
 
 VERBS = {
+    "init": "look at your images and write a config for them",
     "run": "the pipeline: from pairs of images to a trained model, generated images and a report",
     "plan": "what `run` would do, and why",
     "doctor": "check stores, rights, machines and MLflow before anything is spent",

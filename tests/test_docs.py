@@ -44,7 +44,7 @@ EXTERNAL = {
     "ray": "needs a cluster; tests/cluster/test_jobs.py submits jobs",
 }
 """Commands that are not parsed here, and why."""
-READERS_OWN = {"mine.yaml", "run.yaml", "street.yaml"}
+READERS_OWN = {"mine.yaml", "pixloom.yaml", "run.yaml", "street.yaml"}
 """Config files that the reader of a page writes."""
 MENTIONED = {"python -m pipeline.convert import"}
 """Commands that a page names without their arguments."""

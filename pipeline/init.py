@@ -1,0 +1,347 @@
+"""Look at your images, write a config for them, and draw ten pairs to confirm by eye.
+
+python -m pipeline.init FOLDER_OR_BUCKET [FOLDER]     -> pixloom.yaml, pixloom.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations, islice
+from pathlib import Path
+from typing import Any
+
+from pipeline import cli
+from pipeline import config as configuration
+from stages.config.ingest import LocationConfig
+from stages.config.locations import is_archive
+from stages.errors import UserError
+
+HELP = """\
+Look at a sample of the images in a folder or bucket, or in two, and write a commented config for them: which
+images make a pair, what they hold, their size and classes. A picture of up to ten pairs beside it shows what
+was taken for source (left) and target (right). No file is overwritten."""
+
+LAYOUTS = (
+    "init knows two locations with the same names, folders a/1.png and b/1.png, endings 1_a.png and 1_b.png, "
+    "and files with both images side by side; docs/data.md shows how to write others"
+)
+PARTS = 64  # of a listing, of each of which one page is read
+PAIRS = 10
+SIDE = 256  # the longer side of the stored images, about
+MULTIPLE = 32  # of both sides, as the recipe's networks need
+FEW = 64  # values of a label map, at most
+
+_SPLIT = r"(?i:train(?:ing)?|val(?:id|idation)?|test(?:ing)?)"
+_SOURCE = r"src|source|input|a|labels?|annot\w*|masks?|seg\w*|edges?|sketch\w*|lr|gr[ea]y|gt|maps?|thermal"
+_TARGET = r"tgt|target|output|b|photos?|images?|imgs?|real|hr|rgb|colou?r"
+
+Name = tuple[int, str, str]  # the number of the location, the path of an image below it, its URI
+
+
+@dataclass(frozen=True)
+class Side:
+    """One half of every pair: its location, its name there, its images by key, and what they hold."""
+
+    uri: str
+    word: str
+    pattern: str
+    images: Mapping[str, str]
+    kind: str = "rgb"
+    settings: dict[str, Any] = field(default_factory=dict)
+    note: str = "colours"
+
+    def leaning(self) -> int:
+        """Whether the name is one of a source (-1), of a target (1), or says nothing (0)."""
+        words = re.split(r"[^a-z]+", self.word.lower())
+        is_source, is_target = (any(re.fullmatch(t, word) for word in words) for t in (_SOURCE, _TARGET))
+        return is_target - is_source
+
+
+# -- names: plain values in, plain values out ----------------------------------
+
+
+def divide(names: Sequence[Name], slot: str) -> dict[str, dict[str, Name]]:
+    """The names by marker and key. slot: the marker is the location, the (sub)folder or the stem's ending."""
+    found: dict[str, dict[str, Name]] = defaultdict(dict)
+    for name in names:
+        key = name[1].rpartition(".")[0]
+        parts, at, marker = key.split("/"), int(slot == "subfolder"), ""
+        if slot == "location":
+            marker = str(name[0])
+        elif slot == "ending":
+            if match := re.fullmatch(r"(.*[^/])([_.-][A-Za-z]+)", key):
+                key, marker = match.groups()
+        elif len(parts) > at + 1:
+            split = re.fullmatch(rf"({_SPLIT})([_-]\w+|[AB]|)", parts[at])
+            marker = split[2] if split else parts[at]
+            key = "/".join([*parts[:at], *([split[1]] if split else []), *parts[at + 1 :]])
+        if marker:
+            found[marker][key] = name
+    return found
+
+
+def ending(keys: Sequence[str]) -> str:
+    """The ending that all keys have, such as `_leftImg8bit`; "" if they have none."""
+    match = re.search(r"[_.-][A-Za-z][^\W_]*\Z", keys[0])
+    return match[0] if match and len(keys) > 1 and all(key.endswith(match[0]) for key in keys) else ""
+
+
+def find_sides(names: Sequence[Name], uris: Sequence[str]) -> list[Side]:
+    """The two groups of names that share most keys, and whose names say most; none if no two share half."""
+    most, best = (0, 0), list[Side]()
+    for slot in ["location"] if len(uris) > 1 else ["folder", "subfolder", "ending"]:
+        groups = divide(names, slot)
+        largest = sorted(groups, key=lambda marker: -len(groups[marker]))[:12]
+        sides = [_side(groups[marker], marker, slot, uris) for marker in sorted(largest)]
+        for one, other in combinations(sides, 2):
+            shared = len(one.images.keys() & other.images.keys())
+            rank = shared, abs(one.leaning() - other.leaning())
+            if rank > most and 2 * shared >= min(len(one.images), len(other.images)):
+                most, best = rank, [one, other]
+    return best
+
+
+def _side(group: Mapping[str, Name], marker: str, slot: str, uris: Sequence[str]) -> Side:
+    """A group of names as a location and a pattern."""
+    number, path, _ = next(iter(group.values()))
+    uri, end = uris[number].rstrip("/"), ending(list(group))
+    images = {key.removesuffix(end): name[2] for key, name in group.items()}
+    suffixes = {name[1].rpartition(".")[2] for name in group.values()}
+    end += (marker if slot == "ending" else "") + f".{suffixes.pop() if len(suffixes) == 1 else '*'}"
+    start, word = _split(group), marker
+    if slot == "location":
+        word = uri.rpartition("/")[2]
+    elif slot == "subfolder":
+        start = f"{start or '{group}/'}{marker}/"
+    elif slot == "folder" and path.partition("/")[0] != marker:  # train_label
+        start = f"{{split}}{marker}/"
+    elif slot == "folder" and is_archive(uri):
+        start = f"{marker}/{start}"
+    elif slot == "folder":
+        uri = f"{uri}/{marker}"
+    return Side(uri, word, f"{start}{{key}}{end}", images)
+
+
+def _split(keys: Iterable[str]) -> str:
+    """The pattern of the first folder, if the keys' first folders name different splits."""
+    firsts = {key.partition("/")[0] for key in keys}
+    return "{split}/" if len(firsts) > 1 and all(re.fullmatch(_SPLIT, one) for one in firsts) else ""
+
+
+# -- the store and its images --------------------------------------------------
+
+
+def sample(uri: str, number: int) -> Iterator[Name]:
+    """Names of images below a location: a page of each of some parts of its listing."""
+    from stages import ingest  # noqa: PLC0415
+    from stages.objects import listing, patterns  # noqa: PLC0415
+    from stages.storage.retry import located  # noqa: PLC0415
+
+    location = LocationConfig(uri=uri, role="target")
+    with located(uri):
+        cut = ingest.cut_location(location)
+        units = [replace(unit, paths=(path,)) for unit in cut for path in unit.paths]
+        for unit in units[:: -(-len(units) // PARTS)]:
+            for page in islice(listing.pages(ingest.root(location), unit, requests=1), 1):
+                for path, found, *_ in page.rows():
+                    if patterns.is_image(path) and not re.search(r"(?:\A|/)\.", path):
+                        yield number, path, found
+
+
+def read(uris: Sequence[str]) -> list[bytes]:
+    """The files' contents."""
+    from stages.objects.fetch import Object, Reader  # noqa: PLC0415
+
+    reader = Reader()
+    return [reader.read(Object(uri)) for uri in uris]
+
+
+def judge(one: Side, files: Sequence[bytes]) -> tuple[Side, list[Any]]:
+    """What the files of a side hold, and the files as pictures."""
+    import numpy as np  # noqa: PLC0415
+
+    from stages.images.decode import decode_image  # noqa: PLC0415
+    from stages.images.kinds import ImageRejected  # noqa: PLC0415
+    from stages.images.pictures import picture  # noqa: PLC0415
+
+    try:
+        maps = [decode_image(data, "labels") for data in files]
+        values = np.unique(np.concatenate([np.unique(ids) for ids in maps])).tolist()
+    except ImageRejected as error:
+        if error.reason == "label_range":
+            deep = [picture(decode_image(data, "grey16"), "grey16") for data in files]
+            return replace(one, kind="grey16", note="16 bits of grey"), deep
+        values = []
+    pictures = [decode_image(data, "rgb") for data in files]
+    if 1 < len(values) <= FEW:
+        named = [value for value in values if value != 255]
+        same = all((image == ids).all() for image, ids in zip(pictures, maps, strict=True))
+        settings: dict[str, Any] = {"classes": max(values) + 1}
+        if 255 in values and len(named) > 1 and max(named) < 2 * len(named):
+            settings = {"classes": max(named) + 2, "ignore_label": 255}  # which becomes the last class
+        elif max(values) >= 2 * len(values) and same:  # black and white masks
+            settings = {"classes": len(values), "palette": {"source": values}}
+        note = f"label ids, {len(values)} values from {values[0]} to {values[-1]}"
+        shown = [picture(ids, "labels") for ids in maps]
+        return replace(one, kind="labels", settings=settings, note=note), shown
+    if all((image == image[:, :, :1]).all() for image in pictures):
+        return replace(one, kind="grey", note="grey"), pictures
+    return one, pictures
+
+
+def order(one: Side, other: Side) -> tuple[list[Side], str]:
+    """Source and target, and why."""
+    if one.leaning() != other.leaning():
+        sure = "sure" if one.leaning() and other.leaning() else "likely"
+        return sorted((one, other), key=Side.leaning), f"{sure}, by their names"
+    if (one.kind == "labels") != (other.kind == "labels"):
+        return sorted((one, other), key=lambda side: side.kind != "labels"), "likely, as source has label ids"
+    return [one, other], "a guess; if they are the wrong way round, swap `role`"
+
+
+# -- the config ----------------------------------------------------------------
+
+
+def look(uris: Sequence[str]) -> tuple[str, list[str], list[list[Any]]]:
+    """The config's text, what was taken for what, and pairs of pictures.
+
+    Raises UserError if the images are in no known layout.
+    """
+    from stages.images.geometry import crop_half, resize  # noqa: PLC0415
+
+    where = " and ".join(uris)
+    names = [name for number, uri in enumerate(uris) for name in sample(uri, number)]
+    if len(names) < 2:
+        raise UserError(f"{where}: {('no images', 'one image')[len(names)]} there; {LAYOUTS}")
+    if sides := find_sides(names, uris):
+        first, second = (side.images for side in sides)
+        shared = sorted(first.keys() & second.keys())
+        keys = shared[:: -(-len(shared) // PAIRS)]
+        judged = [judge(side, read([side.images[key] for key in keys])) for side in sides]
+        (source, target), why = order(judged[0][0], judged[1][0])
+        ways = judged if judged[0][0] is source else judged[::-1]
+        rows = list(zip(*(pictures for _, pictures in ways), strict=True))
+        said = [
+            f"pairs: {len(shared):,}; {len(names) - 2 * len(shared):,} other images",
+            f"source: {source.word}, {source.note}",
+            f"target: {target.word}, {target.note}",
+            f"which is which: {why}",
+        ]
+        kind = target.kind
+        if kind == "labels":
+            kind = "rgb"
+            said.append(
+                "the target's ids are read as colours, which is what networks generate (infer.palette)"
+            )
+        kinds = {"kinds": {"source": source.kind, "target": kind}}
+        half, shard = "", kinds | (source.settings if source.kind == "labels" else {})
+        locations = [(source, "source"), (target, "target")]
+    else:
+        _, pictures = judge(
+            Side(uris[0], "", "", {}), read([uri for *_, uri in names[:: -(-len(names) // PAIRS)]])
+        )
+        if len(uris) > 1 or any(abs(image.shape[1] / image.shape[0] - 2) > 0.02 for image in pictures):
+            raise UserError(f"{where}: {len(names):,} names and no pairs; {LAYOUTS}")
+        rows = [(crop_half(image, "left"), crop_half(image, "right")) for image in pictures]
+        said = [
+            "pairs: every image is twice as wide as high: likely two side by side",
+            "source: the left half, a guess; if it is the right one, change `source_half`",
+        ]
+        half, shard = "pair:\n  source_half: left\n", {}
+        pattern = f"{_split([path for _, path, _ in names])}{{key}}.*"
+        locations = [(Side(uris[0], "", pattern, {}), "pair")]
+    size, fit = shape(rows)
+    high, wide = rows[0][1].shape[:2]
+    said = [f"names looked at: {len(names):,}", *said]
+    said.append(f"size: {size[0]}x{size[1]}, fit {fit}; a target has {wide}x{high} pixels")
+    config = write(said, locations, half, {"size": size, "fit": fit} | shard)
+    return config, said, [[resize(image, size, "rgb") for image in row] for row in rows]
+
+
+def shape(rows: Sequence[tuple[Any, ...]]) -> tuple[tuple[int, int], str]:
+    """Width and height to store, and `shard.fit`."""
+    ratios = [[image.shape[1] / image.shape[0] for image in row] for row in rows]
+    targets = sorted(target for _, target in ratios)
+    ratio = targets[len(targets) // 2]
+    longest = min(SIDE, max(SIDE // 2, *rows[0][1].shape[:2]))
+    sides = (longest * min(1, ratio), longest * min(1, 1 / ratio))
+    width, height = (max(2 * MULTIPLE, round(side / MULTIPLE) * MULTIPLE) for side in sides)
+    if any(abs(source / target - 1) > 0.02 for source, target in ratios):
+        return (width, height), "stretch"
+    return (width, height), "crop" if targets[-1] > 1.02 * targets[0] else "same"
+
+
+def write(
+    said: Sequence[str], locations: Sequence[tuple[Side, str]], half: str, shard: dict[str, Any]
+) -> str:
+    """The config file. JSON is YAML, and quotes what needs quotes."""
+    rows = "".join(
+        f"    - {{uri: {json.dumps(side.uri)}, role: {role}, pattern: {json.dumps(side.pattern)}}}\n"
+        for side, role in locations
+    )
+    return (
+        f"# yaml-language-server: $schema={configuration.RECIPES / 'pipeline.schema.json'}\n#\n"
+        "# What `pixloom init` took for what. The picture beside this file has source left, target right.\n"
+        + "".join(f"#   {line}\n" for line in said)
+        + "extends: base/pix2pixhd.yaml    # the networks; profile cpu is for two cores, paper for a GPU\n"
+        "workspace: workspace            # all that a run writes: a folder or a bucket\n\n"
+        "# Images with the same {key}, {split} and {group} make a pair; * stands for any text.\n"
+        f"ingest:\n  locations:\n{rows}{half}\n"
+        f"# Sides are multiples of {MULTIPLE}. Raise `classes` if files outside the sample have higher ids.\n"
+        "shard:\n" + "".join(f"  {key}: {json.dumps(value)}\n" for key, value in shard.items())
+    )
+
+
+# -- the command ---------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = cli.parser("pipeline.init", HELP)
+    p.add_argument("images", metavar="FOLDER_OR_BUCKET", help="where the images are; any fsspec URI")
+    p.add_argument("partners", metavar="FOLDER", nargs="?", help="where their partners are, if elsewhere")
+    p.add_argument("--output", type=Path, default=Path("pixloom.yaml"), metavar="FILE", help="what to write")
+    return p
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write the config and the picture. Raises UserError if one exists, or no pairs are found."""
+    from stages.images.encode import encode_png  # noqa: PLC0415
+    from stages.images.kinds import ImageRejected  # noqa: PLC0415
+    from stages.images.pictures import sheet  # noqa: PLC0415
+
+    file, picture = options.output, options.output.with_suffix(".png")
+    for one in (file, picture):
+        if one.exists():
+            raise UserError(f"{one}: exists; name another file by --output")
+    try:
+        with cli.planning():
+            config, said, rows = look([uri for uri in (options.images, options.partners) if uri])
+    except ImageRejected as error:
+        raise UserError(f"{options.images}: an image of the sample cannot be used: {error}") from error
+    with file.open("x", encoding="utf-8") as out:
+        out.write(config)
+    try:
+        configuration.load(str(file))
+    except UserError:
+        file.unlink()
+        raise
+    picture.write_bytes(encode_png(sheet(rows)))
+    told = [*said, f"look at {picture}, source left, target right; then: pixloom plan -c {file}"]
+    sys.stdout.write("".join(f"{line}\n" for line in told))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit code."""
+    options = parser().parse_args(arguments)
+    return cli.exit_code(lambda: run(options), stopped="nothing was changed")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""What `pixloom init` makes of folders: layouts, kinds, sizes, and what it refuses."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import __main__ as pixloom
+from pipeline import config as configuration
+from pipeline.config import PipelineConfig
+from stages import storage
+from tests.stores.seaweed import SeaweedS3
+from tests.support.pairs import ids, photo, write_image
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths are relative, as a user types them."""
+    monkeypatch.chdir(tmp_path)
+
+
+def written(*names: str) -> PipelineConfig:
+    assert pixloom.main(["init", *names]) == 0
+    config = configuration.load("pixloom.yaml")
+    with Image.open("pixloom.png") as sheet:
+        assert sheet.width > 2 * config.shard.size[0]
+    return config
+
+
+def fill(name: str, make: Callable[..., np.ndarray] = photo, count: int = 12, width: int = 24) -> None:
+    """Images at `name`, in which {} is their number."""
+    for n in range(count):
+        write_image(Path(name.format(n)), make(n, width))
+
+
+def places(config: PipelineConfig) -> list[tuple[str, str, str]]:
+    return [(one.uri, one.role, one.pattern) for one in config.ingest.locations]
+
+
+def test_two_folders_with_the_same_names_make_pairs_and_label_ids_are_the_source() -> None:
+    fill("one/{}.png", ids)
+    fill("two/{}.png")
+    config = written("two", "one")
+    assert places(config) == [("one", "source", "{key}.png"), ("two", "target", "{key}.png")]
+    assert config.shard.kinds == {"source": "labels", "target": "rgb"}
+    assert (config.shard.classes, config.shard.palette, config.shard.fit) == (5, None, "same")
+    assert config.shard.size == (128, 96)  # 24x16, drawn large enough for the networks
+
+
+def test_endings_of_two_folders_and_unequal_counts_are_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    fill("gt/{}_mask.png", lambda n, w: (ids(n, w) > 2).astype(np.uint8) * 255, count=9)
+    fill("pictures/{}_photo.png")
+    config = written("pictures", "gt")
+    assert places(config) == [("gt", "source", "{key}_mask.png"), ("pictures", "target", "{key}_photo.png")]
+    assert (config.shard.classes, config.shard.palette) == (2, {"source": (0, 255)})
+    assert "pairs: 9; 3 other images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "uris", "patterns"),
+    [
+        ("data/a/{}.png", "data/b/{}.png", ["data/a", "data/b"], ["{key}.png"] * 2),
+        ("data/{}_A.png", "data/{}_B.png", ["data"] * 2, ["{key}_A.png", "{key}_B.png"]),
+        ("data/{}_source.png", "data/{}_target.png", ["data"] * 2, ["{key}_source.png", "{key}_target.png"]),
+    ],
+)
+def test_images_of_one_folder_are_told_apart(
+    source: str, target: str, uris: list[str], patterns: list[str]
+) -> None:
+    fill(source)
+    fill(target)
+    assert places(written("data")) == list(zip(uris, ["source", "target"], patterns, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("folders", "uris", "patterns"),
+    [
+        ("data/{split}_label data/{split}_img", "data data", "{split}_label/{key}.png {split}_img/{key}.png"),
+        ("data/{split}A data/{split}B", "data data", "{split}A/{key}.png {split}B/{key}.png"),
+        ("data/{split}/in data/{split}/out", "data data", "{split}/in/{key}.png {split}/out/{key}.png"),
+        ("data/in/{split} data/out/{split}", "data/in data/out", "{split}/{key}.png {split}/{key}.png"),
+    ],
+)
+def test_splits_in_the_path_are_kept(folders: str, uris: str, patterns: str) -> None:
+    for folder in folders.split():
+        for split in ("train", "test"):
+            fill(folder.replace("{split}", split) + "/{}.png", count=3)
+    found = places(written("data"))
+    assert [uri for uri, _, _ in found] == uris.split()
+    assert [pattern for _, _, pattern in found] == patterns.split()
+
+
+def test_of_three_folders_those_are_taken_whose_names_say_what_they_are() -> None:
+    for folder in ("inst", "label", "photo"):
+        fill(f"data/{folder}/{{}}.png")
+    assert [uri for uri, _, _ in places(written("data"))] == ["data/label", "data/photo"]
+
+
+def test_large_folders_are_each_looked_at() -> None:
+    write_image(Path("x.png"), photo(0))
+    for folder in ("a", "b"):
+        Path("data", folder).mkdir(parents=True)
+        for n in range(1100):
+            shutil.copy("x.png", f"data/{folder}/{n}.png")
+    assert len(places(written("data"))) == 2
+
+
+def test_files_with_both_images_side_by_side() -> None:
+    for split in ("train", "val"):
+        fill(f"data/{split}/{{}}.png", width=32)
+    config = written("data")
+    assert places(config) == [("data", "pair", "{split}/{key}.*")]
+    assert (config.pair.source_half, config.shard.size) == ("left", (128, 128))
+
+
+def test_ids_with_a_void_value_deep_grey_and_other_shapes() -> None:
+    fill("label/{}.png", lambda n, w: np.where(ids(n, w) == 4, 255, ids(n, w)).astype(np.uint8))
+    fill("deep/{}.png", lambda n, w: photo(n, w + 8)[:, :, :1].astype(np.uint16) * 257)
+    config = written("label", "deep")
+    assert config.shard.kinds == {"source": "labels", "target": "grey16"}
+    assert (config.shard.classes, config.shard.ignore_label, config.shard.fit) == (5, 255, "stretch")
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(0, "no images there"), (1, "one image there"), (5, "and no pairs")]
+)
+def test_what_is_no_pair_is_one_line_with_the_known_layouts(
+    count: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("data").mkdir()
+    fill("data/{}.png", count=count)
+    assert pixloom.main(["init", "data"]) == 2
+    message = capsys.readouterr().err
+    assert said in message
+    assert "init knows two locations" in message
+    assert message.count("\n") == 1
+    assert not Path("pixloom.yaml").exists()
+
+
+def test_a_folder_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert pixloom.main(["init", "nowhere"]) == 2
+    assert capsys.readouterr().err.startswith("nowhere: ")
+
+
+@pytest.mark.parametrize("name", ["pixloom.yaml", "pixloom.png"])
+def test_no_file_is_overwritten(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    fill("a/{}.png")
+    fill("b/{}.png")
+    Path(name).write_text("mine")
+    assert pixloom.main(["init", "a", "b"]) == 2
+    assert f"{name}: exists" in capsys.readouterr().err
+    assert Path(name).read_text() == "mine"
+
+
+@pytest.mark.s3
+def test_a_bucket_is_looked_at_as_a_folder_is(
+    s3_store: SeaweedS3, s3_bucket: str, client_options: None
+) -> None:
+    storage.configure({"s3": s3_store.options()})
+    fill("data/a/{}.png", ids)
+    fill("data/b/{}.png")
+    for file in Path("data").rglob("*.png"):
+        s3_store.client().pipe_file(f"{s3_bucket}/{file}", file.read_bytes())
+    found = places(written(f"s3://{s3_bucket}/data"))
+    assert [uri for uri, _, _ in found] == [f"s3://{s3_bucket}/data/{folder}" for folder in "ab"]
