@@ -56,7 +56,7 @@ from stages.shards.row_groups import num_row_groups, read_unit
 if TYPE_CHECKING:
     from stages.tracking.run import Run
 
-VERSION = 4
+VERSION = 5
 
 READ_AHEAD = 8
 AT_ONCE = {"cpu": 1, "cuda": 16}
@@ -329,9 +329,13 @@ class EvaluationWorker:
     def _add_matrices(self, sample: Sample, generated: Array, target: Array, scores: UnitScores) -> None:
         """Count the image's pixels by actual and predicted class."""
         role, palette = label_role(self.spec), self.config.palette
-        if self.segmenter is not None and role is not None and role in sample.images:
-            actual, classes = self.segmenter.actual(sample.images[role]), self.segmenter.config.classes
+        if self.segmenter is not None and role is not None:
+            classes, labels = self.segmenter.config.classes, sample.images.get(role)
             for name, image in (("generated", generated), ("target", target)):
+                if labels is None:
+                    scores.add_matrix(name, np.zeros((classes, classes), np.int64))
+                    continue
+                actual = self.segmenter.actual(labels)
                 sized = geometry.resize(image, (actual.shape[1], actual.shape[0]), "rgb")
                 scores.add_matrix(name, metrics.confusion(self.segmenter(sized), actual, classes, -1))
         if palette is not None:
@@ -478,16 +482,16 @@ def summarise_units(job: EvaluateJob, count: int, distances: dict[str, tuple[str
     """
     config = job.config
     parts = [outputs.part_uri(job.output, unit) for unit in range(count)]
-    summary = table.merge_parts(parts, storage.join(job.output, "metrics.parquet"))
+    summary, groups = table.merge_parts(parts, storage.join(job.output, "metrics.parquet"))
     summary["images"] = job.images
     if distances or config.segmenter or config.palette:
-        matrices, sums = table.merge_sums(parts, distances)
-        if matrices:
-            lists = {name: matrix.tolist() for name, matrix in matrices.items()}
+        whole = table.merge_sums(parts, distances, groups)
+        if whole.matrices:
+            lists = {name: matrix.tolist() for name, matrix in whole.matrices.items()}
             storage.write_json(storage.join(job.output, "confusion.json"), lists)
-            scores = {name: metrics.segmentation_scores(matrix) for name, matrix in matrices.items()}
-            summary["segmentation"] = scores
-        summary |= sums
+            summary["segmentation"] = whole.segmentation
+        summary |= whole.distances
+        summary["intervals"] |= {name: (one.low, one.high) for name, one in whole.intervals.items()}
     if job.manifest:
         summary["model"] = fingerprint(json.loads(job.manifest))
     return summary

@@ -251,10 +251,10 @@ def test_networks_score_the_images_as_they_do_one_by_one(
     root = np.trace(scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real)
     fid = ((fake.mean(0) - real.mean(0)) ** 2).sum() + sum(map(np.trace, covariances)) - 2 * root
     assert summary["fid"] == pytest.approx(fid, rel=1e-3)
-    assert summary["kid"] == pytest.approx(metrics.kernel_distance(fake, real), rel=1e-3)
+    assert summary["kid"] == pytest.approx(metrics.KernelDistance(fake, real)(), rel=1e-3)
     assert summary["feature_images"] == 71
     features_of = PerceptualFeatures("cpu")
-    kernel = metrics.kernel_distance(features_of(mirrored), features_of(targets))
+    kernel = metrics.KernelDistance(features_of(mirrored), features_of(targets))()
     assert summary["kernel_efficientnet_lite0"] == pytest.approx(kernel, rel=1e-2, abs=1e-6)
     assert 0 < summary["frechet_efficientnet_lite0"] < 50
 

@@ -179,7 +179,17 @@ def segmentation_scores(matrix: np.ndarray) -> dict[str, float]:
 
     Means are over the classes that occur. A matrix without pixels has no scores.
     """
-    hits, rows, columns = np.diag(matrix), matrix.sum(1), matrix.sum(0)
+    return segmentation_scores_of(segmentation_counts(matrix))
+
+
+def segmentation_counts(matrix: np.ndarray) -> np.ndarray:
+    """(3, classes): the hits of each class, its pixels and those that were predicted as it."""
+    return np.stack([np.diag(matrix), matrix.sum(1), matrix.sum(0)])
+
+
+def segmentation_scores_of(counts: np.ndarray) -> dict[str, float]:
+    """`segmentation_scores` of the sum of images' `segmentation_counts`."""
+    hits, rows, columns = counts
     if not rows.sum():
         return {}
     present, union = rows > 0, rows + columns - hits
@@ -229,20 +239,55 @@ def frechet_distance(one: Moments, other: Moments) -> float:
     return float(((mean1 - mean2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * roots)
 
 
-def kernel_distance(one: np.ndarray, other: np.ndarray) -> float:
-    """Unbiased squared MMD with the kernel (x.y/D + 1)^3 (KID, Binkowski et al. 2018), of all (N, D).
+def frechet_distance_of(one: np.ndarray, other: np.ndarray) -> float:
+    """`frechet_distance` of vectors (N, D), (M, D). Of fewer than D it takes a fraction of the time."""
+    count, size = max(len(one), len(other)), one.shape[1]
+    if count > size:
+        moments = [Moments.empty(size) for _ in range(2)]
+        for side, vectors in zip(moments, (one, other), strict=True):
+            side.add(vectors)
+        return frechet_distance(*moments)
+    x, y = one.astype(np.float64), other.astype(np.float64)
+    apart = x.mean(0) - y.mean(0)
+    x, y = ((side - side.mean(0)) / np.sqrt(len(side) - 1) for side in (x, y))
+    # with covariances x'x and y'y, the eigenvalues of their product are the squares of xy's singular values
+    products = x @ y.T
+    roots = np.sqrt(np.linalg.eigvalsh(products @ products.T).clip(0)).sum()
+    return float((apart**2).sum() + (x**2).sum() + (y**2).sum() - 2 * roots)
+
+
+class KernelDistance:
+    """Unbiased squared MMD with the kernel (x.y/D + 1)^3 (KID, Binkowski et al. 2018).
 
     The published tools average random subsets of 1,000; over all vectors the estimate is the same in
     expectation and needs no seed. Needs two vectors on each side.
     """
-    one, other = one.astype(np.float64), other.astype(np.float64)
-    size = one.shape[1]
 
-    def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return np.asarray((x @ y.T / size + 1) ** 3)
+    def __init__(self, one: np.ndarray, other: np.ndarray, blocks: np.ndarray | None = None) -> None:
+        """Compare vectors (N, D) and (M, D). `blocks`: the block of each image, for N = M."""
+        sides = [side.astype(np.float64) for side in (one, other)]
+        numbers = [np.zeros(len(side), np.int64) if blocks is None else blocks for side in sides]
+        self.counts = np.stack([np.bincount(of_side) for of_side in numbers])
+        size, block = one.shape[1], self.counts.shape[1]
 
-    def within(x: np.ndarray) -> float:
-        values = kernel(x, x)
-        return float((values.sum() - np.trace(values)) / (len(x) * (len(x) - 1)))
+        def sums(x: int, y: int) -> np.ndarray:
+            """(blocks, blocks): the kernels' sums between the blocks of two sides."""
+            total, (rows, columns) = np.zeros((block, block)), (np.eye(block)[numbers[n]] for n in (x, y))
+            for start in range(0, len(rows), 1000):  # N * M kernels do not fit into memory
+                part = slice(start, start + 1000)
+                kernels = (sides[x][part] @ sides[y].T / size + 1) ** 3
+                total += rows[part].T @ (kernels @ columns)
+            return total
 
-    return within(one) + within(other) - 2 * float(kernel(one, other).mean())
+        self.within = [sums(0, 0), sums(1, 1)]
+        self.across = sums(0, 1)
+        for n in (0, 1):
+            own = ((sides[n] ** 2).sum(1) / size + 1) ** 3
+            self.within[n] -= np.diag(np.bincount(numbers[n], weights=own))
+
+    def __call__(self, kept: np.ndarray | None = None) -> float:
+        """The distance of the vectors in the blocks that are kept, (number of blocks,) bool; None: of all."""
+        weights = np.ones(self.counts.shape[1]) if kept is None else kept.astype(np.float64)
+        n, m = self.counts @ weights
+        first, second, both = (weights @ sums @ weights for sums in (*self.within, self.across))
+        return float(first / (n * (n - 1)) + second / (m * (m - 1)) - 2 * both / (n * m))

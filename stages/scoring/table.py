@@ -1,7 +1,7 @@
 """The scores as files: a part for each unit of work, and what all parts together say.
 
 part-<unit>.parquet    a row an image: key, split, group, its pair's place, every metric, every baseline's
-part-<unit>.npz        confusion matrices and feature vectors of the unit's images
+part-<unit>.npz        confusion matrices, and of each usable image its counts of classes and its features
 metrics.parquet        the rows of all parts
 
 Parts are added in unit order, so that the sums do not depend on how many processes wrote them.
@@ -10,8 +10,10 @@ Parts are added in unit order, so that the sums do not depend on how many proces
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ import pyarrow.parquet as pq
 
 from stages import storage
 from stages.scoring import metrics
-from stages.scoring.intervals import group_numbers, interval
+from stages.scoring.intervals import Interval, blocks, group_numbers, interval, jackknife
 from stages.scoring.metrics import Moments
 
 BASELINES = ("mean_target", "untrained", "nearest")
@@ -49,10 +51,13 @@ class UnitScores:
     features: dict[str, list[np.ndarray]] = field(default_factory=dict)
     """Vectors of the images, by `fake_` or `real_` and the network's name."""
     matrices: dict[str, np.ndarray] = field(default_factory=dict)
+    counts: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    """`segmentation_counts` of the images, by the name of their matrix."""
 
     def add_matrix(self, name: str, matrix: np.ndarray) -> None:
-        """Add an image's confusion matrix to the unit's."""
+        """Add an image's confusion matrix to the unit's. Every usable image has one, of zeros or not."""
         self.matrices[name] = self.matrices.get(name, 0) + matrix
+        self.counts.setdefault(name, []).append(metrics.segmentation_counts(matrix))
 
     def add_features(self, network: str, fakes: np.ndarray, reals: np.ndarray) -> None:
         """Add a network's feature vectors (N, D) of generated images and of their targets."""
@@ -62,6 +67,7 @@ class UnitScores:
     def write(self, part: str) -> None:
         """Write the sums, then the table part whose presence means that the unit is finished."""
         arrays = {f"matrix_{name}": matrix for name, matrix in self.matrices.items()}
+        arrays |= {f"counts_{name}": np.stack(counts) for name, counts in self.counts.items()}
         arrays |= {name: np.concatenate(vectors) for name, vectors in self.features.items()}
         if arrays:
             sink = io.BytesIO()
@@ -132,8 +138,8 @@ def _labels(scores: pa.Table) -> Iterator[tuple[str, np.ndarray]]:
         )
 
 
-def merge_parts(parts: Sequence[str], uri: str) -> dict[str, Any]:
-    """Write the rows of all parts to one Parquet file and return their summary.
+def merge_parts(parts: Sequence[str], uri: str) -> tuple[dict[str, Any], np.ndarray]:
+    """Write the rows of all parts to one file; their summary, and the number of each usable image's group.
 
     Holds one part at a time, and the numbers of all: 8 bytes a score, 150 MB for a million images.
     """
@@ -159,17 +165,34 @@ def merge_parts(parts: Sequence[str], uri: str) -> dict[str, Any]:
 
     rows = storage.written(write, uri)
     names = [name for name in scores if not name.startswith(baseline_columns)]
-    return {**summarise(rows, names), "example_missing": example_missing}
+    groups = group_numbers(rows.filter(rows["error"].is_null())["group"])
+    return {**summarise(rows, names), "example_missing": example_missing}, groups
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WholeSet:
+    """What is measured of all images together."""
+
+    matrices: dict[str, np.ndarray]
+    """Confusion matrices."""
+    segmentation: dict[str, dict[str, float]]
+    """Scores by the name of their matrix."""
+    distances: dict[str, float]
+    """Between the features of two images or more, and `feature_images`, their number."""
+    intervals: dict[str, Interval]
+    """Of distances and scores, under the names of `headline`."""
 
 
 def merge_sums(
-    parts: Sequence[str], distances: Mapping[str, tuple[str, str]]
-) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Confusion matrices by name, and the distances of the features of two images or more.
+    parts: Sequence[str], distances: Mapping[str, tuple[str, str]], groups: np.ndarray
+) -> WholeSet:
+    """Add up what the parts have of segmentation and of features.
 
     distances   the names of the Frechet and the kernel distance of each network's features
+    groups      a number for each usable image, in the order of the parts
     """
     matrices: dict[str, np.ndarray] = {}
+    counts: dict[str, list[np.ndarray]] = {}
     moments: dict[str, Moments] = {}
     vectors: dict[str, list[np.ndarray]] = {}
     for part in parts:
@@ -179,21 +202,56 @@ def merge_sums(
             for name, array in arrays.items():
                 if name.startswith("matrix_"):
                     matrices[name[7:]] = matrices.get(name[7:], 0) + array
+                elif name.startswith("counts_"):
+                    counts.setdefault(name[7:], []).append(array)
                 else:
                     moments.setdefault(name, Moments.empty(array.shape[1])).add(array)
                     kept = vectors.setdefault(name, [])
                     if sum(map(len, kept)) < KID_IMAGES:
                         kept.append(array)
+    found: dict[str, Interval | None] = {}
+    scores = {name: metrics.segmentation_scores(matrix) for name, matrix in matrices.items()}
+    for name, images in counts.items():
+        found |= _score_intervals(name, np.concatenate(images), blocks(groups), scores[name])
     sums: dict[str, float] = {}
     for network, (frechet, kernel) in distances.items():
         fake, real = f"fake_{network}", f"real_{network}"
-        if fake in moments and moments[fake].count > 1:
+        if fake not in moments or moments[fake].count < 2:
+            continue
+        fakes, reals = np.concatenate(vectors[fake]), np.concatenate(vectors[real])
+        block = blocks(groups[: len(fakes)])
+        kernel_of = metrics.KernelDistance(fakes, reals, block)
+        sums[kernel], found[kernel] = kernel_of(), jackknife(kernel_of, block)
+        if moments[fake].count > len(fakes):
             sums[frechet] = metrics.frechet_distance(moments[fake], moments[real])
-            sums[kernel] = metrics.kernel_distance(
-                np.concatenate(vectors[fake]), np.concatenate(vectors[real])
-            )
-            sums["feature_images"] = moments[fake].count
-    return matrices, sums
+        else:
+            sums[frechet] = metrics.frechet_distance_of(fakes, reals)
+            found[frechet] = jackknife(partial(_frechet_of_blocks, fakes, reals, block), block)
+        sums["feature_images"] = moments[fake].count
+    intervals = {name: one for name, one in found.items() if one}
+    return WholeSet(matrices=matrices, segmentation=scores, distances=sums, intervals=intervals)
+
+
+def _frechet_of_blocks(fakes: np.ndarray, reals: np.ndarray, block: np.ndarray, kept: np.ndarray) -> float:
+    rows = kept[block]
+    return metrics.frechet_distance_of(fakes[rows], reals[rows])
+
+
+def _score_intervals(
+    matrix: str, counts: np.ndarray, block: np.ndarray, names: Iterable[str]
+) -> dict[str, Interval | None]:
+    """The intervals of a matrix's scores. `counts`: `segmentation_counts` of each image, (N, 3, classes)."""
+    sums = np.zeros((int(block.max()) + 1, *counts.shape[1:]))
+    np.add.at(sums, block, counts)
+
+    def score(name: str, kept: np.ndarray) -> float:
+        return metrics.segmentation_scores_of(sums[kept].sum(0)).get(name, math.nan)
+
+    return {_headline_name(matrix, name): jackknife(partial(score, name), block) for name in names}
+
+
+def _headline_name(matrix: str, score: str) -> str:
+    return score if matrix in ("generated", "palette") else f"{matrix}_{score}"
 
 
 def headline(summary: Mapping[str, Any]) -> dict[str, float]:
@@ -207,8 +265,7 @@ def headline(summary: Mapping[str, Any]) -> dict[str, float]:
     for baseline, means in summary["baselines"].items():
         numbers |= {f"{baseline}_l1": float(means["l1"])} if "l1" in means else {}
     for name, scores in summary.get("segmentation", {}).items():
-        prefix = "" if name in ("generated", "palette") else f"{name}_"
-        numbers |= {f"{prefix}{key}": float(value) for key, value in scores.items()}
+        numbers |= {_headline_name(name, key): float(value) for key, value in scores.items()}
     return numbers | ends
 
 

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 from scipy import stats
 
-from stages.scoring import intervals
-from stages.scoring.intervals import Interval, difference, interval
+from stages.scoring import intervals, metrics
+from stages.scoring.intervals import Interval, blocks, difference, interval, jackknife
 
 
 def skewed(count: int, seed: int = 0) -> np.ndarray:
@@ -101,3 +101,64 @@ def test_a_difference_is_paired_by_key_and_told_apart_where_single_means_are_not
     assert apart.excludes_zero
     assert own.high > rival.low  # the means' own intervals overlap
     assert not Interval(0.1, -0.1, 0.3).excludes_zero
+
+
+def drawn(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Features of targets and of images that were generated for them: correlated, and none below 0."""
+    noise = rng.normal(size=(2, count, FEATURES))
+    spread = np.arange(1, FEATURES + 1) ** -0.7
+    real = noise[0] * spread
+    fake = (0.8 * noise[0] + 0.6 * noise[1]) * spread * (1 + 0.3 * np.sin(np.arange(FEATURES))) + 0.2
+    return np.maximum(0, fake), np.maximum(0, real + 0.1)
+
+
+FEATURES = 24
+
+
+@pytest.mark.parametrize("count", [20, 40, 150])
+def test_intervals_of_set_distances_hold_what_as_many_other_images_would_give(count: int) -> None:
+    """With fewer images than features, and with more: the truth is the mean of 200 other sets."""
+    rng = np.random.default_rng(0)
+    found: dict[str, list[Interval | None]] = {"frechet": [], "kernel": []}
+    for _ in range(200):
+        fake, real = drawn(rng, count)
+        block = blocks(np.zeros(count))
+
+        def frechet(kept: np.ndarray, sides: tuple[np.ndarray, np.ndarray] = (fake, real)) -> float:
+            return metrics.frechet_distance_of(*(side[kept[block]] for side in sides))  # noqa: B023 - at once
+
+        found["frechet"].append(jackknife(frechet, block))
+        found["kernel"].append(jackknife(metrics.KernelDistance(fake, real, block), block))
+    for name, every in found.items():
+        bounds = np.array(every, float)
+        truth = bounds[:, 0].mean()
+        held = ((bounds[:, 1] < truth) & (truth < bounds[:, 2])).mean()
+        assert 0.9 < held < 0.99, (name, held)
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error_with_blocks_of_any_size() -> None:
+    values = skewed(20)
+    found = jackknife(lambda kept: float(values[kept].mean()), np.arange(20))
+    assert found is not None
+    expected = stats.t.interval(0.95, 19, values.mean(), stats.sem(values))
+    assert found[1:] == pytest.approx(expected, abs=1e-4)
+    held = 0
+    sizes = np.array([1, 2, 3, 5, 8, 13, 2, 2, 4, 9])
+    block = np.repeat(np.arange(10), sizes)
+    for seed in range(400):
+        drawn = np.random.default_rng(seed).normal(1, 2, len(block))
+        found = jackknife(lambda kept, drawn=drawn: float(drawn[kept[block]].mean()), block)  # type: ignore[misc]
+        assert found is not None
+        held += found.low < 1 < found.high
+    assert 0.9 < held / 400 < 0.99
+
+
+def test_a_block_has_whole_groups_and_a_set_of_too_few_images_has_no_interval() -> None:
+    groups = np.repeat(np.arange(50), 3)
+    block = blocks(groups)
+    assert len(np.unique(block)) == intervals.BLOCKS
+    assert all(len(np.unique(block[groups == group])) == 1 for group in range(50))
+    assert blocks(np.zeros(7)).tolist() == list(range(7))
+    assert blocks(np.array([4, 4, 9])).tolist() == [0, 0, 1]
+    assert jackknife(lambda _: 1.0, np.array([0, 0, 1])) is None
+    assert jackknife(lambda _: 1.0, np.array([], np.int64)) is None

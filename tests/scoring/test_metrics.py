@@ -144,6 +144,18 @@ def test_the_frechet_distance_of_features_in_parts_agrees_with_scipy() -> None:
         cov1 + cov2 - 2 * scipy.linalg.sqrtm(cov1 @ cov2).real
     )
     assert metrics.frechet_distance(generated, real) == pytest.approx(expected, rel=1e-8)
+    assert metrics.frechet_distance_of(one, other) == pytest.approx(expected, rel=1e-8)
+
+
+def test_the_frechet_distance_of_fewer_images_than_features_is_that_of_their_moments() -> None:
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(size=(5, 24)), rng.normal(0.5, 2, size=(7, 24))
+    moments = [metrics.Moments.empty(24) for _ in range(2)]
+    for side, vectors in zip(moments, (one, other), strict=True):
+        side.add(vectors)
+    assert metrics.frechet_distance_of(one, other) == pytest.approx(
+        metrics.frechet_distance(*moments), rel=1e-6
+    )
 
 
 def test_the_kernel_distance_agrees_with_the_loop_over_all_pairs() -> None:
@@ -158,7 +170,21 @@ def test_the_kernel_distance_agrees_with_the_loop_over_all_pairs() -> None:
         + sum(k(a, b) for i, a in enumerate(y) for j, b in enumerate(y) if i != j) / 20
         - 2 * sum(k(a, b) for a in x for b in y) / 30
     )
-    assert metrics.kernel_distance(x, y) == pytest.approx(expected)
+    assert metrics.KernelDistance(x, y)() == pytest.approx(expected)
+
+
+def test_the_kernel_distance_of_blocks_is_that_of_their_vectors() -> None:
+    rng = np.random.default_rng(0)
+    x, y, blocks = (
+        rng.normal(size=(9, 4)),
+        rng.normal(1, 1, size=(9, 4)),
+        np.array([0, 0, 1, 1, 1, 2, 2, 0, 1]),
+    )
+    kept = np.array([True, False, True])
+    rows = kept[blocks]
+    assert metrics.KernelDistance(x, y, blocks)(kept) == pytest.approx(
+        metrics.KernelDistance(x[rows], y[rows])()
+    )
 
 
 def test_a_confusion_matrix_is_drawn_row_by_row() -> None:

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 
 from stages import storage
-from stages.scoring import table
+from stages.scoring import metrics, table
+from stages.scoring.intervals import interval
 from stages.scoring.table import ROW_FIELDS, UnitScores, headline, merge_parts, shown, summarise
 
 
@@ -60,9 +61,10 @@ def test_parts_of_different_columns_are_one_table(tmp_path: Path) -> None:
     known = {**dict.fromkeys(ROW_FIELDS), "split": "test", "group": ""}
     UnitScores(rows=[known | {"key": "a", "l1": 0.25, "nearest_l1": 0.5}]).write(parts[0])
     UnitScores(rows=[known | {"key": "b", "l1": 0.75}, known | {"key": "c", "error": "gone"}]).write(parts[1])
-    summary = merge_parts(parts, str(tmp_path / "metrics.parquet"))
+    summary, groups = merge_parts(parts, str(tmp_path / "metrics.parquet"))
     assert (summary["l1"], summary["example_missing"]) == (0.5, "c: gone")
     assert summary["baselines"]["nearest"]["num_images"] == 1
+    assert len(groups) == 2
     merged = storage.read_parquet(str(tmp_path / "metrics.parquet"))
     assert merged["key"].to_pylist() == ["a", "b", "c"]
     assert merged["nearest_l1"].to_pylist() == [0.5, None, None]
@@ -79,10 +81,56 @@ def test_each_networks_features_have_their_own_distances_over_all_parts(tmp_path
             unit.add_features(network, *vectors[-1])
         unit.write(part)
     names = {"inception": ("fid", "kid"), "other": ("frechet_other", "kernel_other")}
-    _, sums = table.merge_sums(parts, names)
+    sums = table.merge_sums(parts, names, np.zeros(8)).distances
     assert set(sums) == {"fid", "kid", "frechet_other", "kernel_other", "feature_images"}
     for network, vectors in every.items():
         fake, real = (np.concatenate(side) for side in zip(*vectors, strict=True))
-        assert sums[names[network][1]] == pytest.approx(table.metrics.kernel_distance(fake, real))
+        assert sums[names[network][1]] == pytest.approx(metrics.KernelDistance(fake, real)())
     assert sums["feature_images"] == 8
-    assert all(table.metrics.lower_is_better(name) for name in sums if name != "feature_images")
+    assert all(metrics.lower_is_better(name) for name in sums if name != "feature_images")
+
+
+def test_distances_and_scores_of_segmentation_have_intervals_over_images_or_groups(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    parts = [str(tmp_path / f"part-{number}.parquet") for number in range(3)]
+    every: list[np.ndarray] = []
+    for part in parts:
+        unit = UnitScores(rows=[{"key": "a", "l1": 0.5}])
+        unit.add_features("net", rng.normal(size=(20, 6)), rng.normal(size=(20, 6)))
+        for _ in range(20):
+            every.append(metrics.confusion(rng.integers(2, size=50) * rng.integers(2), np.ones(50), 2))
+            for name in ("generated", "target"):
+                unit.add_matrix(name, every[-1])
+        unit.write(part)
+    names = {"net": ("frechet_net", "kernel_net")}
+    alone = table.merge_sums(parts, names, np.zeros(60))
+    scores = alone.segmentation["generated"]
+    assert set(alone.intervals) == {"frechet_net", "kernel_net", *scores, *(f"target_{n}" for n in scores)}
+    for name, one in alone.intervals.items():
+        assert one.low < one.mean < one.high
+        assert one.mean == {**alone.distances, **scores, f"target_{name[7:]}": one.mean}[name]
+    # accuracy is a mean over images of one size: its interval is that of a mean
+    accuracy = np.array([np.diag(matrix).sum() / 50 for matrix in every])
+    assert alone.intervals["pixel_accuracy"][1:] == pytest.approx(interval(accuracy)[1:], abs=0.03)
+    grouped = table.merge_sums(parts, names, np.repeat(np.arange(4), 15))
+    assert grouped.distances == pytest.approx(alone.distances)
+    assert all(grouped.intervals[name] != one for name, one in alone.intervals.items())
+    summary = {"baselines": {}, "segmentation": alone.segmentation, "intervals": alone.intervals}
+    summary["intervals"] = {name: (one.low, one.high) for name, one in alone.intervals.items()}
+    numbers = headline(summary)
+    assert numbers["mean_iou_low"] < numbers["mean_iou"] < numbers["mean_iou_high"]
+
+
+def test_of_more_images_than_are_kept_the_frechet_distance_has_no_interval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "KID_IMAGES", 30)
+    rng = np.random.default_rng(0)
+    parts = [str(tmp_path / f"part-{number}.parquet") for number in range(2)]
+    for part in parts:
+        unit = UnitScores(rows=[{"key": "a", "l1": 0.5}])
+        unit.add_features("net", rng.normal(size=(40, 6)), rng.normal(size=(40, 6)))
+        unit.write(part)
+    whole = table.merge_sums(parts, {"net": ("frechet", "kernel")}, np.zeros(80))
+    assert whole.distances["feature_images"] == 80
+    assert set(whole.intervals) == {"kernel"}
