@@ -51,7 +51,7 @@ HD = {
 }
 COARSE_TO_FINE = [
     {"name": "global", "kind": "global", "epochs": 15, "batch": 4, "learning_rate": 2e-3},
-    {"name": "local", "kind": "local", "enhancers": 1, "epochs": 5, "batch": 4, "learning_rate": 2e-3},
+    {"name": "local", "kind": "local", "enhancers": 1, "epochs": 10, "batch": 4, "learning_rate": 2e-3},
     {"name": "joint", "kind": "joint", "enhancers": 1, "epochs": 8, "batch": 4, "learning_rate": 2e-3},
 ]
 
