@@ -232,7 +232,7 @@ def main() -> int:
     elif options.config:
         config = configuration.load(options.config, options.set)
         with tempfile.TemporaryDirectory(prefix="learning-") as temp:
-            jobs = train.jobs(config.train, config.augment)
+            jobs = train.jobs(config.train, config.augment, config.evaluate)
             sides = compare(jobs, options.shards, options.split, Path(temp))
     else:
         p.error("name a recipe (-c) or --models")

@@ -107,6 +107,7 @@ class PipelineConfig(Config):
         self._check_workspace()
         self.train.check_data(self.shard, self.augment)
         self.train.check_resources(self.resources)
+        self.train.scorer(self.evaluate)
         return self
 
     def inputs(self) -> dict[str, str]:

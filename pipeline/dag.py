@@ -68,7 +68,7 @@ class Step:
 
 def steps(config: PipelineConfig) -> tuple[Step, ...]:
     """The pipeline. Read it downwards: every step needs only steps above it."""
-    phases = jobs(config.train, config.augment)
+    phases = jobs(config.train, config.augment, config.evaluate)
     last = f"train-{phases[-1].phase.name}"
     scored = config.evaluate.model_copy(update={"split": config.evaluate.split or config.infer.split})
     return (

@@ -39,6 +39,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from stages import storage
 from stages.base import Outcome, Resources
+from stages.config.evaluate import InceptionConfig, LpipsConfig
 from stages.config.train import (
     PhaseConfig,
     PhaseJob,
@@ -54,6 +55,7 @@ from stages.errors import PixloomError, StageError, UserError, cause
 from stages.models.architecture import Picture, Preprocessing
 from stages.models.fast.process import gpu_environment, tune_process
 from stages.parallel.threads import own_cores
+from stages.scoring import efficientnet
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec
 from stages.shards.feed import Feed, read_here
@@ -62,11 +64,11 @@ from stages.training import phases
 from stages.training.checkpoints import Position
 from stages.training.control import Courier, CurveSink, LostWorkers, NewsRecorder, open_mailbox, reading
 from stages.training.graph import CudaGraphs
-from stages.training.loop import Ending, Task, Worker, phase_seed, train_phase
+from stages.training.loop import Ending, Preview, Task, Worker, phase_seed, train_phase
 from stages.training.machine import machine_metrics
 from stages.training.memory import estimate_memory, out_of_memory, shortage
 from stages.training.news import Channel, Note
-from stages.training.previews import Samples
+from stages.training.previews import Samples, pairs_to_choose_by
 
 __all__ = ["VERSION", "PhaseConfig", "PhaseJob", "TrainConfig", "jobs", "run"]
 
@@ -222,6 +224,13 @@ def check(config: PhaseJob) -> None:
     """Raise UserError for weights that are not there."""
     if config.losses.perceptual > 0 and config.vgg_weights is not None:
         storage.require(config.vgg_weights, "train.vgg_weights")
+    match config.scorer:
+        case LpipsConfig(backbone=uri):
+            storage.require(uri, "evaluate.lpips.backbone")
+        case InceptionConfig(weights=uri):
+            storage.require(uri, "evaluate.inception.weights")
+    if config.select == "frechet:efficientnet_lite0":
+        efficientnet.weights()
 
 
 def _check(config: PhaseJob, resources: Resources, spec: DatasetSpec, shards: str) -> None:
@@ -233,6 +242,12 @@ def _check(config: PhaseJob, resources: Resources, spec: DatasetSpec, shards: st
         check_size(config.model, config.phase, full_size(spec.size, config.augment), key="train")
     except ValueError as error:
         raise UserError(str(error)) from error
+    needed = pairs_to_choose_by(config)[0]
+    if config.select is not None and spec.rows("val") < needed:
+        raise UserError(
+            f"train.select: {config.select} needs {needed} pairs in the val split, {shards} has "
+            f"{spec.rows('val')}; raise pair.split.val, or choose by another metric or by null"
+        )
 
 
 def _fit(setup: Setup, resources: Resources, label: str) -> Ending:
@@ -349,7 +364,8 @@ def _train(setup: Setup) -> Ending:
         epochs=job.phase.epochs,
         read=read_here if storage.is_local(setup.shards) else read_with_ray,
     )
-    samples = Samples(setup.shards, spec, job, device)
+    # only the worker that leads draws: the others need no networks to measure by
+    samples: Preview = Samples(setup.shards, spec, job, device) if worker.leads else lambda *_: (None, {})
     channel = Channel(Courier(setup.mailbox))
     if worker.leads and (shortage := memory_shortage(setup, spec, worker)):
         channel.post(Note(shortage))

@@ -16,6 +16,7 @@ import pytest
 
 from stages import train
 from stages.base import Resources
+from stages.config.evaluate import EvaluateConfig
 from stages.config.shard import AugmentConfig
 from stages.config.tracking import TrackingConfig
 from stages.config.train import PhaseJob, TrainConfig, jobs
@@ -188,6 +189,29 @@ def test_weights_that_are_not_there_are_named_before_training() -> None:
     job = phase_jobs(losses=losses, vgg_weights="/no.pth")[0]
     with pytest.raises(UserError, match=r"train.vgg_weights: /no.pth: there is no such file or folder"):
         train.check(job)
+
+
+def test_what_cannot_choose_a_model_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"train\.select: lpips needs weights; name them in evaluate\.lpips\.b"
+    ):
+        phase_jobs(select="lpips")
+    with pytest.raises(
+        ValueError, match=r"train\.select: fid needs weights; name them in evaluate\.inception"
+    ):
+        phase_jobs(select="fid")
+    evaluate = EvaluateConfig.model_validate({"lpips": {"backbone": "/no.pth"}})
+    config = TrainConfig.model_validate({"model": MODEL, "phases": PHASES, "select": "lpips"})
+    with pytest.raises(
+        UserError, match=r"evaluate\.lpips\.backbone: /no.pth: there is no such file or folder"
+    ):
+        train.check(jobs(config, AugmentConfig(), evaluate)[0])
+    make_shards(tmp_path, {"train": [4], "val": [9]})
+    job = phase_jobs(select="frechet:efficientnet_lite0")[0]
+    with pytest.raises(
+        UserError, match=r"train\.select: frechet:efficientnet_lite0 needs 50 pairs .* has 9; r"
+    ):
+        train.run(job, ONE, output=str(tmp_path / "o"), track=NullRun(), shards=str(tmp_path))
 
 
 def test_threads_are_a_workers_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

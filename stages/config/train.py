@@ -18,11 +18,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from stages.base import Config, Precision, Resources
+from stages.config.evaluate import EvaluateConfig, InceptionConfig, LpipsConfig
 from stages.config.shard import AugmentConfig, ShardConfig
 from stages.models.architecture import Architecture, Parts, Pix2Pix, Pix2PixHD, size_multiple
 from stages.models.objective import LossWeights, paper_weights
 
 PhaseKind = Literal["global", "local", "joint", "whole"]
+Select = Literal["l1", "psnr", "ssim", "ms_ssim", "lpips", "fid", "frechet:efficientnet_lite0"]
 Size = tuple[int, int]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -137,10 +139,11 @@ class Recipe(Config):
         ),
     ] = False
     select: Annotated[
-        Literal["l1", "psnr", "ssim", "ms_ssim"] | None,
+        Select | None,
         Field(
-            description="The model of a phase is that of the epoch with the best value of this metric on the "
-            "first 64 validation pairs, of the epochs with sample pictures. null: that of the last epoch."
+            description="The model of a phase is that of the measured epoch with the best value of this "
+            "metric on the first validation pairs. lpips and fid take their weights from the section "
+            "evaluate. null: that of the last epoch."
         ),
     ] = None
     seed: Annotated[
@@ -184,6 +187,8 @@ class PhaseJob(Recipe):
 
     augment: AugmentConfig = AugmentConfig()
     phase: PhaseConfig
+    scorer: LpipsConfig | InceptionConfig | None = None
+    """The network of `select: lpips` or `fid`."""
 
     @property
     def depends_on_micro_batch(self) -> bool:
@@ -239,6 +244,16 @@ class TrainConfig(Recipe):
         for index, phase in enumerate(self.phases):
             check_size(self.model, phase, full, key=f"train.phases.{index}")
 
+    def scorer(self, evaluate: EvaluateConfig) -> LpipsConfig | InceptionConfig | None:
+        """The network that `select` needs. Raises ValueError if evaluation has none."""
+        networks = {"lpips": evaluate.lpips, "fid": evaluate.inception}
+        if self.select not in networks:
+            return None
+        if (network := networks[self.select]) is None:
+            key = {"lpips": "lpips.backbone", "fid": "inception.weights"}[self.select]
+            raise ValueError(f"train.select: {self.select} needs weights; name them in evaluate.{key}")
+        return network
+
     def check_resources(self, resources: Resources) -> None:
         """Raises ValueError where workers would have nothing to do, or could not do it together."""
         if self.synchronised_norms and resources.micro_batch is not None:
@@ -265,10 +280,13 @@ class TrainConfig(Recipe):
             check_workers(phase, resources, key=f"train.phases.{index}")
 
 
-def jobs(config: TrainConfig, augment: AugmentConfig) -> tuple[PhaseJob, ...]:
+def jobs(
+    config: TrainConfig, augment: AugmentConfig, evaluate: EvaluateConfig | None = None
+) -> tuple[PhaseJob, ...]:
     """The phases as steps of the pipeline."""
     shared = {name: getattr(config, name) for name in Recipe.model_fields}
-    return tuple(PhaseJob(**shared, augment=augment, phase=phase) for phase in config.phases)
+    shared |= {"augment": augment, "scorer": config.scorer(evaluate or EvaluateConfig())}
+    return tuple(PhaseJob(**shared, phase=phase) for phase in config.phases)
 
 
 def default_phases(model: Pix2Pix | Pix2PixHD) -> tuple[PhaseConfig, ...]:

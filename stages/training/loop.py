@@ -71,6 +71,9 @@ from stages.training.news import (
 )
 
 PICTURES = 20  # sample grids per phase, at most
+SELECTING_SHARE = 0.03  # of a phase's time, at most, to measure what `train.select` chooses by
+SELECTING_EVERY = "validation/every_epochs"
+"""A curve of one point: how often `train.select` is measured. A resumed phase reads it, and chooses alike."""
 ORDERS_S = 2.0  # between two polls for orders, on which all workers have to agree
 LOAD_S = 1.0  # between two measurements of the machine's load
 WARNINGS_S = 5.0  # between two polls for a preemption warning, which cost a round trip
@@ -128,8 +131,8 @@ class BatchSource(Protocol):
 class Preview(Protocol):
     """Draws sample pictures and measures them."""
 
-    def __call__(self, gan: GanState) -> tuple[np.ndarray | None, dict[str, float]]:
-        """A grid, (H, W, 3) uint8, or None where there is nothing to draw; numbers by name."""
+    def __call__(self, gan: GanState, measure: bool) -> tuple[np.ndarray | None, dict[str, float]]:
+        """A grid, (H, W, 3) uint8, or None where there is nothing to draw; numbers by name if `measure`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,13 +178,29 @@ def may_checkpoint(before: Position, after: Position, every: int | None) -> bool
     )
 
 
+def epochs_a_picture(epochs: int) -> int:
+    """How many epochs are between two sample grids."""
+    return math.ceil(epochs / PICTURES)
+
+
 def is_pictured(epoch: int, epochs: int) -> bool:
     """Whether samples are drawn after an epoch (counted from 1): evenly spread, and after the last."""
-    return epoch == epochs or epoch % math.ceil(epochs / PICTURES) == 0
+    return epoch == epochs or epoch % epochs_a_picture(epochs) == 0
+
+
+def epochs_a_measurement(epochs: int, *, epoch_seconds: float, seconds: float) -> int:
+    """How often to measure what `train.select` chooses by, in epochs: as samples are drawn, or more rarely.
+
+    seconds   that one measurement takes
+    """
+    affordable = max(1, int(SELECTING_SHARE * epochs * epoch_seconds / max(1e-9, seconds)))
+    pictured = epochs_a_picture(epochs)
+    return pictured * math.ceil(epochs / pictured / affordable)
 
 
 def best_checkpoint(points: Sequence[Point], metric: str) -> str:
     """Name of the checkpoint with the best validation metric so far; "" if none was measured."""
+    metric = metric.replace(":", "_")
     measured = [point for point in points if point.name == f"validation/{metric}"]
     if not measured:
         return ""
@@ -547,12 +566,32 @@ class Loop:
         """Samples and their numbers, at the end of an epoch."""
         if not self.worker.leads:
             return
-        grid, values = self.preview(self.gan)
+        every = next((int(point.value) for point in self.points if point.name == SELECTING_EVERY), None)
+        chooses, finished = self.task.job.select is not None, self.position.epoch
+        due = not chooses or every is None or finished % every == 0 or finished == self.task.job.phase.epochs
+        started = time.monotonic()
+        grid, values = self.preview(self.gan, due)
+        if chooses and every is None:
+            values |= {SELECTING_EVERY: self._pace(time.monotonic() - started)}
         self._add_points(self.position, epoch, values)
         if grid is not None:
             name = f"epoch-{self.position.epoch:04d}.png"
             storage.write_bytes(storage.join(self.task.output, "samples", name), encode.encode_png(grid))
             self.channel.post(SampleGrid(self.position.images, self.position.steps, grid))
+
+    def _pace(self, seconds: float) -> int:
+        """After how many epochs `train.select` is measured; `seconds` is what its first time took."""
+        rates = [point.value for point in self.points if point.name == "throughput/images_per_second"]
+        epochs, epoch_seconds = self.task.job.phase.epochs, self.task.rows / float(np.median(rates))
+        every = epochs_a_measurement(epochs, epoch_seconds=epoch_seconds, seconds=seconds)
+        times = len({epochs_a_picture(epochs), *range(every, epochs + 1, every), epochs})
+        self._note(
+            f"train.select: {self.task.job.select} takes {seconds:.1f} s, an epoch {epoch_seconds:.1f} s; "
+            f"measured after every {every} epochs, {times} times in all, for at most "
+            f"{100 * SELECTING_SHARE:.0f} % of the time; it is "
+            f"{100 * times * seconds / epochs / epoch_seconds:.1f} %"
+        )
+        return every
 
     def _select(self) -> None:
         """Go back to the state that `train.select` chooses. Raises StageError if it is damaged."""
@@ -567,7 +606,7 @@ class Loop:
             load_state(self.gan, checkpoints.load(place, job=self.task.name).state)
         except checkpoints.DamagedError as damage:
             raise StageError(f"the best checkpoint {place} cannot be used: {damage}") from damage
-        self._note(f"train.select: the model is that of {name}, the best by validation/{metric}")
+        self._note(f"train.select: the model is that of {name}, the best by {metric}")
 
     def write_outputs(self, batches: Iterator[Batch]) -> None:
         """Write the phase's outputs: the model, the styles in these batches, the curves."""

@@ -3,32 +3,38 @@
 in:  the first pairs of the shards' validation split (else test, else train), at the phase's resolution
 out: (H, W, 3) uint8 grids, source | generated | target, a pair a row; `validation/l1`, the mean absolute
      difference in [0, 1], over the first validation pairs; with `train.select` that metric too, of the
-     pictures, as evaluation computes it (`stages.scoring.metrics`)
+     pictures, as evaluation computes it (`stages.scoring`)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from stages.base import Role, Split
+from stages.config.evaluate import InceptionConfig, LpipsConfig
 from stages.config.train import PhaseJob, downscale
 from stages.images import geometry, kinds, pictures
 from stages.images.augment import apply, centre
 from stages.images.kinds import Array
 from stages.models.gan import GanState
 from stages.models.inputs import make_condition, translate
-from stages.scoring.metrics import pixel_scores_of
+from stages.scoring.efficientnet import PerceptualFeatures
+from stages.scoring.lpips import LpipsScorer
+from stages.scoring.metrics import frechet_distance_of, pixel_scores_of
+from stages.scoring.networks import Inception
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec, Sample
 
 SHOWN = 4
-MEASURED, CHOOSING = 16, 64
+MEASURED, CHOOSING, CHOOSING_BY_SET = 16, 64, 256
 """Validation pairs that are measured: to see how it goes, and to choose a model by (`train.select`)."""
+SMALLEST_SET = 50
+"""Validation pairs that a distance of sets needs at least: that of fewer says little."""
 SPLITS: tuple[Split, ...] = ("val", "test", "train")
 
 
@@ -51,30 +57,70 @@ def tensor(arrays: Sequence[Array], spec: DatasetSpec, role: Role) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(stacked.astype(np.int32) if kind in kinds.IDS else stacked))
 
 
+def pairs_to_choose_by(job: PhaseJob) -> tuple[int, int]:
+    """The least and the most validation pairs that `train.select` measures."""
+    of_set = job.select in ("fid", "frechet:efficientnet_lite0")
+    return (SMALLEST_SET, CHOOSING_BY_SET) if of_set else (1, CHOOSING)
+
+
+Scores = Callable[[Sequence[Array], Sequence[Array]], list[float]]
+"""Of generated pictures and targets."""
+Features = Callable[[Sequence[Array]], np.ndarray]
+
+
+def pair_scores(job: PhaseJob, device: str) -> Scores | None:
+    """The metric of `train.select` for single pairs; None if it is none, or the L1. UserError for weights."""
+    match job.select:
+        case "psnr" | "ssim" | "ms_ssim" as name:
+            return lambda fakes, reals: [
+                row[name] for row in pixel_scores_of(fakes, reals, device) if name in row
+            ]
+        case "lpips":
+            assert isinstance(job.scorer, LpipsConfig)
+            return LpipsScorer(job.scorer, device)
+    return None
+
+
+def set_features(job: PhaseJob, device: str) -> Features | None:
+    """The features whose sets `train.select` compares; None if it does not. UserError for weights."""
+    match job.select:
+        case "fid":
+            assert isinstance(job.scorer, InceptionConfig)
+            return Inception(job.scorer, device)
+        case "frechet:efficientnet_lite0":
+            return PerceptualFeatures(device)
+    return None
+
+
 @dataclass
 class Samples:
-    """Generates and measures with the averaged weights if there are any."""
+    """Generates and measures with the averaged weights if there are any. UserError for weights of scorers."""
 
     shards: str
     spec: DatasetSpec
     job: PhaseJob
     device: torch.device
+    _scores: Scores | None = field(init=False)
+    _features: Features | None = field(init=False)
 
-    def __call__(self, gan: GanState) -> tuple[Array | None, dict[str, float]]:
-        """A grid (None where no pair is whole) and the numbers (none without a validation split)."""
+    def __post_init__(self) -> None:
+        self._scores = pair_scores(self.job, self.device.type)
+        self._features = set_features(self.job, self.device.type)
+
+    def __call__(self, gan: GanState, measure: bool = True) -> tuple[Array | None, dict[str, float]]:
+        """A grid, None where no pair is whole; if `measure`, numbers, none without a validation split."""
         split: Split = next((split for split in SPLITS if self.spec.rows(split)), "train")
+        measured = split == "val" and measure
+        limit = MEASURED if self.job.select is None else pairs_to_choose_by(self.job)[1]
         rows: list[list[Array]] = []
-        differences: list[float] = []
-        scores: list[float] = []
-        chosen = None if self.job.select == "l1" else self.job.select
-        limit = SHOWN if split != "val" else MEASURED if self.job.select is None else CHOOSING
-        for group in self._groups(split, limit):
+        differences, scores, features = list[float](), list[float](), list[tuple[np.ndarray, np.ndarray]]()
+        for group in self._groups(split, limit if measured else SHOWN):
             generated = self._generate(gan, group)
             differences += [
                 float((image.float() - truth.float()).abs().mean()) / 2
                 for image, truth in zip(generated, self._stack(group, "target"), strict=True)
             ]
-            if rows and chosen is None:
+            if rows and self._scores is None and self._features is None:
                 continue
             kind = self.spec.roles["target"].kind
             values = generated.float().permute(0, 2, 3, 1).cpu().numpy()
@@ -87,12 +133,18 @@ class Samples:
                 [self._picture(pair, "source"), fake, real]
                 for pair, fake, real in zip(group, fakes, reals, strict=True)
             ]
-            if chosen is not None:
-                found = pixel_scores_of(fakes, reals, self.device.type)
-                scores += [row[chosen] for row in found if chosen in row]
-        measured = {"l1": differences, chosen: scores} if split == "val" else {}
-        numbers = {f"validation/{name}": float(np.mean(each)) for name, each in measured.items() if each}
-        return pictures.sheet(rows) if rows else None, numbers
+            if measured and self._scores is not None:
+                scores += self._scores(fakes, reals)
+            if measured and self._features is not None:
+                features.append((self._features(fakes), self._features(reals)))
+        numbers = {"l1": float(np.mean(differences))} if measured and differences else {}
+        if scores:
+            numbers[str(self.job.select)] = float(np.mean(scores))
+        if features:
+            sides = (np.concatenate(side) for side in zip(*features, strict=True))
+            numbers[str(self.job.select)] = frechet_distance_of(*sides)
+        named = {f"validation/{name.replace(':', '_')}": value for name, value in numbers.items()}
+        return pictures.sheet(rows) if rows else None, named
 
     def _groups(self, split: Split, limit: int) -> Iterator[list[dict[Role, Array]]]:
         """The first whole pairs of a split, in the order they are stored, a few at a time."""

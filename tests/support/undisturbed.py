@@ -65,7 +65,7 @@ def train_here(
     feed_type: type[Feed] = Feed,
     mailbox: Mailbox | None = None,
     prepare: Callable[[Feed], None] = lambda _: None,
-    preview: Preview = lambda _: (None, {}),
+    preview: Preview = lambda *_: (None, {}),
     **how: Any,
 ) -> Ending:
     """A phase in this process. `how`: of its task; `prepare` may change the feed."""

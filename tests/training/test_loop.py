@@ -89,12 +89,12 @@ def task(output: Path, job: PhaseJob, **changes: Any) -> Task:
     return replace(template, **changes)
 
 
-def nothing(gan: GanState) -> tuple[np.ndarray | None, dict[str, float]]:
+def nothing(gan: GanState, measure: bool) -> tuple[np.ndarray | None, dict[str, float]]:
     return None, {}
 
 
 def train(
-    task: Task, rows: Rows, preview: Callable[[GanState], Any] = nothing, **options: Any
+    task: Task, rows: Rows, preview: Callable[[GanState, bool], Any] = nothing, **options: Any
 ) -> tuple[Ending, Mailbox]:
     mailbox = Mailbox()
     return train_phase(task, Worker(), rows, Channel(mailbox.post), preview, **options), mailbox
@@ -190,7 +190,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, cut: int) -> No
 def test_a_phase_asks_for_deterministic_operators_and_a_cpus_numbers_stay(tmp_path: Path) -> None:
     asked = []
 
-    def preview(gan: GanState) -> tuple[np.ndarray | None, dict[str, float]]:
+    def preview(gan: GanState, measure: bool) -> tuple[np.ndarray | None, dict[str, float]]:
         asked.append(torch.are_deterministic_algorithms_enabled())
         return None, {}
 
@@ -275,7 +275,7 @@ def test_a_checkpoint_of_other_settings_is_ignored(tmp_path: Path) -> None:
 
 def test_samples_are_drawn_into_the_phases_folder(tmp_path: Path) -> None:
     grid = np.zeros((4, 4, 3), np.uint8)
-    _, mailbox = train(task(tmp_path, phase_jobs()[0]), Rows(16), lambda _: (grid, {}))
+    _, mailbox = train(task(tmp_path, phase_jobs()[0]), Rows(16), lambda *_: (grid, {}))
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
         "epoch-0001.png",
         "epoch-0002.png",
@@ -290,7 +290,7 @@ def test_the_best_checkpoint_by_validation_stays_whatever_its_age(tmp_path: Path
     train(
         task(tmp_path, job, checkpoint_images=None),
         Rows(16),
-        lambda _: (None, {"validation/l1": next(measured)}),
+        lambda *_: (None, {"validation/l1": next(measured)}),
     )
     assert checkpoints.names(str(tmp_path / "checkpoints")) == [
         "step-00000006",
@@ -300,16 +300,25 @@ def test_the_best_checkpoint_by_validation_stays_whatever_its_age(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("select", "name", "best"), [("ssim", "ssim", 2), ("l1", "l1", 3), (None, "ssim", 5), ("psnr", "ssim", 5)]
+    ("select", "name", "best"),
+    [
+        ("ssim", "ssim", 2),
+        ("l1", "l1", 3),
+        ("frechet:efficientnet_lite0", "frechet_efficientnet_lite0", 3),
+        (None, "ssim", 5),
+        ("psnr", "ssim", 5),
+    ],
 )
 def test_the_model_is_that_of_the_epoch_that_is_chosen(
-    tmp_path: Path, select: str | None, name: str, best: int
+    tmp_path: Path, select: str | None, name: str, best: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the best value there; by what was not measured, or by nothing, that of the last epoch."""
+    monkeypatch.setattr(loop, "SELECTING_SHARE", 1e9)  # every epoch, however slow this machine is
     measured = iter([0.2, 0.9, 0.1, 0.4, 0.5])
     seen: list[dict[str, Tensor]] = []
 
-    def preview(gan: GanState) -> tuple[None, dict[str, float]]:
+    def preview(gan: GanState, measure: bool) -> tuple[None, dict[str, float]]:
+        assert measure
         assert gan.ema is not None
         networks = {"raw": gan.generator, "ema": gan.ema.network}
         seen.append({f"{w}.{n}": v.clone() for w, g in networks.items() for n, v in g.state_dict().items()})
@@ -321,8 +330,44 @@ def test_the_model_is_that_of_the_epoch_that_is_chosen(
         made = {f"{kind}.{n}": value for n, value in weights(tmp_path, weights=kind).items()}
         assert_equal(made, {n: seen[best - 1][n] for n in made})
     told = [news.text for news in mailbox.take() if isinstance(news, Note) and "train.select" in news.text]
-    assert len(told) == (select is not None)
-    assert all(("was not measured" in text) == (select != name) for text in told)
+    assert len(told) == 2 * (select is not None)
+    assert all("measured after every 1 epochs, 5 times in all" in text for text in told[:1])
+    assert all(("was not measured" in text) == (name == "ssim" != select) for text in told[1:])
+
+
+def test_what_chooses_is_measured_as_often_as_its_share_of_the_time_allows() -> None:
+    def every(epochs: int, seconds: float) -> int:
+        return loop.epochs_a_measurement(epochs, epoch_seconds=10, seconds=seconds)
+
+    assert every(20, 0.2) == 1
+    assert every(20, 0.3) == 1  # 20 times 0.3 s are 3 % of 200 s
+    assert every(20, 0.6) == 2
+    assert every(200, 0.3) == 10  # never more often than samples are drawn
+    assert every(200, 30) == 100
+    assert every(3, 100) == 3
+    for epochs in (7, 30, 200):
+        for seconds in (0.01, 0.1, 1, 3):
+            times = epochs // every(epochs, seconds)
+            assert times * seconds <= 0.03 * epochs * 10 or times == 1
+
+
+def test_a_resumed_phase_keeps_the_pace_that_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "SELECTING_SHARE", 0)  # the first epoch and the last
+    measured: list[bool] = []
+
+    def preview(gan: GanState, measure: bool) -> tuple[None, dict[str, float]]:
+        measured.append(measure)
+        return None, {"validation/ssim": 0.5} if measure else {}
+
+    job = phase_jobs(phases=[{**PHASES[0], "epochs": 5}, *PHASES[1:]], select="ssim")[0]
+    with pytest.raises(KeyboardInterrupt):
+        train(task(tmp_path, job, checkpoint_images=None), Rows(16, cut=8), preview)
+    assert measured == [True, False]
+    monkeypatch.setattr(loop, "SELECTING_SHARE", 1e9)
+    train(task(tmp_path, job, checkpoint_images=None), Rows(16), preview)
+    assert measured == [True, False, False, False, True]
 
 
 def test_health_is_in_the_curves(tmp_path: Path) -> None:

@@ -8,19 +8,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from stages.config.evaluate import EvaluateConfig
 from stages.config.shard import AugmentConfig
 from stages.config.train import PhaseJob, TrainConfig, jobs
 from stages.images import kinds
 from stages.models.architecture import InputSpec, Pix2PixHD
 from stages.models.gan import GanState, build_gan
 from stages.models.objective import LossWeights
-from stages.scoring.metrics import pixel_scores
+from stages.scoring.efficientnet import PerceptualFeatures
+from stages.scoring.lpips import LpipsScorer
+from stages.scoring.metrics import frechet_distance_of, pixel_scores
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec, Sample
 from stages.training import previews
 from stages.training.previews import Samples
+from tests.scoring.test_lpips import alexnet
+from tests.scoring.test_networks import script
 from tests.support.small import make_shards
 
 GAP = 4
@@ -102,6 +107,44 @@ def test_the_metric_that_chooses_is_evaluations_own_of_the_pictures(tmp_path: Pa
     assert values["validation/ssim"] == pytest.approx(np.mean(each), rel=1e-3)
     too_small = chosen.model_copy(update={"select": "ms_ssim"})
     assert set(samples(tmp_path, spec, too_small)(gan)[1]) == {"validation/l1"}
+    assert samples(tmp_path, spec, chosen)(gan, measure=False)[1] == {}
+
+
+class MeanColour(nn.Module):
+    """A stand-in for Inception: three features, an image's mean colour."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float().mean((2, 3))
+
+
+def test_networks_of_evaluation_choose_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(previews, "CHOOSING", 6)
+    spec = make_shards(tmp_path / "shards", {"val": [9]}, instances=True)
+    lpips = {"backbone": str(alexnet(tmp_path / "alex.safetensors"))}
+    inception = {"weights": str(script(MeanColour(), tmp_path / "inception.pt"))}
+    evaluate = EvaluateConfig.model_validate({"lpips": lpips, "inception": inception})
+
+    def chosen(select: str) -> PhaseJob:
+        config = TrainConfig.model_validate({"model": MODEL, "select": select})
+        return jobs(config, AugmentConfig(), evaluate)[1]
+
+    gan = translator(chosen("lpips"), LABELS)
+    every = list(drawn_singly(tmp_path / "shards", spec, gan))
+    fakes = [kinds.restore(drawn[0].permute(1, 2, 0).numpy(), "rgb") for _, drawn, _ in every]
+    reals = [sample.images["target"] for sample, _, _ in every]
+    means = [np.stack([image.mean((0, 1)) for image in side]) for side in (fakes, reals)]
+    network = PerceptualFeatures("cpu")
+    assert evaluate.lpips is not None
+    expected = {
+        "lpips": np.mean(LpipsScorer(evaluate.lpips, "cpu")(fakes[:6], reals[:6])),
+        "fid": frechet_distance_of(*means),
+        "frechet:efficientnet_lite0": frechet_distance_of(network(fakes), network(reals)),
+    }
+    for select, value in expected.items():
+        name = f"validation/{select.replace(':', '_')}"
+        _, numbers = samples(tmp_path / "shards", spec, chosen(select))(gan)
+        assert set(numbers) == {"validation/l1", name}
+        assert numbers[name] == pytest.approx(value, rel=1e-2), select
 
 
 def test_drawing_leaves_no_trace_in_training(tmp_path: Path) -> None:
