@@ -71,13 +71,14 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 EXAMPLES = 3  # rejected images that a message quotes
 ADVICE: Mapping[str, str] = {
-    "duplicate": "several images of one role have one key: give a table a `key` column, or let the pattern "
+    "duplicate_": "several images of one role have one key: give a table a `key` column, or let the pattern "
     "capture more",
-    "no": "no image of this role has the key: compare the locations' patterns",
-    "case": "keys must also agree in upper and lower case",
-    "bad": "a split is train, val or test, and the same for all images of a key",
+    "no_position": "pair.split.regions needs {x} or {y} in the pattern, as its regions have it",
+    "no_": "no image of this role has the key: compare the locations' patterns",
+    "case_differs": "keys must also agree in upper and lower case",
+    "bad_split": "a split is train, val or test, and the same for all images of a key",
 }
-"""What to do about a reject reason, by its first word."""
+"""What to do about a reject reason, by how it begins; the first that fits."""
 
 
 # -- rules: hashes and splits -------------------------------------------------
@@ -471,16 +472,14 @@ def outcome(
     rejected = sum(reasons.values()) + unusable
     total = sum(pairs.values()) + rejected
     named = {name.removeprefix("reject_"): n for name, n in reasons.items()}
-    named |= {"not usable by name": unusable} if unusable else {}
+    named |= {"left out by ingest": unusable} if unusable else {}
     text = ", ".join(f"{name} {n:,}" for name, n in named.items())
     if rejected > config.max_reject_fraction * total or not any(pairs.values()):
         raise StageError(
             f"pair: {rejected:,} of {total:,} pairs rejected, pair.max_reject_fraction allows "
             f"{config.max_reject_fraction:.3g} ({text or 'there was nothing to pair'}), "
             + "".join(f"{example}; " for example in examples[:EXAMPLES])
-            + "".join(
-                f"{advice}; " for word, advice in ADVICE.items() if f"reject_{word}_" in " ".join(reasons)
-            )
+            + "".join(f"{advice}; " for advice in dict.fromkeys(map(_advice, reasons)) if advice)
             + f"{output}/rejects-*.parquet lists them"
         )
     if rejected:
@@ -488,6 +487,11 @@ def outcome(
     return Outcome(
         counts={"pairs": sum(pairs.values()), **pairs, "rejected": rejected, **reasons, "buffer": buffer}
     )
+
+
+def _advice(count: str) -> str:
+    reason = count.removeprefix("reject_")
+    return next((text for start, text in ADVICE.items() if reason.startswith(start)), "")
 
 
 def tidy(output: str, exchange: str, files: set[str]) -> None:

@@ -294,12 +294,16 @@ def test_roles_keep_their_order() -> None:
 
 
 def test_too_many_rejects_fail_the_stage_and_say_why() -> None:
-    with pytest.raises(StageError, match=r"2 of 2 pairs rejected.*\(not usable by name 2\)"):
+    with pytest.raises(StageError, match=r"2 of 2 pairs rejected.*\(left out by ingest 2\)"):
         pair.outcome(PairConfig(), {}, 2, "out")
-    with pytest.raises(StageError, match=r"3 of 10 pairs rejected.*no_target 2.*not usable by name 1"):
+    with pytest.raises(StageError, match=r"3 of 10 pairs rejected.*no_target 2.*left out by ingest 1"):
         pair.outcome(PairConfig(), {"train": 7, "reject_no_target": 2}, 1, "/out")
     with pytest.raises(StageError, match=r"a.png \(duplicate_source\); several images .* a `key` column"):
         pair.outcome(PairConfig(), {"reject_duplicate_source": 2}, 0, "/out", ["a.png (duplicate_source)"])
+    with pytest.raises(
+        StageError, match=r"no_position 2\), pair.split.regions needs \{x\} or \{y\}[^;]*; /out"
+    ):
+        pair.outcome(PairConfig(), {"reject_no_position": 2}, 0, "/out")
     allowed = pair.outcome(
         PairConfig(max_reject_fraction=0.3), {"train": 7, "reject_no_target": 3}, 0, "/out"
     )
