@@ -125,7 +125,7 @@ def measure(size: int, folder: Path) -> dict[str, float]:
         paired, cpu = time.perf_counter(), cpu_seconds() - cpu
     assert outcome.counts["pairs"] == size // 2
     with PeakMemory() as planner:
-        ingest.digest(config)
+        ingest.survey(config)
         digested = time.perf_counter()
     return {
         "objects": size,

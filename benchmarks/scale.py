@@ -193,7 +193,7 @@ def report_inventory(sizes: Sequence[int], folder: Path) -> None:
                 f"{objects / (time.perf_counter() - started):9,.0f} objects/s, +{memory.growth:.0f} MB"
             )
         started = time.perf_counter()
-        ingest.digest(config)
+        ingest.survey(config)
         seconds = time.perf_counter() - started
         print(
             f"ingest of {objects:>9,} objects: synthetic listing {rates['synthetic']}; "

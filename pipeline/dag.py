@@ -15,7 +15,7 @@ from typing import Any
 
 from pipeline.config import PipelineConfig
 from stages import evaluate, infer, ingest, pair, report, shard, train
-from stages.base import Config, Outcome, Resources
+from stages.base import Config, Outcome, Resources, Seen
 from stages.config.train import PhaseJob, jobs
 from stages.tracking.run import Run
 
@@ -60,8 +60,8 @@ class Step:
     config: Config
     work: Work
     needs: Mapping[str, str] = field(default_factory=dict)
-    digest: Callable[[], str] | None = None
-    """The digest of what the step reads from outside the pipeline; computed at every plan."""
+    digest: Callable[[], Seen] | None = None
+    """Looks at what the step reads from outside the pipeline; called at every plan."""
     check: Callable[[Mapping[str, str]], None] | None = None
     """Raises UserError for what the step would refuse. Takes the folders of its inputs that are done."""
 
@@ -77,7 +77,7 @@ def steps(config: PipelineConfig) -> tuple[Step, ...]:
             stage="ingest",
             version=ingest.VERSION,
             config=config.ingest,
-            digest=lambda: ingest.digest(config.ingest),
+            digest=lambda: ingest.survey(config.ingest),
             work=lambda at: ingest.run(config.ingest, at.resources, output=at.output, track=at.track),
         ),
         Step(
@@ -108,7 +108,7 @@ def steps(config: PipelineConfig) -> tuple[Step, ...]:
             config=config.infer,
             needs=({} if config.infer.model else {"model": last})
             | ({} if config.infer.input else {"shards": "shard"}),
-            digest=(lambda: infer.digest(config.infer, config.tracking.place(config.workspace)))
+            digest=(lambda: Seen(infer.digest(config.infer, config.tracking.place(config.workspace))))
             if config.infer.input or config.infer.model
             else None,
             check=lambda inputs: infer.check(config.infer, inputs.get("shards", "")),
@@ -143,7 +143,7 @@ def steps(config: PipelineConfig) -> tuple[Step, ...]:
             version=report.VERSION,
             config=config.report,
             needs={"shards": "shard", "images": "infer", "metrics": "evaluate"},
-            digest=(lambda: report.digest(config.report)) if config.report.others else None,
+            digest=(lambda: Seen(report.digest(config.report))) if config.report.others else None,
             work=lambda at: report.run(
                 config.report,
                 at.resources,

@@ -50,7 +50,13 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument("--until", metavar="STAGE", help="stop after this stage")
     which.add_argument("--only", metavar="STAGE", help="run this stage alone; its inputs must be done")
     p.add_argument(
-        "--plan", action="store_true", help="print each step, its fingerprint, and what is to do; run nothing"
+        "--plan",
+        action="store_true",
+        help="print each step, why it is to do, and what it will take; run nothing",
+    )
+    p.add_argument("--machine", metavar="NAME", default="", help="with --plan: the price of such machines")
+    p.add_argument(
+        "--prices", metavar="FILE", help="with --plan: your own price list, written like pipeline/prices.yaml"
     )
     p.add_argument(
         "--schema", action="store_true", help="print the config's JSON schema (for editors) and exit"
@@ -82,6 +88,8 @@ def run(options: argparse.Namespace, *, command: str) -> None:
             only=options.only,
             until=options.until,
             plan_only=options.plan,
+            machine=options.machine,
+            **({"prices": options.prices} if options.prices else {}),
         )
     )
 

@@ -14,12 +14,14 @@ from typing import Any
 
 from pipeline.dag import RunView, Step, StepContext, fingerprint
 from stages import storage
-from stages.base import Outcome, Resources
+from stages.base import Outcome, Resources, Seen
 from stages.errors import PixloomError, StageError, UserError, cause
 from stages.progress import duration
 from stages.tracking.run import Run
 
 MARKER = "_SUCCESS.json"
+PREDICTED = "cost.json"
+"""In the workspace: folder -> the seconds that the last plan expected of the step (`pipeline.cost`)."""
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,12 @@ class PlannedStep:
     marker: Mapping[str, Any] | None = None
     """The content of `_SUCCESS.json`, or None."""
     why: str = ""
+    resumes: bool = False
+    """Whether an earlier run left unfinished work in the folder."""
+    seen: Mapping[str, int] = field(default_factory=dict)
+    """Counts of what the step reads from outside."""
+    predicted: float | None = None
+    """Seconds that the last `--plan` expected."""
 
     @property
     def done(self) -> bool:
@@ -44,7 +52,7 @@ class PlannedStep:
 
 
 def plan(
-    steps: Sequence[Step], workspace: str, digests: dict[str, str] | None = None
+    steps: Sequence[Step], workspace: str, digests: dict[str, Seen] | None = None
 ) -> tuple[PlannedStep, ...]:
     """Fingerprint every step and find out what is done. Starts nothing; reads listings and markers only.
 
@@ -53,16 +61,18 @@ def plan(
     digests = {} if digests is None else digests
     planned: dict[str, PlannedStep] = {}
     earlier = _folders(workspace)
+    predicted = _json(storage.join(workspace, PREDICTED)) or {}
     for step in steps:
         inputs = {name: planned[source] for name, source in step.needs.items()}
-        digest = None
+        seen = Seen("")
         if step.digest is not None:
             read = f"{step.name} {step.config.model_dump_json()}"
-            digest = digests[read] if read in digests else digests.setdefault(read, step.digest())
+            seen = digests[read] if read in digests else digests.setdefault(read, step.digest())
+        digest = seen.digest or None
         print_ = fingerprint(step, {name: source.fingerprint for name, source in inputs.items()}, digest)
         folder = storage.join(workspace, f"{step.name}-{print_}")
         exists = folder.rpartition("/")[2] in earlier.get(step.name, ())
-        marker = _marker(folder) if exists else None
+        marker = read_marker(folder) if exists else None
         planned[step.name] = PlannedStep(
             step=step,
             fingerprint=print_,
@@ -70,6 +80,9 @@ def plan(
             inputs={name: source.folder for name, source in inputs.items()},
             marker=marker,
             why=_why(step, inputs, digest, marker, exists, workspace, earlier.get(step.name, ())),
+            resumes=exists and marker is None,
+            seen=seen.counts,
+            predicted=predicted.get(folder.rpartition("/")[2]),
         )
     return tuple(planned.values())
 
@@ -103,7 +116,7 @@ def check(planned: Iterable[PlannedStep]) -> None:
     """Raise UserError for what a step to do would refuse, as far as its inputs that are done show it."""
     for p in planned:
         if p.step.check is not None and not p.done:
-            p.step.check({name: uri for name, uri in p.inputs.items() if _marker(uri) is not None})
+            p.step.check({name: uri for name, uri in p.inputs.items() if read_marker(uri) is not None})
 
 
 def execute(
@@ -156,6 +169,8 @@ def execute(
             "metrics": dict(outcome.metrics),
             "notes": dict(outcome.notes),
             "seconds": round(seconds, 3),
+            "predicted": None if p.resumes else p.predicted,
+            "resumed": p.resumes,
         }
         storage.write_json(storage.join(p.folder, MARKER), marker)
         markers[p.step.name] = marker
@@ -185,12 +200,18 @@ def _folders(workspace: str) -> dict[str, list[str]]:
     return folders
 
 
-def _marker(folder: str) -> Mapping[str, Any] | None:
+def read_marker(folder: str) -> Mapping[str, Any] | None:
+    """What a finished step left in its folder; None if it is not finished."""
+    return _json(storage.join(folder, MARKER))
+
+
+def _json(uri: str) -> Mapping[str, Any] | None:
+    """The object in a JSON file; None if the file is not there, or not whole."""
     try:
-        marker: Mapping[str, Any] = storage.read_json(storage.join(folder, MARKER))
+        content: Mapping[str, Any] = storage.read_json(uri)
     except (FileNotFoundError, ValueError):
         return None
-    return marker
+    return content
 
 
 def _why(
@@ -210,26 +231,26 @@ def _why(
         return f"after {', '.join(waiting)}"
     if exists:
         return "unfinished, continues"
-    others = [m for name in earlier if (m := _marker(storage.join(workspace, name))) is not None]
+    others = [m for name in earlier if (m := read_marker(storage.join(workspace, name))) is not None]
     if not others:
         return "never run"
-    closest = min((_changes(m, step, inputs) for m in others), key=len)
+    closest = min((changes(m, step, inputs) for m in others), key=len)
     if closest:
         return "changed: " + ", ".join(closest[:3]) + (" ..." if len(closest) > 3 else "")
     return "the data it reads has changed" if digest else "changed"
 
 
-def _changes(marker: Mapping[str, Any], step: Step, inputs: Mapping[str, PlannedStep]) -> list[str]:
+def changes(marker: Mapping[str, Any], step: Step, inputs: Mapping[str, PlannedStep]) -> list[str]:
     """Dotted keys in which a finished run's config and inputs differ from the step's."""
     new = dict(_flat(step.config.model_dump(mode="json")))
     old = dict(_flat(marker["config"]))
-    changes = [key for key in sorted(new.keys() | old.keys()) if new.get(key) != old.get(key)]
+    changed = [key for key in sorted(new.keys() | old.keys()) if new.get(key) != old.get(key)]
     for name, source in inputs.items():
         if marker["inputs"].get(name) != source.folder.rpartition("/")[2]:
-            changes.append(f"input {name}")
+            changed.append(f"input {name}")
     if marker["version"] != step.version:
-        changes.append("the stage's code version")
-    return changes
+        changed.append("the stage's code version")
+    return changed
 
 
 def _flat(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -16,6 +16,7 @@ import ray
 import torch
 import yaml
 
+from pipeline import cost
 from pipeline.cli import planning, stop_on_sigterm
 from pipeline.cluster import check_folders, cluster, result_folders
 from pipeline.config import PipelineConfig
@@ -48,12 +49,18 @@ def run(
     only: str | None = None,
     until: str | None = None,
     plan_only: bool = False,
+    prices: str = cost.PRICES,
+    machine: str = "",
 ) -> str:
     """Run what is not done, and return a summary; with `plan_only`, return the plan and run nothing.
 
     path, command: of the config file and as typed, for MLflow and the report
     only, until: see `select`
+    prices, machine: for the plan, a price list's file and a name in it
     """
+    price_list = cost.read_prices(prices)
+    if machine:
+        price_list.hourly(machine)
     check_folders(result_folders(config), path)
     storage.configure(config.storage)
     pipeline = (*steps(config), *registration(config))
@@ -64,9 +71,9 @@ def run(
         stop_on_sigterm()
         with planning():
             planned = plan(needed(pipeline, only) if only else pipeline, config.workspace)
-        return do_planned(
-            config, planned, path=path, command=command, only=only, until=until, plan_only=plan_only
-        )
+        if plan_only:
+            return plan_text(config, planned, until, price_list, machine)
+        return do_planned(config, planned, path=path, command=command, only=only, until=until)
 
 
 def do_planned(
@@ -77,13 +84,8 @@ def do_planned(
     command: str,
     only: str | None,
     until: str | None,
-    plan_only: bool,
 ) -> str:
     """Run what is planned and not done; as `run`."""
-    if plan_only:
-        check(select(planned, only=None, until=until))
-        available = gpu_memory() if uses_gpu(config) else None
-        return table(planned, memory(config, planned), available, precisions(config, planned))
     chosen = select(planned, only=only, until=until)
     check(chosen)
     if all(p.done for p in chosen):
@@ -105,6 +107,24 @@ def do_planned(
         log_results(config, planned, markers, parent)
         markers |= run_steps([p for p in chosen if p.step.stage == "register"])
     return summary(config, chosen, markers)
+
+
+def plan_text(
+    config: PipelineConfig,
+    planned: tuple[PlannedStep, ...],
+    until: str | None,
+    prices: cost.Prices,
+    machine: str,
+) -> str:
+    """The plan, and what the steps that are left will take."""
+    chosen = select(planned, only=None, until=until)
+    check(chosen)
+    available = gpu_memory() if uses_gpu(config) else None
+    steps_text = table(planned, memory(config, planned), available, precisions(config, planned))
+    view = cost.PlannedRun(
+        config=config, planned=planned, spec=described(config, planned), gpu=uses_gpu(config)
+    )
+    return steps_text + cost.report(view, chosen, prices, machine, available)
 
 
 def run_cluster(config: PipelineConfig) -> AbstractContextManager[None]:
@@ -184,16 +204,20 @@ def hosts() -> str:
     return "; ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
 
 
-def memory(config: PipelineConfig, planned: Sequence[PlannedStep]) -> dict[str, int]:
-    """Bytes that a training worker needs, by step, from the shards' description or the expected one."""
+def described(config: PipelineConfig, planned: Sequence[PlannedStep]) -> DatasetSpec:
+    """The shards' description, or the expected one."""
     done = next((p for p in planned if p.step.name == "shard" and p.done), None)
     if done is not None:
-        spec = dataset.load(done.folder)
-    else:
-        roles: set[Role] = {"source", "target", *config.shard.kinds}
-        listed = {location.role for location in config.ingest.locations}
-        roles |= {role for role in get_args(Role) if role in listed}
-        spec = DatasetSpec(size=config.shard.size, roles=role_specs(config.shard, roles), splits={})
+        return dataset.load(done.folder)
+    roles: set[Role] = {"source", "target", *config.shard.kinds}
+    listed = {location.role for location in config.ingest.locations}
+    roles |= {role for role in get_args(Role) if role in listed}
+    return DatasetSpec(size=config.shard.size, roles=role_specs(config.shard, roles), splits={})
+
+
+def memory(config: PipelineConfig, planned: Sequence[PlannedStep]) -> dict[str, int]:
+    """Bytes that a training worker needs, by step."""
+    spec = described(config, planned)
     return {
         p.step.name: estimate_memory(
             p.step.config,

@@ -157,6 +157,14 @@ class Resources(Config):
 
 
 @dataclass(frozen=True, slots=True)
+class Seen:
+    """What the planner saw of a step's inputs from outside: a digest, and how many there are."""
+
+    digest: str
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """The counts, metrics and notes of a finished stage, for its marker, MLflow and the report."""
 
@@ -180,5 +188,6 @@ __all__ = [
     "Range",
     "Resources",
     "Role",
+    "Seen",
     "Split",
 ]

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from stages.base import Outcome, Resources
+from stages.base import Outcome, Resources, Seen
 from stages.config.ingest import IngestConfig, LocationConfig
 from stages.config.locations import compile_pattern
 from stages.errors import UserError
@@ -160,6 +160,7 @@ def counts_of(objects: pa.Table, rejects: pa.Table, ignored: int) -> Counter[str
         ignored=ignored,
         objects=objects.num_rows,
         rejected=rejects.num_rows,
+        bytes=pc.sum(pc.max_element_wise(objects["size"], 0)).as_py() or 0,
     )
     for prefix, column in (("role_", objects["role"]), ("reject_", rejects["reason"])):
         counts.update(
@@ -284,8 +285,10 @@ def unit_rows(
             yield rows(location, index, batch)
 
 
-def digest(config: IngestConfig) -> str:
-    """A hash of every matching object's (uri, size, etag), in no order: it changes if a location's data do.
+def survey(config: IngestConfig) -> Seen:
+    """A digest of every matching object's (uri, size, etag), in no order: it changes if a location's data do.
+
+    Its counts are of objects and their bytes; `unread` are tables and inventories, whose rows are not read.
 
     The planner computes it in every run, in constant memory: over the cluster if it has joined one, else in
     this process. Objects that no pattern matches do not count: a note next to the images must not train a
@@ -294,21 +297,22 @@ def digest(config: IngestConfig) -> str:
     Raises:
         UserError: there is no such location, or it cannot be read.
     """
-    total, total_count = no_rows(), 0
+    total, total_counts = no_rows(), Counter[str]()
     for index, location in enumerate(config.locations):
         if location.inventory is not None:
             with located(place(config, index)):
                 total += row_sums(pa.array([location.uri]), pa.array([inventory.version(location.inventory)]))
-                total_count += 1
+                total_counts["unread"] += 1
     items, call = units(config, inventories=False), partial(sum_units, config=config)
     if ray.is_initialized():
         added = each(call, tasks_of(items), stage="changes")
     else:
         added = iter([call(ListingTask(items))])
-    for sums, count in added:
+    for sums, counts in added:
         total += sums
-        total_count += count
-    return spell(total, total_count)
+        total_counts.update(counts)
+    count = sum(total_counts[name] for name in ("objects", "rejected", "unread"))
+    return Seen(spell(total, count), total_counts)
 
 
 def tasks_of(items: Sequence[LocationUnit]) -> list[ListingTask]:
@@ -316,26 +320,26 @@ def tasks_of(items: Sequence[LocationUnit]) -> list[ListingTask]:
     return [ListingTask(items[n : n + LISTING_THREADS]) for n in range(0, len(items), LISTING_THREADS)]
 
 
-def sum_units(task: ListingTask, *, config: IngestConfig) -> tuple[Uint64s, int]:
-    """The sums of the rows of a task's units, and their number."""
+def sum_units(task: ListingTask, *, config: IngestConfig) -> tuple[Uint64s, Counter[str]]:
+    """The sums and the counts of the rows of a task's units."""
 
-    def of_unit(item: LocationUnit) -> tuple[Uint64s, int]:
+    def of_unit(item: LocationUnit) -> tuple[Uint64s, Counter[str]]:
         index, location = item.location, config.locations[item.location]
-        sums, count = no_rows(), 0
+        sums, counts = no_rows(), Counter[str]()
         with located(place(config, index)):
             if item.unit.kind == "table":  # its rows change only if the file does
-                return table_sums(root(location)), 1
+                return table_sums(root(location)), Counter(unread=1)
             for objects, rejects, _ in unit_rows(location, index, item.unit, requests=LISTING_THREADS):
                 sums += sums_of(objects, rejects)
-                count += objects.num_rows + rejects.num_rows
-        return sums, count
+                counts.update(counts_of(objects, rejects, 0))
+        return sums, counts
 
-    total, total_count = no_rows(), 0
+    total, total_counts = no_rows(), Counter[str]()
     with ThreadPoolExecutor(LISTING_THREADS) as threads:
-        for sums, count in threads.map(of_unit, task.units):
+        for sums, counts in threads.map(of_unit, task.units):
             total += sums
-            total_count += count
-    return total, total_count
+            total_counts.update(counts)
+    return total, total_counts
 
 
 def table_sums(uri: str) -> Uint64s:
@@ -460,4 +464,5 @@ def run(config: IngestConfig, resources: Resources, *, output: str, track: Run) 
         version = spell(listing.sums[index], count["objects"] + count["rejected"])
         counts = {"num_objects": count["objects"], "num_rejected": count["rejected"]}
         track.dataset(location.role, uri=location.uri, digest=version, context="ingest", counts=counts)
-    return Outcome(counts={"locations": len(config.locations), **listing.total})
+    counts = {"locations": len(config.locations), **listing.total}
+    return Outcome(metrics={"bytes": float(counts.pop("bytes", 0))}, counts=counts)

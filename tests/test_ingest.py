@@ -125,19 +125,19 @@ def test_a_chain_is_made_independent_of_the_working_directory(
 def test_the_digest_changes_with_every_object_and_with_nothing_else(tmp_path: Path) -> None:
     make_files(tmp_path, *(f"{folder}/{number}.png" for folder in "abc" for number in range(5)))
     listed = config({"uri": str(tmp_path), "role": "target"})
-    first = ingest.digest(listed)
-    assert ingest.digest(listed) == first
+    first = ingest.survey(listed)
+    assert ingest.survey(listed) == first
     make_files(tmp_path, "notes.md")
-    assert ingest.digest(listed) == first, "what no pattern speaks of does not count"
+    assert ingest.survey(listed) == first, "what no pattern speaks of does not count"
     stat = (tmp_path / "a/1.png").stat()
     (tmp_path / "a/1.png").write_bytes(b"another")
-    changed = ingest.digest(listed)
+    changed = ingest.survey(listed)
     assert changed != first
     (tmp_path / "a/1.png").write_bytes(b"x")
     os.utime(tmp_path / "a/1.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert ingest.digest(listed) == first
+    assert ingest.survey(listed) == first
     (tmp_path / "b/2.png").rename(tmp_path / "b/7.png")
-    assert ingest.digest(listed) not in (first, changed)
+    assert ingest.survey(listed) not in (first, changed)
 
 
 def test_the_digest_does_not_depend_on_how_the_location_is_cut(
@@ -145,27 +145,27 @@ def test_the_digest_does_not_depend_on_how_the_location_is_cut(
 ) -> None:
     make_files(tmp_path, *(f"{folder}/{number}.png" for folder in "abc" for number in range(5)))
     listed = config({"uri": str(tmp_path), "role": "target"})
-    first = ingest.digest(listed)
+    first = ingest.survey(listed)
     monkeypatch.setattr(ingest, "UNITS_PER_LOCATION", 1)
     monkeypatch.setattr(ingest, "ROWS_PER_BATCH", 2)
-    assert ingest.digest(listed) == first
+    assert ingest.survey(listed) == first
 
 
 def test_a_table_that_changes_changes_the_digest(tmp_path: Path) -> None:
     table = tmp_path / "pairs.csv"
     table.write_text("source,target\na.png,b.png\n")
     listed = config({"uri": str(table), "role": "table"})
-    first = ingest.digest(listed)
-    assert ingest.digest(listed) == first
+    first = ingest.survey(listed)
+    assert ingest.survey(listed) == first
     table.write_text("source,target\na.png,c.png\nd.png,e.png\n")
-    assert ingest.digest(listed) != first
+    assert ingest.survey(listed) != first
 
 
 def test_a_location_that_is_not_there_is_named(tmp_path: Path) -> None:
     make_files(tmp_path, "a.png")
     listed = config({"uri": str(tmp_path), "role": "source"}, {"uri": f"{tmp_path}/none", "role": "target"})
     with pytest.raises(UserError, match=r"^ingest\.locations\.1\.uri: .*/none: there is no such"):
-        ingest.digest(listed)
+        ingest.survey(listed)
 
 
 # -- one unit -----------------------------------------------------------------
@@ -212,7 +212,7 @@ def test_a_table_gives_objects_of_several_roles(tmp_path: Path) -> None:
     listed = config({"uri": f"{tmp_path}/pairs.csv", "role": "table"})
     listing = list_all(listed, str(tmp_path / "out"))
     assert listing.counts[0] == {
-        "listed": 3, "ignored": 0, "objects": 1, "rejected": 2,
+        "listed": 3, "ignored": 0, "objects": 1, "rejected": 2, "bytes": 0,
         "role_source": 1, "reject_outside": 1, "reject_bad_row": 1,
     }  # fmt: skip
     (row,) = read(tmp_path / "out", "objects").to_pylist()
@@ -237,7 +237,7 @@ def test_a_published_archive_loads_by_its_url(tmp_path: Path, ranges: bool) -> N
 def test_an_archive_that_is_damaged_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.tar.gz").write_bytes(b"not gzip")
     with pytest.raises(UserError, match=r"ingest\.locations\.0\.uri: .*x\.tar\.gz: "):
-        ingest.digest(config({"uri": f"{tmp_path}/x.tar.gz", "role": "pair"}))
+        ingest.survey(config({"uri": f"{tmp_path}/x.tar.gz", "role": "pair"}))
 
 
 @pytest.mark.s3
@@ -323,8 +323,13 @@ def test_locations_are_listed_and_again_to_the_same_end(ray_local: None, tmp_pat
     (output / "objects-00099-0000.parquet").write_bytes(b"left by a killed run of another cut")
     run(listed, output)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == first
-    sums, count = ingest.sum_units(ingest.ListingTask(ingest.units(listed)), config=listed)
-    assert ingest.digest(listed) == spell(sums, count)  # in tasks, and in this process
+    sums, counts = ingest.sum_units(ingest.ListingTask(ingest.units(listed)), config=listed)
+    seen = ingest.survey(listed)
+    assert seen.digest == spell(sums, 23)  # in tasks, and in this process
+    assert seen.counts == counts
+    assert (counts["objects"], counts["role_source"], counts["rejected"]) == (22, 10, 1)
+    sizes = [pq.read_table(path)["size"].to_numpy().sum() for path in output.glob("objects-*")]
+    assert counts["bytes"] == sum(sizes)
 
 
 @pytest.mark.ray

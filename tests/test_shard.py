@@ -423,7 +423,7 @@ def test_tars_of_webdataset_become_shards_and_a_damaged_member_is_quarantined(tm
     listed = IngestConfig.model_validate(
         {"locations": [{"uri": uri, "role": role, "pattern": f"{{key}}.{role}.png"} for role in roles]}
     )
-    before = ingest.digest(listed)
+    before = ingest.survey(listed)
     parts = list_and_pair(listed, str(tmp_path / "work"))
     config = ShardConfig(size=SIZE)
     specs = shard.role_specs(config, roles)
@@ -436,5 +436,5 @@ def test_tars_of_webdataset_become_shards_and_a_damaged_member_is_quarantined(tm
     assert sum(files.rows for files in done.splits().values()) == 5
     (tmp_path / "train-001.tar").unlink()
     with pytest.raises(UserError, match=r"ingest\.locations\.0\.uri: "):
-        ingest.digest(listed)
+        ingest.survey(listed)
     assert len(before) == 32

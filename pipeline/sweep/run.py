@@ -48,6 +48,7 @@ from pipeline.sweep.trials import (
     shared,
 )
 from stages import storage
+from stages.base import Seen
 from stages.errors import StageError, cause
 from stages.scoring.table import shown
 from stages.tracking.run import Run, open_parent
@@ -117,7 +118,7 @@ def run(options: argparse.Namespace, *, command: str) -> None:
     config = trials[0].config
     check_folders(result_folders(config), recipe)
     storage.configure(config.storage)
-    digests: dict[str, str] = {}
+    digests: dict[str, Seen] = {}
     with cli.planning():
         storage.check_reachable({"workspace": config.workspace} | config.inputs())
         plans = [plan(steps(trial.config), trial.config.workspace, digests) for trial in trials]
@@ -159,7 +160,7 @@ def run_trial(
     *,
     trials: Sequence[Trial],
     runs: Sequence[Run],
-    digests: dict[str, str],
+    digests: dict[str, Seen],
     stop_early: EarlyStop | None,
     log: Queue,
     command: str,
@@ -214,7 +215,7 @@ def run_with_tune(
     sweep: SweepConfig,
     trials: Sequence[Trial],
     runs: Sequence[Run],
-    digests: dict[str, str],
+    digests: dict[str, Seen],
     to_do: Sequence[int],
     concurrent: int,
     command: str,
@@ -289,7 +290,7 @@ def _value(values: Any, key: str) -> Any:
 
 
 def outcomes(
-    trials: Sequence[Trial], digests: dict[str, str], failed: Mapping[int, str]
+    trials: Sequence[Trial], digests: dict[str, Seen], failed: Mapping[int, str]
 ) -> list[TrialResult]:
     """The result of each trial, as its folders show it. `failed`: reasons by the trial's index."""
     results = []

@@ -353,7 +353,14 @@ class Loop:
         self.execution = cast(
             Execution, self.messages.broadcast(self._decide(position) if worker.leads else None)
         )
-        self.gan = build(task, worker.device, self.execution.precision)
+        self.gan = build(
+            task.job,
+            task.inputs,
+            worker.device,
+            self.execution.precision,
+            checkpointing=task.checkpointing,
+            compiled=task.compiled,
+        )
         if position is not None:
             self._resume(
                 checkpoint or checkpoints.load(f"{folder}/{checkpoints.folder_name(position)}", job=task.name)
@@ -652,9 +659,17 @@ def all_finite(network: nn.Module | None) -> bool:
 # -- models -------------------------------------------------------------------
 
 
-def build(task: Task, device: torch.device, precision: Precision) -> GanState:
+def build(
+    job: PhaseJob,
+    inputs: InputSpec,
+    device: torch.device,
+    precision: Precision,
+    *,
+    checkpointing: bool = False,
+    compiled: bool = False,
+) -> GanState:
     """The networks and optimizers of a phase, the weights a function of the seed."""
-    job, phase = task.job, task.job.phase
+    phase = job.phase
     layered = isinstance(job.model, Pix2PixHD)
     perceptual = None
     if job.losses.perceptual > 0:
@@ -663,7 +678,7 @@ def build(task: Task, device: torch.device, precision: Precision) -> GanState:
             perceptual = load_vgg(path).to(device)
     return build_gan(
         job.model,
-        task.inputs,
+        inputs,
         weights=job.losses,
         enhancers=phase.enhancers if layered else None,
         discriminators=discriminators(job.model, phase) if layered else None,
@@ -673,8 +688,8 @@ def build(task: Task, device: torch.device, precision: Precision) -> GanState:
         ema_decay=job.ema,
         precision=precision,
         perceptual=perceptual,
-        checkpointing=task.checkpointing,
-        compiled=task.compiled,
+        checkpointing=checkpointing,
+        compiled=compiled,
         device=device,
         seed=job.seed,
     )

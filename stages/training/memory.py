@@ -21,6 +21,7 @@ from stages.config.train import PhaseJob, discriminators, full_size, phase_size
 from stages.errors import one_line
 from stages.models.architecture import InputSpec, Parts, Pix2PixHD, discriminator_channels, generator_channels
 from stages.models.build import build_discriminator, build_encoder, build_generator, trainable_parts
+from stages.models.pix2pixhd import FeatureEncoder
 from stages.shards.dataset import DatasetSpec
 from stages.training import phases
 
@@ -104,17 +105,7 @@ def estimate_memory(
     width, height = phase_size(job.model, job.phase, full_size(spec.size, job.augment))
     rows = -(-job.phase.batch // workers)
     rows = rows if micro_batch is None else min(rows, micro_batch)
-    layered = isinstance(job.model, Pix2PixHD)
-    with torch.device("meta"):
-        generator: nn.Module = build_generator(
-            job.model, inputs, enhancers=job.phase.enhancers if layered else None
-        )
-        encoder = build_encoder(job.model, inputs)
-        discriminator: nn.Module = build_discriminator(
-            job.model,
-            inputs,
-            discriminators=discriminators(job.model, job.phase) if layered else None,
-        )
+    generator, encoder, discriminator = networks_without_memory(job, inputs)
     networks = _states(generator, job.phase.parts, job.ema is not None)
     activations = _activations(job, inputs, generator, discriminator, (rows, height, width), bf16=bf16)
     if encoder is not None:
@@ -124,6 +115,21 @@ def estimate_memory(
     if gpu and bf16:
         networks += FLOAT // 2 * sum(p.numel() for n in (generator, discriminator) for p in n.parameters())
     return int(SLACK * (networks + activations) + gpu * GPU_BYTES)
+
+
+def networks_without_memory(
+    job: PhaseJob, inputs: InputSpec
+) -> tuple[nn.Module, FeatureEncoder | None, nn.Module]:
+    """Generator, encoder and discriminator of a phase on the meta device, which computes shapes only."""
+    layered = isinstance(job.model, Pix2PixHD)
+    with torch.device("meta"):
+        return (
+            build_generator(job.model, inputs, enhancers=job.phase.enhancers if layered else None),
+            build_encoder(job.model, inputs),
+            build_discriminator(
+                job.model, inputs, discriminators=discriminators(job.model, job.phase) if layered else None
+            ),
+        )
 
 
 def _states(network: nn.Module, parts: Parts, averaged: bool) -> int:

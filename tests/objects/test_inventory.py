@@ -97,12 +97,12 @@ def test_an_inventory_lists_what_is_below_the_location(tmp_path: Path, kind: str
 
 def test_only_the_manifest_is_read_to_see_that_nothing_changed(tmp_path: Path) -> None:
     manifest = write_inventory(tmp_path / "daily", "Parquet")
-    before = ingest.digest(config(manifest))
+    before = ingest.survey(config(manifest))
     for file in (tmp_path / "daily" / "data").iterdir():
         file.unlink()
-    assert ingest.digest(config(manifest)) == before
+    assert ingest.survey(config(manifest)) == before
     Path(manifest).write_text(Path(manifest).read_text() + "\n")
-    assert ingest.digest(config(manifest)) != before
+    assert ingest.survey(config(manifest)) != before
 
 
 def test_an_inventory_that_is_none_or_of_another_bucket_or_damaged_is_refused(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_an_inventory_that_is_none_or_of_another_bucket_or_damaged_is_refused(tm
     ):
         ingest.units(config(other))
     with pytest.raises(UserError, match=r"no/manifest\.json: there is no such manifest"):
-        ingest.digest(config(str(tmp_path / "no" / "manifest.json")))
+        ingest.survey(config(str(tmp_path / "no" / "manifest.json")))
     (tmp_path / "manifest.json").write_text("[]")
     with pytest.raises(UserError, match="not a manifest of S3 Inventory"):
         ingest.units(config(str(tmp_path / "manifest.json")))

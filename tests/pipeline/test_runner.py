@@ -10,7 +10,7 @@ import pytest
 from pipeline.dag import RunView, Step, StepContext, needed
 from pipeline.runner import MARKER, PlannedStep, check, execute, plan, select
 from stages import storage
-from stages.base import Config, Outcome, Resources
+from stages.base import Config, Outcome, Resources, Seen
 from stages.errors import StageError, UserError
 from stages.tracking.run import NullRun
 
@@ -49,7 +49,7 @@ class Line:
                     version=1,
                     config=first,
                     work=lambda at: self.make(first, at.output),
-                    digest=lambda: self.listed,
+                    digest=lambda: Seen(self.listed),
                 ),
                 Step(
                     name="double",

@@ -85,7 +85,8 @@ def test_the_plan_refuses_weights_that_are_not_there(tmp_path: Path) -> None:
         f"ingest.locations.{i}.uri={tmp_path}/{r}" for i, r in enumerate(("label", "photo", "instance"))
     ]
     lpips = "evaluate.lpips={backbone: /no.pth}"
-    config = configuration.load(YAML, [f"workspace={tmp_path}/w", lpips, *places])
+    thread = "resources.threads_per_worker=1"
+    config = configuration.load(YAML, [f"workspace={tmp_path}/w", lpips, thread, *places])
     with pytest.raises(UserError, match=r"evaluate.lpips.backbone: /no.pth: there is no such file"):
         session.run(config, path=YAML, command="", plan_only=True)
     assert "evaluate" in session.run(config, path=YAML, command="", plan_only=True, until="train")

@@ -33,6 +33,7 @@ from pipeline.sweep.trials import (
     shared,
     variants,
 )
+from stages.base import Seen
 from stages.errors import UserError
 from stages.tracking.run import NullRun
 from stages.tracking.sender import MetricRow
@@ -142,7 +143,7 @@ def data(tmp_path: Path) -> list[str]:
 
 
 def planned(found: list[Trial]) -> list[tuple[PlannedStep, ...]]:
-    digests: dict[str, str] = {}
+    digests: dict[str, Seen] = {}
     return [plan(steps(trial.config), trial.config.workspace, digests) for trial in found]
 
 

@@ -14,7 +14,6 @@ import torch
 
 from stages.config.shard import AugmentConfig
 from stages.config.train import PhaseJob, TrainConfig, jobs
-from stages.models.architecture import Preprocessing
 from stages.models.fast.process import tune_process
 from stages.models.step import Batch
 from stages.shards.dataset import DatasetSpec, RoleSpec
@@ -53,17 +52,8 @@ def measured(text: str) -> int:
     torch.set_num_threads(1)
     tune_process("cpu")
     job = PhaseJob.model_validate_json(text)
-    task = loop.Task(
-        job=job,
-        name="",
-        inputs=phases.input_spec(SPEC),
-        preprocessing=Preprocessing(),
-        rows=1,
-        output="",
-        before="",
-    )
     before = psutil.Process().memory_info().rss
-    gan = loop.build(task, torch.device("cpu"), "float32")
+    gan = loop.build(job, phases.input_spec(SPEC), torch.device("cpu"), "float32")
     images = torch.zeros(job.phase.batch, 3, *SPEC.size, dtype=torch.uint8)
     for _ in range(3):
         loop.update(gan, Batch(source=images, target=images), weights=job.losses)
