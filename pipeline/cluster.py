@@ -20,7 +20,7 @@ from pipeline.config import PipelineConfig
 from stages import storage
 from stages.base import Resources
 from stages.config.tracking import sqlite_file
-from stages.errors import UserError, one_line
+from stages.errors import StageError, UserError, one_line
 from stages.models.fast import heap
 from stages.parallel.threads import own_cores
 
@@ -75,14 +75,8 @@ def cluster(
         for name, value in UNWATCHED.items():
             os.environ.setdefault(name, value)
         others = set(psutil.Process().children())
-        context = ray.init(
-            # Logical CPUs: training and the tasks that read for it must fit, also on a small machine.
-            num_cpus=max(4, own_cores() + resources.train_workers),
-            include_dashboard=False,
-            runtime_env=runtime_env,
-            log_to_driver=False,
-            logging_level=logging.ERROR,  # a warning at every start would say that tokens are on
-        )
+        # Logical CPUs: training and the tasks that read for it must fit, also on a small machine.
+        session = _start(others, max(4, own_cores() + resources.train_workers), runtime_env)
     _set_up_data()
     try:
         yield
@@ -90,11 +84,37 @@ def cluster(
         if joined:
             ray.shutdown()
         else:
-            _end(others, context.address_info["session_dir"])
+            _end(others)
+            shutil.rmtree(session, ignore_errors=True)
 
 
-def _end(others: set[psutil.Process], session: str) -> None:
-    """End the Ray of this process with all its processes, and remove its session folder.
+def _start(
+    others: set[psutil.Process], cpus: int, runtime_env: Mapping[str, Any], *, again: bool = True
+) -> str:
+    """Start Ray on this machine; returns its session folder. Raises StageError if it does not start.
+
+    again   try once more after a failure: Ray gives its processes 30 s, which is short on a busy machine
+    """
+    try:
+        context = ray.init(
+            num_cpus=cpus,
+            include_dashboard=False,
+            runtime_env=dict(runtime_env),
+            log_to_driver=False,
+            logging_level=logging.ERROR,  # a warning at every start would say that tokens are on
+        )
+    except Exception as error:  # Ray has no type of its own for it
+        _end(others)
+        reason = f"Ray did not start on this machine: {one_line(error, kind=True)}"
+        if not again:
+            raise StageError(reason) from error
+        logger.warning("%s; trying once more", reason)
+        return _start(others, cpus, runtime_env, again=False)
+    return str(context.address_info["session_dir"])
+
+
+def _end(others: set[psutil.Process]) -> None:
+    """End the Ray of this process with all its processes.
 
     A worker can hang for good in the exit handlers of Ray's C++, hundreds of megabytes in hand.
 
@@ -105,7 +125,6 @@ def _end(others: set[psutil.Process], session: str) -> None:
     for process in psutil.wait_procs(own, timeout=EXIT_S)[1]:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    shutil.rmtree(session, ignore_errors=True)
 
 
 def _family(process: psutil.Process) -> list[psutil.Process]:

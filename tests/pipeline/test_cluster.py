@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -85,3 +86,33 @@ def test_nothing_of_an_own_cluster_is_left_not_even_a_worker_that_hangs() -> Non
     pids = [int(word) for word in done.stdout.split()]
     assert len(pids) > 4
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
+
+
+STARTS = """
+import sys
+from pipeline import cli
+from pipeline.cluster import cluster
+from stages.base import Resources
+
+def work():
+    cli.log_to_stdout()
+    with cluster(Resources(), {}, {}):
+        print("started")
+
+sys.exit(cli.exit_code(work))
+"""
+
+
+def test_a_ray_that_does_not_start_is_tried_again_and_then_named(tmp_path: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, "-c", STARTS],
+        env={**os.environ, "RAY_TMPDIR": str(tmp_path / ("folder" * 20))},
+        cwd=Path(YAML).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    reason = "Ray did not start on this machine: OSError: "  # a path too long for a socket
+    assert process.returncode == 1
+    assert re.search(rf"{reason}.*; trying once more\n", process.stdout)
+    assert process.stderr.splitlines()[-1].startswith(reason)
