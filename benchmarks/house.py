@@ -186,8 +186,8 @@ def figures(root: Path = ROOT) -> tuple[Figure, ...]:
     repeated, private = repeated_classes(modules), private_names_of_ray(root)
     return (
         Figure("loose modules in stages/", len(loose), 12),
-        Figure("modules to follow stages/train.py", len(train), 75, goal=28),
-        Figure("lines to follow stages/train.py", lines_of(train), 12_140, goal=6_500),
+        Figure("modules to follow stages/train.py", len(train), 76, goal=28),
+        Figure("lines to follow stages/train.py", lines_of(train), 12_320, goal=6_500),
         Figure("modules imported to read a YAML", len(config), 15),
         Figure("heavy packages imported to read a YAML", len(heavy), 0, ", ".join(heavy)),
         Figure(
@@ -196,7 +196,7 @@ def figures(root: Path = ROOT) -> tuple[Figure, ...]:
             0,
             "; ".join(f"{name} in {', '.join(places)}" for name, places in repeated.items()),
         ),
-        Figure("lines of pipeline/ and stages/", lines_of(modules), 26_470, goal=18_000),
+        Figure("lines of pipeline/ and stages/", lines_of(modules), 26_645, goal=18_000),
         Figure("packages foreign to stages/models/", len(foreign), 0, ", ".join(foreign)),
         Figure("private names of Ray", len(private), 0, "; ".join(private)),
         Figure("lines of stages/models/step.py", lines_of(modules, "stages.models.step"), 479),

@@ -224,6 +224,8 @@ def check(config: PhaseJob) -> None:
     """Raise UserError for weights that are not there."""
     if config.losses.perceptual > 0 and config.vgg_weights is not None:
         storage.require(config.vgg_weights, "train.vgg_weights")
+    if config.losses.lpips > 0 and config.lpips is not None:
+        storage.require(config.lpips.backbone, "train.lpips.backbone")
     match config.scorer:
         case LpipsConfig(backbone=uri):
             storage.require(uri, "evaluate.lpips.backbone")

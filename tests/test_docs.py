@@ -192,6 +192,7 @@ NOT_RUN = {
     "distributed": "takes minutes at its smallest; only its arguments are tried",
     "gpu_check": "tests/test_gpu_check.py runs it",
     "learning": "tests/recipes/test_learning.py runs it",
+    "losses": "trains on shards; tests/recipes/test_learning.py runs it",
     "results": "trains on real data",
 }
 

@@ -200,6 +200,13 @@ def test_what_cannot_choose_a_model_is_refused_before_training(tmp_path: Path) -
         ValueError, match=r"train\.select: fid needs weights; name them in evaluate\.inception"
     ):
         phase_jobs(select="fid")
+    with pytest.raises(
+        ValueError, match=r"losses\.lpips: needs lpips\.backbone, the location of its network"
+    ):
+        phase_jobs(losses={"lpips": 1})
+    job = phase_jobs(losses={"lpips": 1}, lpips={"backbone": "/no.pth"})[0]
+    with pytest.raises(UserError, match=r"train\.lpips\.backbone: /no.pth: there is no such file or folder"):
+        train.check(job)
     evaluate = EvaluateConfig.model_validate({"lpips": {"backbone": "/no.pth"}})
     config = TrainConfig.model_validate({"model": MODEL, "phases": PHASES, "select": "lpips"})
     with pytest.raises(

@@ -100,6 +100,9 @@ class Recipe(Config):
         str | None,
         Field(description="Path or URI of VGG19's weights; needed by losses.perceptual."),
     ] = None
+    lpips: Annotated[
+        LpipsConfig | None, Field(description="The network of LPIPS as a loss; needed by losses.lpips.")
+    ] = None
     optimizer: Annotated[OptimizerConfig, Field(description="Settings of Adam.")] = OptimizerConfig()
     ema: Annotated[
         float | None,
@@ -175,6 +178,8 @@ class Recipe(Config):
     def _perceptual_loss_has_its_network(self) -> Self:
         if self.losses.perceptual > 0 and not self.vgg_weights:
             raise ValueError("losses.perceptual: needs vgg_weights, the location of VGG19's weights")
+        if self.losses.lpips > 0 and self.lpips is None:
+            raise ValueError("losses.lpips: needs lpips.backbone, the location of its network's weights")
         return self
 
 
@@ -193,7 +198,10 @@ class PhaseJob(Recipe):
     @property
     def depends_on_micro_batch(self) -> bool:
         """Whether the pairs that are in memory together change the result."""
-        pairs_meet = self.has_batch_norm or (isinstance(self.model, Pix2Pix) and self.model.dropout != "none")
+        dropout = isinstance(self.model, Pix2Pix) and self.model.dropout != "none"
+        draws = dropout or bool(self.losses.diff_augment)
+        # spectral norm iterates at each use of a weight
+        pairs_meet = self.has_batch_norm or draws or self.model.discriminator_spectral_norm
         return self.phase.batch > 1 and pairs_meet
 
     @property

@@ -130,6 +130,13 @@ class Pix2Pix(Config):
         ),
     ] = 3
     discriminator_width: Width = 64
+    discriminator_spectral_norm: Annotated[
+        bool,
+        Field(
+            description="Divide each weight of the discriminator by its largest singular value (Miyato et "
+            "al. 2018), in addition to the norm layers."
+        ),
+    ] = False
     conditional: Annotated[
         bool, Field(description="Show the discriminator the source as well as the image.")
     ] = True
@@ -160,6 +167,13 @@ class Pix2PixHD(Config):
         int, Field(ge=1, le=6, description="Strided layers of each discriminator.")
     ] = 3
     discriminator_width: Width = 64
+    discriminator_spectral_norm: Annotated[
+        bool,
+        Field(
+            description="Divide each weight of the discriminator by its largest singular value (Miyato et "
+            "al. 2018), in addition to the norm layers."
+        ),
+    ] = False
     conditional: Annotated[
         bool, Field(description="Show the discriminator the source as well as the image.")
     ] = True

@@ -8,8 +8,11 @@ generator = build_generator(arch, inputs)                   # G1 inside one enha
 
 from __future__ import annotations
 
+import torch
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
+from stages import seeding
 from stages.models.architecture import (
     InputSpec,
     Parts,
@@ -105,6 +108,12 @@ def build_discriminator(
             padding=1,
         )
     initialise(network, seed=seed, role="discriminator")
+    if arch.discriminator_spectral_norm:
+        convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seeding.number(f"{seed}/spectral_norm"))  # its first vectors are random
+            for convolution in convolutions:
+                spectral_norm(convolution)
     return network
 
 

@@ -31,6 +31,7 @@ class GanState:
     arch: Pix2Pix | Pix2PixHD
     inputs: InputSpec
     perceptual: nn.Module | None = None  # VGG19 up to relu5_1, frozen
+    lpips: nn.Module | None = None  # (N,) distances of two images, frozen
     precision: Precision = "float32"
 
 
@@ -47,6 +48,7 @@ def build_gan(
     ema_decay: float | None = None,
     precision: Precision = "float32",
     perceptual: nn.Module | None = None,
+    lpips: nn.Module | None = None,
     checkpointing: bool = False,
     compiled: bool = False,
     device: torch.device | str = "cpu",
@@ -57,10 +59,10 @@ def build_gan(
     checkpointing   keep only the inputs of the generator's layers and compute the rest again: less memory
     compiled        torch.compile both networks, for GPUs; CPUs are faster without (benchmarks/README.md)
 
-    Raises ValueError if the perceptual loss has a weight and no network.
+    Raises ValueError if a loss by a network has a weight and no network.
     """
-    if weights.perceptual > 0 and perceptual is None:
-        raise ValueError("the perceptual loss needs VGG19 weights")
+    if (weights.perceptual > 0 and perceptual is None) or (weights.lpips > 0 and lpips is None):
+        raise ValueError("the losses perceptual and lpips need their networks")
     in_backward = checkpointing or torch.device(device).type == "cpu"
 
     def optimizer(weights: list[nn.Parameter]) -> Adam:
@@ -80,11 +82,13 @@ def build_gan(
     discriminator_optimizer: Adam | None = None
     if weights.uses_discriminator:
         discriminator = build_discriminator(arch, inputs, discriminators=discriminators, seed=seed)
-        discriminator = accelerate(discriminator.to(device), device=device)
+        discriminator = discriminator.to(device)
+        if weights.r1 == 0:  # the faster modules' gradients have no gradients
+            discriminator = accelerate(discriminator, device=device)
         discriminator_optimizer = optimizer(trainable_parts(discriminator, "all"))
     if compiled:
         generator.compile()
-        if discriminator is not None:
+        if discriminator is not None and weights.r1 == 0:  # nor have compiled ones
             discriminator.compile()
     return GanState(
         generator=generator.train(),
@@ -96,6 +100,7 @@ def build_gan(
         arch=arch,
         inputs=inputs,
         perceptual=perceptual,
+        lpips=lpips,
         precision=precision,
     )
 

@@ -46,6 +46,16 @@ def discriminator_losses(features: Features, kind: GanKind, *, real: bool) -> li
     return [gan_loss(scale[-1], kind, real=real) for scale in features]
 
 
+def r1_penalty(logits: Tensor, images: Tensor) -> Tensor:
+    """Half the mean squared norm of the gradient of a discriminator, at real images (Mescheder et al. 2018).
+
+    logits   (N, 1, h, w) of images (N, C, H, W), with a graph; a patch discriminator is their mean
+    """
+    decisions = logits.mean((1, 2, 3)).sum()
+    (gradient,) = torch.autograd.grad(decisions, images, create_graph=True)
+    return gradient.square().sum((1, 2, 3)).mean() / 2
+
+
 def mean_difference(x: Tensor, y: Tensor) -> Tensor:
     """L1, averaged in no less than float32. Only `x` gets a gradient."""
     difference: Tensor = _MeanDifference.apply(x, y)  # type: ignore[no-untyped-call]

@@ -10,6 +10,7 @@ from stages.base import Config
 from stages.models.architecture import Pix2Pix, Pix2PixHD
 
 GanKind = Literal["least_squares", "hinge", "bce"]
+DiffAugmentKind = Literal["colour", "translation", "cutout"]
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -21,7 +22,10 @@ class LossWeights(Config):
     discriminator sees the source is the architecture's `conditional`.
     """
 
-    gan: Annotated[GanKind, Field(description="The adversarial loss.")] = "least_squares"
+    gan: Annotated[
+        GanKind,
+        Field(description="The adversarial loss; bce is the non-saturating one of Goodfellow et al."),
+    ] = "least_squares"
     gan_weight: Annotated[Weight, Field(description="Weight of the adversarial loss.")] = 1.0
     feature_matching: Annotated[
         Weight, Field(description="Weight of the feature matching loss (Wang et al., equation 4).")
@@ -30,6 +34,22 @@ class LossWeights(Config):
     perceptual: Annotated[
         Weight, Field(description="Weight of the VGG19 perceptual loss; needs train.vgg_weights.")
     ] = 0.0
+
+    lpips: Annotated[Weight, Field(description="Weight of LPIPS as a loss; needs train.lpips.")] = 0.0
+    r1: Annotated[
+        Weight,
+        Field(
+            description="Gamma of the R1 penalty on the discriminator's gradients at real images (Mescheder "
+            "et al. 2018). Steps take longer."
+        ),
+    ] = 0.0
+    diff_augment: Annotated[
+        tuple[DiffAugmentKind, ...],
+        Field(
+            description="Augment what the discriminator sees, real and generated (Zhao et al. 2020): any of "
+            "colour, translation, cutout. For few pairs."
+        ),
+    ] = ()
 
     @property
     def uses_discriminator(self) -> bool:

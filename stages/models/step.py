@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from stages.models.architecture import Pix2PixHD
+from stages.models.diff_augment import DiffAugment
 from stages.models.fast.adam import Adam
 from stages.models.gan import GanState
 from stages.models.inputs import make_condition, translate, unit_range
@@ -36,6 +37,7 @@ from stages.models.losses import (
     generator_gan_loss,
     mean_difference,
     perceptual_losses,
+    r1_penalty,
 )
 from stages.models.objective import LossWeights
 from stages.models.pix2pixhd import MultiScaleDiscriminator
@@ -169,7 +171,7 @@ def _step_pix2pixhd(
     total: Losses = {}
     for index, batch in enumerate(micro_batches):
         with _autocast(gan):
-            pair = _Pair.of(gan, batch)
+            pair = _Pair.of(gan, batch, weights)
             real, real_losses = _train_discriminator(gan, pair, pair.target, weights, real=True)
             image = _generate(gan, pair)
             fake = image.detach().requires_grad_()  # the losses' graph ends here, the generator's starts here
@@ -203,8 +205,8 @@ def _step_pix2pix(
 
     def generated(index: int) -> tuple[_Pair, Tensor]:
         if several:
-            random.manual_seed(seed + index)  # the same dropout in both passes
-        pair = _Pair.of(gan, micro_batches[index])
+            random.manual_seed(seed + index)  # the same dropout and augmentation in both passes
+        pair = _Pair.of(gan, micro_batches[index], weights)
         return pair, _generate(gan, pair)
 
     if gan.discriminator is not None:
@@ -290,6 +292,7 @@ class _Pair:
     condition    (N, C, H, W)
     conditions   the discriminator's view of it, per scale; None: it sees the image alone
     target       (N, C_out, H, W) in [-1, 1]
+    augment      how the discriminator's view is augmented, conditions already
     """
 
     condition: Tensor
@@ -297,25 +300,29 @@ class _Pair:
     target: Tensor
     instance: Tensor | None
     share: float
+    augment: DiffAugment | None
 
     @classmethod
-    def of(cls, gan: GanState, batch: Batch) -> _Pair:
+    def of(cls, gan: GanState, batch: Batch, weights: LossWeights) -> _Pair:
         dtype = next(gan.generator.parameters()).dtype
         target = unit_range(batch.target, dtype).contiguous(memory_format=torch.channels_last)
         condition = make_condition(
             batch.source, batch.instance, arch=gan.arch, inputs=gan.inputs, dtype=dtype
         ).contiguous(memory_format=torch.channels_last)
         conditions: Sequence[Tensor] | None = None
+        augment = DiffAugment.draw(weights.diff_augment, target) if weights.diff_augment else None
         if gan.arch.conditional and gan.discriminator is not None:
-            conditions = [condition]
+            seen = condition if augment is None else augment.condition(condition)
+            conditions = [seen]
             if isinstance(gan.discriminator, MultiScaleDiscriminator):
-                conditions = gan.discriminator.pyramid(condition)
+                conditions = gan.discriminator.pyramid(seen)
         return cls(
             condition=condition,
             conditions=conditions,
             target=target,
             instance=batch.instance,
             share=batch.share,
+            augment=augment,
         )
 
 
@@ -332,6 +339,8 @@ def _generate(gan: GanState, pair: _Pair) -> Tensor:
 def _discriminate(gan: GanState, pair: _Pair, image: Tensor) -> Features:
     """The discriminator's features of an image, per scale; a single PatchGAN is one scale."""
     assert gan.discriminator is not None
+    if pair.augment is not None:
+        image = pair.augment.image(image)
     if isinstance(gan.discriminator, MultiScaleDiscriminator):
         features: Features = gan.discriminator(image, pair.conditions)
         return features
@@ -350,12 +359,19 @@ def _train_discriminator(
     """
     if gan.discriminator is None:
         return [], {}
+    penalised = real and weights.r1 > 0
+    if penalised:
+        image = image.detach().requires_grad_()
     features = _discriminate(gan, pair, image)
     scales = discriminator_losses(features, weights.gan, real=real)
     total = torch.stack(scales).sum()
+    losses = _by_scale("discriminator/real" if real else "discriminator/fake", scales)
+    if penalised:
+        penalties = torch.stack([r1_penalty(scale[-1], image) for scale in features])
+        losses["discriminator/r1"] = weights.r1 * penalties.sum()
+        total = total + losses["discriminator/r1"]
     trained = _trained(gan.discriminator)
     torch.autograd.backward(total * (0.5 * pair.share), inputs=trained, retain_graph=keep_graph)
-    losses = _by_scale("discriminator/real" if real else "discriminator/fake", scales)
     if keep_graph:
         return features, losses
     if weights.feature_matching == 0:
@@ -420,6 +436,10 @@ def _generator_loss(
             losses[f"generator/perceptual/{name}"] = weights.perceptual * part
         losses["generator/perceptual"] = weights.perceptual * torch.stack(parts).sum()
         total = total + losses["generator/perceptual"]
+    if weights.lpips > 0:
+        assert gan.lpips is not None
+        losses["generator/lpips"] = weights.lpips * gan.lpips(fake, pair.target).mean()
+        total = total + losses["generator/lpips"]
     return total, losses
 
 

@@ -90,7 +90,8 @@ class Lpips(nn.Module):
             if isinstance(layer, nn.ReLU):
                 activations += 1
                 if activations in self.taps:
-                    features.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10))
+                    # a norm's gradient at 0 is 0, a root's is not a number
+                    features.append(x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10))
         return features
 
     def forward(self, generated: Tensor, target: Tensor) -> Tensor:
@@ -102,22 +103,27 @@ class Lpips(nn.Module):
         return torch.stack(distances).sum(0)
 
 
+def load_lpips(config: LpipsConfig, key: str = "evaluate.lpips") -> Lpips:
+    """The network of a config at `key`. Raises UserError for weights that are absent or another network's."""
+    with ExitStack() as stack:
+        backbone = stack.enter_context(weights_file(config.backbone, f"{key}.backbone"))
+        if config.linear is None:
+            linear = _published_linear(config.kind)
+        else:
+            linear = stack.enter_context(weights_file(config.linear, f"{key}.linear"))
+        try:
+            return Lpips(config.kind, read_tensors(backbone), read_tensors(linear))
+        except (ValueError, KeyError, RuntimeError) as error:
+            reason = one_line(error, limit=200)
+            raise UserError(f"{key}: these are no {config.kind} weights: {reason}") from error
+
+
 class LpipsScorer:
     """LPIPS of uint8 images (H, W, 3). Raises UserError for weights that are absent or another network's."""
 
     def __init__(self, config: LpipsConfig, device: str) -> None:
         self.device = device
-        with ExitStack() as stack:
-            backbone = stack.enter_context(weights_file(config.backbone, BACKBONE))
-            if config.linear is None:
-                linear = _published_linear(config.kind)
-            else:
-                linear = stack.enter_context(weights_file(config.linear, LINEAR))
-            try:
-                self.network = Lpips(config.kind, read_tensors(backbone), read_tensors(linear)).to(device)
-            except (ValueError, KeyError, RuntimeError) as error:
-                reason = one_line(error, limit=200)
-                raise UserError(f"evaluate.lpips: these are no {config.kind} weights: {reason}") from error
+        self.network = load_lpips(config).to(device)
 
     def __call__(self, generated: Sequence[Array], targets: Sequence[Array]) -> list[float]:
         """The distance of each generated image to its target, all of one shape."""

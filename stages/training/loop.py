@@ -46,6 +46,7 @@ from stages.models.layers import synchronise_batch_norms
 from stages.models.pix2pixhd import FeatureEncoder
 from stages.models.step import Batch, Losses, random_source, update
 from stages.models.styles import Styles, collect_styles
+from stages.scoring.lpips import load_lpips
 from stages.scoring.metrics import lower_is_better
 from stages.seeding import number
 from stages.shards.order import num_steps
@@ -676,6 +677,7 @@ def build(
         assert job.vgg_weights is not None
         with local_file(job.vgg_weights) as path:
             perceptual = load_vgg(path).to(device)
+    lpips = None if job.losses.lpips == 0 or job.lpips is None else load_lpips(job.lpips, "train.lpips")
     return build_gan(
         job.model,
         inputs,
@@ -688,6 +690,7 @@ def build(
         ema_decay=job.ema,
         precision=precision,
         perceptual=perceptual,
+        lpips=None if lpips is None else lpips.to(device),
         checkpointing=checkpointing,
         compiled=compiled,
         device=device,

@@ -16,6 +16,7 @@ from stages.models.losses import (
     generator_gan_loss,
     mean_difference,
     perceptual_losses,
+    r1_penalty,
 )
 from stages.models.objective import LossWeights, paper_weights
 
@@ -62,6 +63,21 @@ def test_the_perceptual_loss_weighs_five_layers_and_leaves_the_target_alone() ->
     fake = torch.ones(1, 3, 2, 2, requires_grad=True)
     losses = perceptual_losses(fake, torch.zeros(1, 3, 2, 2), Doubling())
     assert [value.item() for value in losses] == [1 / 32, 2 / 16, 4 / 8, 8 / 4, 16]
+
+
+def test_r1_is_half_gamma_one_times_the_squared_norm_of_each_images_gradient() -> None:
+    images = torch.linspace(-1, 1, 2 * 3 * 6 * 6, dtype=torch.float64).view(2, 3, 6, 6).requires_grad_()
+    weight = torch.linspace(-1, 2, 12, dtype=torch.float64).view(1, 3, 2, 2).requires_grad_()
+
+    def logits(x: Tensor) -> Tensor:
+        return F.conv2d(x.tanh(), weight, stride=2)
+
+    norms = []
+    for image in images.detach():
+        of_one = torch.autograd.functional.jacobian(lambda x: logits(x[None]).mean(), image)
+        norms.append(sum(float(value) ** 2 for value in of_one.flatten()))
+    assert r1_penalty(logits(images), images).item() == pytest.approx(sum(norms) / 2 / 2)
+    assert torch.autograd.gradcheck(lambda w: r1_penalty(F.conv2d(images.tanh(), w), images), (weight,))
 
 
 def test_small_differences_survive_bf16() -> None:

