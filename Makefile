@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-long check format schema lock clean
+.PHONY: help run test test-long check docs format schema lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -26,8 +26,12 @@ check: $(VENV)/test.stamp ## lint, format, types, import layers, the code's size
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy docs/hooks.py
 	$(BIN)/lint-imports
 	$(BIN)/python -m benchmarks.house
+
+docs: $(VENV)/test.stamp ## the docs as a site, in site/; `.venv/bin/mkdocs serve` shows it while you write
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/test.stamp ## put the code in shape
 	$(BIN)/ruff check --fix .
@@ -45,7 +49,7 @@ lock: $(VENV)/test.stamp ## exact versions of everything, from pyproject.toml
 	sed -i.bak 's/^\(torch==[0-9.]*\)+cpu/\1/' requirements.lock requirements-test.lock && rm -f requirements*.lock.bak
 
 clean: ## remove the environment and what `make run` wrote
-	rm -rf $(VENV) workspace sample
+	rm -rf $(VENV) workspace sample site
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     i.add_argument("--generator", required=True, metavar="FILE", help="latest_net_G.pth")
-    i.add_argument("--discriminator", metavar="FILE", help="latest_net_D.pth: to go on training")
+    i.add_argument("--discriminator", metavar="FILE", help="latest_net_D.pth: kept with the model")
     i.add_argument("--encoder", metavar="FILE", help="latest_net_E.pth: pix2pixHD's feature encoder")
     i.add_argument("--output", required=True, metavar="FOLDER", help="the model folder to write")
     i.add_argument("--overwrite", action="store_true", help="replace a model that is there")

@@ -16,11 +16,12 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import BaseModel
 
 from benchmarks import data
 from pipeline import config
@@ -46,9 +47,19 @@ EXTERNAL = {
 """Commands that are not parsed here, and why."""
 READERS_OWN = {"mine.yaml", "pixloom.yaml", "run.yaml", "street.yaml"}
 """Config files that the reader of a page writes."""
-MENTIONED = {"python -m pipeline.convert import"}
+MENTIONED = {
+    "python -m pipeline.convert export",
+    "python -m pipeline.convert import",
+    "python -m pipeline.infer",
+}
 """Commands that a page names without their arguments."""
 NO_ARGUMENTS = {"benchmarks.ceiling", "benchmarks.count_operations", "benchmarks.house"}
+
+
+FILES = (".yaml", ".py", ".md", ".parquet", ".html", ".json", ".run")
+"""Endings of names that are no keys, though they look like some."""
+MAPPINGS = {"shard.kinds", "storage.s3", "storage"}
+"""Keys that hold any keys."""
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:
@@ -75,6 +86,34 @@ PYTHON = {
 OURS = {
     name: rest for name, rest in PYTHON.items() if rest[1].startswith(("pipeline.", "benchmarks.", "chaos"))
 }
+
+
+def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a config; the items of lists without their numbers."""
+    for name, info in model.model_fields.items():
+        yield prefix + name
+        waiting: list[Any] = [info.annotation]
+        for kind in waiting:
+            waiting += get_args(kind)
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from keys(kind, f"{prefix}{name}.")
+
+
+def test_every_key_that_a_page_names_exists() -> None:
+    known = set(keys(config.PipelineConfig))
+    for page in PAGES:
+        for text in re.findall(r"`([a-z]+(?:\.[a-z_0-9]+)+)(?:: [^`]*)?`", page.read_text()):
+            key = re.sub(r"\.\d+", "", text)
+            if key.partition(".")[0] in known and not key.endswith(FILES):
+                assert key in known or key.rpartition(".")[0] in MAPPINGS, (page.name, text)
+
+
+def test_configs_of_who_comes_from_elsewhere_are_valid(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "coming-from.md").read_text()
+    for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL):
+        path = tmp_path / "mine.yaml"
+        path.write_text(text)
+        config.load(str(path), profile="paper")
 
 
 class ParsedError(Exception):
