@@ -341,7 +341,8 @@ def probe(run: PlannedRun, precision: Precision) -> float:
             scale *= 2
         else:
             break
-    job = job.model_copy(update={"losses": job.losses.model_copy(update={"perceptual": 0.0})})
+    plain = job.losses.model_copy(update={"perceptual": 0.0, "lpips": 0.0})  # whose weights are files
+    job = job.model_copy(update={"losses": plain})
     device, threads_before = torch.device(run.device), torch.get_num_threads()
     tune_process(device)
     torch.set_num_threads(resources.threads_per_worker or (1 if run.gpu else own_cores()))

@@ -27,6 +27,7 @@ from stages.base import Role
 from stages.config.train import PhaseJob, full_size
 from stages.models.fast.process import best_precision
 from stages.progress import duration
+from stages.report import notes
 from stages.scoring.table import is_bound, shown
 from stages.shard import role_specs
 from stages.shards import dataset
@@ -288,7 +289,7 @@ def summary(config: PipelineConfig, chosen: Sequence[PlannedStep], markers: Mark
         values += [
             f"{name} {shown(marker['metrics'], name)}" for name in marker["metrics"] if not is_bound(name)
         ]
-        values = values[:6] + [f"{key} {text}" for key, text in marker.get("notes", {}).items()]
+        values = values[:6] + [f"{key} {text}" for key, text in notes(marker).items()]
         lines.append(f"{name:<15} {duration(marker['seconds']):>12}  {', '.join(values)}")
     report = next((p for p in chosen if p.step.name == "report" and "report" in markers), None)
     lines.append("")

@@ -30,6 +30,7 @@ from stages.errors import UserError, one_line
 from stages.images import decode, encode, geometry, pictures
 from stages.images.kinds import Array, ImageRejected
 from stages.inference import outputs
+from stages.progress import duration
 from stages.reporting.page import Curve, PictureCard, RejectCount, ReportData, StepTime, data_uri, page
 from stages.scoring.intervals import Interval, difference
 from stages.scoring.metrics import PIXEL_METRICS, SET_DISTANCES, lower_is_better
@@ -129,6 +130,15 @@ def card(spec: DatasetSpec, measured: Mapping[str, Any]) -> list[tuple[str, str]
         alike = leaks.get("found", 0) + leaks.get("found_in_val", 0)
         lines.append(("near-duplicates between splits", f"{alike:,} of those compared"))
     return lines
+
+
+def notes(marker: Mapping[str, Any]) -> dict[str, str]:
+    """A step's notes, and how far off the time was that the plan expected of it."""
+    expected, seconds = marker.get("predicted"), marker["seconds"]
+    if not expected:
+        return dict(marker.get("notes", {}))
+    off = f"{duration(expected)} ({expected / max(seconds, 0.001) - 1:+.0%})"
+    return {**marker.get("notes", {}), "expected": off}
 
 
 def rejects(steps: Sequence[Mapping[str, Any]], examples: Mapping[str, Sequence[str]]) -> list[RejectCount]:
@@ -382,8 +392,7 @@ def describe(
         card=card(spec, _json(storage.join(shards, "card.json"))),
         rejects=rejects(steps, reject_examples(shards, images)),
         steps=[
-            StepTime(name=m["step"], seconds=m["seconds"], counts=m["counts"], notes=m.get("notes", {}))
-            for m in steps
+            StepTime(name=m["step"], seconds=m["seconds"], counts=m["counts"], notes=notes(m)) for m in steps
         ],
     )
 

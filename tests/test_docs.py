@@ -228,6 +228,7 @@ TINY = {
 }
 NOT_RUN = {
     "ceiling": "measures the processor and has no size to make tiny",
+    "cost": "runs the pipeline ten times",
     "distributed": "takes minutes at its smallest; only its arguments are tried",
     "gpu_check": "tests/test_gpu_check.py runs it",
     "learning": "tests/recipes/test_learning.py runs it",

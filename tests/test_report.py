@@ -32,6 +32,12 @@ def rows(count: int) -> list[dict[str, Any]]:
     return [{"key": f"k{i:03d}", "l1": (i * 37 % 100) / 100, "psnr": float(i)} for i in range(count)]
 
 
+def test_a_steps_notes_say_how_far_off_the_plan_was() -> None:
+    marker = {"seconds": 80.0, "notes": {"precision": "bf16"}}
+    assert report.notes(marker) == report.notes(marker | {"predicted": None}) == {"precision": "bf16"}
+    assert report.notes(marker | {"predicted": 60.0})["expected"] == "1 min 00 s (-25%)"
+
+
 def test_worst_best_and_a_sample_are_picked_each_once() -> None:
     found = pick(iter(rows(100)), most=12, metric="l1", seed=0)
     assert len(found) == 12

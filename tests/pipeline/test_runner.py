@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.dag import RunView, Step, StepContext, needed
-from pipeline.runner import MARKER, PlannedStep, check, execute, plan, select
+from pipeline.runner import MARKER, PREDICTED, PlannedStep, check, execute, plan, select
 from stages import storage
 from stages.base import Config, Outcome, Resources, Seen
 from stages.errors import StageError, UserError
@@ -161,6 +161,15 @@ def test_a_folder_without_a_marker_is_unfinished_work(line: Line) -> None:
     (Path(line.plan()[1].folder) / MARKER).unlink()
     storage.write_bytes(storage.join(line.plan()[1].folder, "half"), b"x")
     assert line.plan()[1].why == "unfinished, continues"
+
+
+def test_a_marker_has_the_time_that_the_plan_expected_unless_the_step_resumed(line: Line) -> None:
+    expected = {p.folder.rpartition("/")[2]: 12.5 for p in line.plan()}
+    storage.write_json(storage.join(line.workspace, PREDICTED), expected)
+    storage.write_bytes(storage.join(line.plan()[1].folder, "half"), b"x")
+    markers = line.run(line.plan())
+    assert (markers["make"]["predicted"], markers["make"]["resumed"]) == (12.5, False)
+    assert (markers["double"]["predicted"], markers["double"]["resumed"]) == (None, True)
 
 
 def test_a_torn_marker_counts_as_none(line: Line) -> None:
