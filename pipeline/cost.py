@@ -16,7 +16,8 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -32,6 +33,7 @@ from pipeline.config import PipelineConfig
 from pipeline.runner import PREDICTED, PlannedStep, changes, read_marker
 from stages import storage
 from stages.base import Config, Precision, Split
+from stages.config.shard import AugmentConfig
 from stages.config.train import PhaseJob, check_size, full_size, phase_size
 from stages.errors import UserError, first_invalid, one_line
 from stages.infer import source_size
@@ -253,8 +255,8 @@ def images_done(p: PlannedStep, job: PhaseJob, rows: float) -> float:
 # -- rates ---------------------------------------------------------------------
 
 
-def rate_of(run: PlannedRun, p: PlannedStep) -> Rate:
-    """How fast a step will be."""
+def rate_of(run: PlannedRun, p: PlannedStep) -> Rate | None:
+    """How fast a step will be; None if this machine's memory is too small to find out."""
     if (known := earlier_rate(run, p)) is not None:
         return known
     start, each = ASSUMED[p.step.stage]
@@ -263,8 +265,8 @@ def rate_of(run: PlannedRun, p: PlannedStep) -> Rate:
     precision = run.precision(p)
     if precision not in run.probes:
         run.probes[precision] = probe(run, precision)
-    speed = run.speed if p.step.stage == "train" else 1
-    return Rate(start, 1 / (run.probes[precision] * speed), "probe")
+    speed = run.probes[precision] * (run.speed if p.step.stage == "train" else machines())
+    return Rate(start, 1 / speed, "probe") if speed else None
 
 
 def earlier_rate(run: PlannedRun, p: PlannedStep) -> Rate | None:
@@ -326,46 +328,44 @@ def units_done(run: PlannedRun, stage: str, marker: Mapping[str, Any]) -> float:
 
 
 def probe(run: PlannedRun, precision: Precision) -> float:
-    """Operations per second of real training steps of the largest phase, on this machine.
+    """Operations per second of real training steps of the largest phase here; 0 if memory does not suffice.
 
     Where a step would take long, of fewer pairs, then of smaller images.
     """
-    job, resources = run.largest, run.config.resources
-    each = run.operations[job.phase.name]
-    full, rows = full_size(run.spec.size, job.augment), -(-job.phase.batch // resources.train_workers)
-    rows, scale = min(rows, resources.micro_batch or rows), 1
-    while rows * each / scale**2 > PROBE_OPERATIONS[run.device]:
-        if rows > 1:
-            rows = 1
-        elif _fits(job, (full[0] // (2 * scale), full[1] // (2 * scale))):
-            scale *= 2
-        else:
-            break
-    plain = job.losses.model_copy(update={"perceptual": 0.0, "lpips": 0.0})  # whose weights are files
-    job = job.model_copy(update={"losses": plain})
+    resources, job = run.config.resources, run.largest
+    each, rows = run.operations[job.phase.name], -(-job.phase.batch // resources.train_workers)
+    rows, spec = (
+        min(rows, resources.micro_batch or rows),
+        replace(run.spec, size=full_size(run.spec.size, job.augment)),
+    )
+    losses = job.losses.model_copy(update={"perceptual": 0.0, "lpips": 0.0})  # whose networks are files
+    job = job.model_copy(update={"losses": losses, "augment": AugmentConfig(), "precision": precision})
+    with suppress(ValueError):  # the networks take no smaller images
+        while rows * each > PROBE_OPERATIONS[run.device]:
+            if rows > 1:
+                rows = 1
+                continue
+            half = spec.size[0] // 2, spec.size[1] // 2
+            check_size(job.model, job.phase, half, key="")
+            spec, each = replace(spec, size=half), each / 4
     device, threads_before = torch.device(run.device), torch.get_num_threads()
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if estimate_memory(job, spec, micro_batch=rows, gpu=device.type == "cuda") > free:
+        return 0.0
     tune_process(device)
     torch.set_num_threads(resources.threads_per_worker or (1 if run.gpu else own_cores()))
     try:
-        gan = loop.build(job, phases.input_spec(run.spec), device, precision)
-        size = phase_size(job.model, job.phase, (full[0] // scale, full[1] // scale))
-        batch, ends = noise(run.spec, rows, size).to(device), list[float]()
+        gan = loop.build(job, phases.input_spec(spec), device, precision)
+        batch = noise(spec, rows, phase_size(job.model, job.phase, spec.size)).to(device)
+        ends = list[float]()
         while len(ends) < 3 or (len(ends) < 12 and ends[-1] - ends[0] < PROBE_SECONDS):
-            update(gan, batch, weights=job.losses)
+            update(gan, batch, weights=losses)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             ends.append(time.perf_counter())
     finally:
         torch.set_num_threads(threads_before)
-    return rows * each / scale**2 / statistics.median(end - begin for begin, end in pairwise(ends))
-
-
-def _fits(job: PhaseJob, size: tuple[int, int]) -> bool:
-    try:
-        check_size(job.model, job.phase, size, key="")
-    except ValueError:
-        return False
-    return True
+    return rows * each / statistics.median(end - begin for begin, end in pairwise(ends))
 
 
 def noise(spec: DatasetSpec, rows: int, size: tuple[int, int]) -> Batch:
@@ -399,9 +399,9 @@ def estimate(run: PlannedRun, chosen: Sequence[PlannedStep]) -> list[Estimate]:
     found = []
     for p in chosen:
         work = None if p.done else work_left(run, p)
-        if work is None:
+        rate = None if work is None else rate_of(run, p)
+        if work is None or rate is None:
             continue
-        rate = rate_of(run, p)
         count = run.config.resources.train_workers if p.step.stage == "train" and run.gpu else machines()
         on_gpu = run.gpu and p.step.stage in ("train", "infer", "evaluate")
         busy = {"GPU" if on_gpu else "cores": work.units * rate.each}
@@ -476,17 +476,19 @@ def report(
         return ""
     found = {one.step.step.name: one for one in estimate(run, chosen)}
     kept = {one.step.folder.rpartition("/")[2]: round(one.seconds, 1) for one in found.values()}
-    storage.write_json(storage.join(run.config.workspace, PREDICTED), kept)
+    with suppress(OSError, UserError):  # who may only read the workspace sees the plan too
+        storage.write_json(storage.join(run.config.workspace, PREDICTED), kept)
     lines = [
         "",
         f"{'left':<15} {'time':>12}  {'limit':<8} {'operations':>10} {'requests':>9} {'bytes':>9}  known by",
     ]
+    why = (
+        "its pairs are not counted yet"
+        if run.pairs is None
+        else "of other inputs, or too large for this memory"
+    )
     for name in (p.step.name for p in chosen if not p.done):
-        lines.append(
-            row(found[name])
-            if name in found
-            else f"{name:<15} {'unknown':>12}  its pairs are not counted yet"
-        )
+        lines.append(row(found[name]) if name in found else f"{name:<15} {'unknown':>12}  {why}")
     total = sum(one.seconds for one in found.values())
     gpu = torch.cuda.get_device_name() if run.device == "cuda" else "no GPU"
     lines.append(f"{'together':<15} {duration(total):>12}  on this machine: {cores():.0f} cores, {gpu}")
@@ -546,11 +548,11 @@ def choices(run: PlannedRun, found: Sequence[Estimate], available: int | None) -
 def relative_speeds(run: PlannedRun, p: PlannedStep) -> dict[Precision, float]:
     """The speed of training's precision, 1, and of the other one if this machine is made for both."""
     own = run.precision(p)
-    if own not in run.probes or best_precision(run.device) != "bf16":
+    if not run.probes.get(own) or best_precision(run.device) != "bf16":
         return {own: 1.0}
     for one in get_args(Precision):
         run.probes.setdefault(one, probe(run, one))
-    return {one: rate / run.probes[own] for one, rate in run.probes.items()}
+    return {one: rate / run.probes[own] for one, rate in run.probes.items() if rate}
 
 
 def gradient_bytes(job: PhaseJob, spec: DatasetSpec) -> float:

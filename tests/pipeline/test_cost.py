@@ -34,6 +34,7 @@ LISTED = {
     "bytes": 3 * 10**8,
 }
 PRICES = cost.read_prices(cost.PRICES)
+NOISE = cost.noise
 
 
 @pytest.fixture
@@ -187,6 +188,25 @@ def test_a_machine_without_a_price_is_refused_with_those_that_have_one() -> None
 
 def test_the_probe_measures_steps_of_the_phase_where_its_batch_is_small_enough(run: cost.PlannedRun) -> None:
     assert 1e6 < cost.probe(run, "float32") < 1e15
+
+
+def test_a_step_that_does_not_fit_in_memory_is_not_probed(
+    run: cost.PlannedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost, "estimate_memory", lambda *_, **__: 1 << 60)
+    run.probes.clear()
+    assert {"train-whole", "infer"}.isdisjoint(estimates(run))
+    assert "too large for this memory" in cost.report(run, run.planned, PRICES, "", None)
+
+
+def test_a_probe_of_a_large_step_takes_smaller_images(
+    run: cost.PlannedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    monkeypatch.setitem(cost.PROBE_OPERATIONS, "cpu", 1.0)
+    monkeypatch.setattr(cost, "noise", lambda *given: sizes.append(given[1:]) or NOISE(*given))
+    assert cost.probe(run, "float32") > 0
+    assert sizes == [(1, (32, 16))]  # of 4 pairs of 64x32; its networks take no less than 16
 
 
 def test_the_plan_keeps_what_it_expects_for_the_markers(run: cost.PlannedRun) -> None:
