@@ -255,7 +255,7 @@ def test_plan_names_what_a_change_would_rerun(
     def planned(setting: str) -> dict[str, str]:
         code, output, _ = run_here(whole, *LIMIT, "--plan", "--set", setting)
         assert code == 0
-        return {line.split()[0]: line for line in output.splitlines()}
+        return {line.split()[0]: line for line in output.partition("\n\n")[0].splitlines()}
 
     rows = planned("train.phases.1.epochs=2")
     assert " done " in rows["train-global"]
