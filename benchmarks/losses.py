@@ -25,6 +25,7 @@ from benchmarks.learning import as_pictures, trained
 from stages.base import Split
 from stages.config.shard import AugmentConfig
 from stages.config.train import TrainConfig, jobs
+from stages.models.fast.process import tune_process
 from stages.models.files.saved import load_model
 from stages.scoring import metrics
 from stages.scoring.efficientnet import PerceptualFeatures
@@ -126,6 +127,7 @@ def main() -> int:
     sides, output, began = dict(SIDES), Path(options.output), time.monotonic()
     if options.lpips:
         sides[LPIPS] = {"losses": {"lpips": 10}, "lpips": {"backbone": options.lpips}}
+    tune_process(torch.device("cpu"))
     torch.set_num_threads(1)
     runs = [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
     finished = {(run["side"], run["seed"]) for run in runs}

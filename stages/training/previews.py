@@ -102,6 +102,8 @@ class Samples:
     device: torch.device
     _scores: Scores | None = field(init=False)
     _features: Features | None = field(init=False)
+    _target_features: dict[int, np.ndarray] = field(init=False, default_factory=dict)
+    """By the number of their group: the targets are the same each time."""
 
     def __post_init__(self) -> None:
         self._scores = pair_scores(self.job, self.device.type)
@@ -114,7 +116,7 @@ class Samples:
         limit = MEASURED if self.job.select is None else pairs_to_choose_by(self.job)[1]
         rows: list[list[Array]] = []
         differences, scores, features = list[float](), list[float](), list[tuple[np.ndarray, np.ndarray]]()
-        for group in self._groups(split, limit if measured else SHOWN):
+        for number, group in enumerate(self._groups(split, limit if measured else SHOWN)):
             generated = self._generate(gan, group)
             differences += [
                 float((image.float() - truth.float()).abs().mean()) / 2
@@ -136,7 +138,9 @@ class Samples:
             if measured and self._scores is not None:
                 scores += self._scores(fakes, reals)
             if measured and self._features is not None:
-                features.append((self._features(fakes), self._features(reals)))
+                if number not in self._target_features:
+                    self._target_features[number] = self._features(reals)
+                features.append((self._features(fakes), self._target_features[number]))
         numbers = {"l1": float(np.mean(differences))} if measured and differences else {}
         if scores:
             numbers[str(self.job.select)] = float(np.mean(scores))

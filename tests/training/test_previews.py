@@ -142,7 +142,9 @@ def test_networks_of_evaluation_choose_too(tmp_path: Path, monkeypatch: pytest.M
     }
     for select, value in expected.items():
         name = f"validation/{select.replace(':', '_')}"
-        _, numbers = samples(tmp_path / "shards", spec, chosen(select))(gan)
+        drawn = samples(tmp_path / "shards", spec, chosen(select))
+        _, numbers = drawn(gan)
+        assert numbers == drawn(gan)[1]
         assert set(numbers) == {"validation/l1", name}
         assert numbers[name] == pytest.approx(value, rel=1e-2), select
 
