@@ -6,14 +6,17 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import psutil
 import pytest
@@ -21,6 +24,7 @@ import yaml
 
 from cluster import local
 from pipeline import sample
+from tests.cluster.test_monitoring import queried
 from tests.support.nodes import ROOT, Followed, until
 
 pytestmark = pytest.mark.long
@@ -184,8 +188,15 @@ def test_a_stopped_run_is_taken_up_by_the_next_job(cluster: Cluster, config: Pat
     assert not any(workspace.glob("train-*/_SUCCESS.json"))
     assert {status for _, status in runs(workspace)} <= {"FINISHED", "KILLED"}
 
-    second = cluster.submit("--here", "--id", "second", "-c", str(config))
-    told = second.end(0)
+    with exported(cluster) as names:
+        second = cluster.submit("--here", "--id", "second", "-c", str(config))
+        told = second.end(0)
+    # Here no machine has a GPU, nothing is rejected, spilled or lost.
+    assert {name for name in queried() - names if "gpu" not in name and "gram" not in name} <= {
+        "ray_data_spilled_bytes",
+        "ray_pixloom_pairs_rejected_total",
+        "ray_pixloom_train_restarts_total",
+    }
     info = cluster.job("second")
     assert (info["status"], info["driver_exit_code"]) == ("SUCCEEDED", 0)
     for step in ("ingest", "pair", "shard"):
@@ -221,6 +232,29 @@ def test_stopping_ends_everything_the_cluster_started(cluster: Cluster) -> None:
     cluster.local("stop")
     assert [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
     assert local.load(cluster.folder) is None
+
+
+@contextlib.contextmanager
+def exported(cluster: Cluster) -> Iterator[set[str]]:
+    """The metrics that the nodes export while a `with` block runs, gathered as Prometheus does."""
+    names: set[str] = set()
+    over = threading.Event()
+
+    def gather() -> None:
+        while not over.wait(1):
+            for path in cluster.folder.glob("*/prom_metrics_service_discovery.json"):
+                for target in {target for one in json.loads(path.read_text()) for target in one["targets"]}:
+                    with contextlib.suppress(OSError):
+                        page = urlopen(f"http://{target}/metrics", timeout=30).read().decode()
+                        names.update(re.findall(r"(?m)^ray_\w+", page))
+
+    thread = threading.Thread(target=gather)
+    thread.start()
+    try:
+        yield names
+    finally:
+        over.set()
+        thread.join()
 
 
 def runs(workspace: Path) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -321,3 +322,21 @@ def test_a_users_mistake_exits_with_2_and_one_line(
 def test_the_command_itself_exits_with_2(data: Path, tmp_path: Path) -> None:
     output = Place(tmp_path, data).run("--set", "train.sed=1", expect=2)
     assert len(output.strip().splitlines()) == 1, output
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3000)
+def test_ten_runs_leave_no_process_and_no_session_behind(tmp_path: Path, data: Path) -> None:
+    place = Place(tmp_path, data)
+    for seed in range(10):
+        place.run(*LIMIT, "--set", f"train.seed={seed}")
+        assert [process for process in psutil.process_iter() if of_cluster(process, place.ray)] == []
+        assert list(place.ray.glob("ray/session_2*")) == []
+
+
+def of_cluster(process: psutil.Process, folder: Path) -> bool:
+    """Whether the process was started with this folder for Ray's files."""
+    try:
+        return process.environ().get("RAY_TMPDIR") == str(folder)
+    except psutil.Error:
+        return False
