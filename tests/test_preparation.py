@@ -183,7 +183,7 @@ def trained(folder: Path, shards: str, network: dict[str, Any]) -> Path:
         job=job, name="", inputs=inputs, preprocessing=ready, rows=rows, output=str(folder), before=""
     )
     with Feed(shards, spec, threads=1, epochs=1) as feed:
-        train_phase(task, Worker(), feed, Channel(Mailbox().post), lambda _: (None, {}))
+        train_phase(task, Worker(), feed, Channel(Mailbox().post), lambda *_: (None, {}))
     return folder / "model"
 
 
