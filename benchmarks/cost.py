@@ -14,6 +14,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline import config as configuration
@@ -23,9 +24,10 @@ PHOTO = "{uri: DATA/photo, role: target, pattern: '{key}.png'}"
 LABEL = "{uri: DATA/label, role: source, pattern: '{key}.png'}"
 INSTANCE = "{uri: DATA/instance, role: instance, pattern: '{key}.png'}"
 PAIRS = f"ingest.locations=[{LABEL}, {PHOTO}]"
+COARSE = ["train.model.enhancers=0", "train.phases.2=null", "train.phases.1=null"]  # the first phase alone
 CASES: dict[str, tuple[int, list[str]]] = {  # epochs of each phase of the first run
-    "facades": (2, [PAIRS, "pair.source_half=null"]),
-    "sample": (2, [f"ingest.locations=[{LABEL}, {PHOTO}, {INSTANCE}]", "shard.size=[128, 128]"]),
+    "facades": (2, [PAIRS, "pair.source_half=null", *COARSE]),
+    "sample": (2, [f"ingest.locations=[{LABEL}, {PHOTO}, {INSTANCE}]", "shard.size=[128, 128]", *COARSE]),
     "pix2pix/facades": (12, [PAIRS, "pair.source_half=null"]),
     "pix2pix/colorization": (12, [f"ingest.locations=[{PHOTO}]"]),
     "pix2pix/inpainting": (12, [f"ingest.locations=[{PHOTO}]"]),
@@ -40,9 +42,8 @@ def pipeline(module: str, *words: str) -> None:
         sys.exit(done.stdout + done.stderr)
 
 
-def measure(recipe: str, folder: Path, data: Path, epochs: int) -> list[dict[str, tuple[float, float]]]:
-    """Of both runs, the seconds that each step was expected to take, and took."""
-    runs: list[dict[str, tuple[float, float]]] = []
+def measure(recipe: str, folder: Path, data: Path, epochs: int) -> Iterator[dict[str, tuple[float, float]]]:
+    """Of each of both runs, the seconds that each step was expected to take, and took."""
     path = configuration.located(recipe)
     settings = [text.replace("DATA", str(data)) for text in CASES[recipe][1]] + SHARED
     phases = range(len(configuration.load(path, settings).train.phases))
@@ -61,8 +62,7 @@ def measure(recipe: str, folder: Path, data: Path, epochs: int) -> list[dict[str
         for name in sorted({*storage.list_folders(str(folder))} - seen):
             markers[name] = storage.read_json(str(folder / name / "_SUCCESS.json"))
         seen |= markers.keys()
-        runs.append({m["step"]: (m["predicted"], m["seconds"]) for m in markers.values()})
-    return runs
+        yield {m["step"]: (m["predicted"], m["seconds"]) for m in markers.values()}
 
 
 def main() -> None:
