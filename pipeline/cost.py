@@ -303,7 +303,7 @@ def split_time(run: PlannedRun, stage: str, name: str, marker: Mapping[str, Any]
     table = storage.read_parquet(storage.join(run.config.workspace, name, "metrics.parquet"))
     rows = [row for row in table.to_pylist() if row["name"] == "throughput/images_per_second"]
     points = [(0, 0.0), *((row["images"], row["value"]) for row in rows)]
-    stepping = sum((end - begin) / rate for (begin, _), (end, rate) in pairwise(points))
+    stepping = sum((end - begin) / rate for (begin, _), (end, rate) in pairwise(points) if rate)
     return max(0.0, seconds - stepping), stepping / units
 
 
@@ -333,11 +333,9 @@ def probe(run: PlannedRun, precision: Precision) -> float:
     Where a step would take long, of fewer pairs, then of smaller images.
     """
     resources, job = run.config.resources, run.largest
-    each, rows = run.operations[job.phase.name], -(-job.phase.batch // resources.train_workers)
-    rows, spec = (
-        min(rows, resources.micro_batch or rows),
-        replace(run.spec, size=full_size(run.spec.size, job.augment)),
-    )
+    each, spec = run.operations[job.phase.name], replace(run.spec, size=full_size(run.spec.size, job.augment))
+    rows = -(-job.phase.batch // resources.train_workers)
+    rows = min(rows, resources.micro_batch or rows)
     losses = job.losses.model_copy(update={"perceptual": 0.0, "lpips": 0.0})  # whose networks are files
     job = job.model_copy(update={"losses": losses, "augment": AugmentConfig(), "precision": precision})
     with suppress(ValueError):  # the networks take no smaller images
