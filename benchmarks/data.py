@@ -50,6 +50,7 @@ from stages.models.objective import paper_weights
 from stages.models.step import Batch, step
 from stages.objects.fetch import Object, Reader
 from stages.objects.listing import etag_of, local_etag
+from stages.parallel.cluster import set_up_data
 from stages.shards import card, dataset
 from stages.shards.dataset import DatasetSpec
 from stages.shards.feed import Feed, read_here
@@ -208,7 +209,7 @@ def start_ray() -> None:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    set_up_data()
 
 
 def measure_input(paths: Sequence[Path], scratch: Path, turns: int, seconds: float) -> None:

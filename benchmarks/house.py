@@ -21,6 +21,7 @@ PACKAGES = ("pipeline", "stages")
 WATCHED = (*PACKAGES, "benchmarks", "chaos", "cluster")
 """Folders whose code uses Ray by its public names alone."""
 PRIVATE_IN_STRING = re.compile(r"ray(\.\w+)*\._\w+(\.\w+)*")
+RAY_WORK = re.compile(r"ray\.(remote|data)\b")
 MODELS_MAY_IMPORT = {"numpy", "pydantic", "safetensors", "stages", "torch", *sys.stdlib_module_names}
 HEAVY = ("PIL", "mlflow", "numpy", "pandas", "pyarrow", "ray", "torch")
 
@@ -139,6 +140,22 @@ def private_names_of_ray(root: Path) -> list[str]:
     return found
 
 
+def ray_work_elsewhere(root: Path) -> list[str]:
+    """Where code outside `stages/parallel` names `ray.remote` or `ray.data`, as `file:line: name`."""
+    found = []
+    for path in sorted(path for package in PACKAGES for path in (root / package).rglob("*.py")):
+        if root / "stages" / "parallel" in path.parents:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [ast.unparse(node)] if isinstance(node, ast.Attribute) else _names_of_ray(node)
+            found += [
+                f"{path.relative_to(root)}:{node.lineno}: {name}"  # type: ignore[attr-defined]
+                for name in names
+                if RAY_WORK.match(name)
+            ]
+    return found
+
+
 def _names_of_ray(node: ast.AST) -> list[str]:
     """Dotted names that an import statement takes from Ray."""
     names = []
@@ -184,10 +201,11 @@ def figures(root: Path = ROOT) -> tuple[Figure, ...]:
     models = {name: module for name, module in modules.items() if name.startswith("stages.models")}
     foreign = sorted(packages_of(models) - MODELS_MAY_IMPORT)
     repeated, private = repeated_classes(modules), private_names_of_ray(root)
+    work = ray_work_elsewhere(root)
     return (
         Figure("loose modules in stages/", len(loose), 12),
-        Figure("modules to follow stages/train.py", len(train), 76, goal=28),
-        Figure("lines to follow stages/train.py", lines_of(train), 12_320, goal=6_500),
+        Figure("modules to follow stages/train.py", len(train), 77, goal=28),
+        Figure("lines to follow stages/train.py", lines_of(train), 12_560, goal=6_500),
         Figure("modules imported to read a YAML", len(config), 15),
         Figure("heavy packages imported to read a YAML", len(heavy), 0, ", ".join(heavy)),
         Figure(
@@ -196,9 +214,10 @@ def figures(root: Path = ROOT) -> tuple[Figure, ...]:
             0,
             "; ".join(f"{name} in {', '.join(places)}" for name, places in repeated.items()),
         ),
-        Figure("lines of pipeline/ and stages/", lines_of(modules), 26_665, goal=18_000),
+        Figure("lines of pipeline/ and stages/", lines_of(modules), 26_695, goal=18_000),
         Figure("packages foreign to stages/models/", len(foreign), 0, ", ".join(foreign)),
         Figure("private names of Ray", len(private), 0, "; ".join(private)),
+        Figure("ray.remote, ray.data elsewhere", len(work), 0, "; ".join(work)),
         Figure("lines of stages/models/step.py", lines_of(modules, "stages.models.step"), 479),
         Figure("lines of stages/tracking/", lines_of(modules, "stages.tracking"), 1_050, goal=549),
     )

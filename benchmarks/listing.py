@@ -30,6 +30,7 @@ from fsspec.spec import AbstractFileSystem
 from stages import ingest, pair
 from stages.base import Resources
 from stages.config.ingest import IngestConfig
+from stages.parallel.cluster import set_up_data
 from stages.tracking.run import NullRun
 
 CITIES = 500
@@ -155,8 +156,8 @@ def main() -> None:
             "env_vars": {"PYTHONPATH": str(Path(__file__).resolve().parents[1])},
         },
     )
+    set_up_data()
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    ray.data.DataContext.get_current().enable_progress_bars = False
     with tempfile.TemporaryDirectory(dir=parser.parse_args().workspace) as temporary:
         measure(1000, Path(temporary))  # starts the workers
         rows = [measure(size, Path(temporary)) for size in sizes]

@@ -12,9 +12,7 @@ from typing import Any
 
 import psutil
 import ray
-import ray.data
 from ray.exceptions import AuthenticationError
-from ray.util.debug import log_once
 
 from pipeline.config import PipelineConfig
 from stages import storage
@@ -22,6 +20,7 @@ from stages.base import Resources
 from stages.config.tracking import sqlite_file
 from stages.errors import StageError, UserError, one_line
 from stages.models.fast import heap
+from stages.parallel.cluster import set_up_data
 from stages.parallel.threads import own_cores
 
 logger = logging.getLogger(__name__)
@@ -77,7 +76,7 @@ def cluster(
         others = set(psutil.Process().children())
         # Logical CPUs: training and the tasks that read for it must fit, also on a small machine.
         session = _start(others, max(4, own_cores() + resources.train_workers), runtime_env)
-    _set_up_data()
+    set_up_data()
     try:
         yield
     finally:
@@ -132,18 +131,6 @@ def _family(process: psutil.Process) -> list[psutil.Process]:
     with suppress(psutil.NoSuchProcess):
         return [process, *process.children(recursive=True)]
     return []
-
-
-def _set_up_data() -> None:
-    """Switch off Ray Data's own progress bars and plans: stages log their progress themselves."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.issue_detectors_config.detectors = []  # they report a process that generates for its memory
-    # Of a pool's processes, each has 3 units in hand and works at 2: at Ray's own 1.75 no pool would grow.
-    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.5
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    log_once("ray_data_progress_manager_disabled")  # Ray Data would warn once that its bars are off
 
 
 def _join(address: str, runtime_env: Mapping[str, Any]) -> None:

@@ -216,22 +216,15 @@ def check_machines(config: PipelineConfig, report: Report) -> None:
     import ray  # noqa: PLC0415
 
     from pipeline.cluster import cluster, result_folders  # noqa: PLC0415
+    from stages.parallel.cluster import on_every_node  # noqa: PLC0415
 
     versions = (ray.__version__, platform.python_version())
     with cluster(config.resources, config.storage, result_folders(config)), probed(config.workspace) as probe:
-        task = ray.remote(num_cpus=0)(machine)
-        for node in ray.nodes():
-            if node["Alive"]:
-                there = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-                    node["NodeID"], soft=False
-                )
-                asked = task.options(scheduling_strategy=there).remote(probe)
-                report.check(
-                    f"machine {node['NodeManagerHostname']}",
-                    lambda asked=asked: judge(  # type: ignore[misc]
-                        ray.get(asked, timeout=120), versions, gpu=bool(config.resources.gpu)
-                    ),
-                )
+        for name, answer in on_every_node(machine, probe, timeout_s=120):
+            report.check(
+                f"machine {name}",
+                lambda answer=answer: judge(answer(), versions, gpu=bool(config.resources.gpu)),  # type: ignore[misc]
+            )
 
 
 # -- the command ---------------------------------------------------------------

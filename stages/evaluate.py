@@ -210,11 +210,7 @@ class EvaluationWorker:
         self.segmenter = Segmenter(config.segmenter, job.device) if config.segmenter else None
         self._untrained: Translator | None = None
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """Score units; returns, for each, {unit, images}."""
-        return {"unit": list(batch["unit"]), "images": [self.score(int(unit)) for unit in batch["unit"]]}
-
-    def score(self, unit: int) -> int:
+    def __call__(self, unit: int) -> int:
         """Score one unit and write its part; returns the number of its images."""
         scores = UnitScores()
         pairs = stored_pairs(self.job.shards, self.spec, self.split, self.units[unit])
@@ -471,8 +467,8 @@ def score_units(job: EvaluateJob, resources: Resources, spec: DatasetSpec, count
             storage.write_bytes(storage.join(job.output, "mean_target.png"), picture)
         job = replace(job, baseline_data=None if data is None else ray.put(data))
         most = pool_size(resources, gpu=gpu)
-        for row in on_actors(EvaluationWorker, job, unfinished, stage="evaluate", most=most, gpu=gpu):
-            progress.advance(int(row["images"]))
+        for _, images in on_actors(EvaluationWorker, job, unfinished, stage="evaluate", most=most, gpu=gpu):
+            progress.advance(images)
 
 
 def summarise_units(job: EvaluateJob, count: int, distances: dict[str, tuple[str, str]]) -> dict[str, Any]:

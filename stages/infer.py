@@ -238,11 +238,7 @@ class InferenceWorker:
             compiled=job.compiled,
         )
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """Do work units; returns columns {unit, counts}."""
-        return {"unit": list(batch["unit"]), "counts": [self.do(int(unit)) for unit in batch["unit"]]}
-
-    def do(self, unit: int) -> Counter[str]:
+    def __call__(self, unit: int) -> Counter[str]:
         """Generate the images of a work unit, then write its table part.
 
         Returns the number of images, and of errors as `error_<reason>`.
@@ -681,11 +677,11 @@ def generate(
     gpu = job.device == "cuda"
     with Progress("infer", total=total, unit="images", done=counts.total["images"]) as progress:
         most = pool_size(resources, gpu=gpu)
-        for row in on_actors(InferenceWorker, job, units, stage="infer", most=most, gpu=gpu):
-            counts.add(int(row["unit"]), row["counts"])
-            if row["counts"]["images"]:
-                INFER_IMAGES.inc(row["counts"]["images"])
-            progress.advance(row["counts"]["images"])
+        for unit, done in on_actors(InferenceWorker, job, units, stage="infer", most=most, gpu=gpu):
+            counts.add(unit, done)
+            if done["images"]:
+                INFER_IMAGES.inc(done["images"])
+            progress.advance(done["images"])
 
 
 __all__ = ["VERSION", "InferConfig", "StyleConfig", "digest", "run"]

@@ -54,6 +54,7 @@ from stages.config.train import (
 from stages.errors import PixloomError, StageError, UserError, cause
 from stages.models.architecture import Picture, Preprocessing
 from stages.models.fast.process import gpu_environment, tune_process
+from stages.parallel.cluster import service
 from stages.parallel.threads import own_cores
 from stages.scoring import efficientnet
 from stages.shards import dataset
@@ -62,12 +63,12 @@ from stages.shards.feed import Feed, read_here
 from stages.shards.readers import read_with_ray
 from stages.training import phases
 from stages.training.checkpoints import Position
-from stages.training.control import Courier, CurveSink, LostWorkers, NewsRecorder, open_mailbox, reading
+from stages.training.control import Courier, CurveSink, LostWorkers, NewsRecorder, reading
 from stages.training.graph import CudaGraphs
 from stages.training.loop import Ending, Preview, Task, Worker, phase_seed, train_phase
 from stages.training.machine import machine_metrics
 from stages.training.memory import estimate_memory, out_of_memory, shortage
-from stages.training.news import Channel, Note
+from stages.training.news import Channel, Mailbox, Note
 from stages.training.previews import Samples, pairs_to_choose_by
 
 __all__ = ["VERSION", "PhaseConfig", "PhaseJob", "TrainConfig", "jobs", "run"]
@@ -167,7 +168,9 @@ def run(
     label = f"train-{config.phase.name}"
     spec = dataset.load(shards)
     _check(config, resources, spec, shards)
-    mailbox = open_mailbox()
+    # Always there: Ray Train does not count attempts that end because a node was taken away with notice, so
+    # workers without a mailbox would be restarted forever.
+    mailbox = service(Mailbox)
     task = Task(
         job=config,
         name=job_name(config, shards, before),

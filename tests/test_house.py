@@ -79,6 +79,19 @@ def test_our_code_uses_no_private_name_of_ray() -> None:
     assert house.private_names_of_ray(house.ROOT) == []
 
 
+@pytest.mark.usefixtures("modules")
+def test_work_on_the_cluster_is_found_wherever_it_is_started(tmp_path: Path) -> None:
+    (tmp_path / "stages" / "parallel").mkdir()
+    (tmp_path / "stages" / "parallel" / "cluster.py").write_text("import ray.data\nray.remote(print)\n")
+    (tmp_path / "pipeline" / "run.py").write_text(
+        "import ray\n\n\n@ray.remote\ndef work():\n    ray.get(1)\n"
+    )
+    assert house.ray_work_elsewhere(tmp_path) == [
+        "pipeline/run.py:4: ray.remote",
+        "stages/train.py:11: ray.data._internal.plan",
+    ]
+
+
 def test_a_limit_holds_up_to_its_value() -> None:
     assert house.Figure("lines", 10, 10).holds
     assert not house.Figure("lines", 11, 10).holds

@@ -299,7 +299,7 @@ def test_threads_change_no_picture(
         resources = Resources(infer_actors=1, threads_per_worker=threads, gpu=False)
         worker = InferenceWorker(infer.make_job(config, resources, work, output))
         with ThreadPoolExecutor(2) as calls:  # as Ray makes them
-            counts = list(calls.map(worker.do, work.left))
+            counts = list(calls.map(worker, work.left))
         assert sum(unit["images"] for unit in counts) == 2 * 79
         assert whole(Path(output))
         by_threads.append(

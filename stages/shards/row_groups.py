@@ -9,7 +9,7 @@ No torch here, so that a process that only reads starts in a second and stays sm
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any, cast
 
@@ -112,6 +112,15 @@ def read_unit(folder: str, unit: Mapping[str, Any], columns: list[str]) -> pa.Ta
         raise _mismatch(uri, error) from error
     rows = unit.get("rows")
     return table if rows is None else table.take(pa.array(rows, pa.int64()))
+
+
+def read_units(
+    chunk: tuple[str, list[str], list[dict[str, Any]]],
+) -> Iterator[tuple[dict[str, Any], pa.Table]]:
+    """The units of a chunk (folder, columns, units) and their rows. A task of Ray loads this module alone."""
+    folder, columns, units = chunk
+    for unit in units:
+        yield unit, read_unit(folder, unit, columns)
 
 
 def _mismatch(uri: str, error: Exception) -> StageError:

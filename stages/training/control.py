@@ -1,6 +1,5 @@
-"""The control channel of a phase on Ray: its mailbox as an actor, and what reads and writes it.
+"""The control channel of a phase on Ray: what reads and writes its mailbox, an actor.
 
-open_mailbox()               the driver's mailbox, which all workers can reach
 Courier(mailbox)             how a worker sends news: without waiting
 reading(mailbox, handle)     the driver: handle news while the phase runs
 NewsRecorder                 the driver: news becomes progress lines, MLflow records, metrics
@@ -26,7 +25,6 @@ from stages.progress import Progress
 from stages.training.news import (
     Advance,
     Begin,
-    Mailbox,
     News,
     Note,
     Point,
@@ -40,21 +38,6 @@ from stages.training.news import (
 POLL_S = 1.0
 
 logger = logging.getLogger(__name__)
-
-
-def open_mailbox() -> Any:
-    """A mailbox actor on the driver's node; if that node alone is lost, Ray starts it on another one.
-
-    Otherwise workers without a mailbox would be restarted forever: Ray Train does not count attempts that end
-    because a node was taken away with notice.
-    """
-    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-        ray.get_runtime_context().get_node_id(), soft=True
-    )
-    actor = ray.remote(Mailbox)
-    return actor.options(
-        num_cpus=0, scheduling_strategy=here, max_concurrency=1, max_restarts=-1, max_task_retries=-1
-    ).remote()
 
 
 class Courier:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,16 @@ import pytest
 from stages.base import Resources
 from stages.errors import StageError, UserError
 from stages.parallel import cluster
-from stages.parallel.cluster import each, on_actors, pool_size, processes, threads, uses_gpu
+from stages.parallel.cluster import (
+    each,
+    in_order,
+    on_actors,
+    on_every_node,
+    pool_size,
+    processes,
+    threads,
+    uses_gpu,
+)
 from stages.parallel.threads import own_cores
 
 
@@ -57,6 +68,10 @@ def refuse(item: int) -> int:
     if item == 1:
         raise UserError("pair.split: no such split\nof two lines")
     return item
+
+
+def abs_of(item: int) -> int:
+    return abs(item)
 
 
 def divide(item: int) -> float:
@@ -104,28 +119,51 @@ class Worker:
         if job == "cannot start":
             raise UserError("evaluate.lpips: no such file")
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, unit: int) -> dict[str, Any]:
         if self.job == "fail":
             raise UserError("evaluate.lpips: no such file")
-        return {"unit": batch["unit"], "job": [self.job], "title": [title(0)]}
+        return {"square": unit**2, "job": self.job, "title": title(0)}
 
 
 @pytest.mark.ray
 def test_processes_are_named_after_the_stage(ray_local: None) -> None:
     (text,) = each(title, [0], stage="shard")
     assert "Map(shard)" in text
-    (row,) = on_actors(Worker, "job", [7], stage="infer", most=1, gpu=False)
+    ((_, row),) = on_actors(Worker, "job", [7], stage="infer", most=1, gpu=False)
     assert "MapBatches(infer)" in row["title"]
 
 
 @pytest.mark.ray
 def test_actors_do_every_unit_and_their_errors_arrive_as_they_are(ray_local: None) -> None:
-    rows = list(on_actors(Worker, "job", list(range(9)), stage="evaluate", most=2, gpu=False))
-    assert sorted(row["unit"] for row in rows) == list(range(9))
-    assert {row["job"] for row in rows} == {"job"}
+    rows = dict(on_actors(Worker, "job", list(range(9)), stage="evaluate", most=2, gpu=False))
+    assert {unit: row["square"] for unit, row in rows.items()} == {n: n**2 for n in range(9)}
+    assert {row["job"] for row in rows.values()} == {"job"}
     for job in ("cannot start", "fail"):
         with pytest.raises(UserError, match=r"^evaluate\.lpips: no such file"):
             list(on_actors(Worker, job, [1], stage="evaluate", most=2, gpu=False))
+
+
+def count_up(start: int) -> Iterator[int]:
+    for number in range(start, start + 3):  # noqa: UP028  Ray sends to the generator
+        yield number
+    if start > 90:
+        raise UserError("shards/a.parquet: damaged")
+
+
+@pytest.mark.ray
+def test_values_read_ahead_come_in_order_and_errors_in_one_line(ray_local: None) -> None:
+    """Of items without end."""
+    values = in_order(count_up, itertools.count(0, 3), stage="count", at_once=2)
+    assert list(itertools.islice(values, 20)) == list(range(20))
+    with pytest.raises(UserError, match=r"^shards/a\.parquet: damaged$"):
+        list(in_order(count_up, [99], stage="count", at_once=2))
+
+
+@pytest.mark.ray
+def test_every_node_is_asked(ray_local: None) -> None:
+    ((name, answer),) = on_every_node(abs_of, -3, timeout_s=120)
+    assert name
+    assert answer() == 3
 
 
 @pytest.mark.parametrize(

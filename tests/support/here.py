@@ -27,10 +27,10 @@ def workers_here(stage: ModuleType) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def _in_turn(worker: type, job: Any, units: Sequence[int], **_: Any) -> Iterator[dict[str, Any]]:
-    instance = worker(job=job)
+def _in_turn(worker: type, job: Any, units: Sequence[int], **_: Any) -> Iterator[tuple[int, Any]]:
+    instance = worker(job)
     for unit in units:
-        yield {name: values[0] for name, values in instance({"unit": [unit]}).items()}
+        yield unit, instance(unit)
 
 
 @contextmanager
