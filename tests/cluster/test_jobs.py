@@ -52,7 +52,8 @@ class Cluster:
             **{name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")},
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         }
-        self.environment.pop("RAY_ADDRESS", None)
+        for name in ("RAY_ADDRESS", "RAY_TRAIN_METRICS_ENABLED"):  # a user has neither
+            self.environment.pop(name, None)
         # Ray's workers are at niceness 15 by default: beside other busy processes they hardly run.
         self.environment["RAY_worker_niceness"] = "0"
 
