@@ -233,6 +233,7 @@ NOT_RUN = {
     "gpu_check": "tests/test_gpu_check.py runs it",
     "learning": "tests/recipes/test_learning.py runs it",
     "losses": "trains on shards; tests/recipes/test_learning.py runs it",
+    "nightly": "runs others at full size; tests/test_nightly.py tries the rest",
     "results": "trains on real data",
 }
 

@@ -68,7 +68,8 @@ def decode_counted(
     except UnidentifiedImageError as error:
         raise ImageRejected("not_an_image", _head(data)) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
-        raise ImageRejected("too_large", _text(error)) from error
+        reason, _, _ = _text(error).rpartition(", could be decompression bomb")
+        raise ImageRejected("too_large", reason.partition(": ")[2] or _text(error)) from error
     except Exception as error:
         # On bad bytes the readers raise OSError, SyntaxError, ValueError, struct.error, IndexError and
         # more. No list of them would be complete, and one object must not end a run over millions.
