@@ -18,6 +18,7 @@ VERBS = {
     "infer": "generate images with a trained model",
     "convert": "import a published checkpoint; export a model",
     "sweep": "try a recipe with other settings and name the best",
+    "compare": "what differs between two runs in MLflow: settings, data, results",
     "sample": "draw pairs to try the pipeline on",
     "recipes": "list the configs that come with Pixloom; copy one",
     "completion": "print the script that completes these commands in your shell",
