@@ -72,7 +72,7 @@ def differing(one: Mapping[str, str], other: Mapping[str, str]) -> Iterator[tupl
 
 
 def results(client: Any, one: Any, other: Any) -> Iterator[tuple[str, str, str, str]]:
-    """Each metric of both runs with its interval, and how the other's differs, image by image."""
+    """Metrics that differ, with their intervals, and by how much image by image."""
     from stages.scoring import table  # noqa: PLC0415
     from stages.scoring.intervals import difference  # noqa: PLC0415
     from stages.scoring.metrics import lower_is_better  # noqa: PLC0415
@@ -80,7 +80,7 @@ def results(client: Any, one: Any, other: Any) -> Iterator[tuple[str, str, str, 
     mine, theirs = one.data.metrics, other.data.metrics
     scores = [scores_of_images(client, run) for run in (one, other)]
     for name in sorted({*mine, *theirs}):
-        if table.is_bound(name):
+        if table.is_bound(name) or mine.get(name) == theirs.get(name):
             continue
         verdict = ""
         uri, other_uri = scores
@@ -131,7 +131,7 @@ def compared(client: Any, one: Any, other: Any) -> str:
         for place, run in (("first", one), ("second", other))
     ]
     for title, rows in sections.items():
-        lines += ["", title, columns(rows) if rows else "  none" if title == "results" else "  the same"]
+        lines += ["", title, columns(rows) if rows else "  the same"]
     return "\n".join(lines) + "\n"
 
 

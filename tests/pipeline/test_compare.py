@@ -87,7 +87,7 @@ def test_equal_runs_are_the_same_and_a_name_of_two_asks_for_an_id(
     assert text.startswith("twin: 2 runs have this name, take an id; there are ")
     code, text = said(place, ids, capsys)
     assert code == 0, text
-    assert text.count("  the same\n") == 2
+    assert text.count("  the same\n") == 3
 
 
 def test_a_run_that_is_not_there_and_a_workspace_without_runs_are_named(
