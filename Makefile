@@ -16,7 +16,7 @@ run: $(VENV)/run.stamp ## draw sample data, train all three phases on it, write 
 	$(BIN)/python -m pipeline.sample sample --pairs 120 --size 256x128 --seed 0
 	$(BIN)/python -m pipeline.run
 
-test: $(VENV)/test.stamp ## the tests, two at a time (12 minutes on 2 cores)
+test: $(VENV)/test.stamp ## the tests, two at a time (21 minutes on 2 cores)
 	$(PYTEST) -m "not long" -n 2 --dist loadfile
 
 test-long: $(VENV)/test.stamp ## what `make test` leaves out: submitted jobs, every recipe, sweeps, killed drivers
