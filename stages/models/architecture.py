@@ -38,6 +38,15 @@ Upsampling = Literal["transpose", "resize"]
 Width = Annotated[int, Field(ge=1, le=2**16, description="Channels of the network's first layer.")]
 """Bounded: a model folder may come from anywhere."""
 
+SpectralNorm = Annotated[
+    bool,
+    Field(
+        description="Divide each weight of the discriminator by its largest singular value (Miyato et "
+        "al. 2018), in addition to the norm layers."
+    ),
+]
+Conditional = Annotated[bool, Field(description="Show the discriminator the source as well as the image.")]
+
 UPSAMPLING = (
     "transpose: transposed convolution, as in the papers. resize: nearest-neighbour resize and a "
     "convolution, which avoids checkerboards."
@@ -130,16 +139,8 @@ class Pix2Pix(Config):
         ),
     ] = 3
     discriminator_width: Width = 64
-    discriminator_spectral_norm: Annotated[
-        bool,
-        Field(
-            description="Divide each weight of the discriminator by its largest singular value (Miyato et "
-            "al. 2018), in addition to the norm layers."
-        ),
-    ] = False
-    conditional: Annotated[
-        bool, Field(description="Show the discriminator the source as well as the image.")
-    ] = True
+    discriminator_spectral_norm: SpectralNorm = False
+    conditional: Conditional = True
 
 
 class Pix2PixHD(Config):
@@ -167,16 +168,8 @@ class Pix2PixHD(Config):
         int, Field(ge=1, le=6, description="Strided layers of each discriminator.")
     ] = 3
     discriminator_width: Width = 64
-    discriminator_spectral_norm: Annotated[
-        bool,
-        Field(
-            description="Divide each weight of the discriminator by its largest singular value (Miyato et "
-            "al. 2018), in addition to the norm layers."
-        ),
-    ] = False
-    conditional: Annotated[
-        bool, Field(description="Show the discriminator the source as well as the image.")
-    ] = True
+    discriminator_spectral_norm: SpectralNorm = False
+    conditional: Conditional = True
     instance_edges: Annotated[
         bool, Field(description="Add the edges of instances to the source, where pairs have instance maps.")
     ] = True
