@@ -12,7 +12,7 @@ PYTEST := $(BIN)/python -m pytest
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
-run: $(VENV)/run.stamp ## draw sample data, train all three phases on it, write the report (5 minutes on 2 cores)
+run: $(VENV)/run.stamp ## draw sample data, train all three phases on it, write the report (6 minutes on 2 cores)
 	$(BIN)/python -m pipeline.sample sample --pairs 120 --size 256x128 --seed 0
 	$(BIN)/python -m pipeline.run
 
