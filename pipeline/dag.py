@@ -194,6 +194,7 @@ def _phase(job: PhaseJob, before: PhaseJob | None) -> Step:
         version=train.VERSION,
         config=job,
         needs={"shards": "shard"} | ({"before": f"train-{before.phase.name}"} if before else {}),
+        digest=(lambda: Seen(train.check_start(job))) if job.start_from else None,
         check=lambda _: train.check(job),
         work=lambda at: train.run(
             job,

@@ -1,7 +1,7 @@
 """Train one phase on the cluster: a Ray Train run whose workers read shards and step the networks together.
 
 in:  shards   {split}-*.parquet and dataset.parquet (stages.shards.dataset)
-     before   the folder of the previous phase
+     before   the folder of the previous phase; the first may start from a model (`train.start_from`)
 out: model/               weights, averages, discriminator, model.json (stages.models.files.saved)
      metrics.parquet      the curves: step, images, epoch, name, value, time_ms
      samples/             epoch-XXXX.png: source | generated | target of a few validation pairs
@@ -70,8 +70,9 @@ from stages.training.machine import machine_metrics
 from stages.training.memory import estimate_memory, out_of_memory, shortage
 from stages.training.news import Channel, Mailbox, Note
 from stages.training.previews import Samples, pairs_to_choose_by
+from stages.training.start import check_start
 
-__all__ = ["VERSION", "PhaseConfig", "PhaseJob", "TrainConfig", "jobs", "run"]
+__all__ = ["VERSION", "PhaseConfig", "PhaseJob", "TrainConfig", "check_start", "jobs", "run"]
 
 VERSION = 1
 RESIZE_S = 30.0  # between two checks for machines that joined, if the number of workers may vary
@@ -178,7 +179,7 @@ def run(
         preprocessing=preprocessing(config, spec),
         rows=spec.rows("train"),
         output=output,
-        before=before,
+        before=before or config.start_from or "",
         run_id=track.run_id(wait=1.0),
         checkpoint_images=resources.checkpoint_images,
         checkpoint_seconds=resources.checkpoint_seconds,
@@ -247,6 +248,8 @@ def _check(config: PhaseJob, resources: Resources, spec: DatasetSpec, shards: st
         check_size(config.model, config.phase, full_size(spec.size, config.augment), key="train")
     except ValueError as error:
         raise UserError(str(error)) from error
+    if config.start_from is not None:
+        check_start(config, phases.input_spec(spec))
     needed = pairs_to_choose_by(config)[0]
     if config.select is not None and spec.rows("val") < needed:
         raise UserError(

@@ -192,6 +192,8 @@ class PhaseJob(Recipe):
 
     augment: AugmentConfig = AugmentConfig()
     phase: PhaseConfig
+    start_from: str | None = None
+    """Only of the first phase; the others start from the phase before them."""
     scorer: LpipsConfig | InceptionConfig | None = None
     """The network of `select: lpips` or `fid`."""
 
@@ -226,6 +228,13 @@ class TrainConfig(Recipe):
             description="The phases, in order. null: those of the model's paper.",
         ),
     ]
+    start_from: Annotated[
+        str | None,
+        Field(
+            description="Path or URI of a model folder or a training step's folder: the first phase starts "
+            "from its networks. null: from initial weights."
+        ),
+    ] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -236,7 +245,7 @@ class TrainConfig(Recipe):
 
     @model_validator(mode="after")
     def _phases_make_sense(self) -> Self:
-        check_phases(self.model, self.phases)
+        check_phases(self.model, self.phases, started=self.start_from is not None)
         return self
 
     def check_data(self, shard: ShardConfig, augment: AugmentConfig) -> None:
@@ -294,7 +303,11 @@ def jobs(
     """The phases as steps of the pipeline."""
     shared = {name: getattr(config, name) for name in Recipe.model_fields}
     shared |= {"augment": augment, "scorer": config.scorer(evaluate or EvaluateConfig())}
-    return tuple(PhaseJob(**shared, phase=phase) for phase in config.phases)
+    starts = [config.start_from, *[None] * len(config.phases)]
+    return tuple(
+        PhaseJob(**shared, phase=phase, start_from=start)
+        for phase, start in zip(config.phases, starts, strict=False)
+    )
 
 
 def default_phases(model: Pix2Pix | Pix2PixHD) -> tuple[PhaseConfig, ...]:
@@ -339,8 +352,13 @@ def phase_size(model: Pix2Pix | Pix2PixHD, phase: PhaseConfig, full: Size) -> Si
 # -- checks -------------------------------------------------------------------
 
 
-def check_phases(model: Pix2Pix | Pix2PixHD, phases: tuple[PhaseConfig, ...]) -> None:
-    """Raises ValueError, naming phase and key, for a list of phases that makes no sense."""
+def check_phases(
+    model: Pix2Pix | Pix2PixHD, phases: tuple[PhaseConfig, ...], *, started: bool = False
+) -> None:
+    """Raises ValueError, naming phase and key, for a list of phases that makes no sense.
+
+    started   the first phase starts from a model, whose parts are not known yet
+    """
     names = [phase.name for phase in phases]
     for index, name in enumerate(names):
         if name in names[:index]:
@@ -350,7 +368,7 @@ def check_phases(model: Pix2Pix | Pix2PixHD, phases: tuple[PhaseConfig, ...]) ->
         problem = (
             _wrong_in_pix2pix(phase)
             if isinstance(model, Pix2Pix)
-            else _wrong_in_pix2pixhd(model, phase, before)
+            else _wrong_in_pix2pixhd(model, phase, before, started=started)
         )
         if problem:
             raise ValueError(f"phases.{index}.{problem}")
@@ -372,7 +390,9 @@ def _wrong_in_pix2pix(phase: PhaseConfig) -> str:
     return ""
 
 
-def _wrong_in_pix2pixhd(model: Pix2PixHD, phase: PhaseConfig, before: PhaseConfig | None) -> str:
+def _wrong_in_pix2pixhd(
+    model: Pix2PixHD, phase: PhaseConfig, before: PhaseConfig | None, *, started: bool
+) -> str:
     """What is wrong with a phase after the one before it, as `key: reason`; "" if nothing is."""
     had = before.enhancers if before else 0
     after = f"after '{before.name}' with {had}" if before else "in the first phase"
@@ -383,9 +403,12 @@ def _wrong_in_pix2pixhd(model: Pix2PixHD, phase: PhaseConfig, before: PhaseConfi
             return "kind: pix2pixhd trains in phases `global`, `local` and `joint`"
         case "global" if phase.enhancers:
             return f"enhancers: a global phase trains G1 alone, got {phase.enhancers}"
-        case "local" if before is None:
-            return "kind: a local phase refines what an earlier phase trained; begin with a global one"
-        case "local" if phase.enhancers != had + 1:
+        case "local" if before is None and not started:
+            return (
+                "kind: a local phase refines what an earlier phase trained; begin with a global one, or set "
+                "train.start_from"
+            )
+        case "local" if before is not None and phase.enhancers != had + 1:
             return f"enhancers: a local phase adds one, expected {had + 1} {after}, got {phase.enhancers}"
     if phase.enhancers < had:
         return f"enhancers: {phase.enhancers} {after}: enhancers stay once they are there; order the phases"

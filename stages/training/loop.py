@@ -29,10 +29,8 @@ from stages.config.train import PhaseJob, discriminators
 from stages.errors import PixloomError, StageError
 from stages.images import encode
 from stages.models.architecture import InputSpec, Pix2PixHD, Preprocessing
-from stages.models.build import grow_discriminator, grow_generator
-from stages.models.ema import Ema
 from stages.models.fast.process import best_precision, deterministic
-from stages.models.files.saved import MANIFEST, load_discriminator, load_model, save_model
+from stages.models.files.saved import MANIFEST, save_model
 from stages.models.files.vgg import load_vgg
 from stages.models.gan import (
     GanState,
@@ -50,7 +48,7 @@ from stages.scoring.lpips import load_lpips
 from stages.scoring.metrics import lower_is_better
 from stages.seeding import number
 from stages.shards.order import num_steps
-from stages.storage.local import local_file, local_folder
+from stages.storage.local import local_file
 from stages.training import checkpoints, curves, execution
 from stages.training.checkpoints import Checkpoint, Position, Writer
 from stages.training.curves import ClosedWindow, DivergedError, Window, arrival
@@ -70,6 +68,7 @@ from stages.training.news import (
     Saved,
     Stop,
 )
+from stages.training.start import start_from
 
 PICTURES = 20  # sample grids per phase, at most
 SELECTING_SHARE = 0.03  # of a phase's time, at most, to measure what `train.select` chooses by
@@ -86,7 +85,7 @@ class Task:
 
     name     digest of job, data and previous phase: checkpoints with another one are ignored
     rows     training pairs
-    before   folder of the previous phase, "" for the first
+    before   folder of the model that it starts from, "" for new weights
     run_id   the phase's run in MLflow
     """
 
@@ -367,7 +366,7 @@ class Loop:
                 checkpoint or checkpoints.load(f"{folder}/{checkpoints.folder_name(position)}", job=task.name)
             )
         elif task.before:
-            start_from_previous_phase(self.gan, task.before, worker.device)
+            start_from(self.gan, task.before, worker.device, self._note)
         if task.job.synchronised_norms and worker.world > 1:  # last: averages copy the generator
             for network in (self.gan.generator, self.gan.discriminator):
                 if network is not None:
@@ -696,30 +695,6 @@ def build(
         device=device,
         seed=job.seed,
     )
-
-
-def start_from_previous_phase(gan: GanState, before: str, device: torch.device) -> None:
-    """Copy the weights the previous phase trained. Raises StageError if its model is damaged."""
-    with local_folder(storage.join(before, "model")) as folder:
-        try:
-            model = load_model(folder, weights="raw", device=device)
-            discriminator = (
-                load_discriminator(folder, device=device) if gan.discriminator is not None else None
-            )
-        except ValueError as error:
-            raise StageError(f"the previous phase left no usable model: {error}") from error
-    if isinstance(gan.arch, Pix2PixHD):
-        grow_generator(gan.generator, model.generator)  # type: ignore[arg-type]
-        if gan.discriminator is not None:
-            grow_discriminator(gan.discriminator, discriminator)  # type: ignore[arg-type]
-    else:
-        gan.generator.load_state_dict(model.generator.state_dict())
-        if gan.discriminator is not None and discriminator is not None:
-            gan.discriminator.load_state_dict(discriminator.state_dict())
-    if gan.encoder is not None and model.encoder is not None:
-        gan.encoder.load_state_dict(model.encoder.state_dict())
-    if gan.ema is not None:
-        gan.ema = Ema.of(gan.generator, decay=gan.ema.decay)
 
 
 def styles_in(batches: Iterator[Batch], gan: GanState, device: torch.device) -> Styles | None:

@@ -1,0 +1,113 @@
+"""What a phase starts from: the networks of the phase before it, or of a model that is already there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from stages import storage
+from stages.config.train import PhaseJob, discriminators
+from stages.errors import StageError, UserError, first_invalid
+from stages.inference.model_source import description, model_folder
+from stages.models.architecture import Architecture, InputSpec, Pix2PixHD
+from stages.models.build import build_discriminator, build_generator, grow_discriminator, grow_generator
+from stages.models.ema import Ema
+from stages.models.files.saved import (
+    EMA,
+    MANIFEST,
+    Manifest,
+    fingerprint,
+    load_discriminator,
+    load_model,
+    read_manifest,
+)
+from stages.models.gan import GanState
+from stages.storage.local import local_folder
+
+__all__ = ["check_start", "start_from"]
+
+
+def check_start(job: PhaseJob, inputs: InputSpec | None = None) -> str:
+    """The fingerprint of the model that `job.start_from` names.
+
+    inputs   the shape of the shards' images, where they are there already
+
+    Raises UserError, naming the key, where there is no model, or where the phase cannot take its networks.
+    """
+    assert job.start_from is not None
+    key = f"train.start_from: {job.start_from}"
+    with storage.located(key):
+        try:
+            content = description(model_folder(job.start_from))
+        except UserError as error:
+            raise UserError(f"train.start_from: {error}") from error
+    try:
+        there = Manifest.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{key}: {MANIFEST}: {first_invalid(error)}") from error
+    if problem := _misfit(there, job, inputs or there.inputs):
+        raise UserError(f"{key}: {problem}")
+    return fingerprint(content)
+
+
+def _misfit(there: Manifest, job: PhaseJob, inputs: InputSpec) -> str:
+    """Why a phase cannot start from a model; "" if it can."""
+    theirs, ours, phase = there.architecture, job.model, job.phase
+    if theirs.kind != ours.kind:
+        return f"the model is {theirs.kind}, train.model.kind is {ours.kind}"
+    most = phase.enhancers - (phase.kind == "local")
+    if there.enhancers > most or (phase.kind == "local" and there.enhancers < most):
+        return f"the model has {there.enhancers} enhancers, the phase '{phase.name}' starts from {most}"
+    scales = discriminators(ours, phase)
+    if there.discriminators > scales:
+        return f"the model has {there.discriminators} discriminators, the phase '{phase.name}' has {scales}"
+    if _shapes(theirs, there.inputs, there) == _shapes(ours, inputs, there):
+        return ""
+    has = theirs.model_dump() | there.inputs.model_dump()
+    wanted = ours.model_dump() | inputs.model_dump()
+    differ = [f"{name} is {has[name]}, not {wanted[name]}" for name in has if has[name] != wanted[name]]
+    return f"its networks have other shapes: {', '.join(differ)}"
+
+
+def _shapes(arch: Architecture, inputs: InputSpec, like: Manifest) -> list[dict[str, torch.Size]]:
+    """The tensors' shapes of an architecture's networks, with as many parts as a model has."""
+    with torch.device("meta"):
+        networks: list[nn.Module] = [build_generator(arch, inputs, enhancers=like.enhancers)]
+        if like.discriminators:
+            networks.append(build_discriminator(arch, inputs, discriminators=like.discriminators))
+    return [{name: tensor.shape for name, tensor in network.state_dict().items()} for network in networks]
+
+
+def start_from(gan: GanState, model: str, device: torch.device, tell: Callable[[str], None]) -> None:
+    """Copy a model's weights, as trained, into the networks of a phase.
+
+    model   a model folder or a step's. A phase keeps its own new discriminator if there is none.
+    tell    takes a line about what was not there
+
+    Raises StageError if the model is damaged.
+    """
+    discriminator = None
+    with local_folder(model_folder(model), leave_out=[EMA]) as folder:
+        try:
+            before = load_model(folder, weights="raw", device=device)
+            if gan.discriminator is not None and read_manifest(folder).discriminators:
+                discriminator = load_discriminator(folder, device=device)
+        except ValueError as error:
+            raise StageError(f"the model to start from is damaged: {error}") from error
+    if gan.discriminator is not None and discriminator is None:
+        tell(f"{model} has no discriminator: training starts with a new one")
+    if isinstance(gan.arch, Pix2PixHD):
+        grow_generator(gan.generator, before.generator)  # type: ignore[arg-type]
+        if discriminator is not None:
+            grow_discriminator(gan.discriminator, discriminator)  # type: ignore[arg-type]
+    else:
+        gan.generator.load_state_dict(before.generator.state_dict())
+        if gan.discriminator is not None and discriminator is not None:
+            gan.discriminator.load_state_dict(discriminator.state_dict())
+    if gan.encoder is not None and before.encoder is not None:
+        gan.encoder.load_state_dict(before.encoder.state_dict())
+    if gan.ema is not None:
+        gan.ema = Ema.of(gan.generator, decay=gan.ema.decay)
