@@ -67,7 +67,10 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    options = parser().parse_args(words)
+    command_line = parser()
+    options = command_line.parse_args(words)
+    if (options.machine or options.prices) and not options.plan:
+        command_line.error("--machine and --prices are for --plan")
     cli.log_to_stdout()
     if options.schema:
         sys.stdout.write(configuration.schema())

@@ -12,6 +12,7 @@ import pytest
 from pipeline import config as configuration
 from pipeline import cost, session
 from pipeline.dag import steps
+from pipeline.run import main
 from pipeline.runner import MARKER, PREDICTED, PlannedStep, plan
 from stages import storage
 from stages.errors import UserError
@@ -218,3 +219,10 @@ def test_the_plan_keeps_what_it_expects_for_the_markers(run: cost.PlannedRun) ->
     storage.write_json(place, {p.folder.rpartition("/")[2]: 12.5})
     (p,) = plan(pair, run.config.workspace)
     assert p.predicted == 12.5
+
+
+def test_prices_without_a_plan_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--machine", "some"])
+    assert stopped.value.code == 2
+    assert "--machine and --prices are for --plan" in capsys.readouterr().err
