@@ -148,7 +148,7 @@ def steps(config: PipelineConfig) -> tuple[Step, ...]:
                 config.report,
                 at.resources,
                 output=at.output,
-                track=at.track,
+                track=at.parent,
                 shards=at.inputs["shards"],
                 images=at.inputs["images"],
                 metrics=at.inputs["metrics"],

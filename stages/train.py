@@ -101,6 +101,9 @@ class TrackedRun(CurveSink, Protocol):
     def dataset(self, name: str, *, uri: str, digest: str, context: str, counts: Mapping[str, int]) -> None:
         """Record the data set."""
 
+    def model(self, name: str, *, folder: str, step: int) -> None:
+        """Record the phase's model with the values of its curves at a step."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
@@ -217,6 +220,7 @@ def run(
         raise StageError(f"{label}: {ending.stopped} at {images}; run the same command again to resume")
     notes = ending.notes
     track.params({"precision": notes["precision"]})
+    track.model(label, folder=output, step=ending.model_step)
     return Outcome(
         counts={"images": ending.position.images, "steps": ending.position.steps},
         metrics={name: value for name, value in ending.losses.items() if name.count("/") == 1},

@@ -82,13 +82,17 @@ def mlflow_model(uri: str, tracking_uri: str | None = None) -> Path:
     # Imported here: it takes 2-3 s, which a model in a folder need not pay.
     import mlflow.artifacts  # noqa: PLC0415
     from mlflow.exceptions import MlflowException  # noqa: PLC0415
+    from mlflow.tracking import MlflowClient  # noqa: PLC0415
 
     database = sqlite_file(tracking_uri or "")
     if database is not None and not database.exists():
         raise UserError(f"{uri}: there is no MLflow database {database}; set tracking.uri")
-    if uri.startswith("runs:/") and uri.count("/") == 1:
-        uri += "/model"
     try:
+        if uri.startswith("runs:/") and uri.count("/") == 1:
+            outputs = MlflowClient(tracking_uri).get_run(uri.removeprefix("runs:/")).outputs.model_outputs
+            if not outputs:
+                raise UserError(f"{uri}: this run has logged no model")
+            uri = f"models:/{outputs[-1].model_id}"
         # MLflow's argument `tracking_uri` reaches the run store, but not the model registry.
         with tracking_server(tracking_uri), _fewer_retries():
             local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))

@@ -24,7 +24,6 @@ import mlflow
 import pandas as pd  # type: ignore[import-untyped]
 import pyarrow as pa
 import pyarrow.parquet as pq
-from mlflow.entities import LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
@@ -43,7 +42,7 @@ from stages.scoring.metrics import lower_is_better
 from stages.shards import dataset
 from stages.tracking import served
 from stages.tracking.run import Run, allowed_name
-from stages.tracking.sender import is_refusal
+from stages.tracking.sender import find_model, is_refusal, open_model
 
 logger = logging.getLogger(__name__)
 
@@ -140,12 +139,21 @@ def register(
     client = MlflowClient(tracking_uri=tracking_uri)
     identity = fingerprint(description(folder))
     with tracking_server(tracking_uri):
-        model_id = _logged(client, run_id, identity)
-        if not model_id:
-            with tempfile.TemporaryDirectory(prefix="pixloom-publish-") as temp:
-                model_id = _log(client, local_model(folder, Path(temp)), run_id, example, identity)
+        experiment = client.get_run(run_id).info.experiment_id
+        if logged := find_model(client, experiment, MODEL_TAG, identity):
+            model_id = str(logged.model_id)
+        else:
+            model_id = _log(client, folder, run_id, example)
+            client.set_logged_model_tags(model_id, {MODEL_TAG: identity})  # now it has its files
         if measured is not None:
-            client.log_metric(run_id, measured.metric, measured.value, model_id=model_id)
+            client.log_metric(
+                run_id,
+                measured.metric,
+                measured.value,
+                model_id=model_id,
+                dataset_name="shards",
+                dataset_digest=measured.data[:36],
+            )
         if name is None:
             return f"logged as models:/{model_id}"
         version = _version(client, name, model_id, identity)
@@ -211,39 +219,32 @@ def _difference(client: MlflowClient, champion: ModelVersion, measured: Measurem
 # -- logging ------------------------------------------------------------------
 
 
-def _log(client: MlflowClient, folder: Path, run_id: str, example: Mapping[str, bytes], identity: str) -> str:
-    """Log a local model folder to a run; returns MLflow's id of the model."""
+def _log(client: MlflowClient, folder: str, run_id: str, example: Mapping[str, bytes]) -> str:
+    """Log the files of a model folder to its LoggedModel and link a run; returns MLflow's id of the model."""
     code = Path(served.__file__).resolve()
-    unused = {DISCRIMINATOR} | ({WEIGHTS} if EMA in read_manifest(folder).files else set())
-    run = client.get_run(run_id)
-    # created here, since `Model.log` would take the experiment that is active in this process
-    logged = client.create_logged_model(
-        run.info.experiment_id,
-        name=NAME,
-        source_run_id=run_id,
-        tags={MODEL_TAG: identity},
-        params=run.data.params,
-    )
+    # opened here, since `Model.log` would take the experiment that is active in this process
+    model_id = str(open_model(client, client.get_run(run_id), NAME, folder).model_id)
     with tempfile.TemporaryDirectory(prefix="pixloom-served-") as temp:
-        needed = Path(temp) / "model"
+        local, needed = local_model(folder, Path(temp) / "all"), Path(temp) / "model"
+        unused = {DISCRIMINATOR} | ({WEIGHTS} if EMA in read_manifest(local).files else set())
         needed.mkdir()
-        for path in folder.iterdir():
+        for path in local.iterdir():
             if path.is_file() and path.name not in unused:  # the others are half of the bytes
                 shutil.copyfile(path, needed / path.name)
         Model.log(
             artifact_path=None,
             name=NAME,
-            model_id=logged.model_id,
+            model_id=model_id,
             flavor=mlflow.pyfunc,
             run_id=run_id,
             python_model=str(code),
             artifacts={"model": str(needed)},
             code_paths=[str(code.parents[1])],
-            signature=signature(folder),
+            signature=signature(local),
             input_example=pd.DataFrame({name: [data] for name, data in example.items()}),
             pip_requirements=REQUIREMENTS,
         )
-    return str(logged.model_id)
+    return model_id
 
 
 def signature(folder: Path) -> ModelSignature:
@@ -258,18 +259,6 @@ def signature(folder: Path) -> ModelSignature:
             [ParamSpec("seed", DataType.long, 0), ParamSpec("stochastic", DataType.boolean, default=False)]
         ),
     )
-
-
-def _logged(client: MlflowClient, run_id: str, identity: str) -> str:
-    """The id of the same model if it is logged in the run's experiment, else "". Deletes half-sent ones."""
-    experiment = client.get_run(run_id).info.experiment_id
-    ready, same = "", f"tags.`{MODEL_TAG}` = '{identity}'"
-    for model in client.search_logged_models([experiment], filter_string=same):
-        if model.status == LoggedModelStatus.READY:
-            ready = ready or str(model.model_id)
-        else:
-            client.delete_logged_model(model.model_id)
-    return ready
 
 
 def _version(client: MlflowClient, name: str, model_id: str, identity: str) -> str:

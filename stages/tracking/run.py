@@ -119,6 +119,10 @@ class Run:
         data = {"name": name, "digest": digest[:36], "source_type": "uri", "source": json.dumps({"uri": uri})}
         self._put({("dataset", f"{name} {uri}", context): data | {"profile": json.dumps(dict(counts))}})
 
+    def model(self, name: str, *, folder: str, step: int) -> None:
+        """Record a phase's model as a LoggedModel, with the values of its curves at a step."""
+        self._put({("model", name): {"folder": storage.absolute(folder), "step": step}})
+
     def child(self, name: str, tags: Mapping[str, str] | None = None, *, key: str | None = None) -> Run:
         """A new run below this one. With a `key`, a run that has it already is continued."""
         return _create(self.sender, name, tags or {}, parent=self.key, key=key) if self.sender else self

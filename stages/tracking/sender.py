@@ -99,6 +99,40 @@ def curve_rows(folder: str) -> list[MetricRow]:
     return []
 
 
+def find_model(client: Any, experiment: str, tag: str, value: str) -> Any:
+    """The LoggedModel of an experiment with this tag; None if there is none."""
+    where = f"tags.`{tag}` = '{value}'"
+    return next(iter(client.search_logged_models([experiment], filter_string=where, max_results=1)), None)
+
+
+def open_model(client: Any, run: Any, name: str, folder: str) -> Any:
+    """The LoggedModel of a model's folder, created with a run's params and tags if there is none."""
+    key, experiment = uuid.uuid5(uuid.NAMESPACE_URL, storage.absolute(folder)).hex, run.info.experiment_id
+    return find_model(client, experiment, KEY_TAG, key) or client.create_logged_model(
+        experiment,
+        name=name,
+        source_run_id=run.data.tags.get("mlflow.parentRunId", run.info.run_id),
+        tags={name: text for name, text in run.data.tags.items() if "pixloom." in name} | {KEY_TAG: key},
+        params=run.data.params,
+    )
+
+
+def log_model(client: Any, run_id: str, name: str, *, folder: str, step: int) -> None:
+    """Log the model of a phase's folder, with the values of its curves at a step; again, nothing changes."""
+    from mlflow.entities import LoggedModelOutput, Metric  # noqa: PLC0415 - see connect
+
+    run = client.get_run(run_id)
+    model = open_model(client, run, name, storage.join(folder, "model"))
+    link = {"model_id": model.model_id}
+    for data in run.inputs.dataset_inputs:
+        link |= {"dataset_name": data.dataset.name, "dataset_digest": data.dataset.digest}
+    values = {row.name: row for row in curve_rows(folder) if row.step <= step}.values()
+    client.log_batch(run_id, metrics=[Metric(r.name, r.value, r.time_ms, r.step, **link) for r in values])
+    if all(output.model_id != model.model_id for output in run.outputs.model_outputs):
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
+    client.finalize_logged_model(model.model_id, "READY")
+
+
 def documents(workspace: str) -> list[str]:
     """URIs of the documents that hold what MLflow has not taken, one per process."""
     unsent = storage.join(storage.absolute(workspace), UNSENT)
@@ -282,7 +316,7 @@ class Sender:
                 record.rows += rows
                 record.curves = ""
         self._send_rows(held, record.rows)
-        for kind in ("dataset", "artifact", "end"):
+        for kind in ("dataset", "model", "artifact", "end"):
             for fact in facts:
                 if fact[0] == kind:
                     self._deliver(record, held, [fact])
@@ -375,6 +409,8 @@ class Sender:
 
             context = InputTag("mlflow.data.context", str(fact[2]))
             self.client.log_inputs(run_id, [DatasetInput(Dataset(**value), [context])])
+        elif fact[0] == "model":
+            log_model(self.client, run_id, str(fact[1]), **value)
         else:
             name = PurePosixPath(str(fact[1]))
             with tempfile.TemporaryDirectory() as folder:

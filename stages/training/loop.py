@@ -141,6 +141,8 @@ class Ending:
 
     position: Position
     losses: dict[str, float] = field(default_factory=dict)
+    model_step: int = 0
+    """After which step the model's weights were so (`train.select`)."""
     failure: PixloomError | None = None
     stopped: str = ""
     notes: Mapping[str, str] = field(default_factory=dict)
@@ -240,12 +242,12 @@ def _run(loop: Loop, batches: BatchSource) -> Ending:
                 loop.step(batch)
                 if loop.stopped is not None:
                     return Ending(loop.position, loop.losses, stopped=loop.stopped.reason)
-        loop.write_outputs(batches.epoch(task.job.phase.epochs - 1))
+        model_step = loop.write_outputs(batches.epoch(task.job.phase.epochs - 1))
     except DivergedError as error:
         return Ending(loop.position, loop.losses, failure=StageError(f"training diverged at {error}"))
     finally:
         loop.writer.wait()  # whatever happened, a submitted checkpoint is written
-    return Ending(loop.position, loop.losses, notes=loop.execution.notes())
+    return Ending(loop.position, loop.losses, model_step, notes=loop.execution.notes())
 
 
 @dataclass
@@ -600,27 +602,29 @@ class Loop:
         )
         return every
 
-    def _select(self) -> None:
-        """Go back to the state that `train.select` chooses. Raises StageError if it is damaged."""
+    def _select(self) -> int:
+        """Go back to the state that `train.select` chooses; returns its step. StageError if it is damaged."""
         if (metric := self.task.job.select) is None:
-            return
+            return self.position.steps
         name = best_checkpoint(self.points, metric)
         if not name:
             self._note(f"train.select: {metric} was not measured; the model is that of the last epoch")
-            return
+            return self.position.steps
         place = storage.join(self.task.output, "checkpoints", name)
         try:
-            load_state(self.gan, checkpoints.load(place, job=self.task.name).state)
+            chosen = checkpoints.load(place, job=self.task.name)
+            load_state(self.gan, chosen.state)
         except checkpoints.DamagedError as damage:
             raise StageError(f"the best checkpoint {place} cannot be used: {damage}") from damage
         self._note(f"train.select: the model is that of {name}, the best by {metric}")
+        return chosen.position.steps
 
-    def write_outputs(self, batches: Iterator[Batch]) -> None:
-        """Write the phase's outputs: the model, the styles in these batches, the curves."""
+    def write_outputs(self, batches: Iterator[Batch]) -> int:
+        """Write the phase's outputs: the model, the styles in these batches, the curves. The model's step."""
         if not self.worker.leads:
-            return
+            return self.position.steps
         self.writer.finish()
-        self._select()
+        model_step = self._select()
         task, gan = self.task, self.gan
         styles = styles_in(self.timed(batches), gan, self.worker.device)
         with checkpoints.new_folder(storage.join(task.output, "model"), last=MANIFEST) as folder:
@@ -641,6 +645,7 @@ class Loop:
                 },
             )
         storage.write_parquet(storage.join(task.output, "metrics.parquet"), curves.to_table(self.points))
+        return model_step
 
 
 def blank_batch(batch: Batch) -> Batch:

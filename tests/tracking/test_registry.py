@@ -208,6 +208,27 @@ def test_the_step_registers_the_model_of_a_run_with_its_score(
         assert not (found / DISCRIMINATOR).exists()
 
 
+def test_the_model_of_a_phase_gets_its_files_and_its_score(
+    parent: Run, results: dict[str, str], tmp_path: Path
+) -> None:
+    make_model(tmp_path / "phase" / "model", trained=(40, 32))
+    with parent.child("train-global") as child:
+        child.model("train-global", folder=results["model"], step=4)
+    outcome = register_model(step("square"), parent=parent, **results)
+    client = MlflowClient(tracking_uri=parent.uri)
+    version = client.get_model_version_by_alias("square", "champion")
+    model = client.get_logged_model(version.source.removeprefix("models:/"))
+    assert (model.name, model.status) == ("train-global", LoggedModelStatus.READY)
+    assert version.run_id == model.source_run_id == parent.run_id()
+    assert {metric.key: metric.dataset_digest for metric in model.metrics} == {"l1": "shards val"}
+    assert outcome.notes["model"].startswith("registered as models:/square/1")
+    again = register_model(step("square"), parent=parent, **results)
+    assert again.notes["model"].endswith("it is champion (l1 0.5)")
+    assert len(client.search_logged_models([model.experiment_id], "name = 'train-global'")) == 1
+    found = local_model(f"runs:/{child.run_id()}", tmp_path / "temp", tracking_uri=parent.uri)
+    assert load_model(found).fingerprint == load_model(tmp_path / "phase" / "model").fingerprint
+
+
 def test_without_an_evaluation_or_its_metric_the_alias_stays(
     parent: Run, results: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -233,7 +254,9 @@ def test_a_refusal_or_an_outage_fails_the_step_and_a_rerun_completes_it(
     assert "models:/lane/1" in register_model(step("lane"), parent=parent, **results).notes["model"]
     client = MlflowClient(tracking_uri=parent.uri)
     (experiment,) = [e for e in client.search_experiments() if e.name == "pixloom"]
-    assert len(client.search_logged_models([experiment.experiment_id])) == 1  # each attempt found it
+    assert (
+        len(client.search_logged_models([experiment.experiment_id], "name = 'model'")) == 1
+    )  # each attempt found it
 
 
 def test_a_server_that_never_answered_fails_the_step(

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 import pytest
 
 from stages import storage
 from stages.config.tracking import TrackingConfig
+from stages.inference.model_source import tracking_server
 from stages.tracking import sender
 from stages.tracking.run import Run, catch_up, open_parent
 from stages.tracking.sender import KEY_TAG, MetricRow
@@ -92,6 +94,39 @@ def test_curves_that_cannot_be_read_hold_up_nothing(
         child.curves(str(tmp_path))
     assert stored(child).info.status == "FINISHED"
     assert "cannot be read" in caplog.text
+
+
+def test_a_phase_has_one_model_with_the_values_of_its_step_and_its_data_set(
+    parent: Run, tmp_path: Path
+) -> None:
+    chosen = {"global": 6, "local": 9, "joint": 4}
+    for phase in ("global", "local", "joint", "local"):  # one is done again
+        folder = str(tmp_path / phase)
+        write_curves(f"{folder}/metrics.parquet", 9)
+        with parent.child(f"train-{phase}", {"pixloom.phase": phase}) as child:
+            child.params({"width": 8})
+            child.curves(folder)
+            child.dataset("shards", uri="s3://b/s", digest="d", context="training", counts={})
+            child.model(f"train-{phase}", folder=folder, step=chosen[phase])
+        assert steps(child, "generator/gan") == list(range(1, 10))
+        (output,) = stored(child).outputs.model_outputs
+        assert output.step == chosen[phase]
+    with tracking_server(parent.uri):
+        ranked = mlflow.search_logged_models(
+            experiment_ids=[parent.sender.experiment],
+            filter_string="tags.`pixloom.phase` != '' AND params.width = '8'",
+            datasets=[{"dataset_name": "shards", "dataset_digest": "d"}],
+            order_by=[{"field_name": "metrics.generator/gan", "ascending": True}],
+            output_format="list",
+        )
+    assert [model.name for model in ranked] == ["train-local", "train-global", "train-joint"]
+    assert {model.source_run_id for model in ranked} == {parent.run_id()}
+    for model in ranked:
+        assert model.status == "READY"
+        loss = next(metric for metric in model.metrics if metric.key == "generator/gan")
+        assert loss.step == chosen[model.tags["pixloom.phase"]]
+        assert loss.value == 1 / loss.step
+        assert (loss.dataset_name, loss.dataset_digest) == ("shards", "d")
 
 
 class Broken:
