@@ -490,6 +490,7 @@ def report(
     total = sum(one.seconds for one in found.values())
     gpu = torch.cuda.get_device_name() if run.device == "cuda" else "no GPU"
     lines.append(f"{'together':<15} {duration(total):>12}  on this machine: {cores():.0f} cores, {gpu}")
+    lines.append(f"{'error':<15} {expected_error(run.config.workspace)}")
     if machine:
         hours = sum(one.seconds * one.machines for one in found.values()) / 3600
         price, sent = prices.hourly(machine), of_requests(run, list(found.values()), prices)
@@ -498,6 +499,16 @@ def report(
             f"${price:.2f}, were it as fast as this machine; requests ${sent:.2f}; prices of {prices.date}"
         )
     return "\n".join([*lines, *choices(run, list(found.values()), available)]) + "\n"
+
+
+def expected_error(workspace: str) -> str:
+    """How far off the times of finished steps were that a plan had estimated."""
+    markers = [read_marker(storage.join(workspace, name)) for name in storage.list_folders(workspace)]
+    off = [abs(one["seconds"] / one["predicted"] - 1) for one in markers if one and one.get("predicted")]
+    if not off:
+        return f"{'unknown':>12}  no step here was estimated before it ran"
+    middle = f"{statistics.median(off):.0%}"
+    return f"{middle:>12}  median of {len(off)} earlier estimates of steps here, at most {max(off):.0%}"
 
 
 def row(one: Estimate) -> str:

@@ -221,6 +221,14 @@ def test_the_plan_keeps_what_it_expects_for_the_markers(run: cost.PlannedRun) ->
     assert p.predicted == 12.5
 
 
+def test_the_plan_says_how_far_off_earlier_ones_were(run: cost.PlannedRun) -> None:
+    assert "no step here was estimated" in cost.report(run, run.planned, PRICES, "", None)
+    finished(run, "pair", 15.0, {}, predicted=10.0)
+    finished(run, "ingest", 11.0, {}, predicted=10.0)
+    text = cost.report(run, run.planned, PRICES, "", None)
+    assert "error                    30%  median of 2 earlier estimates of steps here, at most 50%" in text
+
+
 def test_prices_without_a_plan_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["--machine", "some"])
