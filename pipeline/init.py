@@ -28,8 +28,8 @@ images make a pair, what they hold, their size and classes. A picture of up to t
 was taken for source (left) and target (right). No file is overwritten."""
 
 LAYOUTS = (
-    "init knows two locations with the same names, folders a/1.png and b/1.png, endings 1_a.png and 1_b.png, "
-    "and files with both images side by side; docs/data.md shows how to write others"
+    "init knows two locations with the same names, folders a/1.png and b/1.png, endings 1_a.png and 1_b.png "
+    "or 1_w1.tif and 1_w2.tif, or files of both images side by side; docs/data.md shows how to write others"
 )
 PARTS = 64  # of a listing, of each of which one page is read
 PAIRS = 10
@@ -40,6 +40,8 @@ FEW = 64  # values of a label map, at most
 _SPLIT = r"(?i:train(?:ing)?|val(?:id|idation)?|test(?:ing)?)"
 _SOURCE = r"src|source|input|a|labels?|annot\w*|masks?|seg\w*|edges?|sketch\w*|lr|gr[ea]y|gt|maps?|thermal"
 _TARGET = r"tgt|target|output|b|photos?|images?|imgs?|real|hr|rgb|colou?r"
+
+ENDINGS = {"ending": r"[A-Za-z]+", "channel": r"[A-Za-z]+\d+"}
 
 Name = tuple[int, str, str]  # the number of the location, the path of an image below it, its URI
 
@@ -67,15 +69,18 @@ class Side:
 
 
 def divide(names: Sequence[Name], slot: str) -> dict[str, dict[str, Name]]:
-    """The names by marker and key. slot: the marker is the location, the (sub)folder or the stem's ending."""
+    """The names by marker and key.
+
+    slot   where the marker is: the location, the (sub)folder, or the stem's ending, of letters or a channel's
+    """
     found: dict[str, dict[str, Name]] = defaultdict(dict)
     for name in names:
         key = name[1].rpartition(".")[0]
         parts, at, marker = key.split("/"), int(slot == "subfolder"), ""
         if slot == "location":
             marker = str(name[0])
-        elif slot == "ending":
-            if match := re.fullmatch(r"(.*[^/])([_.-][A-Za-z]+)", key):
+        elif slot in ENDINGS:
+            if match := re.fullmatch(rf"(.*[^/])([_.-]{ENDINGS[slot]})", key):
                 key, marker = match.groups()
         elif len(parts) > at + 1:
             split = re.fullmatch(rf"({_SPLIT})([_-]\w+|[AB]|)", parts[at])
@@ -95,8 +100,10 @@ def ending(keys: Sequence[str]) -> str:
 def find_sides(names: Sequence[Name], uris: Sequence[str]) -> list[Side]:
     """The two groups of names that share most keys, and whose names say most; none if no two share half."""
     most, best = (0, 0), list[Side]()
-    for slot in ["location"] if len(uris) > 1 else ["folder", "subfolder", "ending"]:
+    for slot in ["location"] if len(uris) > 1 else ["folder", "subfolder", *ENDINGS]:
         groups = divide(names, slot)
+        if slot == "channel" and len(groups) > max(map(len, groups.values()), default=0):
+            continue  # they are numbers of images
         largest = sorted(groups, key=lambda marker: -len(groups[marker]))[:12]
         sides = [_side(groups[marker], marker, slot, uris) for marker in sorted(largest)]
         for one, other in combinations(sides, 2):
@@ -113,7 +120,7 @@ def _side(group: Mapping[str, Name], marker: str, slot: str, uris: Sequence[str]
     uri, end = uris[number].rstrip("/"), ending(list(group))
     images = {key.removesuffix(end): name[2] for key, name in group.items()}
     suffixes = {name[1].rpartition(".")[2] for name in group.values()}
-    end += (marker if slot == "ending" else "") + f".{suffixes.pop() if len(suffixes) == 1 else '*'}"
+    end += (marker if slot in ENDINGS else "") + f".{suffixes.pop() if len(suffixes) == 1 else '*'}"
     start, word = _split(group), marker
     if slot == "location":
         word = uri.rpartition("/")[2]
@@ -169,14 +176,18 @@ def judge(one: Side, files: Sequence[bytes]) -> tuple[Side, list[Any]]:
     from stages.images.decode import decode_image  # noqa: PLC0415
     from stages.images.kinds import ImageRejected  # noqa: PLC0415
     from stages.images.pictures import picture  # noqa: PLC0415
+    from stages.models.architecture import Picture  # noqa: PLC0415
 
     try:
         maps = [decode_image(data, "labels") for data in files]
         values = np.unique(np.concatenate([np.unique(ids) for ids in maps])).tolist()
     except ImageRejected as error:
         if error.reason == "label_range":
-            deep = [picture(decode_image(data, "grey16"), "grey16") for data in files]
-            return replace(one, kind="grey16", note="16 bits of grey"), deep
+            bits = max(int(decode_image(data, "grey16").max()) for data in files).bit_length()
+            values_used = (0, 2**bits - 1)
+            how = Picture(kind="grey16", range=values_used)
+            deep = replace(one, kind="grey16", settings={"range": values_used}, note=f"{bits} bits of grey")
+            return deep, [picture(decode_image(data, how), "grey16") for data in files]
         values = []
     pictures = [decode_image(data, "rgb") for data in files]
     if 1 < len(values) <= FEW:
@@ -239,9 +250,12 @@ def look(uris: Sequence[str]) -> tuple[str, list[str], list[list[Any]]]:
             said.append(
                 "the target's ids are read as colours, which is what networks generate (infer.palette)"
             )
-        kinds = {"kinds": {"source": source.kind, "target": kind}}
-        half, shard = "", kinds | (source.settings if source.kind == "labels" else {})
         locations = [(source, "source"), (target, "target")]
+        half, shard = "", {"kinds": {"source": source.kind, "target": kind}}
+        if source.kind == "labels":
+            shard |= source.settings
+        if deep := {role: side.settings["range"] for side, role in locations if side.kind == "grey16"}:
+            shard["range"] = deep
     else:
         _, pictures = judge(
             Side(uris[0], "", "", {}), read([uri for *_, uri in names[:: -(-len(names) // PAIRS)]])

@@ -66,6 +66,7 @@ def test_endings_of_two_folders_and_unequal_counts_are_seen(capsys: pytest.Captu
     [
         ("data/a/{}.png", "data/b/{}.png", ["data/a", "data/b"], ["{key}.png"] * 2),
         ("data/{}_A.png", "data/{}_B.png", ["data"] * 2, ["{key}_A.png", "{key}_B.png"]),
+        ("data/s{}_w1.tif", "data/s{}_w2.TIF", ["data"] * 2, ["{key}_w1.tif", "{key}_w2.TIF"]),
         ("data/{}_source.png", "data/{}_target.png", ["data"] * 2, ["{key}_source.png", "{key}_target.png"]),
     ],
 )
@@ -123,7 +124,24 @@ def test_ids_with_a_void_value_deep_grey_and_other_shapes() -> None:
     fill("deep/{}.png", lambda n, w: photo(n, w + 8)[:, :, :1].astype(np.uint16) * 257)
     config = written("label", "deep")
     assert config.shard.kinds == {"source": "labels", "target": "grey16"}
+    assert config.shard.range == {"target": (0, 65535)}
     assert (config.shard.classes, config.shard.ignore_label, config.shard.fit) == (5, 255, "stretch")
+
+
+def test_a_microscopes_channels_have_the_values_that_they_use() -> None:
+    for channel, peak in ("w1", 4000), ("w2", 900):
+        fill(f"plate/s{{}}_{channel}.tif", lambda n, w, peak=peak: np.full((w, w, 1), peak - n, np.uint16))
+    config = written("plate")
+    assert config.shard.kinds == {"source": "grey16", "target": "grey16"}
+    assert config.shard.range == {"source": (0, 4095), "target": (0, 1023)}
+    with Image.open("pixloom.png") as sheet:
+        assert sheet.getpixel((20, 20))[0] > 200  # no black sheet of what is in the lower bits
+
+
+def test_numbers_of_images_are_no_channels(capsys: pytest.CaptureFixture[str]) -> None:
+    fill("data/frame_f{}.png")
+    assert pixloom.main(["init", "data"]) == 2
+    assert "12 names and no pairs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
