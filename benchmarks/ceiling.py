@@ -1,19 +1,19 @@
 """What this CPU can do at best: products and convolutions of the shapes that matter, in GFLOP/s.
 
 python -m benchmarks.ceiling
+python -m benchmarks.ceiling --repeats 1 --shrink 16
 """
 
 from __future__ import annotations
 
+import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-REPEATS = 5
 
 
 class Convolution(NamedTuple):
@@ -37,17 +37,26 @@ CONVOLUTIONS = (
 )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Print one row for each shape."""
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, best of {REPEATS}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each shape; the best counts")
+    parser.add_argument("--shrink", type=int, default=1, help="divide the sides of images and matrices")
+    options = parser.parse_args(arguments)
+    repeats, shrink = options.repeats, options.shrink
+    side = 4096 // shrink
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, best of {repeats}")
     print("| GFLOP/s: forward / input gradient / weight gradient | float32 | bf16 |")
     print("|---|---|---|")
-    row("matrix product 4096^3", lambda dtype: [product(4096, 4096, 4096, dtype)])
-    row("256 x 9216 x 1024, a residual block", lambda dtype: [product(256, 9216, 1024, dtype)])
-    for shape in CONVOLUTIONS:
+    row(f"matrix product {side}^3", lambda dtype: [product(side, side, side, dtype, repeats)])
+    row("256 x 9216 x 1024, a residual block", lambda dtype: [product(256, 9216, 1024, dtype, repeats)])
+    for published in CONVOLUTIONS:
+        shape = published._replace(side=published.side // shrink)
         for layout in (torch.contiguous_format, torch.channels_last):
             name = f"{shape}, {'channels last' if layout == torch.channels_last else 'contiguous'}"
-            row(name, lambda dtype, shape=shape, layout=layout: convolution(shape, dtype, layout))
+            row(name, lambda dtype, shape=shape, layout=layout: convolution(shape, dtype, layout, repeats))
 
 
 def row(name: str, measure: Callable[[torch.dtype], list[float]]) -> None:
@@ -58,13 +67,15 @@ def row(name: str, measure: Callable[[torch.dtype], list[float]]) -> None:
     print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
-def product(rows: int, inner: int, columns: int, dtype: torch.dtype) -> float:
+def product(rows: int, inner: int, columns: int, dtype: torch.dtype, repeats: int) -> float:
     """GFLOP/s of a matrix product."""
     a, b = torch.randn(rows, inner, dtype=dtype), torch.randn(columns, inner, dtype=dtype)
-    return 2 * rows * inner * columns / best(lambda: F.linear(a, b)) / 1e9
+    return 2 * rows * inner * columns / best(lambda: F.linear(a, b), repeats) / 1e9
 
 
-def convolution(shape: Convolution, dtype: torch.dtype, layout: torch.memory_format) -> list[float]:
+def convolution(
+    shape: Convolution, dtype: torch.dtype, layout: torch.memory_format, repeats: int
+) -> list[float]:
     """GFLOP/s of a convolution without padding: forward, input gradient, weight gradient."""
     side = shape.side * shape.stride + shape.kernel - shape.stride
     x = torch.randn(1, shape.inner, side, side, dtype=dtype).contiguous(memory_format=layout)
@@ -85,13 +96,13 @@ def convolution(shape: Convolution, dtype: torch.dtype, layout: torch.memory_for
         lambda: gradient(of_x=True),
         lambda: gradient(of_x=False),
     )
-    return [operations / best(run) / 1e9 for run in runs]
+    return [operations / best(run, repeats) / 1e9 for run in runs]
 
 
-def best(run: Callable[[], object]) -> float:
-    """Seconds of the fastest of several runs."""
+def best(run: Callable[[], object], repeats: int) -> float:
+    """Seconds of the fastest of several runs, after two that warm up."""
     times = []
-    for _ in range(REPEATS + 2):
+    for _ in range(repeats + 2):
         started = time.perf_counter()
         run()
         times.append(time.perf_counter() - started)

@@ -302,6 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--size", default="256x128", help="width x height")
+    parser.add_argument("--seconds", type=float, default=15, help="of `bare` and `pair`, each turn")
     options = parser.parse_args(arguments)
     width, height = (int(side) for side in options.size.split("x"))
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -313,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with cluster(Resources(train_workers=2), {}, {}):
             for turn in range(options.turns):
                 for name, processes in (("bare", 1), ("pair", 2)):
-                    values[name].append(at_once(given, spec, processes=processes, seconds=15))
+                    values[name].append(at_once(given, spec, processes=processes, seconds=options.seconds))
                 for name, workers, batch in (("one", 1, BATCH), ("two", 2, BATCH), ("double", 2, 2 * BATCH)):
                     output = Path(scratch) / f"{name}-{turn}"
                     phase_job = job(options.epochs, batch)

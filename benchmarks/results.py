@@ -176,6 +176,7 @@ def main() -> int:
     p.add_argument("--data", type=Path, required=True)
     p.add_argument("--output", type=Path, required=True)
     p.add_argument("--commands", action="store_true", help="print the commands, run nothing")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting")
     options = p.parse_args()
     data, output = options.data.absolute(), options.output.absolute()
     if not options.commands:
@@ -184,7 +185,7 @@ def main() -> int:
         run = RUNS[name]
         lines = [f"| {name} | | " + " | ".join(SCORES.values()) + " |", "|---" * (len(SCORES) + 2) + "|"]
         for split in run.splits:
-            values = settings(run, name, split, data, output)
+            values = settings(run, name, split, data, output) + options.set
             words = command(run, values)
             if options.commands:
                 sys.stdout.write(f"{name} {shlex.join(words)}\n")

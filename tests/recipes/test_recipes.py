@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -19,12 +16,11 @@ from pipeline.runner import plan
 from pipeline.sweep.config import load as load_sweep
 from pipeline.sweep.trials import make_trials
 from stages import evaluate, infer, ingest, pair, shard, train
-from stages.base import Kind, Resources
-from stages.config.ingest import LocationConfig
-from stages.config.pair import Region
+from stages.base import Resources
 from stages.models.files.saved import load_model
 from stages.shards import dataset
 from stages.tracking.run import NullRun
+from tests.support.recipes import HEIGHT, WIDTH, draw, picture, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 PROFILES = ("cpu", "paper")
@@ -156,97 +152,24 @@ def test_every_trial_of_a_sweep_is_a_valid_config_of_its_own(path: Path, profile
 
 # -- data of their kind -------------------------------------------------------
 
-WIDTH, HEIGHT = 96, 64
-
-
-def picture(kind: Kind, role: str, seed: int, classes: int) -> Image.Image:
-    """A small image as the role's kind wants to find it: smooth colours, ids in blocks."""
-    random = np.random.default_rng(seed)
-    size = (2 * WIDTH if role == "pair" else WIDTH, HEIGHT)
-    if kind == "labels":
-        return Image.fromarray(random.integers(0, classes, (4, 6), np.uint8)).resize(
-            size, Image.Resampling.NEAREST
-        )
-    if kind == "instances":
-        ids = np.kron(random.integers(24000, 24004, (4, 6)), np.ones((HEIGHT // 4, WIDTH // 6)))
-        return Image.fromarray(ids.astype(np.uint16))
-    # Kinds of CIE Lab are made of RGB.
-    drawn = Image.fromarray(random.integers(0, 256, (4, 6, 3), np.uint8)).resize(
-        size, Image.Resampling.BICUBIC
-    )
-    return drawn.convert("L") if kind == "grey" else drawn
-
-
-def paths(location: LocationConfig, regions: tuple[Region, ...], judged: str) -> Iterator[str]:
-    """Object names that fit a location's pattern: four to train on, two to judge; a few to be dealt."""
-    splits = ["train"] * 4 + [judged] * 2 if "{split}" in location.pattern or regions else [""] * 10
-    axis = next((name for name in ("x", "y") if any(getattr(region, name) for region in regions)), "")
-    spans = {region.split: getattr(region, axis) for region in regions} if axis else {}
-    for number, split in enumerate(splits):
-        words = {"split": split, "group": "town", "key": f"k{number}", "x": str(number), "y": str(number)}
-        if axis:  # inside the region of its split, or before all of them, and every position once
-            words["x" if axis == "y" else "y"] = str(number)
-            words[axis] = str(int(spans[split][0]) if split in spans else 1)
-        name = re.sub(r"\.\*\Z", ".png", location.pattern.format(**words))
-        yield name.replace("*", "any")
-
-
-def draw(config: PipelineConfig, folder: Path) -> list[Path]:
-    """Write images for every location of a recipe, and its `infer.input`; returns the locations' folders."""
-    regions = config.pair.split.regions
-    folders = []
-    for index, location in enumerate(config.ingest.locations):
-        role = location.role
-        assert role != "table"
-        kind = config.shard.kinds.get(role, "rgb") if role != "pair" else "rgb"
-        folders.append(folder / f"{index}-{role}")
-        for seed, name in enumerate(paths(location, regions, config.infer.split)):
-            file = folders[-1] / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            data = io.BytesIO()
-            form = "JPEG" if name.endswith("jpg") else "PNG"
-            picture(kind, role, seed, config.shard.classes or 2).save(data, form)
-            file.write_bytes(data.getvalue())
-    if config.infer.input:
-        (folder / "input").mkdir(parents=True)
-        picture("grey", "source", 0, 2).save(folder / "input" / "drawn.png")
-    return folders
-
 
 def small(recipe: Path, profile: str) -> PipelineConfig:
     """The recipe with networks, images and phases as small as can be; roles, kinds and parts as they are."""
-    values = configuration.read(str(recipe), profile)
-    crop, model = values["augment"]["crop"], values["train"]["model"]
-    hd = model["kind"] == "pix2pixhd"
-    side = 64 if hd else 32
-    values["shard"] |= {"size": [side + 4, side + 4] if crop else [side, side], "min_side": 8}
-    values["augment"]["crop"] = [side, side] if crop else None
-    model |= {"width": 4, "discriminator_width": 4}
-    if hd:
-        model |= {"downsamplings": 2, "blocks": 1, "enhancer_blocks": 1, "feature_width": 4}
-        model["feature_downsamplings"] = 2
-    else:
-        model["levels"] = 5
-    phases = values["train"]["phases"] or [
-        phase.model_dump() for phase in configuration.load(str(recipe), profile=profile).train.phases
-    ]
-    values["train"]["phases"] = [phase | {"epochs": 1, "decay_epochs": 0, "batch": 2} for phase in phases]
-    values["train"]["log_every"] = 1
-    values.setdefault("pair", {}).setdefault("split", {}).update(val=0.2, test=0.2)
-    values.setdefault("evaluate", {})["baselines"] = {"untrained": 0, "nearest": 0}
-    if values.get("infer", {}).get("size"):
-        values["infer"]["size"] = [side, side]
-    return configuration.validated(values, str(recipe))
+    return configuration.load(
+        str(recipe), tiny(configuration.load(str(recipe), profile=profile)), profile=profile
+    )
 
 
 def placed(config: PipelineConfig, folder: Path) -> PipelineConfig:
     """The config reading what `draw` wrote, and writing beside it."""
     written = config.model_dump(mode="json")
-    for location, here in zip(written["ingest"]["locations"], draw(config, folder / "data"), strict=True):
-        location["uri"] = str(here)
+    for index, location in enumerate(written["ingest"]["locations"]):
+        location["uri"] = str(folder / "data" / f"{index}-{location['role']}")
     if config.infer.input:
         written["infer"]["input"] = str(folder / "data" / "input")
-    return configuration.validated(written | {"workspace": str(folder / "workspace")}, "small")
+    here = configuration.validated(written | {"workspace": str(folder / "workspace")}, "small")
+    draw(here)
+    return here
 
 
 @every_profile
