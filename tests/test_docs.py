@@ -1,6 +1,6 @@
 """Every command of every page: parsed by its own program, and the benchmarks run at a tiny size.
 
-`tests/test_commands.py` runs the other commands, and `tests/recipes/test_tutorial.py` those of docs/tutorial.md.
+`tests/test_commands.py` runs the other commands, `tests/recipes/test_tutorial.py` those of docs/tutorial.md.
 """
 
 from __future__ import annotations
