@@ -41,6 +41,8 @@ PAGES = {
 }
 """Pages from outside of docs/, with their names in the site."""
 
+PICTURES = {"benchmarks/history.png": "history.png"}
+
 SUBCOMMANDS = {"convert": ("import", "export"), "recipes": ("copy",)}
 
 PYTHON = {
@@ -71,6 +73,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     texts["reference/python.md"] = "\n".join(python_reference())
     for site, text in texts.items():
         files.append(File.generated(config, site, content=text))
+    for path, site in PICTURES.items():
+        files.append(File.generated(config, site, abs_src_path=str(ROOT / path)))
     return files
 
 
@@ -87,7 +91,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, **_: An
         if ":" in target or not target:
             return match[0]
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
-        site = PAGES.get(path, path.removeprefix("docs/") if path.startswith("docs/") else None)
+        site = (PAGES | PICTURES).get(path, path.removeprefix("docs/") if path.startswith("docs/") else None)
         if site is not None:
             return f"{text}({posixpath.relpath(site, posixpath.dirname(here) or '.')}{anchor})"
         if not (ROOT / path).exists():

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.__main__ import VERBS
+from pipeline.config import load
+from pipeline.dag import registration, steps
 from tests.test_docs import ROOT, config, keys
 
 hooks = pytest.importorskip("docs.hooks", reason="the docs are not built: MkDocs is missing (extra docs)")
@@ -56,6 +58,17 @@ def test_the_references_have_every_key_command_and_name(site: Path) -> None:
     python = words(site / "reference" / "python" / "index.html")
     assert "Raises" in python
     assert ":::" not in python
+
+
+def test_the_diagrams_show_every_step_and_every_package() -> None:
+    shipped = load(str(ROOT / "pipeline.yaml"))
+    drawn = (ROOT / "docs" / "steps.svg").read_text()
+    assert [
+        step.name for step in (*steps(shipped), *registration(shipped)) if f">{step.name}<" not in drawn
+    ] == []
+    drawn = (ROOT / "docs" / "layers.svg").read_text()
+    packages = {path.stem for path in ROOT.glob("stages/*") if path.stem[0] not in "_."}
+    assert sorted(name for name in packages if f">{name}<" not in drawn) == []
 
 
 def test_markdown_is_as_on_github(site: Path) -> None:
