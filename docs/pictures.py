@@ -36,6 +36,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pipeline import sample
+from pipeline.cli import stop_on_sigterm
 from pipeline.config import load
 from pipeline.dag import registration, steps
 from stages import storage
@@ -333,7 +334,7 @@ def watch_cluster(folder: Path) -> None:
             headers = {"Authorization": f"Bearer {token}"}
             size: Any = {"width": 1400, "height": 900}
             page = browser.new_context(extra_http_headers=headers, viewport=size).new_page()
-            words = [sys.executable, "-m", "pipeline.run", "-c", str(config(Path(temp), pairs=48, epochs=60))]
+            words = [sys.executable, "-m", "pipeline.run", "-c", str(config(Path(temp), pairs=48, epochs=8))]
             run = subprocess.Popen(words, cwd=ROOT, env=environment)
             try:
                 wait(lambda: checkpoint(Path(temp)), run)
@@ -341,11 +342,14 @@ def watch_cluster(folder: Path) -> None:
                 with urlopen(jobs, timeout=30) as answer:  # noqa: S310
                     job = json.load(answer)[0]["job_id"]
                 page.goto(f"{ray}/#/jobs/{job}")
-                page.get_by_text("Ray Data Overview").first.wait_for()
-                save_page(page, folder / "ray_data.png", page.get_by_text("Ray Data Overview").first)
+                page.get_by_text("Ray Data Overview").first.click()
+                page.get_by_text("shard", exact=False).first.wait_for()
+                top = page.get_by_text("Ray Data Overview").first.bounding_box()
+                clip = {"x": 0, "y": top["y"] - 20, "width": size["width"], "height": 740}
+                reduce(page.screenshot(clip=clip, full_page=True), folder / "ray_data.png")
                 page.goto(f"{ray}/#/actors")
                 page.get_by_text("RayTrainWorker").first.wait_for()
-                save_page(page, folder / "ray_train.png")
+                reduce(page.screenshot(), folder / "ray_train.png")
                 if run.wait():
                     raise SystemExit("the run failed")
             finally:
@@ -366,15 +370,8 @@ def watch_cluster(folder: Path) -> None:
             page = browser.new_context(viewport={"width": 1100, "height": 1250}).new_page()
             page.goto(f"{server}/classic/graph?{graphs}")
             page.locator(".rickshaw_graph svg path").first.wait_for()
-            save_page(page, folder / "prometheus.png")
+            reduce(page.screenshot(), folder / "prometheus.png")
             browser.close()
-
-
-def save_page(page: Any, path: Path, top: Any = None) -> None:
-    """A screenshot, with 64 colours: a tenth of the bytes. `top`: scroll there first."""
-    if top is not None:
-        top.scroll_into_view_if_needed()
-    reduce(page.screenshot(), path)
 
 
 def save_small(drawn: Figure, path: Path) -> None:
@@ -385,7 +382,7 @@ def save_small(drawn: Figure, path: Path) -> None:
 
 
 def reduce(png: bytes, path: Path) -> None:
-    """Write a PNG with 64 colours."""
+    """Write a PNG with 64 colours: a tenth of the bytes."""
     Image.open(io.BytesIO(png)).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(
         path, optimize=True
     )
@@ -405,6 +402,7 @@ def main() -> None:
     parser.add_argument("what", choices=[*PICTURES, *(draw.__name__ for draw in PICTURES["pages"])])
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "docs")
     options = parser.parse_args()
+    stop_on_sigterm()
     draws = PICTURES.get(options.what) or [globals()[options.what]]
     for draw in draws:
         draw(options.folder)
