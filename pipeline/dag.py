@@ -86,6 +86,7 @@ def steps(config: PipelineConfig) -> tuple[Step, ...]:
             version=pair.VERSION,
             config=config.pair,
             needs={"objects": "ingest"},
+            digest=(lambda: Seen(pair.digest(config.pair))) if config.pair.exclude else None,
             work=lambda at: pair.run(
                 config.pair, at.resources, output=at.output, track=at.track, objects=at.inputs["objects"]
             ),

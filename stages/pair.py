@@ -18,6 +18,7 @@ the memory of its aggregators.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 import uuid
@@ -36,14 +37,16 @@ from stages.base import Outcome, Resources, Role, Split
 from stages.config.pair import PairConfig, SplitConfig
 from stages.errors import StageError, UserError
 from stages.objects.digest import key_hashes
-from stages.objects.tables import ROLES, reject_text
+from stages.objects.tables import ROLES, keys_of, reject_text
 from stages.parallel.cluster import each
 from stages.parallel.monitoring import count_rejected
 from stages.progress import Progress
 from stages.storage import (
+    absolute,
     join,
     list_folders,
     list_names,
+    located,
     read_json,
     read_parquet,
     remove,
@@ -70,6 +73,8 @@ OTHER_HALF: Mapping[str, str] = {"left": "right", "right": "left", "top": "botto
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 EXAMPLES = 3  # rejected images that a message quotes
+WANTED = ("buffer", "excluded")
+"""Reasons of pairs that the config leaves out, so no faults of the data."""
 ADVICE: Mapping[str, str] = {
     "duplicate_": "several images of one role have one key: give a table a `key` column, or let the pattern "
     "capture more",
@@ -177,7 +182,11 @@ def _with(table: pa.Table, **values: str) -> pa.Table:
 
 
 def join_roles(
-    objects: pa.Table, roles: Sequence[Role], config: PairConfig, cuts: tuple[int, int]
+    objects: pa.Table,
+    roles: Sequence[Role],
+    config: PairConfig,
+    cuts: tuple[int, int],
+    excluded: Sequence[str] = (),
 ) -> tuple[pa.Table, pa.Table]:
     """Pairs, sorted by key, and rejects.
 
@@ -186,6 +195,7 @@ def join_roles(
         roles: the roles that the data set has; the columns of the pairs.
         config: what makes a pair.
         cuts: from `split_cuts`.
+        excluded: keys of pairs to leave out.
     """
     table = spread(objects, config)
     keys = table["key"].combine_chunks().dictionary_encode()
@@ -204,7 +214,7 @@ def join_roles(
         row_of[role][key_of_row[rows]] = rows
         twice = np.bincount(key_of_row[rows], minlength=len(order)) > 1
         if twice.any() and (distinct := _distinct(objects)).num_rows < objects.num_rows:
-            return join_roles(distinct, roles, config, cuts)
+            return join_roles(distinct, roles, config, cuts, excluded)
         reasons[twice & (reasons == "")] = f"duplicate_{role}"
     lacking = np.zeros(len(order), bool)
     for role in roles:
@@ -213,6 +223,8 @@ def join_roles(
             lacking |= lacks
             reasons[lacks] = f"no_{role}"
     reasons[lacking & _case_twins(key_names)] = "case_differs"
+    listed = pc.is_in(key_names, pa.array(excluded, pa.string())).to_numpy(zero_copy_only=False)
+    reasons[listed & (reasons == "")] = "excluded"
 
     shared = pa.table({"key": key_names, **_shared_columns(table, key_of_row, row_of, len(order), reasons)})
     split = assign_splits(shared, config.split, cuts)
@@ -369,6 +381,7 @@ def gather(
     config: PairConfig,
     cuts: tuple[int, int],
     threads: int,
+    excluded: Sequence[str] = (),
 ) -> Gathered:
     """Join the objects of a run of partitions and write their parts and rejects.
 
@@ -383,7 +396,7 @@ def gather(
             raise StageError(
                 f"pair: {shuffle.exchange} was removed while it was in use: run again"
             ) from error
-        pairs, rejects = join_roles(pa.concat_tables(tables), roles, config, cuts)
+        pairs, rejects = join_roles(pa.concat_tables(tables), roles, config, cuts, excluded)
         del tables
         files = {
             f"{kind}-{partition:05d}.parquet": table
@@ -394,8 +407,8 @@ def gather(
     counts = Counter(pairs["split"].to_pylist())
     reasons = rejects.group_by("reason").aggregate([("key", "count_distinct")])
     counts.update({f"reject_{row['reason']}": row["key_count_distinct"] for row in reasons.to_pylist()})
-    left_out = rejects.filter(pc.not_equal(rejects["reason"], "buffer"))
-    return Gathered(list(files), counts, list(map(reject_text, left_out.slice(0, EXAMPLES).to_pylist())))
+    faults = rejects.filter(pc.invert(pc.is_in(rejects["reason"], pa.array(WANTED))))
+    return Gathered(list(files), counts, list(map(reject_text, faults.slice(0, EXAMPLES).to_pylist())))
 
 
 @dataclass(frozen=True, slots=True)
@@ -433,6 +446,19 @@ class Layout:
         return -(-self.partitions // self.partitions_per_task)
 
 
+def excluded_keys(config: PairConfig) -> list[str]:
+    """The keys that `pair.exclude` lists, sorted. Raises UserError if it cannot be read or has none."""
+    if config.exclude is None:
+        return []
+    with located(f"pair.exclude: {config.exclude}"):
+        return sorted(set(keys_of(absolute(config.exclude))))
+
+
+def digest(config: PairConfig) -> str:
+    """A digest of the keys that are left out."""
+    return hashlib.sha256("\n".join(map(repr, excluded_keys(config))).encode()).hexdigest()
+
+
 def check_roles(config: PairConfig, objects: Mapping[str, int]) -> tuple[Role, ...]:
     """The roles of every pair, from the number of listed objects of each role.
 
@@ -468,7 +494,7 @@ def outcome(
     """
     pairs: dict[str, int] = {split: counts.get(split, 0) for split in SPLITS}
     reasons = {name: n for name, n in sorted(counts.items()) if name.startswith("reject_")}
-    buffer = reasons.pop("reject_buffer", 0)  # left out by the config, so not a fault of the data
+    wanted = {reason: reasons.pop(f"reject_{reason}", 0) for reason in WANTED}
     rejected = sum(reasons.values()) + unusable
     total = sum(pairs.values()) + rejected
     named = {name.removeprefix("reject_"): n for name, n in reasons.items()}
@@ -484,9 +510,7 @@ def outcome(
         )
     if rejected:
         logger.warning("pair: %d of %d pairs rejected: %s", rejected, total, text)
-    return Outcome(
-        counts={"pairs": sum(pairs.values()), **pairs, "rejected": rejected, **reasons, "buffer": buffer}
-    )
+    return Outcome(counts={"pairs": sum(pairs.values()), **pairs, "rejected": rejected, **reasons, **wanted})
 
 
 def _advice(count: str) -> str:
@@ -524,6 +548,7 @@ def run(
         UserError: the locations' roles cannot make pairs, or the config does not say how.
         StageError: more keys were rejected than the config allows.
     """
+    excluded = excluded_keys(config)
     listing = read_json(join(objects, "_listing.json"))
     roles = check_roles(config, listing["roles"])
     layout = Layout.of(config, listing)
@@ -549,6 +574,7 @@ def run(
             config=config,
             cuts=split_cuts(histogram, config.split),
             threads=resources.io_threads,
+            excluded=excluded,
         )
         tasks = [GatherTask(number, sorted(scatters[number])) for number in sorted(scatters)]
         for done in each(call, tasks, stage="pair"):
@@ -561,4 +587,8 @@ def run(
     tidy(output, exchange, files)
     parts = sorted(name for name in files if name.startswith("part-"))
     write_json(join(output, "_listing.json"), {"parts": parts})
+    if (count := counts["reject_excluded"]) < len(excluded):
+        logger.warning(
+            "pair.exclude: %s lists %d keys, and %d are of pairs", config.exclude, len(excluded), count
+        )
     return outcome(config, counts, listing["rejected"], output, examples)

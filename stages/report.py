@@ -126,7 +126,7 @@ def card(spec: DatasetSpec, measured: Mapping[str, Any]) -> list[tuple[str, str]
                 sizes = smallest if smallest == largest else f"{smallest} to {largest}"
                 lines.append((f"{split} {role}, as found", sizes))
     leaks = measured.get("leakage") or {}
-    if leaks.get("role"):
+    if leaks.get("held_out"):
         alike = leaks.get("found", 0) + leaks.get("found_in_val", 0)
         lines.append(("near-duplicates between splits", f"{alike:,} of those compared"))
     return lines

@@ -2,10 +2,11 @@
 
 in:  part-<n>.parquet         {key, split, group, per role R: R_uri, R_size, R_etag, R_crop, R_derive}
 out: <split>-<n>.parquet      {key, group, per role R: R, R_crc, R_uri, R_width, R_height, R_mean, ...}
+     signs-<split>-<n>.parquet  of each pair, what the search for wrong ones needs (`shards.suspects`)
      quarantine-<n>.parquet   {key, role, uri, reason, detail}
      _parts/<n>.json          the partition's marker, written last: its files, rejects and statistics
      _parts/groups/<n>.json   the sum of a thousand markers, all that a rerun reads (`storage.finished`)
-     dataset.parquet, card.json, card.md, samples.png
+     dataset.parquet, card.json, card.md, samples.png, suspects.csv
 
 One task does one partition <n> of the pairs: it reads objects with many threads and holds no more than a row
 group of images. A partition that has a marker is not done again. All names and bytes follow from the input,
@@ -44,7 +45,7 @@ from stages.parallel.cluster import each
 from stages.parallel.monitoring import count_rejected
 from stages.parallel.threads import prefetch_map
 from stages.progress import Progress
-from stages.shards import card, dataset
+from stages.shards import card, dataset, suspects
 from stages.shards.card import Statistics
 from stages.shards.dataset import DatasetSpec, RoleSpec
 from stages.shards.manifest import ShardFile, ShardFiles
@@ -54,7 +55,7 @@ from stages.storage.local import local_file
 if TYPE_CHECKING:
     from stages.tracking.run import Run
 
-VERSION = 2
+VERSION = 3
 
 ROW_GROUP_BYTES = 8 << 20  # a row group is what training reads at once: big enough for a fast GET
 ROW_GROUP_ROWS = 64
@@ -206,6 +207,8 @@ class EncodedPair:
     split: Split
     group: str | None
     images: dict[Role, EncodedImage] = field(default_factory=dict)
+    sign: Mapping[str, Any] = field(default_factory=dict)
+    """What the search for wrong pairs needs, from `suspects.sign`."""
 
 
 class PairReader:
@@ -239,6 +242,8 @@ class PairReader:
                     check_shapes(sizes)
             except ImageRejected as error:
                 return RejectedPair(pair.key, role, uri, error.reason, error.detail)
+        with self._decoding:
+            pair.sign = suspects.sign(arrays, self.specs)
         if "features" in arrays:
             arrays["source"] = with_features(arrays["source"], self.specs["source"], arrays.pop("features"))
         for role, array in arrays.items():
@@ -309,7 +314,6 @@ def schema(specs: Mapping[Role, RoleSpec]) -> pa.Schema:
         else:
             fields.append(pa.field(f"{role}_mean", pa.list_(pa.float32())))
             fields.append(pa.field(f"{role}_std", pa.list_(pa.float32())))
-            fields.append(pa.field(f"{role}_hash", pa.uint64()))
     return pa.schema(fields)
 
 
@@ -323,7 +327,7 @@ def table(pairs: Sequence[EncodedPair], shape: pa.Schema, specs: Mapping[Role, R
         columns[f"{role}_uri"] = [i and i.uri for i in images]
         columns[f"{role}_width"] = [i and i.original[0] for i in images]
         columns[f"{role}_height"] = [i and i.original[1] for i in images]
-        for name in ("ids", "mean", "std", "hash"):
+        for name in ("ids", "mean", "std"):
             if f"{role}_{name}" in shape.names:
                 columns[f"{role}_{name}"] = [i and i.measures[name] for i in images]
     return pa.table(columns, schema=shape)
@@ -413,6 +417,7 @@ def _write(
     reader = Reader()
     reader.stream_archives(_object(row, role) for row in rows for role in specs if row.get(f"{role}_uri"))
     statistics: dict[Split, Statistics] = {}
+    signs: defaultdict[Split, list[Mapping[str, Any]]] = defaultdict(list)
     rejects: list[RejectedPair] = []
     with ExitStack() as stack:
         threads = stack.enter_context(ThreadPoolExecutor(io_threads, thread_name_prefix="shard"))
@@ -429,8 +434,13 @@ def _write(
                 statistics[pair.split] = Statistics()
             for role, image in pair.images.items():
                 statistics[pair.split].add(role, image.measures, image.original)
+            signs[pair.split].append({"key": pair.key, **pair.sign})
             writers[pair.split].add(pair)
         files = {split: writer.finish() for split, writer in sorted(writers.items())}
+    for split, rows_of_split in signs.items():
+        uri = storage.join(output, suspects.signs_name(shard_name(split, number)))
+        signs_table = pa.Table.from_pylist(rows_of_split, schema=suspects.SIGNS)
+        storage.write_parquet(uri, signs_table, compression="zstd")
     if rejects:
         columns = {name: [getattr(reject, name) for reject in rejects] for name in QUARANTINE.names}
         uri = storage.join(output, f"quarantine-{number:05d}.parquet")
@@ -589,15 +599,19 @@ def run(config: ShardConfig, resources: Resources, *, output: str, track: Run, p
             progress.advance(marker["rows"], f"{done:,}/{len(parts):,} parts")
     summary.check(config.max_reject_fraction, output)
     spec = DatasetSpec(size=config.size, roles=stored_specs(specs), splits=summary.splits())
-    leaks = card.leakage(output, spec)
-    remarks = card.remarks(spec, summary.statistics, keep_shape=config.fit == "same")
-    files = card.write(output, spec, summary.statistics, summary.rejects, leaks, remarks)
+    found = suspects.find(output, spec)
+    remarks = card.remarks(spec, summary.statistics, keep_shape=config.fit == "same") + found.remarks()
+    files = card.write(output, spec, summary.statistics, summary.rejects, found.leaks(), remarks)
+    files[suspects.NAME] = found.table()
+    storage.write_bytes(storage.join(output, suspects.NAME), files[suspects.NAME])
     dataset.save(output, spec)
     for text in remarks:
         logger.warning("shard: %s", text)
     for name, data in files.items():
         track.artifact(f"dataset/{name}", data)
-    return Outcome(counts=summary.counts() | {"leaks": leaks.found}, metrics={"bytes": float(summary.bytes)})
+    counts = summary.counts() | {"leaks": found.leaked["train"]}
+    counts |= {f"suspects_{kind}": count for kind, count in sorted(found.counts.items())}
+    return Outcome(counts=counts, metrics={"bytes": float(summary.bytes)})
 
 
 def parts_of(pairs: str) -> list[str]:

@@ -224,6 +224,8 @@ TINY = {
     "house": [],
     "listing": ["--sizes", "200,400"],
     "scale": ["--shards", "10,20"],
+    "suspects": ["--turns", "1", "--pairs", "30", "--sets", "sample"],
+    "suspects --cost": ["--turns", "1", "--pairs", "4", "--sets", "sample"],
     "inference": shlex.split("--turns 1 --images 4 --size 64 --width 8 --store local --memory 0 --rerun 8"),
     "inference_model": ["--network", "unet", "--turns", "1", "--settings", "frozen"],
     "tiled": shlex.split("--size 96x64 --width 8 --tile 32 --sides tiled tiles whole"),

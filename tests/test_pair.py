@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import time
 from collections import Counter, defaultdict
@@ -423,3 +425,44 @@ def test_an_exchange_that_was_removed_is_an_error_and_no_loss(tmp_path: Path) ->
             cuts=(0, 0),
             threads=2,
         )
+
+
+# -- pairs that a person leaves out ---------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_the_keys_of_an_edited_table_are_left_out_and_are_no_faults(tmp_path: Path, encoding: str) -> None:
+    odd = 'd,"1"\n;é'
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, delimiter=";")
+    writer.writerows(
+        [["kind", "Key", "score"], ["shifted", "b", "2"], ["shifted", odd, "1"], ["", "gone", "1"]]
+    )
+    (tmp_path / "edited.csv").write_bytes(file.getvalue().encode(encoding))
+    config = PairConfig(exclude=str(tmp_path / "edited.csv"))
+    excluded = pair.excluded_keys(config)
+    assert excluded == sorted(["b", odd, "gone"])
+    table = objects(*both("a"), *both("b"), *both("c"), *both(odd))
+    pairs, rejects = pair.join_roles(table, BOTH, config, (0, 0), excluded)
+    assert pairs["key"].to_pylist() == ["a", "c"]
+    assert {(row["key"], row["reason"]) for row in rejects.to_pylist()} == {
+        ("b", "excluded"),
+        (odd, "excluded"),
+    }
+    done = pair.outcome(config, {"train": 2, "reject_excluded": 2}, 0, "out")
+    assert (done.counts["pairs"], done.counts["rejected"], done.counts["excluded"]) == (2, 0, 2)
+
+
+def test_what_is_left_out_is_part_of_the_fingerprint(tmp_path: Path) -> None:
+    table = tmp_path / "edited.csv"
+    config = PairConfig(exclude=str(table))
+    digests = []
+    for text in ("key\na\n", "key\nb\na\n", "kind,key\nx,a\ny,b\n"):
+        table.write_text(text)
+        digests.append(pair.digest(config))
+    assert digests[0] != digests[1] == digests[2]
+    table.write_text("name\na\n")
+    with pytest.raises(UserError, match=r"pair\.exclude.*no column `key`"):
+        pair.digest(config)
+    with pytest.raises(UserError, match=r"pair\.exclude.*gone"):
+        pair.digest(PairConfig(exclude=str(tmp_path / "gone.csv")))

@@ -72,6 +72,13 @@ class PairConfig(Config):
         tuple[Literal["label", "instance"], ...],
         Field(description="Roles that a pair may lack; a pair without any other role is rejected."),
     ] = ("instance",)
+    exclude: Annotated[
+        str | None,
+        Field(
+            description="A CSV table with a column `key`: pairs with these keys are left out. Take the shard "
+            "stage's `suspects.csv` and delete the rows of the pairs that are right. null: none."
+        ),
+    ] = None
     pairs_per_shard: Annotated[PositiveInt, Field(description="About how many pairs a shard holds.")] = 512
     split: Annotated[SplitConfig, Field(description="How pairs are split.")] = SplitConfig()
     max_reject_fraction: Annotated[

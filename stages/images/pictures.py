@@ -1,7 +1,7 @@
-"""Pictures for people: any kind as RGB, sheets of samples, perceptual hashes.
+"""Pictures for people: any kind as RGB, sheets of samples.
 
 in:  arrays (H, W, C) of any kind
-out: pictures (H, W, 3) uint8; 64-bit hashes
+out: pictures (H, W, 3) uint8
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
 
 from stages.base import Kind
 from stages.images.colour import colorize, lab_to_rgb
@@ -52,14 +51,3 @@ def sheet(rows: Sequence[Sequence[Array]], *, gap: int = 4) -> Array:
             y, x = gap + i * (height + gap), gap + j * (width + gap)
             out[y : y + height, x : x + width] = image
     return out
-
-
-def perceptual_hash(array: Array) -> int:
-    """The dHash of an image (H, W, C) uint8: near-duplicates share most of its 64 bits.
-
-    A bit is the sign of the difference between two neighbours of a 9x8 thumbnail. A flat image gives 0.
-    """
-    grey = array[:, :, 0] if array.shape[2] != 3 else np.asarray(Image.fromarray(array).convert("L"))
-    small = np.asarray(Image.fromarray(grey).resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
-    bits = (small[:, 1:] > small[:, :-1]).ravel()
-    return int.from_bytes(np.packbits(bits).tobytes(), "big")

@@ -147,6 +147,19 @@ def _csv(file: IO[str]) -> Iterator[tuple[pa.Table, list[str]]]:
         yield _table(columns, [number for number, _ in good]), broken
 
 
+def keys_of(uri: str) -> list[str]:
+    """The cells of the column `key` of a CSV, as they are. Raises OSError; ValueError: no such column."""
+    with local_file(uri) as path, _text(path) as file:
+        lines = _lines(file)
+        header = next(lines, "")
+        for separator in SEPARATORS:
+            cells = [_name(cell) for cell in next(csv.reader([header], delimiter=separator), [])]
+            if "key" in cells:
+                place = cells.index("key")
+                return [row[place] for _, row in _csv_rows(lines, separator, 2) if len(row) > place]
+    raise ValueError("line 1: there is no column `key`")
+
+
 def _csv_rows(lines: Iterator[str], separator: str, first: int) -> Iterator[tuple[int, list[str]]]:
     """The rows below the header, each with the line it begins in. `first`: the line after the header."""
     reader = csv.reader(lines, delimiter=separator)

@@ -1,7 +1,6 @@
 """The data set card: statistics of all images, near-duplicates between splits, sample pictures.
 
 in:  an image (H, W, C) of the shard stage -> `measures`, which `Statistics` adds up by role
-     afterwards the shards' small columns (key, perceptual hash)
 out: card.json, card.md, samples.png in the shards folder
 
 Sums are integers (floats only for kind `channels`), so a card does not depend on the order of adding.
@@ -11,33 +10,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any, get_args
 
 import numpy as np
-import numpy.typing as npt
 
 from stages import storage
 from stages.base import Kind, Role, Split
 from stages.images import encode, kinds, pictures
 from stages.images.kinds import Array
-from stages.parallel.cluster import each
 from stages.shards.dataset import DatasetSpec, read_split
+from stages.shards.suspects import Leaks
 
 SAMPLES = 4
 SMALL = 0.25
 """The share of its range that a role's values use at most when the card remarks on it."""
 STRETCHED = 1.5
 """How much one side of an image is stretched against the other when the card remarks on it."""
-LEAK_DISTANCE = 2
-"""Bits of 64 by which the hashes of near-duplicates may differ."""
-LEAK_SAMPLE = 20_000
-"""Held-out images that every training image is compared with."""
-LEAK_EXAMPLES = 20
-_PLAIN = 6  # a hash with fewer bits set, or unset, is of a plain image, and many of those are alike
 
 
 # -- one image ----------------------------------------------------------------
@@ -47,7 +37,7 @@ def measures(array: Array, kind: Kind) -> dict[str, Any]:
     """Statistics of an image (H, W, C).
 
     ids:     {ids: the ids in it, counts: pixels of each, pixels}
-    amounts: {mean, std: per channel, in stored values; hash: perceptual, or None; sum, square, pixels}
+    amounts: {mean, std: per channel, in stored values; sum, square, pixels}
     both:    {low, high: the least and the largest value}
     """
     pixels = array.shape[0] * array.shape[1]
@@ -73,11 +63,9 @@ def measures(array: Array, kind: Kind) -> dict[str, Any]:
         total, square = wide.sum(axis=(0, 1)), (wide**2).sum(axis=(0, 1))
     mean = total / pixels
     spread = np.sqrt(np.maximum(square / pixels - mean**2, 0))
-    hashed = array.dtype == np.uint8 and array.shape[2] in (1, 3)
     return {
         "mean": mean.tolist(),
         "std": spread.tolist(),
-        "hash": pictures.perceptual_hash(array) if hashed else None,
         "sum": total.tolist(),
         "square": square.tolist(),
         "pixels": pixels,
@@ -229,133 +217,6 @@ def _stretch(original: Sequence[int], stored: tuple[int, int]) -> bool:
     return max(ratio, 1 / ratio) >= STRETCHED
 
 
-# -- leaks --------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Leaks:
-    """Counts of training images that look like a held-out one, of validation images like a test one.
-
-    Perceptual hashes are compared, so these are pairs to look at, not certain duplicates.
-    """
-
-    role: str = ""
-    train: int = 0
-    held_out: int = 0
-    found: int = 0
-    val: int = 0
-    found_in_val: int = 0
-    examples: tuple[tuple[str, str, int], ...] = ()
-    """(key, held-out key, bits of 64 that differ)"""
-
-
-def near(
-    ours: npt.NDArray[np.uint64], theirs: npt.NDArray[np.uint64], distance: int = LEAK_DISTANCE
-) -> npt.NDArray[np.intp]:
-    """For each hash of `ours` the index of the nearest of `theirs`, or -1 if none is within `distance`."""
-    if not len(ours) or not len(theirs):
-        return np.full(len(ours), -1, np.intp)
-    apart = np.bitwise_count(ours[:, None] ^ theirs[None, :])
-    nearest = apart.argmin(axis=1)
-    return np.where(apart[np.arange(len(ours)), nearest] <= distance, nearest, -1)
-
-
-@dataclass(frozen=True, slots=True)
-class HeldOut:
-    """Keys and hashes of held-out images; the first `test` of them are of the test split."""
-
-    keys: list[str]
-    hashes: npt.NDArray[np.uint64]
-    test: int
-
-
-@dataclass(frozen=True, slots=True)
-class Likeness:
-    """The images of one shard: how many, how many look like a held-out one, and examples of those."""
-
-    split: str
-    name: str
-    rows: int
-    found: int
-    examples: list[tuple[str, str, int]]
-
-
-def leakage(folder: str, spec: DatasetSpec) -> Leaks:
-    """Compare every training image with (a sample of) the held-out ones, those of val with those of test.
-
-    One task compares one shard.
-    """
-    roles: tuple[Role, ...] = ("target", "source")
-    role = next((r for r in roles if r in spec.roles and hashable(spec.roles[r].kind)), None)
-    names: dict[str, list[str]] = {
-        split: [f.name for f in spec.splits.get(split, ())] for split in get_args(Split)
-    }
-    if role is None or sum(map(bool, names.values())) < 2:
-        return Leaks()
-    held_out = read_held_out(folder, names, role)
-    shards = [("train", name) for name in names["train"] if held_out.keys]
-    shards += [("val", name) for name in names["val"] if held_out.test]
-    compare = partial(_compare, folder=folder, role=role, held_out=held_out)
-    compared = sorted(each(compare, shards, stage="leakage", blocks=1024), key=lambda shard: shard.name)
-    rows, found = Counter[str](), Counter[str]()
-    for shard in compared:
-        rows[shard.split] += shard.rows
-        found[shard.split] += shard.found
-    examples = [example for shard in compared for example in shard.examples]
-    return Leaks(
-        role=role,
-        train=rows["train"],
-        held_out=len(held_out.keys),
-        found=found["train"],
-        val=rows["val"],
-        found_in_val=found["val"],
-        examples=tuple(examples[:LEAK_EXAMPLES]),
-    )
-
-
-def read_held_out(folder: str, names: Mapping[str, list[str]], role: Role) -> HeldOut:
-    """The first `LEAK_SAMPLE` images of test, then of val: val is compared with test alone."""
-    keys: list[str] = []
-    hashes = np.empty(0, np.uint64)
-    test = 0
-    for split in ("test", "val"):
-        for name in names[split]:
-            if len(keys) < LEAK_SAMPLE:
-                more_keys, more_hashes = read_hashes(folder, name, role)
-                keys += more_keys
-                hashes = np.concatenate([hashes, more_hashes])
-        if split == "test":
-            test = min(len(keys), LEAK_SAMPLE)
-    return HeldOut(keys[:LEAK_SAMPLE], hashes[:LEAK_SAMPLE], test)
-
-
-def hashable(kind: Kind) -> bool:
-    """Whether images of a kind have a perceptual hash."""
-    return kind in ("rgb", "grey", "lab_l")
-
-
-def read_hashes(folder: str, name: str, role: Role) -> tuple[list[str], npt.NDArray[np.uint64]]:
-    """Keys and hashes of a shard's images, without those that are too plain to compare."""
-    table = storage.read_parquet(storage.join(folder, name), ["key", f"{role}_hash"]).drop_null()
-    hashes = table[f"{role}_hash"].to_numpy().astype(np.uint64)
-    bits = np.bitwise_count(hashes)
-    kept = np.flatnonzero((bits >= _PLAIN) & (bits <= 64 - _PLAIN))
-    return table["key"].take(kept).to_pylist(), hashes[kept]
-
-
-def _compare(shard: tuple[str, str], *, folder: str, role: Role, held_out: HeldOut) -> Likeness:
-    split, name = shard
-    others = held_out.hashes if split == "train" else held_out.hashes[: held_out.test]
-    keys, hashes = read_hashes(folder, name, role)
-    nearest = near(hashes, others)
-    alike = np.flatnonzero(nearest >= 0)
-    examples = [
-        (keys[i], held_out.keys[nearest[i]], int(np.bitwise_count(hashes[i] ^ others[nearest[i]])))
-        for i in alike[:LEAK_EXAMPLES]
-    ]
-    return Likeness(split, name, len(keys), len(alike), examples)
-
-
 # -- the card -----------------------------------------------------------------
 
 
@@ -453,19 +314,21 @@ def _numbers(values: list[float]) -> str:
 
 
 def _leak_lines(leaks: Mapping[str, Any]) -> list[str]:
-    if not leaks["role"]:
+    if not leaks["held_out"]:
         return []
     lines = [
         "## Near-duplicates between splits",
         "",
-        f"{leaks['found']:,} of {leaks['train']:,} training images ({leaks['role']}) look like one of "
-        f"{leaks['held_out']:,} held-out images, by perceptual hash. Look at them: they may be duplicates.",
+        f"{leaks['found']:,} of {leaks['train']:,} training targets look like one of "
+        f"{leaks['held_out']:,} held-out ones. Look at them: they may be duplicates.",
     ]
     if leaks["val"]:
-        lines.append(f"So do {leaks['found_in_val']:,} of {leaks['val']:,} validation images of test ones.")
+        lines.append(
+            f"Of {leaks['val']:,} validation targets {leaks['found_in_val']:,} look like one of test."
+        )
     if leaks["examples"]:
-        lines += ["", "| key | held-out key | bits of 64 that differ |", "|---|---|---|"]
-        lines += [f"| {_cell(a)} | {_cell(b)} | {bits} |" for a, b, bits in leaks["examples"]]
+        lines += ["", "| key | held-out key | distance |", "|---|---|---|"]
+        lines += [f"| {_cell(a)} | {_cell(b)} | {apart:.4f} |" for a, b, apart in leaks["examples"]]
     return lines
 
 
