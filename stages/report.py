@@ -9,8 +9,10 @@ are in memory, however large the data set is.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import heapq
+import io
 import logging
 import time
 from collections import defaultdict
@@ -24,7 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stages import seeding, storage
-from stages.base import Outcome, Resources, Split
+from stages.base import Outcome, Resources, Role, Split
 from stages.config.report import ReportConfig
 from stages.errors import UserError, one_line
 from stages.images import decode, encode, geometry, pictures
@@ -35,20 +37,24 @@ from stages.reporting.page import Curve, PictureCard, RejectCount, ReportData, S
 from stages.scoring.intervals import Interval, difference
 from stages.scoring.metrics import PIXEL_METRICS, SET_DISTANCES, lower_is_better
 from stages.scoring.table import of_images
-from stages.shards import dataset
+from stages.shards import dataset, suspects
 from stages.shards.dataset import DatasetSpec, Sample
 from stages.storage.local import local_file
 
 if TYPE_CHECKING:
     from stages.tracking.run import Run
 
-VERSION = 2
+VERSION = 3
 
+SUSPECTS = 10  # pairs of each kind
 EXAMPLES = 5  # of each reason in the quarantine
 QUARANTINE_FILES = 100  # looked through for examples
 BASE64 = 4 / 3
 SHEET_ROWS = 8  # of the overviews worst.png and best.png
 PAGE_BYTES = 300_000  # of style, script, curves and tables
+SUSPECT_SIDE = 192  # pixels
+
+ROLES: tuple[Role, ...] = ("source", "target")
 
 Picks = Mapping[str, tuple[Mapping[str, Any], tuple[str, ...]]]
 """By key: the image's row of metrics, and why it was picked (worst, best, sample)."""
@@ -219,6 +225,36 @@ def draw_pictures(
     return [drawn[key] for key in picks if key in drawn]
 
 
+def draw_suspects(shards: str, *, max_side: int, max_bytes: int) -> dict[str, list[PictureCard]]:
+    """Source and target of the worst suspects of each kind, as the shard stage listed them."""
+    uri, spec = storage.join(shards, suspects.NAME), dataset.load(shards)
+    if not storage.exists(uri):
+        return {}
+    worst: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for row in csv.DictReader(io.StringIO(storage.read_bytes(uri).decode(), newline="")):
+        if len(worst[row["kind"]]) < SUSPECTS:
+            worst[row["kind"]][row["key"]] = row
+    by_file: dict[tuple[Split, str], set[str]] = defaultdict(set)
+    for rows in worst.values():
+        for key, row in rows.items():
+            by_file[row["split"], row["shard"]].add(key)
+    drawn: dict[str, PictureCard] = {}
+    for (split, name), keys in by_file.items():
+        for sample in dataset.read_file(shards, spec, split, name, keys):
+            pictures_of = {role: sample.picture(spec, role) for role in ROLES}
+            images: dict[str, str] = {
+                role: data_uri(picture, max_side=max_side, max_bytes=max_bytes)
+                for role, picture in pictures_of.items()
+            }
+            drawn[sample.key] = PictureCard(
+                key=sample.key, split=split, images=images, width=spec.size[0], height=spec.size[1]
+            )
+    return {
+        kind: [replace(drawn[key], note=row["reason"]) for key, row in rows.items() if key in drawn]
+        for kind, rows in worst.items()
+    }
+
+
 def _generated(folder: str, row: Mapping[str, Any]) -> tuple[Array | None, str]:
     if row["error"] is not None:
         return None, row["error"]
@@ -341,6 +377,9 @@ def run(
         name: other_system(storage.absolute(folder), own, picks, score_names(summary))
         for name, folder in config.others.items()
     }
+    shown = draw_suspects(
+        shards, max_side=SUSPECT_SIDE, max_bytes=budget(config, len(picks) + SUSPECTS * len(suspects.KINDS))
+    )
     drawn = draw_pictures(
         picks,
         shards,
@@ -348,13 +387,14 @@ def run(
         score_names(summary),
         others,
         max_side=config.max_side,
-        max_bytes=budget(config, len(picks)),
+        max_bytes=budget(config, len(picks) + sum(map(len, shown.values()))),
         threads=resources.io_threads,
     )
     data = replace(
         describe(summary, shards, images, phases, steps),
         others={name: other.scores for name, other in others.items()},
         pictures=drawn,
+        suspects=shown,
         created=time.strftime("%Y-%m-%d %H:%M"),
         config_text=config_text,
         command=command,

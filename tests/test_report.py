@@ -21,7 +21,7 @@ from stages.inference import outputs
 from stages.report import curves, phase_name, pick, rejects
 from stages.scoring import metrics
 from stages.scoring.table import summarise
-from stages.shards import dataset
+from stages.shards import dataset, suspects
 from stages.tracking.run import NullRun
 from tests.support.small import make_shards
 
@@ -132,6 +132,24 @@ def judged(folder: Path, shards: str, count: int, noise: float = 2) -> tuple[str
     storage.write_json(f"{folder}/metrics/summary.json", summary)
     storage.write_parquet(f"{folder}/metrics/metrics.parquet", table)
     return f"{folder}/images", f"{folder}/metrics"
+
+
+def test_the_worst_suspects_are_drawn_with_their_reasons(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "SUSPECTS", 2)
+    make_shards(tmp_path / "shards", {"train": [4]}, size=(64, 48))
+    shards = str(tmp_path / "shards")
+    assert report.draw_suspects(shards, max_side=64, max_bytes=3000) == {}
+    spec = dataset.load(shards)
+    file = next(iter(spec.splits["train"])).name
+    keys = [sample.key for sample in dataset.read_split(shards, spec, "train")]
+    found = suspects.Found()
+    found.rank([suspects.Suspect("shifted", k, "train", n, f"by {n}", file) for n, k in enumerate(keys)])
+    storage.write_bytes(f"{shards}/{suspects.NAME}", found.table())
+    cards = report.draw_suspects(shards, max_side=64, max_bytes=3000)["shifted"]
+    assert [(card.key, card.note) for card in cards] == [(keys[3], "by 3"), (keys[2], "by 2")]
+    assert all(image.startswith("data:image/webp") for card in cards for image in card.images.values())
 
 
 def test_a_run_makes_one_page_within_its_size(tmp_path: Path) -> None:

@@ -116,6 +116,8 @@ class ReportData:
     pictures: Sequence[PictureCard] = ()
     curves: Sequence[Curve] = ()
     card: Sequence[tuple[str, str]] = ()
+    suspects: Mapping[str, Sequence[PictureCard]] = field(default_factory=dict)
+    """Pairs to look at by kind, the worst first; the note says why."""
     rejects: Sequence[RejectCount] = ()
     steps: Sequence[StepTime] = ()
     config_text: str = ""

@@ -140,6 +140,7 @@ def test_no_text_of_a_user_becomes_markup() -> None:
         pictures=[picture(0, key=HOSTILE, group=HOSTILE, split=HOSTILE, note=HOSTILE)],
         curves=[Curve(phase=HOSTILE, name=HOSTILE, steps=[1], values=[1.0])],
         card=[(HOSTILE, HOSTILE)],
+        suspects={HOSTILE: [picture(0, key=HOSTILE, split=HOSTILE, note=HOSTILE)]},
         rejects=[RejectCount(stage=HOSTILE, reason=HOSTILE, count=1, examples=[HOSTILE])],
         steps=[StepTime(name=HOSTILE, seconds=1, counts={HOSTILE: 1}, notes={HOSTILE: HOSTILE})],
         config_text=HOSTILE,
