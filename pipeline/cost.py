@@ -540,8 +540,14 @@ def choices(run: PlannedRun, found: Sequence[Estimate], available: int | None) -
                 exchanged = gradient_bytes(job, run.spec) * 2 * (workers - 1) / workers
                 computed = one.work.units * one.rate.each * run.speed / workers / ratio
                 seconds += one.rate.start + computed + steps * exchanged / NETWORK_BYTES
-            micro = run.config.resources.micro_batch
-            needed = estimate_memory(asked, run.spec, workers=workers, micro_batch=micro, gpu=run.gpu)
+            needed = estimate_memory(
+                asked,
+                run.spec,
+                workers=workers,
+                micro_batch=run.config.resources.micro_batch,
+                gpu=run.gpu,
+                checkpointing=run.config.resources.checkpointing,
+            )
             rows.append((seconds * workers, seconds, workers, precision, needed))
     cheapest = min((one for one in rows if one[-1] <= memory), default=None)
     return [

@@ -226,6 +226,7 @@ def memory(config: PipelineConfig, planned: Sequence[PlannedStep]) -> dict[str, 
             workers=config.resources.train_workers,
             micro_batch=config.resources.micro_batch,
             gpu=uses_gpu(config),
+            checkpointing=config.resources.checkpointing,
         )
         for p in planned
         if isinstance(p.step.config, PhaseJob) and not p.done

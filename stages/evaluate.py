@@ -303,8 +303,8 @@ class EvaluationWorker:
 
     def _untrained_image(self, sample: Sample, target: Array, generated: Array) -> Array:
         if self._untrained is None:
-            model = baselines.untrained_model(self.job.manifest)
-            self._untrained = Translator(model, device=self.job.device)
+            model = baselines.untrained_model(self.job.manifest, self.job.device)
+            self._untrained = Translator(model)
         translator = self._untrained
         size = (generated.shape[1], generated.shape[0])
         source = geometry.resize(sample.images["source"], size, translator.source_kind)

@@ -231,7 +231,6 @@ class InferenceWorker:
             model = load_model(folder, weights=config.weights, device=job.device)
         return Translator(
             model,
-            device=job.device,
             precision=config.precision,
             stochastic=config.stochastic,
             tile=config.tile,

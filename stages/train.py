@@ -396,10 +396,17 @@ def _train(setup: Setup) -> Ending:
 
 def memory_shortage(setup: Setup, spec: DatasetSpec, worker: Worker) -> str:
     """A warning if a step is expected to need more memory than the worker's GPU has; else ""."""
-    if worker.device.type != "cuda" or setup.task.checkpointing:  # of which there is no estimate
+    if worker.device.type != "cuda":
         return ""
     task = setup.task
-    needed = estimate_memory(task.job, spec, workers=worker.world, micro_batch=task.micro_batch, gpu=True)
+    needed = estimate_memory(
+        task.job,
+        spec,
+        workers=worker.world,
+        micro_batch=task.micro_batch,
+        gpu=True,
+        checkpointing=task.checkpointing,
+    )
     there = torch.cuda.get_device_properties(worker.device).total_memory
     return shortage(needed, there, task.job)
 

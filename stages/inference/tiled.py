@@ -14,6 +14,7 @@ to compute: those are computed twice, for the statistics and for the next layer.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -26,8 +27,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stages.models.copies import to_device, to_host
 from stages.models.fast.norms import moments
-from stages.models.layers import BatchNorm, Conv, Noise, ResizeConv, TransposedConv, half_resolution
+from stages.models.layers import (
+    BatchNorm,
+    Conv,
+    Noise,
+    ResizeConv,
+    TransposedConv,
+    drawn_masks,
+    dropped,
+    half_resolution,
+)
 from stages.models.pix2pix import Down, UNet, Up
 from stages.models.pix2pixhd import CoarseToFineGenerator, ConvNormReLU, LocalEnhancer, ResidualBlock
 
@@ -98,16 +109,18 @@ class MapStatistics:
 
     def __init__(self) -> None:
         self.pixels = 0
-        self.mean = self.squares = torch.zeros(())
+        self.mean = self.squares = torch.zeros(())  # until the first band: then where that is
 
     def add(self, band: Tensor) -> None:
         """Add a band (N, C, h, W)."""
         mean, variance = moments(band)
         pixels = band.shape[2] * band.shape[3]
         share = pixels / (self.pixels + pixels)
-        apart = mean - self.mean.to(mean)
-        self.squares = self.squares.to(mean) + pixels * (variance + (1 - share) * apart.square())
-        self.mean = self.mean.to(mean) + share * apart
+        if self.pixels == 0:
+            self.mean = self.squares = torch.zeros_like(mean)
+        apart = mean - self.mean
+        self.squares = self.squares + pixels * (variance + (1 - share) * apart.square())
+        self.mean = self.mean + share * apart
         self.pixels += pixels
 
     def normalise(self, norm: Norm) -> Callable[[Tensor], Tensor]:
@@ -159,7 +172,7 @@ class LayerByLayer:
             assert isinstance(up, Up)
             x = self._normalised(convolved(pixelwise(F.relu, x), up.conv), up.norm)
             if up.dropout is not None and noise is not None:
-                x = pixelwise(_dropped, x, _masks(x, noise))
+                x = pixelwise(dropped, x, _masks(x, noise))
             if network.skips and level > 0:
                 skip = skips.pop()
                 x = replace(pixelwise(_joined, skip, x), channels=skip.channels + x.channels)
@@ -213,11 +226,15 @@ class LayerByLayer:
         """A map in a temporary file, which is gone when the map is."""
         with ExitStack() as opened:
             file = opened.enter_context(SpooledTemporaryFile(max_size=IN_MEMORY))
+            copies: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
             for start, stop in self.bands(source):
                 band = source.read(start, stop)
                 if measured is not None:
                     measured.add(band)
-                file.write(band.permute(2, 0, 3, 1).to("cpu", torch.float32).contiguous().numpy().data)
+                copies.append(to_host(band.permute(2, 0, 3, 1).float().contiguous()))
+                if len(copies) > 1:  # a GPU computes this band while the one before is written
+                    _write(file, *copies.popleft())
+            _write(file, *copies.pop())
             close = opened.pop_all().close
         shape, device = (len(band), source.width, source.channels), band.device
 
@@ -225,23 +242,24 @@ class LayerByLayer:
             values = np.empty((stop - start, *shape), np.float32)
             file.seek(start * values[0].nbytes)
             file.readinto(values.data)
-            rows = torch.from_numpy(values).permute(1, 3, 0, 2)
-            return rows.to(device, memory_format=torch.channels_last)
+            rows = to_device(torch.from_numpy(values), device).permute(1, 3, 0, 2)
+            return rows.contiguous(memory_format=torch.channels_last)
 
         finalize(read, close)
         return replace(source, read=read, work=source.channels * source.width)
+
+
+def _write(file: SpooledTemporaryFile[bytes], values: Tensor, arrived: torch.cuda.Event | None) -> None:
+    if arrived is not None:
+        arrived.synchronize()
+    file.write(values.numpy().data)
 
 
 def _joined(one: Tensor, other: Tensor) -> Tensor:
     return torch.cat([one, other], 1)
 
 
-def _dropped(band: Tensor, mask: Tensor) -> Tensor:
-    return band * mask.to(band.device, band.dtype) * 2
-
-
 def _masks(x: FeatureMap, noise: Noise) -> FeatureMap:
     """The masks of a dropout layer, drawn as the layer draws them: whole, a byte a value."""
-    shape = (x.channels, x.height, x.width)
-    drawn = torch.stack([torch.randint(0, 2, shape, generator=s, dtype=torch.uint8) for s in noise])
+    drawn = drawn_masks((x.channels, x.height, x.width), noise)
     return replace(x, read=lambda start, stop: drawn[:, :, start:stop], work=0)

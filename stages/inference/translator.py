@@ -27,6 +27,7 @@ from stages.images import colour, kinds
 from stages.images.kinds import Array
 from stages.inference.tiled import FeatureMap, LayerByLayer
 from stages.models.architecture import Picture, size_multiple, uses_edges
+from stages.models.copies import to_device, to_host
 from stages.models.fast.accelerate import accelerate
 from stages.models.files.saved import LoadedModel
 from stages.models.inputs import make_condition, padded_size, reflect_to, reflected, translate, unit_range
@@ -48,7 +49,9 @@ def noise_seed(seed: int, key: str, sample: int = 0) -> int:
 
 
 class Translator:
-    """A model to call with arrays, from any threads at once. The loaded model itself stays as it is.
+    """A model to call with arrays, from any threads at once, on the device that it was loaded to.
+
+    The loaded model itself stays as it is.
 
     stochastic    with dropout as noise, as Isola et al. generate; on a CPU one picture at a time, so that its
                   bits depend on its seed alone
@@ -61,18 +64,18 @@ class Translator:
         self,
         model: LoadedModel,
         *,
-        device: torch.device | str = "cpu",
         precision: Literal["float32", "bf16"] = "float32",
         stochastic: bool = False,
         tile: int | None = None,
         compiled: bool = False,
     ) -> None:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        generator = accelerate(model.generator, device=device, frozen=dtype)
+        self.device = next(model.generator.parameters()).device
+        generator = accelerate(model.generator, device=self.device, frozen=dtype)
         if compiled:
             generator.compile()
         self.model = replace(model, generator=generator)
-        self.device, self.precision = torch.device(device), precision
+        self.precision = precision
         self.stochastic, self.tile = stochastic, tile
         self.multiple, self.minimum = size_multiple(model.architecture, enhancers=model.enhancers)
         pictures = model.preprocessing.pictures
@@ -161,9 +164,9 @@ class Translator:
 
     def _on_cpu(self, out: Tensor) -> Tensor:
         """Waits for this thread's stream, and not for what other threads have a GPU do."""
-        copy = out.to("cpu", non_blocking=True)  # into pinned memory
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
+        copy, arrived = to_host(out)
+        if arrived is not None:
+            arrived.synchronize()
         return copy
 
     def _stack(self, arrays: Sequence[Array]) -> Tensor:
@@ -171,9 +174,7 @@ class Translator:
         batch = np.stack(arrays).transpose(0, 3, 1, 2)
         if batch.dtype == np.uint16:  # torch has few operators for it
             batch = batch.astype(np.int32)
-        images = torch.from_numpy(np.ascontiguousarray(batch))
-        images = images.pin_memory() if self.device.type == "cuda" else images
-        return images.to(self.device, non_blocking=True)
+        return to_device(torch.from_numpy(np.ascontiguousarray(batch)), self.device)
 
     def _whole(
         self, source: Tensor, instance: Tensor | None, features: Tensor | None, seeds: Sequence[int]
@@ -215,10 +216,10 @@ class Translator:
             first, last = max(0, start - 1), min(size[0], stop + 1)
             rows = reflected(torch.arange(first, last), height)
             low, high = int(rows.min()), int(rows.max()) + 1
+            rows = to_device(rows - low, self.device)
 
             def padded(values: Tensor) -> Tensor:
-                found = values.index_select(2, (rows - low).to(values.device))
-                return reflect_to(found, last - first, size[1])
+                return reflect_to(values.index_select(2, rows), last - first, size[1])
 
             sources, instances = read(low, high)
             band = make_condition(
@@ -287,6 +288,6 @@ class Translator:
             vectors = styles.choose(instances, cluster)
         else:
             vectors = styles.sample(
-                instances, torch.tensor(list(seeds), dtype=torch.int64, device=self.device)
+                instances, to_device(torch.tensor(list(seeds), dtype=torch.int64), self.device)
             )
         return style_map(vectors, instances)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from stages import seeding
 from stages.models.architecture import Upsampling
+from stages.models.copies import to_device
 
 NormKind = Literal["batch", "instance"]
 
@@ -204,11 +205,17 @@ class Dropout(nn.Module):
         """(N, C, H, W) -> the same shape. `noise` draws each sample's mask from that sample's generator."""
         if noise is None:
             return F.dropout(x, 0.5, self.training)
-        shape = x.shape[1:]
-        masks = torch.stack(
-            [torch.randint(0, 2, shape, generator=s, dtype=torch.uint8, device=s.device) for s in noise]
-        )
-        return x * masks.to(x.device, x.dtype) * 2
+        return dropped(x, drawn_masks(x.shape[1:], noise))
+
+
+def drawn_masks(shape: Sequence[int], noise: Noise) -> Tensor:
+    """Dropout masks (N, *shape) of 0 and 1, on the CPU: each sample's from its own source."""
+    return torch.stack([torch.randint(0, 2, shape, generator=source, dtype=torch.uint8) for source in noise])
+
+
+def dropped(x: Tensor, masks: Tensor) -> Tensor:
+    """What is left of `x` under masks of the host, doubled."""
+    return x * to_device(masks, x.device).to(x.dtype) * 2
 
 
 def noise_sources(seeds: Sequence[int]) -> list[torch.Generator]:

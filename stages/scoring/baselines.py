@@ -68,13 +68,14 @@ def nearest(vector: np.ndarray, candidates: np.ndarray) -> int:
     return best
 
 
-def untrained_model(manifest: str) -> LoadedModel:
+def untrained_model(manifest: str, device: str) -> LoadedModel:
     """The network of a `model.json` with initial weights."""
     model = Manifest.model_validate_json(manifest)
+    generator = build_generator(model.architecture, model.inputs, enhancers=model.enhancers, seed=0)
     encoder = build_encoder(model.architecture, model.inputs)
     return LoadedModel(
-        generator=build_generator(model.architecture, model.inputs, enhancers=model.enhancers, seed=0).eval(),
-        encoder=None if encoder is None else encoder.eval(),
+        generator=generator.eval().to(device),
+        encoder=None if encoder is None else encoder.eval().to(device),
         styles=None,
         architecture=model.architecture,
         inputs=model.inputs,

@@ -149,7 +149,7 @@ class Feed:
 
     def _batches(self, epoch: int, start_step: int) -> Iterator[tuple[Batch, torch.cuda.Event | None]]:
         """All batches from a step on, over the ends of epochs; on the device or on their way there."""
-        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream(self.device) if self.device.type != "cpu" else None  # type: ignore[no-untyped-call]
         steps = self._steps(epoch, start_step)
         with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as threads:
             for batch in prefetch_map(threads, self._make, steps, ahead=self.threads + 1):
@@ -224,7 +224,7 @@ class Feed:
         """Memory (N, C, H, W) for a role of a batch."""
         shape, planar = self.preparation.layout(role)
         dtype = getattr(torch, np.dtype(dtype_of(self.preparation.roles[role])).name)
-        tensor = torch.empty((rows, *shape), dtype=dtype, pin_memory=self.device.type == "cuda")
+        tensor = torch.empty((rows, *shape), dtype=dtype, pin_memory=self.device.type != "cpu")
         return tensor if planar else tensor.permute(0, 3, 1, 2)
 
 

@@ -31,8 +31,7 @@ class Served(PythonModel):  # type: ignore[misc]
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = load_model(Path(context.artifacts["model"]), device=device)
         self.translators = {
-            stochastic: Translator(model, device=device, stochastic=stochastic)
-            for stochastic in (False, True)
+            stochastic: Translator(model, stochastic=stochastic) for stochastic in (False, True)
         }
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: Any = None) -> pd.DataFrame:  # noqa: ARG002

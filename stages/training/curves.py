@@ -15,6 +15,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from stages.models.copies import to_host
 from stages.training.checkpoints import Position
 from stages.training.news import Point
 
@@ -73,9 +74,9 @@ class Window:
         table = torch.stack(rows)  # (steps, names)
         table = self.total(table) / self.workers
         numbers = torch.cat([table.flatten(), *(norm.float().reshape(1) for norm in norms.values())])
-        numbers = numbers.to("cpu", non_blocking=True)  # pinned memory, so a GPU is not waited for
+        numbers, arrived = to_host(numbers)
         steps, self.steps, self._losses, self._shares = self.steps, [], [], []
-        return ClosedWindow(steps, self.names, list(norms), numbers, rate, arrival(self.device))
+        return ClosedWindow(steps, self.names, list(norms), numbers, rate, arrived)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,15 +114,6 @@ class ClosedWindow:
             raise DivergedError(f"step {self.steps[first]:,}: {shown} at learning rate {self.rate:.3g}")
         means = dict(zip(self.losses, values.mean(0).tolist(), strict=True))
         return means, dict(zip(self.norms, self.numbers[count:].tolist(), strict=True))
-
-
-def arrival(device: torch.device) -> torch.cuda.Event | None:
-    """An event after all that a GPU has been asked to do so far; None for a CPU, which has done it."""
-    if device.type != "cuda":
-        return None
-    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(device))
-    return event
 
 
 def points(position: Position, epoch: int, values: Mapping[str, float]) -> list[Point]:

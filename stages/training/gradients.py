@@ -229,7 +229,14 @@ class Messages:
 
     def any(self, flag: bool) -> bool:
         """Whether any worker says so. Waits for the device if there are several."""
-        return flag if self.group is None else bool(self.total(torch.tensor(float(flag), device=self.device)))
+        return bool(self.sums([float(flag)])[0])
+
+    def sums(self, values: list[float]) -> list[float]:
+        """The sum of each value over all workers. Waits for the device if there are several."""
+        if self.group is None:
+            return values
+        summed: list[float] = self.total(torch.tensor(values, device=self.device)).tolist()
+        return summed
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every worker. For plain values: positions, names."""

@@ -29,6 +29,7 @@ from stages.config.train import PhaseJob, discriminators
 from stages.errors import PixloomError, StageError
 from stages.images import encode
 from stages.models.architecture import InputSpec, Pix2PixHD, Preprocessing
+from stages.models.copies import arrival
 from stages.models.fast.process import best_precision, deterministic
 from stages.models.files.saved import MANIFEST, save_model
 from stages.models.files.vgg import load_vgg
@@ -51,7 +52,7 @@ from stages.shards.order import num_steps
 from stages.storage.local import local_file
 from stages.training import checkpoints, curves, execution
 from stages.training.checkpoints import Checkpoint, Position, Writer
-from stages.training.curves import ClosedWindow, DivergedError, Window, arrival
+from stages.training.curves import ClosedWindow, DivergedError, Window
 from stages.training.execution import Execution, Part
 from stages.training.gradients import GradientAverager, Messages, new_group
 from stages.training.graph import GraphedStep, Recorder, Step
@@ -274,8 +275,9 @@ class OrderPoll:
         now, leads = time.monotonic(), self.worker.leads
         stop = self.channel.stop_order() if leads else None
         ask = leads and now - self._asked > WARNINGS_S
-        sums = torch.tensor([float(stop is not None), float(ask), now - self._polled])
-        stopping, asking, seconds = self.messages.total(sums.to(self.messages.device)).tolist()
+        stopping, asking, seconds = self.messages.sums(
+            [float(stop is not None), float(ask), now - self._polled]
+        )
         step_seconds = max(1e-6, seconds / self.worker.world / max(1, steps - self._polled_step))
         self._polled, self._polled_step = now, steps
         self._next_step = steps + max(1, int(ORDERS_S / step_seconds))

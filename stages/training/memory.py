@@ -21,7 +21,13 @@ from stages.config.train import PhaseJob, discriminators, full_size, phase_size
 from stages.errors import one_line
 from stages.models.architecture import InputSpec, Parts, Pix2PixHD, discriminator_channels, generator_channels
 from stages.models.build import build_discriminator, build_encoder, build_generator, trainable_parts
-from stages.models.pix2pixhd import FeatureEncoder
+from stages.models.pix2pixhd import (
+    CoarseToFineGenerator,
+    ConvNormReLU,
+    FeatureEncoder,
+    Head,
+    ResidualBlock,
+)
 from stages.shards.dataset import DatasetSpec
 from stages.training import phases
 
@@ -95,8 +101,9 @@ def estimate_memory(
     workers: int = 1,
     micro_batch: int | None = None,
     gpu: bool = False,
+    checkpointing: bool = False,
 ) -> int:
-    """Bytes one worker needs for a step of this phase. `micro_batch`: as in `resources`.
+    """Bytes one worker needs for a step of this phase. `micro_batch`, `checkpointing`: as in `resources`.
 
     On a GPU an open precision is bf16, of which autocast keeps a copy of the weights.
     """
@@ -105,7 +112,7 @@ def estimate_memory(
     width, height = phase_size(job.model, job.phase, full_size(spec.size, job.augment))
     rows = -(-job.phase.batch // workers)
     rows = rows if micro_batch is None else min(rows, micro_batch)
-    generator, encoder, discriminator = networks_without_memory(job, inputs)
+    generator, encoder, discriminator = networks_without_memory(job, inputs, checkpointing)
     networks = _states(generator, job.phase.parts, job.ema is not None)
     activations = _activations(job, inputs, generator, discriminator, (rows, height, width), bf16=bf16)
     if encoder is not None:
@@ -117,14 +124,25 @@ def estimate_memory(
     return int(SLACK * (networks + activations) + gpu * GPU_BYTES)
 
 
+def _saved_by(network: nn.Module, x: Tensor) -> int:
+    with _counting() as saved:
+        network(x.detach().requires_grad_())
+    return saved.bytes_
+
+
 def networks_without_memory(
-    job: PhaseJob, inputs: InputSpec
+    job: PhaseJob, inputs: InputSpec, checkpointing: bool = False
 ) -> tuple[nn.Module, FeatureEncoder | None, nn.Module]:
     """Generator, encoder and discriminator of a phase on the meta device, which computes shapes only."""
     layered = isinstance(job.model, Pix2PixHD)
     with torch.device("meta"):
         return (
-            build_generator(job.model, inputs, enhancers=job.phase.enhancers if layered else None),
+            build_generator(
+                job.model,
+                inputs,
+                enhancers=job.phase.enhancers if layered else None,
+                checkpointing=checkpointing,
+            ),
             build_encoder(job.model, inputs),
             build_discriminator(
                 job.model, inputs, discriminators=discriminators(job.model, job.phase) if layered else None
@@ -148,7 +166,11 @@ def _activations(
     *,
     bf16: bool,
 ) -> int:
-    """Tensors saved between forward and backward: the generator's, and both passes of the discriminator's."""
+    """Tensors saved between forward and backward: the generator's, and both passes of the discriminator's.
+
+    With checkpointing the generator's are its layers' inputs, and what the largest layer saves when it is
+    computed again; by then those of the discriminator are gone.
+    """
     rows, height, width = shape
     share = 0.55 if bf16 else 1.0  # some values stay float32
 
@@ -156,13 +178,19 @@ def _activations(
         return torch.empty(rows, channels, height, width, device="meta")
 
     condition = images(generator_channels(job.model, inputs))
+    layers = list[tuple[nn.Module, Tensor]]()
+    for module in generator.modules():
+        if isinstance(module, ConvNormReLU | ResidualBlock | Head):
+            module.register_forward_pre_hook(lambda layer, args: layers.append((layer, args[0])))
     with _counting() as generated:
         generator(condition)
-    total = share * generated.bytes_
+    total, largest = share * generated.bytes_, 0
+    if isinstance(generator, CoarseToFineGenerator) and generator.checkpointing:
+        largest = max(_saved_by(layer, x) for layer, x in tuple(layers))
+    judged = 0
     if job.losses.uses_discriminator:
-        with _counting() as discriminated:
-            discriminator(images(discriminator_channels(job.model, inputs)).requires_grad_())
-        total += share * 2 * discriminated.bytes_
+        judged = 2 * _saved_by(discriminator, images(discriminator_channels(job.model, inputs)))
+    total += share * max(judged, largest)
     if job.losses.perceptual > 0:
         total += share * 2 * FLOAT * rows * height * width * 64 * 4  # relu1_1 .. relu5_1, about 4 x the first
     return int(total + FLOAT * (condition.numel() + 4 * images(inputs.target_channels).numel()))

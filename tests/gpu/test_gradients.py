@@ -25,11 +25,10 @@ SEVERAL = 2  # workers that the code is told of, so that it exchanges
 
 
 @pytest.fixture
-def group(device: torch.device, tmp_path: Path) -> Iterator[dist.ProcessGroup]:
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+def group(cuda: torch.device, tmp_path: Path) -> Iterator[dist.ProcessGroup]:
+    torch.cuda.set_device(cuda)
     dist.init_process_group(NCCL, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield new_group(device, 60)
+    yield new_group(cuda, 60)
     dist.destroy_process_group()
 
 

@@ -50,7 +50,7 @@ def test_images_are_those_of_a_cpu(
     model = load_model(folder)
     seeds = [1, 2, 3]
     expected = images(Translator(model, stochastic=stochastic), seeds=seeds)
-    on_gpu = Translator(load_model(folder), device=device, precision=precision, stochastic=stochastic)
+    on_gpu = Translator(load_model(folder, device=device), precision=precision, stochastic=stochastic)
     got = images(on_gpu, seeds=seeds)
     for one, other in zip(got, expected, strict=True):
         difference = np.abs(one.astype(np.int16) - other.astype(np.int16))
@@ -58,9 +58,24 @@ def test_images_are_those_of_a_cpu(
         assert np.quantile(difference, 0.99) <= 2 * most
 
 
+@pytest.mark.parametrize("options", [{}, {"tile": 8}], ids=["whole", "tiled"])
+@pytest.mark.parametrize("stochastic", [False, True], ids=["plain", "stochastic"])
+def test_generating_waits_for_its_images_alone(
+    device: torch.device, tmp_path: Path, stochastic: bool, options: dict[str, int]
+) -> None:
+    """For an event after their copy; no other copy, nor an operator, has the host wait."""
+    model = load_model(make_model(tmp_path, dropout=stochastic), device=device)
+    translator = Translator(model, stochastic=stochastic, **options)
+    expected = images(translator, seeds=[1, 2, 3])  # indices of padding are made once
+    torch.cuda.set_sync_debug_mode("error")
+    got = images(translator, seeds=[1, 2, 3])
+    for one, other in zip(got, expected, strict=True):
+        assert np.abs(one.astype(np.int16) - other.astype(np.int16)).max() <= 1
+
+
 def test_threads_with_a_stream_each_generate_side_by_side(device: torch.device, tmp_path: Path) -> None:
     """As batch inference does it: the images are those of one thread."""
-    translator = Translator(load_model(make_model(tmp_path)), device=device)
+    translator = Translator(load_model(make_model(tmp_path), device=device))
     sources = [[scene(index, 48, 40)["source"]] for index in range(12)]
     expected = [translator.translate(source)[0] for source in sources]
 
@@ -74,17 +89,17 @@ def test_threads_with_a_stream_each_generate_side_by_side(device: torch.device, 
         assert np.abs(one.astype(np.int16) - other.astype(np.int16)).max() <= 1
 
 
-def test_a_compiled_generator_gives_the_same_images(device: torch.device, tmp_path: Path) -> None:
+def test_a_compiled_generator_gives_the_same_images(cuda: torch.device, tmp_path: Path) -> None:
     folder = make_model(tmp_path)
-    plain, compiled = (Translator(load_model(folder), device=device, compiled=c) for c in (False, True))
+    plain, compiled = (Translator(load_model(folder, device=cuda), compiled=c) for c in (False, True))
     for one, other in zip(images(compiled), images(plain), strict=True):
         assert np.abs(one.astype(np.int16) - other.astype(np.int16)).mean() < 1
 
 
 def test_an_image_does_not_depend_on_its_batch(device: torch.device, tmp_path: Path) -> None:
     """To a rounding: another batch may choose another kernel."""
-    model = load_model(make_model(tmp_path, norm="batch"))
-    translator = Translator(model, device=device)
+    model = load_model(make_model(tmp_path, norm="batch"), device=device)
+    translator = Translator(model)
     together = images(translator)
     alone = [translator.translate([scene(index, 48, 40)["source"]])[0] for index in range(3)]
     for one, other in zip(together, alone, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ pytest.importorskip("pyarrow", reason="NOT RUN: checkpoints have a Parquet file"
 
 from stages.config.train import PhaseJob
 from stages.models.fast.process import tune_process
+from stages.models.gan import state_of
 from stages.training import checkpoints
 from stages.training.graph import CudaGraphs
 from stages.training.loop import Ending, Loop, Task, Worker, train_phase
@@ -105,6 +107,26 @@ def test_a_checkpoint_holds_its_step_although_training_goes_on(
             assert saved.state["generator"][key].equal(value), (name, key)
 
 
+def test_a_step_and_the_copy_of_its_state_never_wait_for_the_device(
+    device: torch.device, tmp_path: Path
+) -> None:
+    """Losses of a window are read when the next one closes. Before a checkpoint, weights are verified."""
+    tune_process(device)
+    one = task(tmp_path, job(**PIX2PIX), checkpoint_images=None)
+    loop = Loop(one, Worker(device=device), Channel(lambda _: None), nothing, lambda: False, dict)
+    first, *rest = itertools.chain(Rows(16).epoch(0), Rows(16).epoch(1))
+    loop.step(first)
+    *rest, _, last = (batch.each(torch.Tensor.pin_memory) for batch in rest)
+    for batch in (*rest, last):
+        ends_epoch = loop.position.step == 2
+        torch.cuda.set_sync_debug_mode("default" if ends_epoch else "error")
+        loop.step(batch)
+    torch.cuda.set_sync_debug_mode("error")
+    checkpoints.copied(state_of(loop.gan))
+    torch.cuda.set_sync_debug_mode("default")
+    assert len([point for point in loop.points if point.name == "generator/l1"]) == 2
+
+
 def test_resumed_moments_have_the_layout_of_their_weights(device: torch.device, tmp_path: Path) -> None:
     """Fused Adam pairs elements by address."""
     one = task(tmp_path, job(phases=[{**PHASES[0], "epochs": 1, "decay_epochs": 0}, *PHASES[1:]]))
@@ -119,13 +141,13 @@ def test_resumed_moments_have_the_layout_of_their_weights(device: torch.device, 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=IDS)
 def test_a_recorded_step_gives_the_numbers_of_steps_that_run(
-    device: torch.device, tmp_path: Path, changes: dict[str, Any]
+    cuda: torch.device, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     """To rounding, without `train.deterministic`."""
-    tune_process(device)
+    tune_process(cuda)
     for name, record in (("eager", None), ("graphed", CudaGraphs())):
         one = task(tmp_path / name, job(**changes))
-        train_phase(one, Worker(device=device), Rows(16), Channel(lambda _: None), nothing, record=record)
+        train_phase(one, Worker(device=cuda), Rows(16), Channel(lambda _: None), nothing, record=record)
     expected, got = losses(tmp_path / "eager"), losses(tmp_path / "graphed")
     assert [row[:4] for row in got] == [row[:4] for row in expected]
     for one_row, other in zip(got, expected, strict=True):

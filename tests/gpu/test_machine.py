@@ -12,5 +12,5 @@ from stages.training.machine import machine_metrics
 pytestmark = pytest.mark.gpu
 
 
-def test_the_load_of_a_gpu_is_measured(device: torch.device) -> None:
-    assert machine_metrics(device)["system/gpu_0_memory_usage_megabytes"] > 0
+def test_the_load_of_a_gpu_is_measured(cuda: torch.device) -> None:
+    assert machine_metrics(cuda)["system/gpu_0_memory_usage_megabytes"] > 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -14,49 +12,41 @@ from stages.models.gan import GanState, build_gan
 from stages.models.objective import LossWeights
 from stages.models.step import Batch, all_finite, step
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="NOT RUN: needs a GPU"),
-]
+pytestmark = pytest.mark.gpu
 
 ARCH = Pix2PixHD(
     enhancers=1,
-    width=16,
+    width=4,
     downsamplings=2,
     blocks=2,
     enhancer_blocks=1,
+    discriminator_width=4,
     discriminators=2,
     feature_encoder=True,
-    feature_width=8,
+    feature_width=4,
     feature_downsamplings=2,
 )
 INPUTS = InputSpec(source="labels", classes=5, instances=True)
 WEIGHTS = LossWeights()
 
 
-@pytest.fixture(autouse=True)
-def _no_host_synchronisation_outlives_its_test() -> Iterator[None]:
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
-def build(precision: Precision = "float32", *, compiled: bool = False) -> GanState:
-    tune_process("cuda")
+def build(device: torch.device, precision: Precision = "float32", *, compiled: bool = False) -> GanState:
+    tune_process(device)
     return build_gan(
-        ARCH, INPUTS, weights=WEIGHTS, precision=precision, device="cuda", compiled=compiled, ema_decay=0.99
+        ARCH, INPUTS, weights=WEIGHTS, precision=precision, device=device, compiled=compiled, ema_decay=0.99
     )
 
 
-def batch() -> Batch:
+def batch(device: torch.device) -> Batch:
     source = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, 5, (2, 1, 64, 64), generator=source, dtype=torch.uint8)
-    target = torch.randint(0, 256, (2, 3, 64, 64), generator=source, dtype=torch.uint8)
-    return Batch(source=labels, target=target, instance=labels.to(torch.int32)).to("cuda")
+    labels = torch.randint(0, 5, (2, 1, 32, 32), generator=source, dtype=torch.uint8)
+    target = torch.randint(0, 256, (2, 3, 32, 32), generator=source, dtype=torch.uint8)
+    return Batch(source=labels, target=target, instance=labels.to(torch.int32)).to(device)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_a_step_never_waits_for_the_device(precision: Precision) -> None:
-    gan, pairs = build(precision), batch()
+def test_a_step_never_waits_for_the_device(device: torch.device, precision: Precision) -> None:
+    gan, pairs = build(device, precision), batch(device)
     step(gan, pairs, weights=WEIGHTS)  # optimizers make their state, cuDNN its choices
     torch.cuda.set_sync_debug_mode("error")
     losses = step(gan, pairs, weights=WEIGHTS)
@@ -65,16 +55,16 @@ def test_a_step_never_waits_for_the_device(precision: Precision) -> None:
     assert bool(flag)
 
 
-def test_float32_products_use_tf32() -> None:
-    build()
+def test_float32_products_use_tf32(cuda: torch.device) -> None:
+    build(cuda)
     assert torch.backends.cuda.matmul.fp32_precision == "tf32"
     assert torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
-def test_weights_and_gradients_are_channels_last() -> None:
-    gan = build()
+def test_weights_and_gradients_are_channels_last(device: torch.device) -> None:
+    gan = build(device)
     for _ in range(2):
-        step(gan, batch(), weights=WEIGHTS)
+        step(gan, batch(device), weights=WEIGHTS)
     for parameter in gan.generator.parameters():
         if parameter.ndim == 4:
             assert parameter.is_contiguous(memory_format=torch.channels_last)
@@ -83,15 +73,15 @@ def test_weights_and_gradients_are_channels_last() -> None:
                 assert state["exp_avg"].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_bf16_stays_close_to_float32() -> None:
-    exact, rough = (step(build(p), batch(), weights=WEIGHTS) for p in ("float32", "bf16"))
+def test_bf16_stays_close_to_float32(device: torch.device) -> None:
+    exact, rough = (step(build(device, p), batch(device), weights=WEIGHTS) for p in ("float32", "bf16"))
     for name, value in exact.items():
         assert rough[name].item() == pytest.approx(value.item(), rel=0.1, abs=0.05), name
 
 
-def test_a_compiled_step_gives_the_same_losses_and_compiles_once() -> None:
-    plain, compiled = build(), build(compiled=True)
-    pairs = batch()
+def test_a_compiled_step_gives_the_same_losses_and_compiles_once(cuda: torch.device) -> None:
+    plain, compiled = build(cuda), build(cuda, compiled=True)
+    pairs = batch(cuda)
     for _ in range(3):
         expected = step(plain, pairs, weights=WEIGHTS)
         losses = step(compiled, pairs, weights=WEIGHTS)
@@ -101,9 +91,9 @@ def test_a_compiled_step_gives_the_same_losses_and_compiles_once() -> None:
         step(compiled, pairs, weights=WEIGHTS)
 
 
-def test_the_cpu_and_the_gpu_agree() -> None:
-    on_gpu = step(build(), batch(), weights=WEIGHTS)
+def test_the_cpu_and_the_gpu_agree(device: torch.device) -> None:
+    on_gpu = step(build(device), batch(device), weights=WEIGHTS)
     gan = build_gan(ARCH, INPUTS, weights=WEIGHTS)
-    on_cpu = step(gan, batch().to("cpu"), weights=WEIGHTS)
+    on_cpu = step(gan, batch(torch.device("cpu")), weights=WEIGHTS)
     for name, value in on_cpu.items():
         assert on_gpu[name].item() == pytest.approx(value.item(), rel=0.02, abs=0.02), name

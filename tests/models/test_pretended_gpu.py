@@ -46,6 +46,13 @@ def test_a_step_launches_and_moves_no_more_than_is_stored(found: dict[str, dict[
     assert not grown, f"{grown}; if it is meant, store the counts again"
 
 
+def test_generating_launches_as_much_for_a_large_batch_as_for_a_small_one(
+    found: dict[str, dict[str, Any]],
+) -> None:
+    few, many = (found[f"generating, U-Net-256, batch {rows}"]["launches"] for rows in (16, 64))
+    assert few == many
+
+
 def test_deterministic_training_finds_kernels_for_all(found: dict[str, dict[str, Any]]) -> None:
     assert {name: counts["refused"] for name, counts in found.items() if counts["refused"]} == {}
 

@@ -28,6 +28,8 @@ from torch import Tensor, nn
 
 from stages.base import Precision
 from stages.models.architecture import InputSpec, Parts, Pix2Pix, Pix2PixHD
+from stages.models.build import build_generator
+from stages.models.fast.accelerate import accelerate
 from stages.models.files.vgg import VGG19Features
 from stages.models.gan import build_gan
 from stages.models.objective import paper_weights
@@ -143,7 +145,7 @@ def register() -> list[torch.library.Library]:
 
     torch._C._conv_determine_backend_memory_format = layout  # type: ignore[assignment]
     torch._meta_registrations.device_hint = lambda tensor: "cuda"  # type: ignore[attr-defined]
-    return [_autocast(), _fallthrough(), _updates()]
+    return [*autocast(), _updates()]
 
 
 def _moved(network: nn.Module, device: Any) -> nn.Module:
@@ -164,6 +166,11 @@ def _updates() -> torch.library.Library:
     library = torch.library.Library("aten", "IMPL", "Meta")
     library.impl("_fused_adam_.tensor_lr", lambda *_, **__: None)
     return library
+
+
+def autocast() -> list[torch.library.Library]:
+    """CUDA's autocast for the device. Keep what it returns."""
+    return [_autocast(), _fallthrough()]
 
 
 def _fallthrough() -> torch.library.Library:
@@ -307,6 +314,17 @@ def run(case: Case, precision: Precision) -> Counts:
     return counts
 
 
+def generating(case: Case) -> Counts:
+    """The counts of generating in bf16, a batch at a time."""
+    generator = build_generator(case.arch, InputSpec(), enhancers=case.enhancers).eval().to(DEVICE)
+    frozen = accelerate(generator, device=DEVICE, frozen=torch.bfloat16)
+    images = torch.empty(case.rows, 3, *case.size, device=DEVICE, memory_format=torch.channels_last)
+    counts = Counts()
+    with torch.no_grad(), torch.autocast(NAME, torch.bfloat16), counting(counts):
+        frozen(images)
+    return counts
+
+
 SMALL = {"width": 16, "downsamplings": 2, "blocks": 2, "enhancer_blocks": 1, "discriminators": 2}
 HD = Pix2PixHD(enhancers=1, **SMALL)
 ENCODED = Pix2PixHD(enhancers=1, feature_encoder=True, feature_width=8, feature_downsamplings=2, **SMALL)
@@ -342,6 +360,8 @@ CASES = {
     ),
 }
 FLOAT32_TOO = {"pix2pix", "pix2pix, batch 4", "pix2pixHD global", "pix2pixHD joint"}
+U_NETS = {f"U-Net-256, batch {n}": Case(arch=Pix2Pix(), size=(256, 256), rows=n) for n in (1, 16, 64)}
+GENERATING = U_NETS
 PUBLISHED = {
     "pix2pixHD global 1024x512": Case(
         arch=Pix2PixHD(enhancers=1), labels=True, size=(512, 1024), enhancers=0, discriminators=2
@@ -349,7 +369,7 @@ PUBLISHED = {
     "pix2pixHD joint 2048x1024": Case(
         arch=Pix2PixHD(enhancers=1), labels=True, size=(1024, 2048), enhancers=1, discriminators=3
     ),
-    **{f"U-Net-256, batch {n}": Case(arch=Pix2Pix(), size=(256, 256), rows=n) for n in (1, 16, 64)},
+    **U_NETS,
 }
 
 
@@ -358,6 +378,9 @@ def results(cases: dict[str, Case]) -> Iterator[tuple[str, dict[str, Any]]]:
     from torch._subclasses import FakeTensorMode
 
     mode = FakeTensorMode()
+    for name, case in GENERATING.items():
+        with mode:
+            yield f"generating, {name}", generating(case).summary()
     for name, case in cases.items():
         for precision in ("bf16", "float32") if name in FLOAT32_TOO else ("bf16",):
             try:

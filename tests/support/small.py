@@ -105,9 +105,7 @@ def make_model(
             enhancers=0, width=8, downsamplings=2, blocks=1, feature_encoder=True, feature_width=4
         )
     else:
-        arch = Pix2Pix(
-            levels=5, width=64 if dropout else 8, norm=norm, dropout="paper" if dropout else "none"
-        )
+        arch = Pix2Pix(levels=5, width=8, norm=norm, dropout="paper" if dropout else "none")
     labels = source == "labels"
     inputs = InputSpec(
         source="labels" if labels else "image", classes=CLASSES if labels else None, instances=styles

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import re
+import weakref
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from stages.config.shard import AugmentConfig
 from stages.config.train import PhaseJob, TrainConfig, jobs
@@ -18,7 +21,7 @@ from stages.models.fast.process import tune_process
 from stages.models.step import Batch
 from stages.shards.dataset import DatasetSpec, RoleSpec
 from stages.training import loop, phases
-from stages.training.memory import estimate_memory, out_of_memory, shortage
+from stages.training.memory import SLACK, estimate_memory, out_of_memory, shortage
 
 SPEC = DatasetSpec(
     size=(256, 256),
@@ -80,6 +83,54 @@ def test_a_real_process_takes_what_was_estimated(settings: dict[str, Any]) -> No
     with ProcessPoolExecutor(1, mp_context=spawn) as pool:
         taken = pool.submit(measured, one.model_dump_json()).result()
     assert 0.9 * taken < estimate_memory(one, SPEC) < 1.35 * taken
+
+
+class PeakOfMeta(TorchDispatchMode):
+    """The most bytes that tensors on the meta device would take at once, from the first one made here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes_ = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._fused_adam_.tensor_lr:  # it makes no tensor, and the meta device lacks it
+            return None
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self._seen:
+            return
+        self._seen.add(storage._cdata)
+        self.bytes_ += storage.nbytes()
+        self.peak = max(self.peak, self.bytes_)
+        weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+
+    def _free(self, block: int, size: int) -> None:
+        self._seen.discard(block)
+        self.bytes_ -= size
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_the_estimate_is_near_the_peak_of_a_steps_tensors(checkpointing: bool) -> None:
+    """Counted without slack, on the meta device. When written: 1.23 of the peak; with checkpointing, 1.19."""
+    one = job(
+        precision="float32",
+        model={"kind": "pix2pixhd", "enhancers": 0, "width": 16, "blocks": 4, "discriminators": 2},
+        phases=[{"name": "global", "kind": "global", "epochs": 1, "batch": 2}],
+    )
+    meta = torch.device("meta")
+    images = torch.empty(2, 3, *SPEC.size, dtype=torch.uint8, device=meta)
+    with PeakOfMeta() as peak:
+        gan = loop.build(one, phases.input_spec(SPEC), meta, "float32", checkpointing=checkpointing)
+        for _ in range(2):
+            loop.update(gan, Batch(source=images, target=images), weights=one.losses)
+    estimate = estimate_memory(one, SPEC, checkpointing=checkpointing) / SLACK
+    assert 1 < estimate / peak.peak < 1.3
 
 
 def test_weights_gradients_and_moments_are_four_times_the_parameters() -> None:
