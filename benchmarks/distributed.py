@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import multiprocessing
 import os
 import statistics
@@ -257,9 +258,14 @@ class Account(threading.Thread):
                 self.samples.append((time.time(), busy, threads))
 
     def shares(self, start: float, end: float) -> dict[str, float]:
-        """Cores, between two times, of the threads that compute, of those beside them, of all else."""
+        """Cores, between two times, of the threads that compute, of those beside them, of all else.
+
+        NaN if training was too short for two samples.
+        """
         self.over.set()
         inside = [sample for sample in self.samples if start <= sample[0] <= end]
+        if len(inside) < 2:
+            return dict.fromkeys(("computing", "beside", "rest"), math.nan)
         (began, busy, before), (ended, busy_then, after) = inside[0], inside[-1]
         of_process = defaultdict(list)
         for (pid, thread), seconds in after.items():
