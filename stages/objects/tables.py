@@ -196,8 +196,6 @@ def _json_row(number: int, line: str) -> dict[str, str | None]:
             f"line {number}: not a JSON object but a {type(value).__name__}; write one object a line"
         )
     row = {_name(name): cell for name, cell in value.items()}
-    if len(row) < len(value):
-        raise ValueError(f"line {number}: a name is there twice, in small and capital letters: {line[:80]}")
     for name in COLUMNS:
         if not isinstance(row.get(name), str | None):
             raise ValueError(f"line {number}, column {name}: {json.dumps(row[name])[:80]} is no JSON string")

@@ -116,9 +116,6 @@ def on_actors(
     Each process builds `worker(job)` once and calls it with units: numbers whose meaning is in the job.
     Raises as `each` does.
 
-    Ray Data's scheduler runs in an actor (`streaming_split`): Ray's C++ prints an error for every actor of a
-    pool that starts, in the process that starts it, and no setting hides that one alone.
-
     most   processes at most
     """
     most = max(1, min(most, len(units)))
@@ -143,7 +140,7 @@ def on_actors(
             ),
         )
         data.set_name(stage)
-        yield from _values(stage, data.streaming_split(1)[0])
+        yield from _values(stage, data.streaming_split(1)[0])  # elsewhere: its C++ prints a line an actor
 
 
 class _Actor:

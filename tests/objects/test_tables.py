@@ -172,7 +172,6 @@ def test_what_spreadsheets_write_is_read(tmp_path: Path, data: bytes) -> None:
         ("t.jsonl", b'\n{"source": \n', "line 2: not JSON"),
         ("t.jsonl", b"[" * 100_000, "line 1: not JSON"),
         ("t.jsonl", b'{"source": "a", "key": 5}\n', "line 1, column key: 5 is no JSON string"),
-        ("t.jsonl", b'{"source": "a", "Source": "b"}\n', "line 1: a name is there twice"),
     ],
 )
 def test_a_table_that_cannot_be_read_says_where_and_what_is_expected(
