@@ -229,7 +229,9 @@ def run(
 
 
 def check(config: PhaseJob) -> None:
-    """Raise UserError for weights that are not there."""
+    """Raise UserError for weights that are not there, or that a phase cannot start from."""
+    if config.start_from is not None:
+        check_start(config)
     if config.losses.perceptual > 0 and config.vgg_weights is not None:
         storage.require(config.vgg_weights, "train.vgg_weights")
     if config.losses.lpips > 0 and config.lpips is not None:

@@ -189,6 +189,8 @@ def test_weights_that_are_not_there_are_named_before_training() -> None:
     job = phase_jobs(losses=losses, vgg_weights="/no.pth")[0]
     with pytest.raises(UserError, match=r"train.vgg_weights: /no.pth: there is no such file or folder"):
         train.check(job)
+    with pytest.raises(UserError, match=r"train.start_from: /no: there is no model.json"):
+        train.check(phase_jobs(start_from="/no")[0])
 
 
 def test_what_cannot_choose_a_model_is_refused_before_training(tmp_path: Path) -> None:
