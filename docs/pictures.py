@@ -343,7 +343,7 @@ def watch_cluster(folder: Path) -> None:
                     job = json.load(answer)[0]["job_id"]
                 page.goto(f"{ray}/#/jobs/{job}")
                 page.get_by_text("Ray Data Overview").first.click()
-                page.get_by_text("shard", exact=False).first.wait_for()
+                page.get_by_text(re.compile("^shard_")).first.wait_for()
                 top = page.get_by_text("Ray Data Overview").first.bounding_box()
                 clip = {"x": 0, "y": top["y"] - 20, "width": size["width"], "height": 740}
                 reduce(page.screenshot(clip=clip, full_page=True), folder / "ray_data.png")
