@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,8 +80,8 @@ class Place:
         self.folder = folder
         self.workspace = folder / "workspace"
         self.output = ""  # of the fixture's run
-        self._ray = tempfile.TemporaryDirectory(prefix="pl-", ignore_cleanup_errors=True)
-        self.ray = Path(self._ray.name)  # Unix sockets want short paths
+        self.ray = Path(tempfile.mkdtemp(prefix="pl-"))  # Unix sockets want short paths
+        weakref.finalize(self, shutil.rmtree, self.ray, ignore_errors=True)
         locations = [
             {"uri": str(data / layer), "role": role, "pattern": "{key}.png"}
             for layer, role in {"label": "source", "photo": "target", "instance": "instance"}.items()
