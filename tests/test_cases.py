@@ -123,7 +123,8 @@ IDS_0_TO_3 = {"s01", "s01b", "e30"}
 def test_a_case_is_read_whole(name: str, cases: Path, caplog: pytest.LogCaptureFixture) -> None:
     made = shards(config_file(cases, name))
     assert made.pairs == READ[name]
-    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    said = [text for text in warned if "suspects.csv" not in text]  # of ten pairs of noise it is a guess
     assert len(said) == len(WARNED.get(name, []))
     for text, wanted in zip(said, WARNED.get(name, []), strict=True):
         assert re.search(wanted, text)

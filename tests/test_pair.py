@@ -369,6 +369,7 @@ def test_whole_groups_meet_whatever_file_they_came_in(ray_local: None, tmp_path:
     outcome = run(tmp_path / "pairs")
     assert outcome.counts == {
         "pairs": 898, "train": 718, "val": 180, "test": 0, "rejected": 2, "reject_no_target": 2, "buffer": 0,
+        "excluded": 0,
     }  # fmt: skip
     pairs = read(tmp_path / "pairs", "part")
     assert sorted(pairs["key"].to_pylist()) == names[:-2]

@@ -242,7 +242,7 @@ def test_every_stage_reads_a_file_as_training_did(
         (image,) = translator.translate([sample.images["source"]], ids_of_pair)
         assert np.abs(made.astype(int) - image.astype(int)).max() <= 1
 
-    monkeypatch.setattr(baselines, "untrained_model", lambda _: model)
+    monkeypatch.setattr(baselines, "untrained_model", lambda *_: model)
     scoring = EvaluateConfig.model_validate(
         {"split": "train", "baselines": {"mean_target": False, "nearest": 0, "untrained": PAIRS}}
     )

@@ -14,11 +14,13 @@ import torch
 
 from stages.models.fast.process import gpu_environment
 from tests.support import pretended_memory
-from tests.support.pretended_gpu import autocast
 
 os.environ.update(gpu_environment())  # before CUDA starts
 PRETENDED = pretended_memory.VARIABLE in os.environ
-KEPT = [*pretended_memory.register(), *autocast()] if PRETENDED else []
+if PRETENDED:
+    from tests.support.pretended_gpu import autocast  # needs more packages than the tests do
+
+    KEPT = [*pretended_memory.register(), *autocast()]
 
 
 @pytest.fixture(autouse=True)

@@ -126,11 +126,13 @@ def test_mlflows_errors_are_one_line_and_a_run_without_a_model_is_named(
         assert str(caught.value).startswith(name)
         assert "\n" not in str(caught.value)
     client.log_text(run, "no model", "model/notes.txt")
-    with pytest.raises(UserError, match=rf"^runs:/{run}/model: MLflow holds no model\.json there"):
+    with pytest.raises(UserError, match=rf"^runs:/{run}: this run has logged no model"):
         description(f"runs:/{run}", uri)
+    with pytest.raises(UserError, match=rf"^runs:/{run}/model: MLflow holds no model\.json there"):
+        description(f"runs:/{run}/model", uri)
     client.log_artifacts(run, str(model), "model/artifacts/model")
-    assert description(f"runs:/{run}", uri) == description(str(model))
-    assert load_model(local_model(f"runs:/{run}", tmp_path, tracking_uri=uri))
+    assert description(f"runs:/{run}/model", uri) == description(str(model))
+    assert load_model(local_model(f"runs:/{run}/model", tmp_path, tracking_uri=uri))
     assert mlflow.get_tracking_uri() == former_server
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from stages import ingest, pair, shard
-from stages.shards import card
+from stages.shards import suspects
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def _in_turn(worker: type, job: Any, units: Sequence[int], **_: Any) -> Iterator
 def tasks_here() -> Iterator[None]:
     """The tasks of ingest, pair and shard run in this process, one after the other, and need no Ray."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (ingest, pair, shard, card):
+        for module in (ingest, pair, shard, suspects):
             patch.setattr(module, "each", _each_in_turn)
         yield
 
