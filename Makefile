@@ -16,9 +16,9 @@ run: $(VENV)/run.stamp ## draw sample data, train all three phases on it, write 
 	$(BIN)/python -m pipeline.sample sample --pairs 120 --size 256x128 --seed 0
 	$(BIN)/python -m pipeline.run
 
-# Three at a time on two cores: tests wait for stores and Ray's start; OpenMP's threads must not spin meanwhile.
-test: $(VENV)/test.stamp ## the tests, three at a time (21 minutes on 2 cores)
-	OMP_WAIT_POLICY=passive $(PYTEST) -m "not long" -n 3 --dist loadfile --no-loadscope-reorder
+# Of two at a time on two cores, OpenMP's threads of one must not spin while the other computes.
+test: $(VENV)/test.stamp ## the tests, two at a time (21 minutes on 2 cores)
+	OMP_WAIT_POLICY=passive $(PYTEST) -m "not long" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: $(VENV)/test.stamp ## what `make test` leaves out: submitted jobs, every recipe, sweeps, killed drivers
 	$(PYTEST) -m long
