@@ -106,7 +106,7 @@ class Place:
         """Run to the end in a process of its own; returns its output."""
         process = self.start(*words)
         try:
-            process.wait(timeout=500)
+            process.wait(timeout=900)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise
@@ -117,13 +117,13 @@ class Place:
     def stop_when(self, sent: signal.Signals, condition: Callable[[], bool], *words: str) -> int:
         """Start the run, and signal the driver as soon as the condition holds; its exit code."""
         process = self.start(*words)
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         while not condition():
             assert process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, "the moment to stop never came"
             time.sleep(0.05)
         process.send_signal(sent)
-        return process.wait(timeout=200)
+        return process.wait(timeout=400)
 
     def step(self, name: str) -> Path:
         """The one folder of a step."""
