@@ -140,7 +140,7 @@ def on_actors(
             ),
         )
         data.set_name(stage)
-        yield from _values(stage, data.streaming_split(1)[0])  # elsewhere: its C++ prints a line an actor
+        yield from _values(stage, data)
 
 
 class _Actor:

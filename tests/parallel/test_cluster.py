@@ -134,16 +134,13 @@ def test_processes_are_named_after_the_stage(ray_local: None) -> None:
 
 
 @pytest.mark.ray
-def test_actors_do_every_unit_and_their_errors_arrive_as_they_are(
-    ray_local: None, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_actors_do_every_unit_and_their_errors_arrive_as_they_are(ray_local: None) -> None:
     rows = dict(on_actors(Worker, "job", list(range(9)), stage="evaluate", most=2, gpu=False))
     assert {unit: row["square"] for unit, row in rows.items()} == {n: n**2 for n in range(9)}
     assert {row["job"] for row in rows.values()} == {"job"}
     for job in ("cannot start", "fail"):
         with pytest.raises(UserError, match=r"^evaluate\.lpips: no such file"):
             list(on_actors(Worker, job, [1], stage="evaluate", most=2, gpu=False))
-    assert "constructor arguments" not in capfd.readouterr().err  # Ray's C++, at every start of an actor
 
 
 def count_up(start: int) -> Iterator[int]:
