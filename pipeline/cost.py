@@ -118,6 +118,13 @@ class PlannedRun:
     """Operations per second of this machine, where they were measured."""
 
     @cached_property
+    def finished(self) -> Mapping[str, Mapping[str, Any]]:
+        """The markers of all finished steps in the workspace, by their folders' names."""
+        where = self.config.workspace
+        found = ((name, read_marker(storage.join(where, name))) for name in storage.list_folders(where))
+        return {name: marker for name, marker in found if marker is not None}
+
+    @cached_property
     def pairs(self) -> Mapping[str, float] | None:
         """Pairs of each split: counted, or by the listing and `pair.split`; None if tables list them."""
         markers = {p.step.name: p.marker for p in self.planned if p.marker is not None}
@@ -279,12 +286,13 @@ def earlier_rate(run: PlannedRun, p: PlannedStep) -> Rate | None:
     if p.step.stage == "train":
         workers = f"{run.config.resources.train_workers} on {'cuda' if run.gpu else 'cpu'}"
         notes = {"precision": run.precision(p), "workers": workers}
-    similar = []
-    for name in storage.list_folders(run.config.workspace):
-        if name.startswith(f"{p.step.stage}-"):
-            marker = read_marker(storage.join(run.config.workspace, name)) or {"resumed": True}
-            if marker.get("notes", {}) == notes and (notes or not marker.get("resumed")):
-                similar.append((-len(changes(marker, p.step, {})), marker["seconds"], name, marker))
+    similar = [
+        (-len(changes(marker, p.step, {})), marker["seconds"], name, marker)
+        for name, marker in run.finished.items()
+        if name.startswith(f"{p.step.stage}-")
+        and marker.get("notes", {}) == notes
+        and (notes or not marker.get("resumed"))
+    ]
     if not similar:
         return None
     *_, name, marker = max(similar, key=lambda one: one[:3])
@@ -490,7 +498,7 @@ def report(
     total = sum(one.seconds for one in found.values())
     gpu = torch.cuda.get_device_name() if run.device == "cuda" else "no GPU"
     lines.append(f"{'together':<15} {duration(total):>12}  on this machine: {cores():.0f} cores, {gpu}")
-    lines.append(f"{'error':<15} {expected_error(run.config.workspace)}")
+    lines.append(f"{'error':<15} {expected_error(run)}")
     if machine:
         hours = sum(one.seconds * one.machines for one in found.values()) / 3600
         price, sent = prices.hourly(machine), of_requests(run, list(found.values()), prices)
@@ -501,10 +509,10 @@ def report(
     return "\n".join([*lines, *choices(run, list(found.values()), available)]) + "\n"
 
 
-def expected_error(workspace: str) -> str:
+def expected_error(run: PlannedRun) -> str:
     """How far off the times of finished steps were that a plan had estimated."""
-    markers = [read_marker(storage.join(workspace, name)) for name in storage.list_folders(workspace)]
-    off = [abs(one["seconds"] / one["predicted"] - 1) for one in markers if one and one.get("predicted")]
+    estimated = [marker for marker in run.finished.values() if marker.get("predicted")]
+    off = [abs(marker["seconds"] / marker["predicted"] - 1) for marker in estimated]
     if not off:
         return f"{'unknown':>12}  no step here was estimated before it ran"
     middle = f"{statistics.median(off):.0%}"

@@ -87,6 +87,7 @@ def steps(config: PipelineConfig) -> tuple[Step, ...]:
             config=config.pair,
             needs={"objects": "ingest"},
             digest=(lambda: Seen(pair.digest(config.pair))) if config.pair.exclude else None,
+            check=lambda _: pair.check(config.pair),
             work=lambda at: pair.run(
                 config.pair, at.resources, output=at.output, track=at.track, objects=at.inputs["objects"]
             ),

@@ -307,7 +307,7 @@ def write(
         "workspace: workspace            # all that a run writes: a folder or a bucket\n\n"
         "# Images with the same {key}, {split} and {group} make a pair; * stands for any text.\n"
         f"ingest:\n  locations:\n{rows}{half}\n"
-        f"# Sides are multiples of {MULTIPLE}. Raise `classes` if files outside the sample have higher ids.\n"
+        f"# Sides are multiples of {MULTIPLE}. Raise `classes`, `range` if other files have higher values.\n"
         "shard:\n" + "".join(f"  {key}: {json.dumps(value)}\n" for key, value in shard.items())
     )
 

@@ -8,6 +8,8 @@ PixloomError
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from pydantic import ValidationError
 
@@ -24,6 +26,15 @@ class UserError(PixloomError):
 
 class StageError(PixloomError):
     """A stage failed. The message names the stage and what to look at; the cause is chained."""
+
+
+@contextmanager
+def named(key: str) -> Iterator[None]:
+    """Put the config key or option in front of a UserError's message."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
 
 
 def one_line(error: BaseException, *, limit: int = 300, kind: bool = False) -> str:

@@ -21,7 +21,6 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -33,7 +32,7 @@ import torch
 from stages import storage
 from stages.base import MAX_PIXELS, Kind, Outcome, Resources, Split
 from stages.config.infer import InferConfig, StyleConfig
-from stages.errors import StageError, UserError
+from stages.errors import StageError, UserError, named
 from stages.images import colour, decode, encode, geometry, geotiff, kinds, pictures
 from stages.images.geotiff import Tags, TiffRows
 from stages.images.kinds import Array, ImageRejected
@@ -225,7 +224,7 @@ class InferenceWorker:
         tune_process(job.device)
         with (
             tempfile.TemporaryDirectory(prefix="pixloom-model-") as temp,  # gone before Ray can end us
-            _named("infer.model"),
+            named("infer.model"),
         ):
             folder = local_model(job.model, Path(temp), weights=config.weights, tracking_uri=job.tracking_uri)
             model = load_model(folder, weights=config.weights, device=job.device)
@@ -465,15 +464,6 @@ def _read_style(name: str, uri: str | None, how: Kind | Picture) -> Array:
 # -- wiring --------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _named(key: str) -> Iterator[None]:
-    """Put the config key or option in front of a UserError's message."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from error
-
-
 def split_of(config: InferConfig, spec: DatasetSpec) -> Split:
     """The split of these shards to generate. Raises UserError if it has no pair."""
     return spec.scored_split(config.split, "infer.split")
@@ -499,10 +489,10 @@ def digest(config: InferConfig, tracking_uri: str | None = None) -> str:
         if is_shards(where.uri):
             texts.append(dataset.load(where.uri).digest())
         else:
-            with _named("infer.input"):
+            with named("infer.input"):
                 texts.append(inputs.plan(where, None).digest)
     if config.model:
-        with _named("infer.model"):
+        with named("infer.model"):
             texts.append(json.dumps(description(config.model, tracking_uri), sort_keys=True))
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
@@ -562,7 +552,7 @@ def prepare(
     model = config.model or model
     if not model:
         raise UserError(f"{model_key}: name a model; none was trained here")
-    with _named(model_key):
+    with named(model_key):
         manifest = description(model, tracking_uri)
     if config.overwrite:
         outputs.clear(output)
@@ -571,7 +561,7 @@ def prepare(
         where = location(config)
         shards = where.uri if is_shards(where.uri) else ""
         if not shards:
-            with _named(input_key):
+            with named(input_key):
                 begun = storage.exists(storage.join(output, outputs.MANIFEST))
                 plan = inputs.plan(where, None if begun else output)
     if plan is None:

@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stages import seeding, storage
-from stages.base import Outcome, Resources, Role, Split
+from stages.base import Outcome, Resources, Split
 from stages.config.report import ReportConfig
 from stages.errors import UserError, one_line
 from stages.images import decode, encode, geometry, pictures
@@ -53,8 +53,6 @@ BASE64 = 4 / 3
 SHEET_ROWS = 8  # of the overviews worst.png and best.png
 PAGE_BYTES = 300_000  # of style, script, curves and tables
 SUSPECT_SIDE = 192  # pixels
-
-ROLES: tuple[Role, ...] = ("source", "target")
 
 Picks = Mapping[str, tuple[Mapping[str, Any], tuple[str, ...]]]
 """By key: the image's row of metrics, and why it was picked (worst, best, sample)."""
@@ -241,7 +239,7 @@ def draw_suspects(shards: str, *, max_side: int, max_bytes: int) -> dict[str, li
     drawn: dict[str, PictureCard] = {}
     for (split, name), keys in by_file.items():
         for sample in dataset.read_file(shards, spec, split, name, keys):
-            pictures_of = {role: sample.picture(spec, role) for role in ROLES}
+            pictures_of = {role: sample.picture(spec, role) for role in suspects.ROLES}
             images: dict[str, str] = {
                 role: data_uri(picture, max_side=max_side, max_bytes=max_bytes)
                 for role, picture in pictures_of.items()

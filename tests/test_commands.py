@@ -61,7 +61,7 @@ REASONS = {
     "python3 -m pip": "installs packages",
     "python -m tests.support.pretended_gpu": "is large; tests/models/test_pretended_gpu.py runs it small",
     "python -m pipeline.run -c street.yaml --set train.start_from": "needs a model of the recipe's size; "
-    "tests/training/test_start.py trains from one",
+    "tests/training/test_start.py starts phases from small ones",
     "python -m chaos --seed 7 --minutes 60": "takes an hour; the same program runs with --count",
 }
 """Beginnings of commands that no test runs, and why; programs of others are in `test_docs.EXTERNAL`."""

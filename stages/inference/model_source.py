@@ -88,13 +88,13 @@ def mlflow_model(uri: str, tracking_uri: str | None = None) -> Path:
     if database is not None and not database.exists():
         raise UserError(f"{uri}: there is no MLflow database {database}; set tracking.uri")
     try:
-        if uri.startswith("runs:/") and uri.count("/") == 1:
-            outputs = MlflowClient(tracking_uri).get_run(uri.removeprefix("runs:/")).outputs.model_outputs
-            if not outputs:
-                raise UserError(f"{uri}: this run has logged no model")
-            uri = f"models:/{outputs[-1].model_id}"
         # MLflow's argument `tracking_uri` reaches the run store, but not the model registry.
         with tracking_server(tracking_uri), _fewer_retries():
+            if uri.startswith("runs:/") and uri.count("/") == 1:
+                outputs = MlflowClient().get_run(uri.removeprefix("runs:/")).outputs.model_outputs
+                if not outputs:
+                    raise UserError(f"{uri}: this run has logged no model")
+                uri = f"models:/{outputs[-1].model_id}"
             local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
     except (MlflowException, OSError) as error:
         raise UserError(f"{uri}: {one_line(error)}") from error

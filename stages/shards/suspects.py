@@ -46,6 +46,7 @@ ALIKE = 0.002  # how far from 1 the correlation of the thumbnails of near-duplic
 LEVELS = 4  # an image whose cells differ by fewer levels of 256 is constant
 MOST = 1000  # rows of suspects.csv of one kind
 EXAMPLES = 20
+ROLES: tuple[Role, ...] = ("source", "target")
 DRIFT = 0.6  # standard deviations between images by which a split's mean colour may differ
 CERTAIN = 5.0  # standard errors that such a difference must have
 ORDER: tuple[Split, ...] = ("test", "val", "train")  # an image is compared with those before it
@@ -99,10 +100,9 @@ _MEANS = np.kron(np.eye(GRID), np.full(SIDE // GRID, GRID / SIDE)).astype(np.flo
 def sign(images: Mapping[Role, Array], specs: Mapping[Role, RoleSpec]) -> dict[str, Any]:
     """What the search needs of a pair's source and target: the values of `SIGNS` without the key."""
     lightness = images["source"] if specs["source"].kind == "lab_l" else None
-    roles: tuple[Role, ...] = ("source", "target")
     small = [
         _small(pictures.picture(images[r], specs[r].kind, classes=specs[r].classes, lightness=lightness))
-        for r in roles
+        for r in ROLES
     ]
     edges = _edges(np.stack([np.asarray(image.convert("L")) for image in small]))
     strong = (_MEANS @ edges @ _MEANS.T * 11).astype(np.uint8)  # roots of at most 2 * 255
@@ -207,16 +207,20 @@ class Explanation:
         ours, theirs = _normed(predicted[:OTHERS], scales[0]), _normed(targets[:OTHERS], scales[1])
         sharp = float(np.median(sample["peak"].to_numpy()))
         fitted = cls(weights, scales, keys, ours, theirs, sharp)
-        usual = float(np.median(fitted.standing(sample))) if sample.num_rows >= LEAST else 0.0
-        return replace(fitted, usual=usual)
+        if sample.num_rows < LEAST:
+            return fitted
+        return replace(fitted, usual=float(np.median(fitted.standing(sample, *fitted.views(sample)))))
 
-    def standing(self, table: pa.Table) -> Floats:
+    def views(self, table: pa.Table) -> tuple[Floats, Floats]:
+        """What the sources predict and what the targets are, as `_normed` vectors."""
+        predicted = _features(_cells_of(table, "source")) @ self.weights
+        return _normed(predicted, self.scales[0]), _normed(_cells_of(table, "target"), self.scales[1])
+
+    def standing(self, table: pa.Table, ours: Floats, target: Floats) -> Floats:
         """How far each pair explains itself better than it explains others, in deviations over those.
 
-        Half of the agreement of its edges counts too.
+        Half of the agreement of its edges counts too. ours, target: from `views`.
         """
-        predicted, target = self._predicted(table), _normed(_cells_of(table, "target"), self.scales[1])
-        ours = _normed(predicted, self.scales[0])
         own = (ours * target).sum(axis=1)
         place = np.array([self.keys.get(key, -1) for key in table["key"].to_pylist()])
         counted = np.arange(len(self.keys)) != place[:, None]  # a pair is not compared with itself
@@ -226,16 +230,11 @@ class Explanation:
             total = total + (own - others.mean(axis=1, where=counted)) / spread / 2
         return np.asarray(total, np.float32)
 
-    def mirrored(self, table: pa.Table) -> Floats:
-        """How far the mirrored source explains the target better, as a difference of correlations."""
-        predicted, target = self._predicted(table), _normed(_cells_of(table, "target"), self.scales[1])
-        difference = _normed(predicted[:, :, ::-1], self.scales[0]) - _normed(predicted, self.scales[0])
-        better: Floats = (difference * target).sum(axis=1)
-        return better
 
-    def _predicted(self, table: pa.Table) -> Floats:
-        predicted: Floats = _features(_cells_of(table, "source")) @ self.weights
-        return predicted
+def better_mirrored(ours: Floats, target: Floats) -> Floats:
+    """How far the mirrored source explains the target better, as a difference of correlations."""
+    mirrored = ours.reshape(-1, GRID, GRID, FEATURES)[:, :, ::-1].reshape(ours.shape)
+    return np.asarray(((mirrored - ours) * target).sum(axis=1), np.float32)
 
 
 def _deviations(cells: Floats) -> Floats:
@@ -430,15 +429,15 @@ def judge(table: pa.Table, split: Split, shard: str, explanation: Explanation) -
     peak, center, mirrored, dx, dy = (
         table[name].to_numpy() for name in ("peak", "center", "mirrored", "dx", "dy")
     )
-    level = np.min(
-        [np.ptp(_stored_cells(table, r)[..., :3], axis=(1, 2)).max(axis=1) for r in ("source", "target")],
-        axis=0,
-    )
+    level = np.min([np.ptp(_stored_cells(table, r)[..., :3], axis=(1, 2)).max(axis=1) for r in ROLES], axis=0)
     usual = explanation.usual
-    standing = explanation.standing(table) if usual >= EXPLAINED else np.full(len(level), np.inf)
+    ours, theirs = explanation.views(table)
+    standing = np.full(len(level), np.inf)
+    if usual >= EXPLAINED:
+        standing = explanation.standing(table, ours, theirs)
     scores = {
         "constant": np.where(level < LEVELS, 1.0 + LEVELS - level, 0),
-        "mirrored": np.where(explanation.mirrored(table) > 0, (mirrored - center) / MIRRORED, 0),
+        "mirrored": np.where(better_mirrored(ours, theirs) > 0, (mirrored - center) / MIRRORED, 0),
         "shifted": np.where(
             (np.hypot(dx, dy) > SHIFT) & (peak > SHARP * explanation.sharp), (peak - center) / GAIN, 0
         ),
@@ -479,7 +478,7 @@ def search(
             suspects.append(Suspect("near_duplicate", key, split, 2 - apart / ALIKE, reason, shard))
             found.leaked[split] += leaked
             found.examples += [(key, other, apart)] if leaked else []
-        cells = np.concatenate([_stored_cells(table, role)[..., :3] for role in ("source", "target")], axis=3)
+        cells = np.concatenate([_stored_cells(table, role)[..., :3] for role in ROLES], axis=3)
         colours = cells.sum(axis=(1, 2), dtype=np.int64)
         found.colours[split] += np.stack([np.full(6, len(colours)), colours.sum(0), (colours**2).sum(0)])
     found.counts.update(suspect.kind for suspect in suspects)

@@ -10,7 +10,7 @@ from torch import nn
 
 from stages import storage
 from stages.config.train import PhaseJob, discriminators
-from stages.errors import StageError, UserError, first_invalid
+from stages.errors import StageError, UserError, first_invalid, named
 from stages.inference.model_source import description, model_folder
 from stages.models.architecture import Architecture, InputSpec, Pix2PixHD
 from stages.models.build import build_discriminator, build_generator, grow_discriminator, grow_generator
@@ -38,18 +38,14 @@ def check_start(job: PhaseJob, inputs: InputSpec | None = None) -> str:
     Raises UserError, naming the key, where there is no model, or where the phase cannot take its networks.
     """
     assert job.start_from is not None
-    key = f"train.start_from: {job.start_from}"
-    with storage.located(key):
+    with named("train.start_from"), storage.located(job.start_from):
+        content = description(model_folder(job.start_from))
         try:
-            content = description(model_folder(job.start_from))
-        except UserError as error:
-            raise UserError(f"train.start_from: {error}") from error
-    try:
-        there = Manifest.model_validate(content)
-    except ValidationError as error:
-        raise UserError(f"{key}: {MANIFEST}: {first_invalid(error)}") from error
-    if problem := _misfit(there, job, inputs or there.inputs):
-        raise UserError(f"{key}: {problem}")
+            there = Manifest.model_validate(content)
+        except ValidationError as error:
+            raise UserError(f"{job.start_from}: {MANIFEST}: {first_invalid(error)}") from error
+        if problem := _misfit(there, job, inputs or there.inputs):
+            raise UserError(f"{job.start_from}: {problem}")
     return fingerprint(content)
 
 
