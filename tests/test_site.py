@@ -60,6 +60,11 @@ def test_the_references_have_every_key_command_and_name(site: Path) -> None:
     assert ":::" not in python
 
 
+def test_every_page_of_the_docs_has_a_picture() -> None:
+    without = [page.name for page in ROOT.glob("docs/*.md") if "\n![" not in page.read_text()]
+    assert without == []
+
+
 def test_the_diagrams_show_every_step_and_every_package() -> None:
     shipped = load(str(ROOT / "pipeline.yaml"))
     drawn = (ROOT / "docs" / "steps.svg").read_text()
