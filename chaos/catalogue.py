@@ -19,8 +19,7 @@ import psutil
 
 from chaos.schedule import Fault
 from chaos.world import BUCKET, World
-from tests.stores.faults import Fault as Spoil
-from tests.stores.faults import FaultProxy
+from tests.stores.faults import Fault as Spoil, FaultProxy
 from tests.support.nodes import Node
 
 Undo = Callable[[], None]

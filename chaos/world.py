@@ -22,8 +22,7 @@ import yaml
 from chaos.history import History
 from pipeline import sample
 from stages import storage
-from tests.stores.faults import Fault as Spoil
-from tests.stores.faults import FaultProxy
+from tests.stores.faults import Fault as Spoil, FaultProxy
 from tests.stores.s3 import ACCESS_KEY, SECRET_KEY
 from tests.stores.seaweed import SeaweedS3
 from tests.support.mlflow_server import MlflowServer

@@ -15,8 +15,7 @@ from typing import Any
 
 import yaml
 
-from pipeline import cli
-from pipeline import config as configuration
+from pipeline import cli, config as configuration
 from stages.config.tracking import sqlite_file
 from stages.errors import PixloomError, UserError, one_line
 

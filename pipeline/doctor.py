@@ -20,8 +20,7 @@ from functools import partial
 from itertools import chain, islice
 from typing import Any
 
-from pipeline import cli
-from pipeline import config as configuration
+from pipeline import cli, config as configuration
 from pipeline.config import PipelineConfig
 from stages.config.ingest import LocationConfig
 from stages.errors import PixloomError, UserError, one_line

@@ -16,8 +16,7 @@ from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
-from pipeline import cli
-from pipeline import config as configuration
+from pipeline import cli, config as configuration
 from stages.config.ingest import LocationConfig
 from stages.config.locations import is_archive
 from stages.errors import UserError

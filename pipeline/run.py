@@ -14,8 +14,7 @@ from collections.abc import Sequence
 if not __package__:
     sys.exit("start it as a module, from the repository's folder: python -m pipeline.run")
 
-from pipeline import cli
-from pipeline import config as configuration
+from pipeline import cli, config as configuration
 
 HELP = """\
 Run the pipeline: ingest -> pair -> shard -> train (phase by phase) -> infer -> evaluate -> report.

@@ -31,7 +31,7 @@ import torch
 
 from stages import storage
 from stages.base import MAX_PIXELS, Kind, Outcome, Resources, Split
-from stages.config.infer import InferConfig, StyleConfig
+from stages.config.infer import InferConfig
 from stages.errors import StageError, UserError, named
 from stages.images import colour, decode, encode, geometry, geotiff, kinds, pictures
 from stages.images.geotiff import Tags, TiffRows
@@ -671,6 +671,3 @@ def generate(
             if done["images"]:
                 INFER_IMAGES.inc(done["images"])
             progress.advance(done["images"])
-
-
-__all__ = ["VERSION", "InferConfig", "StyleConfig", "digest", "run"]

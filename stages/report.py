@@ -496,6 +496,3 @@ def lede(summary: Mapping[str, Any], spec: DatasetSpec, phases: Sequence[str]) -
         sentence += f"; a model trained on {pairs:,} pairs in {len(phases)} {noun} ({names})"
     missing = f" {summary['num_missing']:,} targets have no image." if summary.get("num_missing") else ""
     return f"{sentence}.{missing}"
-
-
-__all__ = ["VERSION", "ReportConfig", "digest", "run"]

@@ -26,10 +26,7 @@ import tifffile
 import yaml
 from PIL import Image
 
-from pipeline import cli
-from pipeline import config as configuration
-from pipeline import infer as infer_command
-from pipeline import run as command
+from pipeline import cli, config as configuration, infer as infer_command, run as command
 from pipeline.dag import steps
 from pipeline.runner import execute, plan, select
 from pipeline.session import run_view

@@ -19,9 +19,7 @@ import pytest
 import torch
 
 from benchmarks import results
-from pipeline import config as configuration
-from pipeline import recipes, sample
-from pipeline import run as pipeline_run
+from pipeline import config as configuration, recipes, run as pipeline_run, sample
 from pipeline.config import PipelineConfig
 from pipeline.sweep import run as sweep
 from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD

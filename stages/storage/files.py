@@ -135,14 +135,14 @@ def remove(uri: str) -> None:
     fs.invalidate_cache()
 
     def delete() -> None:
-        if any(mark in path for mark in "*?["):  # s3fs would remove all that matches
+        if speaks(fs, "s3") and any(mark in path for mark in "*?["):  # s3fs would remove all that matches
             for file in fs.find(path, withdirs=True):
                 fs.rm_file(file)
         else:
             fs.rm(path, recursive=True)
 
     with suppress(FileNotFoundError):  # another process may remove it too
-        call_store(delete if speaks(fs, "s3") else lambda: fs.rm(path, recursive=True), uri)
+        call_store(delete, uri)
 
 
 def read_bytes(uri: str) -> bytes:

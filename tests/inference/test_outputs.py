@@ -7,8 +7,7 @@ from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from stages import storage
 from stages.inference import outputs

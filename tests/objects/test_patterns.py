@@ -6,8 +6,7 @@ import unicodedata
 
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from stages.config.locations import compile_pattern
 from stages.objects.patterns import bad_keys, canonical_splits, match

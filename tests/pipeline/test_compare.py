@@ -10,8 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline import compare
-from pipeline import config as configuration
+from pipeline import compare, config as configuration
 from pipeline.session import as_yaml
 from stages import storage
 from stages.tracking.run import open_parent

@@ -9,8 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline import config as configuration
-from pipeline import cost, session
+from pipeline import config as configuration, cost, session
 from pipeline.dag import steps
 from pipeline.run import main
 from pipeline.runner import MARKER, PREDICTED, PlannedStep, plan

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import __main__ as pixloom
-from pipeline import config as configuration
+from pipeline import __main__ as pixloom, config as configuration
 from pipeline.config import PipelineConfig
 from stages import storage
 from tests.stores.seaweed import SeaweedS3

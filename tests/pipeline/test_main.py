@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline import __main__ as pixloom
-from pipeline import config as configuration
+from pipeline import __main__ as pixloom, config as configuration
 from stages.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

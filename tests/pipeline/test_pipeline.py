@@ -23,8 +23,7 @@ import pytest
 import ray
 import yaml
 
-from pipeline import run as command
-from pipeline import sample
+from pipeline import run as command, sample
 from stages.shards import dataset
 
 pytestmark = pytest.mark.slow

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import config as configuration
-from pipeline import session
+from pipeline import config as configuration, session
 from pipeline.config import PipelineConfig
 from pipeline.dag import registration, steps
 from pipeline.runner import PlannedStep

@@ -46,8 +46,8 @@ def test_only_errors_of_the_location_are_the_users() -> None:
 
 
 def test_missing_credentials_are_no_passing_trouble() -> None:
-    assert not storage.passing(NoCredentialsError())
-    assert storage.passing(EndpointConnectionError(endpoint_url="http://x"))
+    assert not retry.passing(NoCredentialsError())
+    assert retry.passing(EndpointConnectionError(endpoint_url="http://x"))
 
 
 def test_our_own_faults_are_not_mistaken_for_the_stores() -> None:

@@ -11,8 +11,7 @@ import certifi
 import obstore
 import pytest
 from botocore.exceptions import NoCredentialsError
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from obstore.store import MemoryStore
 
 from stages import storage

@@ -20,8 +20,7 @@ from sqlalchemy.engine import make_url
 
 from stages.config.tracking import TrackingConfig, sqlite_file, sqlite_uri
 from stages.errors import UserError
-from stages.tracking import run as tracking
-from stages.tracking import sender
+from stages.tracking import run as tracking, sender
 from stages.tracking.run import NullRun, Run, open_parent
 from stages.tracking.sender import KEY_TAG, PROCESS_TAG, MetricRow
 

@@ -20,8 +20,6 @@ from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD
 from stages.models.build import build_discriminator, build_encoder, build_generator
 from stages.models.files import nvidia_names
 
-__all__ = ["Imported", "import_checkpoint"]
-
 State = Mapping[str, Tensor]
 
 MODEL_WEIGHT = r"model\.(\d+)\.weight"

@@ -31,17 +31,6 @@ from stages.models.architecture import InputSpec, Picture, Pix2Pix, Pix2PixHD, s
 from stages.models.files.saved import LoadedModel
 from stages.models.inputs import make_condition, padded_size, reflect_to, translate
 
-__all__ = [
-    "TOLERANCE",
-    "Exported",
-    "ExportedTranslator",
-    "example",
-    "export_model",
-    "largest_difference",
-    "onnx_bytes",
-    "program_bytes",
-]
-
 TOLERANCE = 0.002
 """Images in [-1, 1] may differ by a quarter of one of 256 levels: other runtimes sum in another order."""
 

@@ -37,17 +37,6 @@ from stages.models.pix2pix import PatchDiscriminator, PixelDiscriminator, UNet
 from stages.models.pix2pixhd import CoarseToFineGenerator, FeatureEncoder, MultiScaleDiscriminator
 from stages.models.styles import Styles
 
-__all__ = [
-    "MANIFEST",
-    "LoadedModel",
-    "Manifest",
-    "fingerprint",
-    "load_discriminator",
-    "load_model",
-    "read_manifest",
-    "save_model",
-]
-
 MANIFEST: Final = "model.json"
 WEIGHTS: Final = "weights.safetensors"
 EMA: Final = "ema.safetensors"
