@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
 
@@ -156,6 +156,17 @@ class Resources(Config):
     ] = None
 
 
+class Point(NamedTuple):
+    """One value of one curve after `step` steps and `images` images of a phase; in ms since 1970."""
+
+    step: int
+    images: int
+    epoch: int
+    name: str
+    value: float
+    time_ms: int
+
+
 @dataclass(frozen=True, slots=True)
 class Seen:
     """What the planner saw of a step's inputs from outside: a digest, and how many there are."""
@@ -183,6 +194,7 @@ __all__ = [
     "Kind",
     "Outcome",
     "Palette",
+    "Point",
     "PositiveInt",
     "Precision",
     "Range",

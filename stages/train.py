@@ -22,11 +22,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
@@ -54,7 +54,7 @@ from stages.config.train import (
 from stages.errors import PixloomError, StageError, UserError, cause
 from stages.models.architecture import Picture, Preprocessing
 from stages.models.fast.process import gpu_environment, tune_process
-from stages.parallel.cluster import service
+from stages.parallel.cluster import service, uses_gpu
 from stages.parallel.threads import own_cores
 from stages.scoring import efficientnet
 from stages.shards import dataset
@@ -63,7 +63,7 @@ from stages.shards.feed import Feed, read_here
 from stages.shards.readers import read_with_ray
 from stages.training import phases
 from stages.training.checkpoints import Position
-from stages.training.control import Courier, CurveSink, LostWorkers, NewsRecorder, reading
+from stages.training.control import Courier, LostWorkers, NewsRecorder, reading
 from stages.training.graph import CudaGraphs
 from stages.training.loop import Ending, Preview, Task, Worker, phase_seed, train_phase
 from stages.training.machine import machine_metrics
@@ -71,6 +71,9 @@ from stages.training.memory import estimate_memory, out_of_memory, shortage
 from stages.training.news import Channel, Mailbox, Note
 from stages.training.previews import Samples, pairs_to_choose_by
 from stages.training.start import check_start
+
+if TYPE_CHECKING:
+    from stages.tracking.run import Run
 
 __all__ = ["VERSION", "PhaseConfig", "PhaseJob", "TrainConfig", "check_start", "jobs", "run"]
 
@@ -83,28 +86,6 @@ STOP_S = 25.0  # for a last checkpoint after SIGTERM; `ray job stop` kills after
 logger = logging.getLogger(__name__)
 
 
-class TrackedRun(CurveSink, Protocol):
-    """What training writes to its MLflow run (`stages.tracking.run.Run`)."""
-
-    def run_id(self, wait: float = ...) -> str:
-        """MLflow's id, or "" if the server does not answer in time."""
-
-    def params(self, values: Mapping[str, Any]) -> None:
-        """Record settings."""
-
-    def curves(self, folder: str) -> None:
-        """Where the curves are kept, from which MLflow is completed."""
-
-    def artifact(self, name: str, data: bytes) -> None:
-        """Record a file."""
-
-    def dataset(self, name: str, *, uri: str, digest: str, context: str, counts: Mapping[str, int]) -> None:
-        """Record the data set."""
-
-    def model(self, name: str, *, folder: str, step: int) -> None:
-        """Record the phase's model with the values of its curves at a step."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Setup:
     """What Ray Train sends to every worker."""
@@ -113,9 +94,6 @@ class Setup:
     shards: str
     mailbox: Any
     gpu: bool
-    cuda_graph: bool
-    threads: int | None
-    stall_s: float
 
 
 # -- rules --------------------------------------------------------------------
@@ -160,7 +138,7 @@ def run(
     resources: Resources,
     *,
     output: str,
-    track: TrackedRun,
+    track: Run,
     shards: str,
     before: str = "",
 ) -> Outcome:
@@ -184,22 +162,9 @@ def run(
         output=output,
         before=before or config.start_from or "",
         run_id=track.run_id(wait=1.0),
-        checkpoint_images=resources.checkpoint_images,
-        checkpoint_seconds=resources.checkpoint_seconds,
-        keep_checkpoints=resources.keep_checkpoints,
-        checkpointing=resources.checkpointing,
-        compiled=resources.compile,
-        micro_batch=resources.micro_batch,
+        resources=resources,
     )
-    setup = Setup(
-        task=task,
-        shards=shards,
-        mailbox=mailbox,
-        gpu=resources.gpu if resources.gpu is not None else ray.cluster_resources().get("GPU", 0) >= 1,
-        cuda_graph=bool(resources.cuda_graph),
-        threads=resources.threads_per_worker,
-        stall_s=resources.collective_timeout_s,
-    )
+    setup = Setup(task=task, shards=shards, mailbox=mailbox, gpu=uses_gpu(resources))
     size = phase_size(config.model, config.phase, full_size(spec.size, config.augment))
     track.params(phases.compared(config, [config.phase], size))
     track.tags({"pixloom.phase": config.phase.name})
@@ -209,7 +174,7 @@ def run(
     recorder = NewsRecorder(label, task.rows * config.phase.epochs, track)
     try:
         with reading(mailbox, recorder.handle):
-            ending = _fit(setup, resources, label)
+            ending = _fit(setup, label)
     finally:
         recorder.finish()
     if ending.failure:
@@ -264,8 +229,9 @@ def _check(config: PhaseJob, resources: Resources, spec: DatasetSpec, shards: st
         )
 
 
-def _fit(setup: Setup, resources: Resources, label: str) -> Ending:
+def _fit(setup: Setup, label: str) -> Ending:
     """One Ray Train run. Raises StageError, in one line, if its workers failed too often."""
+    resources = setup.task.resources
     most, least = resources.train_workers, resources.train_workers_min
     trainer = TorchTrainer(
         _work,
@@ -351,17 +317,16 @@ def _work(config: dict[str, Any]) -> Ending:
 
 
 def _train(setup: Setup) -> Ending:
-    context = ray.train.get_context()
+    task, job, resources = setup.task, setup.task.job, setup.task.resources
+    context, workers_here = ray.train.get_context(), ray.train.get_context().get_local_world_size()
     device = ray.train.torch.get_device() if setup.gpu else torch.device("cpu")
     worker = Worker(
         rank=context.get_world_rank(),
         world=context.get_world_size(),
         device=device,
-        timeout_s=setup.stall_s,
     )
-    tune_process(device, save_memory=setup.task.checkpointing)
-    torch.set_num_threads(threads(setup.threads, context.get_local_world_size(), setup.gpu))
-    job = setup.task.job
+    tune_process(device, save_memory=resources.checkpointing)
+    torch.set_num_threads(threads(resources.threads_per_worker, workers_here, setup.gpu))
     spec = dataset.load(setup.shards)
     feed = Feed(
         setup.shards,
@@ -374,40 +339,39 @@ def _train(setup: Setup) -> Ending:
         augment=job.augment,
         scale=downscale(job.model, job.phase),
         device=device,
-        threads=decode_threads(context.get_local_world_size(), setup.gpu),
+        threads=decode_threads(workers_here, setup.gpu),
         epochs=job.phase.epochs,
         read=read_here if storage.is_local(setup.shards) else read_with_ray,
     )
     # only the worker that leads draws: the others need no networks to measure by
     samples: Preview = Samples(setup.shards, spec, job, device) if worker.leads else lambda *_: (None, {})
     channel = Channel(Courier(setup.mailbox))
-    if worker.leads and (shortage := memory_shortage(setup, spec, worker)):
+    if worker.leads and (shortage := memory_shortage(task, spec, worker)):
         channel.post(Note(shortage))
-    with _watched(channel, worker.rank, setup.stall_s):
+    with _watched(channel, worker.rank, resources.collective_timeout_s):
         return train_phase(
-            setup.task,
+            task,
             worker,
             feed,
             channel,
             samples,
             preempted=lambda: ray.train.get_preemption_info() is not None,
             load=lambda: machine_metrics(device, worker.rank if worker.world > 1 else None),
-            record=CudaGraphs() if setup.cuda_graph and device.type == "cuda" else None,
+            record=CudaGraphs() if resources.cuda_graph and device.type == "cuda" else None,
         )
 
 
-def memory_shortage(setup: Setup, spec: DatasetSpec, worker: Worker) -> str:
+def memory_shortage(task: Task, spec: DatasetSpec, worker: Worker) -> str:
     """A warning if a step is expected to need more memory than the worker's GPU has; else ""."""
     if worker.device.type != "cuda":
         return ""
-    task = setup.task
     needed = estimate_memory(
         task.job,
         spec,
         workers=worker.world,
-        micro_batch=task.micro_batch,
+        micro_batch=task.resources.micro_batch,
         gpu=True,
-        checkpointing=task.checkpointing,
+        checkpointing=task.resources.checkpointing,
     )
     there = torch.cuda.get_device_properties(worker.device).total_memory
     return shortage(needed, there, task.job)

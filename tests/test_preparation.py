@@ -180,7 +180,13 @@ def trained(folder: Path, shards: str, network: dict[str, Any]) -> Path:
     inputs = phases.input_spec(spec)
     ready, rows = preprocessing(job, spec), spec.rows("train")
     task = Task(
-        job=job, name="", inputs=inputs, preprocessing=ready, rows=rows, output=str(folder), before=""
+        job=job,
+        name="",
+        inputs=inputs,
+        preprocessing=ready,
+        rows=rows,
+        output=str(folder),
+        before="",
     )
     with Feed(shards, spec, threads=1, epochs=1) as feed:
         train_phase(task, Worker(), feed, Channel(Mailbox().post), lambda *_: (None, {}))

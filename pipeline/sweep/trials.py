@@ -24,10 +24,10 @@ from pipeline.config import PipelineConfig
 from pipeline.runner import PlannedStep
 from pipeline.sweep.config import Best, Range, SweepConfig
 from stages import storage
+from stages.base import Point
 from stages.scoring.intervals import Interval, difference
 from stages.scoring.table import of_images
 from stages.tracking.run import Run
-from stages.tracking.sender import MetricRow
 
 State = Literal["done", "stopped early", "failed", "to do"]
 
@@ -136,30 +136,28 @@ def _of_images(result: TrialResult, metric: str) -> pa.Table | None:
 class EpochReports:
     """A phase's MLflow run that also reports one curve's mean over each epoch, e.g. to Tune.
 
-    Rows come as the train stage sends them: a step's curves, then its epoch. `before`: the epochs of earlier
-    phases. `report` gets {curve: mean, "epoch": epochs so far} when the first row of the next epoch comes.
+    before   the epochs of earlier phases
+    report   gets {curve: mean, "epoch": epochs so far} when the first point of the next epoch comes
     """
 
     def __init__(self, run: Run, curve: str, before: int, report: Callable[[dict[str, Any]], None]) -> None:
         self._run, self._curve, self._before, self._report = run, curve, before, report
         self._epoch = 0
-        self._values: dict[int, float] = {}  # by step, of this epoch and of steps after it
+        self._values: dict[int, float] = {}  # by step, of this epoch
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._run, name)
 
-    def metrics_batch(self, rows: Iterable[MetricRow]) -> None:
-        """Record rows in MLflow, and report every epoch that they end."""
-        rows = list(rows)
-        self._run.metrics_batch(rows)
-        for row in rows:
-            if row.name == self._curve:
-                self._values[row.step] = row.value
-            elif row.name == "epoch" and row.value > self._epoch:
-                past = [self._values.pop(step) for step in list(self._values) if step < row.step]
-                if past:
+    def points(self, points: Sequence[Point]) -> None:
+        """Record points in MLflow, and report every epoch that they end."""
+        self._run.points(points)
+        for point in points:
+            if point.epoch > self._epoch:
+                if past := list(self._values.values()):
                     self._report({self._curve: float(np.mean(past)), "epoch": self._before + self._epoch + 1})
-                self._epoch = int(row.value)
+                self._epoch, self._values = point.epoch, {}
+            if point.name == self._curve and point.epoch == self._epoch:
+                self._values[point.step] = point.value
 
 
 def reporting(

@@ -17,7 +17,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -27,13 +27,12 @@ import numpy as np
 from PIL import Image
 
 from stages import storage
+from stages.base import Point
 from stages.config.tracking import ARTIFACTS, TrackingConfig, sqlite_file, sqlite_uri
 from stages.errors import UserError, one_line
 from stages.images import encode
 from stages.tracking import sender
-from stages.tracking.sender import Fact, MetricRow, Sender
-
-__all__ = ["MetricRow", "NullRun", "Run", "catch_up", "open_parent"]
+from stages.tracking.sender import Fact, Sender, shown
 
 LONGEST_VALUE = 6000  # characters; MLflow refuses longer parameter values
 
@@ -70,7 +69,7 @@ class Run:
         """The tracking server or database; "" if the run is not recorded."""
         return self.sender.uri if self.sender else ""
 
-    def _put(self, facts: Mapping[Fact, Any], rows: Iterable[MetricRow] = (), curves: str = "") -> None:
+    def _put(self, facts: Mapping[Fact, Any], rows: Iterable[Point] = (), curves: str = "") -> None:
         if self.sender:
             self.sender.put(self.key, facts, rows, curves)
 
@@ -83,9 +82,9 @@ class Run:
         now = _now_ms()
         self._put({("metric", allowed_name(n), step): (float(value), now) for n, value in values.items()})
 
-    def metrics_batch(self, rows: Iterable[MetricRow]) -> None:
-        """Record curves. A row at or before a step that MLflow already holds is left out."""
-        self._put({}, [MetricRow(allowed_name(r.name), float(r.value), r.step, r.time_ms) for r in rows])
+    def points(self, points: Sequence[Point]) -> None:
+        """Record points of curves. One at or before a step that MLflow already holds is left out."""
+        self._put({}, [point._replace(name=allowed_name(point.name)) for point in shown(points)])
 
     def curves(self, folder: str) -> None:
         """Name the folder of the phase whose curves MLflow is to hold when the run ends."""

@@ -19,11 +19,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 
 from stages import storage
+from stages.base import Point
 from stages.errors import PixloomError, one_line
 
 logger = logging.getLogger(__name__)
@@ -41,15 +42,6 @@ Fact = tuple[str | int, ...]
 """A kind, and names within it: ("param", name), ("metric", name, step), ("artifact", name), ("end",) ..."""
 
 
-class MetricRow(NamedTuple):
-    """One value of one metric. `time_ms` is when it was measured, in milliseconds since 1970."""
-
-    name: str
-    value: float
-    step: int
-    time_ms: int
-
-
 @dataclass
 class Record:
     """What MLflow may not hold yet of a run: facts, and values of curves in the order of their steps.
@@ -59,7 +51,7 @@ class Record:
     """
 
     facts: dict[Fact, Any] = field(default_factory=dict)
-    rows: list[MetricRow] = field(default_factory=list)
+    rows: list[Point] = field(default_factory=list)
     curves: str = ""
     is_full: bool = False
 
@@ -73,12 +65,28 @@ class Held:
     params: set[str] = field(default_factory=set)
 
 
-def missing(rows: Iterable[MetricRow], last_steps: Mapping[str, int]) -> list[MetricRow]:
-    """The rows whose metric has no value yet at that step or a later one: a restart repeats steps."""
-    return [row for row in rows if row.step > last_steps.get(row.name, -1)]
+def take_fresh(rows: Iterable[Point], last_steps: dict[str, int]) -> list[Point]:
+    """The rows whose curve has no value at that step or a later one, which they move: a restart repeats."""
+    fresh = []
+    for row in rows:
+        if row.step > last_steps.get(row.name, -1):
+            fresh.append(row)
+            last_steps[row.name] = row.step
+    return fresh
 
 
-def curve_rows(folder: str) -> list[MetricRow]:
+def shown(points: Sequence[Point]) -> list[Point]:
+    """Points as MLflow's page has them: with each step's images and epoch, without curves per layer."""
+    steps = {point.step: point for point in points}.values()
+    counts = [
+        p._replace(name=n, value=float(v))
+        for p in steps
+        for n, v in (("images", p.images), ("epoch", p.epoch))
+    ]
+    return [point for point in points if "/layer" not in point.name] + counts
+
+
+def curve_rows(folder: str) -> list[Point]:
     """The curves of a phase as MLflow shows them, from its result or else from its newest checkpoint."""
     if not folder:
         return []
@@ -86,16 +94,11 @@ def curve_rows(folder: str) -> list[MetricRow]:
     newest = [storage.join(checkpoints, name, "curves.parquet") for name in storage.list_folders(checkpoints)]
     for place in [storage.join(folder, "metrics.parquet"), *reversed(newest)]:
         try:
-            points = storage.read_parquet(place).to_pylist()
+            return shown([Point(**row) for row in storage.read_parquet(place).to_pylist()])
         except FileNotFoundError:  # not at its end, or a newer checkpoint has replaced it
             continue
         except (OSError, ValueError, PixloomError) as error:
             logger.warning("%s: these curves cannot be read, MLflow misses them: %s", place, one_line(error))
-            continue
-        rows = [MetricRow(p["name"], p["value"], p["step"], p["time_ms"]) for p in points]
-        steps = {point["step"]: point for point in points}.values()
-        seen = [MetricRow(n, p[n], p["step"], p["time_ms"]) for p in steps for n in ("images", "epoch")]
-        return [row for row in rows if "/layer" not in row.name] + seen
     return []
 
 
@@ -198,9 +201,7 @@ class Sender:
     def __reduce__(self) -> Any:
         return Sender, (self.uri, self.experiment, self.workspace)
 
-    def put(
-        self, key: str, facts: Mapping[Fact, Any], rows: Iterable[MetricRow] = (), curves: str = ""
-    ) -> None:
+    def put(self, key: str, facts: Mapping[Fact, Any], rows: Iterable[Point] = (), curves: str = "") -> None:
         """Add facts and values of curves to the run with this key. Of a parameter, the first value counts."""
         with self._changed:
             record = self._records.setdefault(key, Record())
@@ -352,15 +353,14 @@ class Sender:
             self._changed.notify_all()
         return held
 
-    def _send_rows(self, held: Held, rows: list[MetricRow]) -> None:
+    def _send_rows(self, held: Held, rows: list[Point]) -> None:
         from mlflow.entities import Metric  # noqa: PLC0415 - see connect
 
         while rows:
             batch = rows[:1000]
-            if fresh := missing(batch, held.steps):
+            if fresh := take_fresh(batch, held.steps):
                 metrics = [Metric(row.name, row.value, row.time_ms, row.step) for row in fresh]
                 self.client.log_batch(held.run_id, metrics=metrics)
-                held.steps |= {row.name: row.step for row in fresh}
             with self._changed:
                 del rows[: len(batch)]
                 self._changed.notify_all()

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import ray
 from ray.train import UserCallback
 
@@ -27,13 +26,15 @@ from stages.training.news import (
     Begin,
     News,
     Note,
-    Point,
     Points,
     Restart,
     SampleGrid,
     Saved,
     Stop,
 )
+
+if TYPE_CHECKING:
+    from stages.tracking.run import Run
 
 POLL_S = 1.0
 
@@ -97,29 +98,13 @@ def reading(mailbox: Any, handle: Callable[[Sequence[News]], None]) -> Iterator[
         ray.kill(mailbox)
 
 
-class CurveSink(Protocol):
-    """Where curves and pictures are recorded: an MLflow run."""
-
-    def metrics_batch(self, rows: Iterable[Any]) -> None:
-        """Record rows with `name`, `value`, `step` and `time_ms`."""
-
-    def tags(self, values: Mapping[str, str]) -> None:
-        """Record tags; a later value replaces an earlier one."""
-
-    def image(self, array: np.ndarray, key: str, step: int) -> None:
-        """Record a picture (H, W, 3) uint8 of a series."""
-
-
 @dataclass
 class NewsRecorder:
-    """Turns news into log lines and records, each point of a curve once: a restart repeats some."""
+    """Turns news into log lines and records. A restart repeats points, which MLflow takes once each."""
 
     label: str
     total_images: int
-    sink: CurveSink
-    _last_steps: dict[str, int] = field(default_factory=dict)
-    """The last recorded step of each curve."""
-    _last_step: int = -1
+    track: Run
     _pictured: int = -1
     _progress: Progress | None = None
     _text: str = ""
@@ -133,7 +118,10 @@ class NewsRecorder:
         for one in news:
             match one:
                 case Points(points):
-                    self._record(points)
+                    self.track.points(points)
+                    for point in points:
+                        if point.name in monitoring.CURVES:
+                            monitoring.CURVES[point.name].set(point.value, self._phase)
                 case Advance(images, text):
                     self._advance(images, text)
                 case Note(text):
@@ -145,11 +133,11 @@ class NewsRecorder:
                     monitoring.TRAIN_CHECKPOINT_SECONDS.set(seconds, self._phase)
                 case Begin(notes):
                     logger.info("%-13s %s", self.label, "  ".join(f"{name} {notes[name]}" for name in notes))
-                    self.sink.tags({f"pixloom.{name}": text for name, text in notes.items()})
+                    self.track.tags({f"pixloom.{name}": text for name, text in notes.items()})
                 case SampleGrid(images, step, pixels):
                     if images > self._pictured:
                         self._pictured = images
-                        self.sink.image(pixels, "samples", step)
+                        self.track.image(pixels, "samples", step)
 
     def finish(self) -> None:
         """Write the last progress line if it was not written yet; nothing flows any more."""
@@ -157,22 +145,6 @@ class NewsRecorder:
             gauge.set(0, self._phase)
         if self._progress is not None and self._text:
             self._progress.say(self._text)
-
-    def _record(self, points: Sequence[Point]) -> None:
-        fresh = [point for point in points if point.step > self._last_steps.get(point.name, -1)]
-        for point in fresh:
-            if point.name in monitoring.CURVES:
-                monitoring.CURVES[point.name].set(point.value, self._phase)
-        self._last_steps |= {point.name: point.step for point in fresh}
-        # curves per layer are in metrics.parquet only: they are too many for a page of charts
-        self.sink.metrics_batch(point for point in fresh if "/layer" not in point.name)
-        steps = {point.step: point for point in fresh if point.step > self._last_step}
-        self._last_step = max([self._last_step, *steps])
-        self.sink.metrics_batch(
-            point._replace(name=name, value=float(value))
-            for point in steps.values()
-            for name, value in (("images", point.images), ("epoch", point.epoch))
-        )
 
     def _advance(self, images: int, text: str) -> None:
         if self._progress is None or images < self._progress.done:

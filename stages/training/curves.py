@@ -15,9 +15,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from stages.base import Point
 from stages.models.copies import to_host
 from stages.training.checkpoints import Position
-from stages.training.news import Point
 
 SCHEMA = pa.schema(
     [

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from stages import storage
-from stages.base import Precision
+from stages.base import Point, Precision, Resources
 from stages.config.train import PhaseJob, discriminators
 from stages.errors import PixloomError, StageError
 from stages.images import encode
@@ -62,7 +62,6 @@ from stages.training.news import (
     Channel,
     Note,
     Order,
-    Point,
     Points,
     SampleGrid,
     Save,
@@ -97,13 +96,8 @@ class Task:
     rows: int
     output: str
     before: str
+    resources: Resources
     run_id: str = ""
-    checkpoint_images: int | None = None
-    checkpoint_seconds: float = 0.0
-    keep_checkpoints: int = 2
-    checkpointing: bool = False
-    compiled: bool = False
-    micro_batch: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +107,6 @@ class Worker:
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    timeout_s: float = 300.0
-    """After which a message between workers fails."""
 
     @property
     def leads(self) -> bool:
@@ -344,14 +336,15 @@ class Loop:
         self.load, self._load_measured = load, -math.inf
         self._checkpointed = time.monotonic()
         self._last_window: OpenPoint | None = None
-        self.messages = Messages(worker.world, worker.device, worker.timeout_s)
+        timeout_s = task.resources.collective_timeout_s
+        self.messages = Messages(worker.world, worker.device, timeout_s)
         self._has_rows = True  # whether this worker's pairs count in synchronised norms
         self.position, self.points = Position(), list[Point]()
         self.losses: dict[str, float] = {}
         self.stopped: Stop | None = None
         folder = storage.join(task.output, "checkpoints")
         self.writer = Writer(
-            folder, task.keep_checkpoints, self._note, lambda seconds: channel.post(Saved(seconds))
+            folder, task.resources.keep_checkpoints, self._note, lambda seconds: channel.post(Saved(seconds))
         )
         checkpoint, position = self._newest(folder)
         self.execution = cast(
@@ -362,8 +355,8 @@ class Loop:
             task.inputs,
             worker.device,
             self.execution.precision,
-            checkpointing=task.checkpointing,
-            compiled=task.compiled,
+            checkpointing=task.resources.checkpointing,
+            compiled=task.resources.compile,
         )
         if position is not None:
             self._resume(
@@ -378,7 +371,7 @@ class Loop:
         self.averager = GradientAverager(
             worker.world,
             wire=torch.bfloat16 if task.job.gradient_dtype == "bf16" else None,
-            group=new_group(worker.device, worker.timeout_s) if worker.world > 1 else None,
+            group=new_group(worker.device, timeout_s) if worker.world > 1 else None,
         )
         self.update: Step = self._update
         if record is not None:
@@ -404,18 +397,18 @@ class Loop:
 
     def _decide(self, position: Position | None) -> Execution:
         """How the phase is computed from this position on. Records it."""
-        task, worker = self.task, self.worker
+        task, worker, micro_batch = self.task, self.worker, self.task.resources.micro_batch
         images = 0 if position is None else position.images
         begun = None if position is None else execution.read(task.output)
         part = Part(images=images, workers=worker.world, device=worker.device.type)
-        decided = execution.decide(task.job, begun, task.micro_batch, best_precision(worker.device), part)
+        decided = execution.decide(task.job, begun, micro_batch, best_precision(worker.device), part)
         if decided != begun:
             execution.write(task.output, decided)
         self.channel.post(Begin(decided.notes()))
-        if decided.micro_batch != task.micro_batch:
+        if decided.micro_batch != micro_batch:
             self._note(
                 f"continues with micro_batch {decided.micro_batch}, as it began: the result depends on it "
-                f"(resources.micro_batch is {task.micro_batch})"
+                f"(resources.micro_batch is {micro_batch})"
             )
         return decided
 
@@ -469,7 +462,9 @@ class Loop:
         self.window.add(self.position.steps, losses, batch.share)
         order = self.orders.poll(self.position.steps)
         pictured = self.position.epoch > before.epoch and is_pictured(self.position.epoch, phase.epochs)
-        possible = order is not None or may_checkpoint(before, self.position, task.checkpoint_images)
+        possible = order is not None or may_checkpoint(
+            before, self.position, task.resources.checkpoint_images
+        )
         if possible or self.position.steps % job.log_every == 0:
             self._close_window(before.epoch, rate)
         if possible and (order is not None or pictured or self._is_checkpoint_old()):
@@ -497,14 +492,14 @@ class Loop:
     def _compilation(self, batch: Batch) -> AbstractContextManager[object]:
         """Run short batches of a compiled phase as they are: compiling for their shape takes a minute."""
         rows = self.task.job.phase.batch // self.worker.world
-        if not self.task.compiled or batch.source.shape[0] >= rows:
+        if not self.task.resources.compile or batch.source.shape[0] >= rows:
             return nullcontext()
         eagerly: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
         return eagerly
 
     def _is_checkpoint_old(self) -> bool:
         """Whether the last checkpoint is `checkpoint_seconds` old, by the clock of the worker that leads."""
-        seconds, leads = self.task.checkpoint_seconds, self.worker.leads
+        seconds, leads = self.task.resources.checkpoint_seconds, self.worker.leads
         if seconds == 0:
             return True
         return self.messages.any(leads and time.monotonic() - self._checkpointed >= seconds)

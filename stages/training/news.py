@@ -15,22 +15,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
+from stages.base import Point
 from stages.errors import PixloomError
-
-
-class Point(NamedTuple):
-    """One value of one curve after `step` steps and `images` images of the phase, in epoch `epoch`."""
-
-    step: int
-    images: int
-    epoch: int
-    name: str
-    value: float
-    time_ms: int
 
 
 @dataclass(frozen=True, slots=True)

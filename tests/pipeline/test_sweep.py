@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,9 @@ from pipeline.sweep.trials import (
     shared,
     variants,
 )
-from stages.base import Seen
+from stages.base import Point, Seen
 from stages.errors import UserError
 from stages.tracking.run import NullRun
-from stages.tracking.sender import MetricRow
 
 ROOT = Path(__file__).resolve().parents[2]
 YAML = str(ROOT / "pipeline.yaml")
@@ -207,18 +206,18 @@ def test_the_table_says_which_trials_are_not_told_apart_from_the_best(tmp_path: 
 
 
 class Record(NullRun):
-    """A run that keeps the rows it is sent."""
+    """A run that keeps the points it is sent."""
 
     def __init__(self) -> None:
         super().__init__()
-        object.__setattr__(self, "rows", [])
+        object.__setattr__(self, "kept", [])
 
-    def metrics_batch(self, rows: Iterable[MetricRow]) -> None:
-        self.rows.extend(rows)  # type: ignore[attr-defined]
+    def points(self, points: Sequence[Point]) -> None:
+        self.kept.extend(points)  # type: ignore[attr-defined]
 
 
-def rows(name: str, values: Mapping[int, float]) -> list[MetricRow]:
-    return [MetricRow(name, value, step, 0) for step, value in values.items()]
+def points(epoch: int, values: Mapping[int, float], name: str = "loss") -> list[Point]:
+    return [Point(step, 4 * step, epoch, name, value, 0) for step, value in values.items()]
 
 
 def test_a_curve_reaches_tune_as_its_mean_when_an_epoch_is_over() -> None:
@@ -226,16 +225,14 @@ def test_a_curve_reaches_tune_as_its_mean_when_an_epoch_is_over() -> None:
     reports: list[dict[str, Any]] = []
     run = Record()
     track = reporting(run, "train-local", trial.config, "loss", reports.append)
-    track.metrics_batch(rows("loss", {1: 1.0, 2: 3.0}))
-    track.metrics_batch(rows("epoch", {1: 0, 2: 0}))
-    track.metrics_batch(rows("loss", {3: 5.0}) + rows("other", {3: 99.0}))
+    track.points(points(0, {1: 1.0, 2: 3.0}))
     assert reports == []
-    track.metrics_batch(rows("epoch", {3: 1}))
+    track.points(points(1, {3: 5.0}) + points(1, {3: 99.0}, "other"))
     assert reports == [{"loss": 2.0, "epoch": 11}]
-    track.metrics_batch(rows("loss", {4: 7.0, 5: 1.0}))
-    track.metrics_batch(rows("epoch", {4: 1, 5: 2}))
+    track.points(points(0, {1: 1.0, 2: 3.0}) + points(1, {3: 5.0}))  # after a restart
+    track.points(points(1, {4: 7.0}) + points(2, {5: 1.0}))
     assert reports[1:] == [{"loss": 6.0, "epoch": 12}]
-    assert len(run.rows) == 11  # type: ignore[attr-defined]  MLflow gets every row
+    assert len(run.kept) == 9  # type: ignore[attr-defined]  MLflow gets every point
 
 
 def test_only_training_phases_report_epochs() -> None:

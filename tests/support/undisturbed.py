@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from stages import storage, train
+from stages.base import Resources
 from stages.config.train import PhaseJob, downscale
 from stages.shards import dataset
 from stages.shards.feed import Feed
@@ -68,7 +69,7 @@ def train_here(
     preview: Preview = lambda *_: (None, {}),
     **how: Any,
 ) -> Ending:
-    """A phase in this process. `how`: of its task; `prepare` may change the feed."""
+    """A phase in this process. `how`: of its resources; `prepare` may change the feed."""
     worker = worker or Worker()
     spec = dataset.load(shards)
     task = Task(
@@ -79,7 +80,7 @@ def train_here(
         rows=spec.rows("train"),
         output=output,
         before=before,
-        **how,
+        resources=Resources(**{"checkpoint_seconds": 0, **how}),
     )
     feed = feed_type(
         shards,

@@ -18,11 +18,16 @@ import numpy as np
 import pytest
 from sqlalchemy.engine import make_url
 
+from stages.base import Point
 from stages.config.tracking import TrackingConfig, sqlite_file, sqlite_uri
 from stages.errors import UserError
 from stages.tracking import run as tracking, sender
 from stages.tracking.run import NullRun, Run, open_parent
-from stages.tracking.sender import KEY_TAG, PROCESS_TAG, MetricRow
+from stages.tracking.sender import KEY_TAG, PROCESS_TAG
+
+
+def point(name: str, value: float, step: int) -> Point:
+    return Point(step, 4 * step, 0, name, value, 1000 + step)
 
 
 def test_settings_become_dotted_names_and_fit_the_server() -> None:
@@ -33,12 +38,18 @@ def test_settings_become_dotted_names_and_fit_the_server() -> None:
 
 
 def test_a_restarted_curve_goes_on_after_the_last_recorded_step() -> None:
-    rows = [MetricRow("loss", 0.5, step, 0) for step in range(5)] + [MetricRow("rate", 1.0, 0, 0)]
-    assert [(row.name, row.step) for row in sender.missing(rows, {"loss": 2})] == [
-        ("loss", 3),
-        ("loss", 4),
-        ("rate", 0),
-    ]
+    rows = [point("loss", 0.5, step) for step in (0, 1, 2, 3, 4, 3, 4, 5)] + [point("rate", 1.0, 0)]
+    last = {"loss": 2}
+    fresh = [(row.name, row.step) for row in sender.take_fresh(rows, last)]
+    assert fresh == [("loss", 3), ("loss", 4), ("loss", 5), ("rate", 0)]
+    assert last == {"loss": 5, "rate": 0}
+
+
+def test_a_page_shows_images_and_epochs_of_curves_but_no_layers() -> None:
+    names = ["generator/feature_matching/layer0", "generator/feature_matching/scale0"]
+    rows = sender.shown([point(name, 0.5, step) for step in (1, 2) for name in names])
+    assert {row.name for row in rows} == {names[1], "images", "epoch"}
+    assert [(row.step, row.value) for row in rows if row.name == "images"] == [(1, 4), (2, 8)]
 
 
 @pytest.mark.parametrize("uri", ["./mlruns", "file:///tmp/mlruns"])
@@ -81,7 +92,7 @@ def test_a_stage_leaves_its_params_metrics_pictures_and_files_in_mlflow(parent: 
     with parent.child("train-global", {"phase": "global"}) as child:
         child.params({"model": {"width": 8}})
         child.metrics({"l1": 0.25}, step=3)
-        child.metrics_batch([MetricRow("g", 1.0 / (step + 1), step, 1000 + step) for step in range(1500)])
+        child.points([point("g", 1.0 / (step + 1), step) for step in range(1500)])
         child.image(np.zeros((4, 6, 3), np.uint8), "samples", 1)
         child.artifact("tables/config.json", b"{}")
         child.dataset(
@@ -108,12 +119,12 @@ def test_an_error_is_the_runs_status(parent: Run, error: type[BaseException], st
 
 
 def test_a_child_with_the_same_key_is_continued_without_repeated_steps(parent: Run) -> None:
-    rows = [MetricRow("loss", float(step), step, step) for step in range(6)]
+    rows = [point("loss", float(step), step) for step in range(6)]
     first = parent.child("train", key="phase-1")
-    first.metrics_batch(rows[:4])
+    first.points(rows[:4])
     assert first.flush()
     again = pickle.loads(pickle.dumps(parent)).child("train", key="phase-1")  # noqa: S301
-    again.metrics_batch(rows[2:])
+    again.points(rows[2:])
     history = sender.connect(again.uri).get_metric_history(stored(again).info.run_id, "loss")
     assert sorted(m.step for m in history) == [0, 1, 2, 3, 4, 5]
 
@@ -180,9 +191,9 @@ def test_an_outage_delays_nothing_and_loses_nothing(
 ) -> None:
     gate.open = False
     child = parent.child("train")
-    child.metrics_batch([MetricRow("loss", 1.0, step, step) for step in range(3)])
+    child.points([point("loss", 1.0, step) for step in range(3)])
     assert not child.flush(wait=0.3)
-    child.metrics_batch([MetricRow("loss", 1.0, step, step) for step in range(3, 6)])
+    child.points([point("loss", 1.0, step) for step in range(3, 6)])
     assert not child.flush(wait=0.3)
     assert unsent(parent)
     gate.open = True

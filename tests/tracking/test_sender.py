@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from stages import storage
+from stages.base import Point
 from stages.config.tracking import TrackingConfig
 from stages.inference.model_source import tracking_server
 from stages.tracking import sender
 from stages.tracking.run import Run, catch_up, open_parent
-from stages.tracking.sender import KEY_TAG, MetricRow
+from stages.tracking.sender import KEY_TAG
 from stages.training import curves
-from stages.training.news import Point
 
 PICTURE = np.zeros((4, 6, 3), np.uint8)
 
@@ -39,8 +39,8 @@ def steps(run: Run, name: str) -> list[int]:
     return [metric.step for metric in sender.connect(run.uri).get_metric_history(run.run_id(), name)]
 
 
-def live(first: int, last: int) -> list[MetricRow]:
-    return [MetricRow("generator/gan", 1 / step, step, 1000 + step) for step in range(first, last + 1)]
+def live(first: int, last: int) -> list[Point]:
+    return [Point(s, 4 * s, 0, "generator/gan", 1 / s, 1000 + s) for s in range(first, last + 1)]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_curves_that_never_came_are_completed_at_the_end_each_value_once(parent:
     write_curves(f"{tmp_path}/metrics.parquet", 9)
     with parent.child("train-global") as child:
         child.curves(str(tmp_path))
-        child.metrics_batch(live(1, 4))
+        child.points(live(1, 4))
         assert child.flush()
     assert steps(child, "generator/gan") == list(range(1, 10))
     assert steps(child, "images") == list(range(1, 10))
@@ -80,7 +80,7 @@ def test_memory_is_bounded_and_the_rest_of_a_curve_comes_at_the_end(
     child = parent.child("train-global")
     child.curves(str(tmp_path))
     for step in range(1, 30):
-        child.metrics_batch(live(step, step))
+        child.points(live(step, step))
     child.end()
     assert child.flush()
     assert steps(child, "generator/gan") == list(range(1, 31))
@@ -167,7 +167,8 @@ def test_without_its_artifact_store_a_server_still_gets_everything_else(
 KILLED = """
 import os, signal, sys
 import numpy as np
-from stages.tracking.run import MetricRow, TrackingConfig, open_parent
+from stages.base import Point
+from stages.tracking.run import TrackingConfig, open_parent
 
 class Away:
     def __getattr__(self, name):
@@ -177,11 +178,11 @@ workspace, folder = sys.argv[1:]
 parent = open_parent(TrackingConfig(), "killed", None, workspace)
 known, new = parent.child("train-global", key="known"), parent.child("infer", key="new")
 known.curves(folder)
-known.metrics_batch([MetricRow("generator/gan", 1 / step, step, 1000 + step) for step in (1, 2)])
+known.points([Point(step, 4 * step, 0, "generator/gan", 1 / step, 1000 + step) for step in (1, 2)])
 done = parent.child("pair", key="done")
 assert parent.flush()
 parent.sender.client = Away()
-known.metrics_batch([MetricRow("generator/gan", 1 / 3, 3, 1003)])
+known.points([Point(3, 12, 0, "generator/gan", 1 / 3, 1003)])
 known.image(np.zeros((4, 6, 3), np.uint8), "samples", 3)
 done.metrics({"pairs": 7.0})
 done.artifact("pairs.txt", b"seven")

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from stages.base import Point
 from stages.errors import StageError, UserError, cause
 from stages.parallel.cluster import failure
 from stages.progress import Progress
@@ -28,7 +29,6 @@ from stages.training.news import (
     Mailbox,
     News,
     Note,
-    Point,
     Points,
     Restart,
     SampleGrid,
@@ -51,8 +51,8 @@ class Recorded:
     def tags(self, values: Mapping[str, str]) -> None:
         self.tagged |= values
 
-    def metrics_batch(self, rows: Any) -> None:
-        self.rows += rows
+    def points(self, points: Sequence[Point]) -> None:
+        self.rows += points
 
     def image(self, array: np.ndarray, key: str, step: int) -> None:
         self.pictures.append(step)
@@ -84,14 +84,10 @@ def test_a_permanent_failure_is_the_first_one() -> None:
     assert str(mailbox.permanent_failure()) == "damaged shard"
 
 
-def test_points_that_a_restart_repeats_are_recorded_once() -> None:
-    run = Recorded()
-    recorder = NewsRecorder("train-global", 100, run)
-    recorder.handle([Points([point(1), point(2)]), Points([point(2), point(3)])])
-    assert [row.step for row in run.rows if row.name == "generator/gan"] == [1, 2, 3]
-    assert [row.value for row in run.rows if row.name == "images"] == [4, 8, 12]
-    recorder.handle([Points([point(3, "validation/l1")])])
-    assert run.rows[-1].name == "validation/l1"
+def test_points_are_recorded() -> None:
+    run, points = Recorded(), [point(1), point(2), point(2, "validation/l1")]
+    NewsRecorder("train-global", 100, run).handle([Points(points[:1]), Points(points[1:])])
+    assert run.rows == points
 
 
 def test_how_a_phase_is_computed_is_logged_and_tagged(caplog: pytest.LogCaptureFixture) -> None:
@@ -114,13 +110,6 @@ def test_pictures_that_a_restart_repeats_are_recorded_once() -> None:
     grids = [SampleGrid(images, images // 4, np.zeros((2, 2, 3), np.uint8)) for images in (4, 8, 4, 8, 12)]
     NewsRecorder("train", 100, run).handle(grids)
     assert run.pictures == [1, 2, 3]
-
-
-def test_curves_per_layer_stay_out_of_the_charts() -> None:
-    run = Recorded()
-    names = ["generator/feature_matching/layer0", "generator/feature_matching/scale0"]
-    NewsRecorder("train", 1, run).handle([Points([point(1, name) for name in names])])
-    assert {row.name for row in run.rows} == {names[1], "images", "epoch"}
 
 
 def test_the_last_line_of_progress_is_always_written(caplog: pytest.LogCaptureFixture) -> None:

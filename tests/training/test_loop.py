@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stages.base import Resources
 from stages.config.shard import AugmentConfig
 from stages.config.train import PhaseJob, TrainConfig, jobs
 from stages.models.architecture import InputSpec, Preprocessing
@@ -75,18 +75,17 @@ class Rows:
             yield Batch(source=source, target=target)
 
 
-def task(output: Path, job: PhaseJob, **changes: Any) -> Task:
-    template = Task(
+def task(output: Path, job: PhaseJob, *, before: str = "", name: str = "name", **resources: Any) -> Task:
+    return Task(
         job=job,
-        name="name",
+        name=name,
         inputs=InputSpec(),
         preprocessing=Preprocessing(),
         rows=ROWS,
         output=str(output),
-        before="",
-        checkpoint_images=BATCH,
+        before=before,
+        resources=Resources(**{"checkpoint_images": BATCH, "checkpoint_seconds": 0, **resources}),
     )
-    return replace(template, **changes)
 
 
 def nothing(gan: GanState, measure: bool) -> tuple[np.ndarray | None, dict[str, float]]:
