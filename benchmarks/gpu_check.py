@@ -46,7 +46,7 @@ from benchmarks.train_step import Case, make_batch, our_gan, plain_gan, plain_st
 from stages.images import augment, geometry
 from stages.images.kinds import Array
 from stages.models.architecture import Pix2Pix, Pix2PixHD
-from stages.models.fast.accelerate import accelerate
+from stages.models.fast.frozen import freeze
 from stages.models.fast.process import set_tf32, tune_process
 from stages.models.gan import GanState, set_learning_rate
 from stages.models.inputs import make_condition
@@ -367,7 +367,7 @@ def infer(report: Report, options: argparse.Namespace) -> None:
             bf16 = precision == "bf16"
             with report.trying("infer", case=name, precision=precision):
                 dtype = torch.bfloat16 if bf16 else torch.float32
-                ours = accelerate(trained, device=report.device, frozen=dtype)
+                ours = freeze(trained, device=report.device, dtype=dtype)
 
                 def run(network: Any, images: Tensor, bf16: bool = bf16) -> None:
                     with (

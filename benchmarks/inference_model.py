@@ -23,6 +23,7 @@ from benchmarks.train_step import HD_INPUTS, Case, make_batch
 from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD
 from stages.models.build import build_generator
 from stages.models.fast.accelerate import accelerate
+from stages.models.fast.frozen import freeze
 from stages.models.fast.heap import keep_freed_memory, return_freed_memory
 from stages.models.inputs import make_condition
 from tests.reference.published_step import PlainGenerator, PlainUnet, copy_weights
@@ -51,7 +52,7 @@ def generator(
     if setting == "trained":
         network = accelerate(network, device="cpu")
     elif setting in ("frozen", "bf16"):
-        network = accelerate(network, device="cpu", frozen=torch.bfloat16 if bf16 else torch.float32)
+        network = freeze(network, device="cpu", dtype=torch.bfloat16 if bf16 else torch.float32)
     run: Callable[[Tensor], Tensor] = network
     if setting.startswith("compiled"):
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -39,9 +39,8 @@ import torch
 from PIL import Image
 
 from pipeline import config as configuration
-from stages import train
 from stages.base import Split
-from stages.config.train import PhaseJob
+from stages.config.train import PhaseJob, jobs
 from stages.images import geometry, pictures
 from stages.images.kinds import Array
 from stages.inference.translator import Translator
@@ -232,8 +231,8 @@ def main() -> int:
     elif options.config:
         config = configuration.load(options.config, options.set)
         with tempfile.TemporaryDirectory(prefix="learning-") as temp:
-            jobs = train.jobs(config.train, config.augment, config.evaluate)
-            sides = compare(jobs, options.shards, options.split, Path(temp))
+            phases = jobs(config.train, config.augment, config.evaluate)
+            sides = compare(phases, options.shards, options.split, Path(temp))
     else:
         p.error("name a recipe (-c) or --models")
     sys.stdout.write(table(sides) + "\n")

@@ -18,6 +18,7 @@ from stages import evaluate, infer, ingest, pair, report, shard, train
 from stages.base import Config, Outcome, Resources, Seen
 from stages.config.train import PhaseJob, jobs
 from stages.tracking.run import Run
+from stages.training.start import check_start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,7 +197,7 @@ def _phase(job: PhaseJob, before: PhaseJob | None) -> Step:
         version=train.VERSION,
         config=job,
         needs={"shards": "shard"} | ({"before": f"train-{before.phase.name}"} if before else {}),
-        digest=(lambda: Seen(train.check_start(job))) if job.start_from else None,
+        digest=(lambda: Seen(check_start(job))) if job.start_from else None,
         check=lambda _: train.check(job),
         work=lambda at: train.run(
             job,

@@ -41,15 +41,10 @@ from stages import storage
 from stages.base import Outcome, Resources
 from stages.config.evaluate import InceptionConfig, LpipsConfig
 from stages.config.train import (
-    PhaseConfig,
     PhaseJob,
-    TrainConfig,
     check_size,
     check_workers,
-    downscale,
     full_size,
-    jobs,
-    phase_size,
 )
 from stages.errors import PixloomError, StageError, UserError, cause
 from stages.models.architecture import Picture, Preprocessing
@@ -74,8 +69,6 @@ from stages.training.start import check_start
 
 if TYPE_CHECKING:
     from stages.tracking.run import Run
-
-__all__ = ["VERSION", "PhaseConfig", "PhaseJob", "TrainConfig", "check_start", "jobs", "run"]
 
 VERSION = 1
 RESIZE_S = 30.0  # between two checks for machines that joined, if the number of workers may vary
@@ -107,9 +100,8 @@ def job_name(job: PhaseJob, shards: str, before: str) -> str:
 
 def preprocessing(job: PhaseJob, spec: DatasetSpec) -> Preprocessing:
     """How inference has to prepare images so that they are as in this phase."""
-    full = full_size(spec.size, job.augment)
     return Preprocessing(
-        size=phase_size(job.model, job.phase, full),
+        size=job.size(spec.size),
         pictures={
             role: Picture.model_validate(one.model_dump(exclude={"encoding"}))
             for role, one in spec.roles.items()
@@ -165,8 +157,7 @@ def run(
         resources=resources,
     )
     setup = Setup(task=task, shards=shards, mailbox=mailbox, gpu=uses_gpu(resources))
-    size = phase_size(config.model, config.phase, full_size(spec.size, config.augment))
-    track.params(phases.compared(config, [config.phase], size))
+    track.params(phases.compared(config, [config.phase], config.size(spec.size)))
     track.tags({"pixloom.phase": config.phase.name})
     track.curves(output)
     track.artifact("phase.json", config.model_dump_json(indent=1).encode())
@@ -337,7 +328,7 @@ def _train(setup: Setup) -> Ending:
         rank=worker.rank,
         world=worker.world,
         augment=job.augment,
-        scale=downscale(job.model, job.phase),
+        scale=job.scale,
         device=device,
         threads=decode_threads(workers_here, setup.gpu),
         epochs=job.phase.epochs,

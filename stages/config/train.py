@@ -198,6 +198,15 @@ class PhaseJob(Recipe):
     """The network of `select: lpips` or `fid`."""
 
     @property
+    def scale(self) -> int:
+        """How many times smaller than the full images the phase's are, on each side."""
+        return downscale(self.model, self.phase)
+
+    def size(self, load: Size) -> Size:
+        """Width and height of the phase's images, of shards with images of size `load`."""
+        return phase_size(self.model, self.phase, full_size(load, self.augment))
+
+    @property
     def depends_on_micro_batch(self) -> bool:
         """Whether the pairs that are in memory together change the result."""
         dropout = isinstance(self.model, Pix2Pix) and self.model.dropout != "none"

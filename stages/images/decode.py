@@ -1,4 +1,4 @@
-"""Decode image files that nobody has checked, and the images of shards.
+"""Decode image files that nobody has checked.
 
 in:  the bytes of a file, and how to read it
 out: an array (H, W, C) of that kind, or ImageRejected with the reason
@@ -17,7 +17,7 @@ import imagecodecs
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from stages.base import MAX_PIXELS, Encoding, Kind
+from stages.base import MAX_PIXELS, Kind
 from stages.images import colour, deflate, tiff
 from stages.images.geometry import upright
 from stages.images.kinds import CHANNELS, IDS, Array, ImageRejected, dtype
@@ -241,31 +241,3 @@ def _exact(array: Array, kind: Kind) -> Array:
     if array.size and (array.min() < 0 or array.max() > top):
         raise ImageRejected("value_range", f"values {array.min()}..{array.max()}, {kind} holds 0..{top}")
     return np.ascontiguousarray(array.astype(dtype(kind)))
-
-
-def decode_stored(
-    data: bytes | memoryview, *, kind: Kind, encoding: Encoding, channels: int, size: tuple[int, int]
-) -> Array:
-    """A stored image as an array (H, W, C) of the kind's type; raw data is viewed, not copied.
-
-    Raises ImageRejected if the bytes are not that image. The caller verifies their checksum before.
-    """
-    width, height = size
-    kept = dtype(kind)
-    if encoding == "raw":
-        if len(data) != width * height * channels * kept.itemsize:
-            raise ImageRejected("unreadable", f"{len(data)} raw bytes for {width}x{height}x{channels} {kept}")
-        planar = np.frombuffer(data, kept).reshape(channels, height, width)
-        return np.moveaxis(planar, 0, 2)
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
-            grey = encoding == "webp" and channels == 1  # WebP has no grey
-            array = np.asarray(image.convert("L") if grey else image)
-    except Exception as error:  # as in `decode_image`
-        raise ImageRejected("unreadable", _text(error)) from error
-    array = array[:, :, None] if array.ndim == 2 else array
-    if array.shape != (height, width, channels):
-        raise ImageRejected(
-            "size_mismatch", f"{array.shape} is stored, {(height, width, channels)} is expected"
-        )
-    return array if array.dtype == kept else array.astype(kept)

@@ -1,7 +1,7 @@
-"""Encode arrays as the bytes stored in shards and as PNG files.
+"""Encode arrays as the bytes stored in shards and as PNG files, and decode what is stored.
 
 in:  an array (H, W, C) of a kind's type
-out: bytes, and their checksum
+out: bytes, and their checksum; and the reverse
 
 PNGs are written here rather than by Pillow: every row as its differences from the row above, deflated by
 ISA-L. Pillow tries five filters a row and deflates with zlib: seven times the time for an eighth fewer bytes
@@ -20,7 +20,7 @@ from PIL import Image
 
 from stages.base import Encoding, Kind
 from stages.images import deflate
-from stages.images.kinds import PHOTOS, Array
+from stages.images.kinds import PHOTOS, Array, ImageRejected, dtype
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -54,6 +54,34 @@ def encode_image(array: Array, encoding: Encoding, *, quality: int = 95) -> byte
     else:
         image.save(file, "WEBP", quality=quality)
     return file.getvalue()
+
+
+def decode_stored(
+    data: bytes | memoryview, *, kind: Kind, encoding: Encoding, channels: int, size: tuple[int, int]
+) -> Array:
+    """A stored image as an array (H, W, C) of the kind's type; raw data is viewed, not copied.
+
+    Raises ImageRejected if the bytes are not that image. The caller verifies their checksum before.
+    """
+    width, height = size
+    kept = dtype(kind)
+    if encoding == "raw":
+        if len(data) != width * height * channels * kept.itemsize:
+            raise ImageRejected("unreadable", f"{len(data)} raw bytes for {width}x{height}x{channels} {kept}")
+        planar = np.frombuffer(data, kept).reshape(channels, height, width)
+        return np.moveaxis(planar, 0, 2)
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
+            grey = encoding == "webp" and channels == 1  # WebP has no grey
+            array = np.asarray(image.convert("L") if grey else image)
+    except Exception as error:  # Pillow raises many kinds on bad bytes
+        raise ImageRejected("unreadable", f"{type(error).__name__}: {error}") from error
+    array = array[:, :, None] if array.ndim == 2 else array
+    if array.shape != (height, width, channels):
+        raise ImageRejected(
+            "size_mismatch", f"{array.shape} is stored, {(height, width, channels)} is expected"
+        )
+    return array if array.dtype == kept else array.astype(kept)
 
 
 def encode_ids(ids: npt.NDArray[np.uint8], colours: npt.NDArray[np.uint8]) -> bytes:

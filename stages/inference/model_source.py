@@ -10,7 +10,6 @@ with the location; the caller puts its config key or option before it.
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from urllib.parse import urlsplit
 from stages import storage
 from stages.config.tracking import sqlite_file
 from stages.errors import UserError, one_line
+from stages.inference.model_folder import folder_description, model_folder, parsed
 from stages.models.files.saved import DISCRIMINATOR, EMA, MANIFEST, WEIGHTS
 from stages.storage.local import download
 
@@ -35,28 +35,11 @@ def is_mlflow(uri: str) -> bool:
     return urlsplit(uri).scheme in MLFLOW_SCHEMES
 
 
-def model_folder(uri: str) -> str:
-    """The folder with `model.json`: `uri` or its folder `model/`. Raises UserError if neither has one."""
-    uri = storage.absolute(uri)
-    for folder in (uri, storage.join(uri, "model")):
-        if storage.exists(storage.join(folder, MANIFEST)):
-            return folder
-    raise UserError(f"{uri}: there is no {MANIFEST}, so this is no model folder")
-
-
 def description(uri: str, tracking_uri: str | None = None) -> dict[str, Any]:
     """The content of a model's `model.json`. Raises UserError if there is no model or the file is damaged."""
     if is_mlflow(uri):
-        content = (mlflow_model(uri, tracking_uri) / MANIFEST).read_bytes()
-    else:
-        content = storage.read_bytes(storage.join(model_folder(uri), MANIFEST))
-    try:
-        value = json.loads(content)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f"{uri}: {MANIFEST} is damaged")
-    return value
+        return parsed((mlflow_model(uri, tracking_uri) / MANIFEST).read_bytes(), uri)
+    return folder_description(uri)
 
 
 def local_model(

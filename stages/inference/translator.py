@@ -28,7 +28,7 @@ from stages.images.kinds import Array
 from stages.inference.tiled import FeatureMap, LayerByLayer
 from stages.models.architecture import Picture, size_multiple, uses_edges
 from stages.models.copies import to_device, to_host
-from stages.models.fast.accelerate import accelerate
+from stages.models.fast.frozen import freeze
 from stages.models.files.saved import LoadedModel
 from stages.models.inputs import make_condition, padded_size, reflect_to, reflected, translate, unit_range
 from stages.models.layers import noise_sources
@@ -71,7 +71,7 @@ class Translator:
     ) -> None:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self.device = next(model.generator.parameters()).device
-        generator = accelerate(model.generator, device=self.device, frozen=dtype)
+        generator = freeze(model.generator, device=self.device, dtype=dtype)
         if compiled:
             generator.compile()
         self.model = replace(model, generator=generator)

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from stages import storage
 from stages.base import Config, Encoding, Kind, Role, Split
 from stages.errors import StageError, UserError, first_invalid, one_line
-from stages.images import decode, encode, kinds, pictures
+from stages.images import encode, kinds, pictures
 from stages.images.kinds import Array, ImageRejected
 from stages.models.architecture import Picture
 from stages.shards.manifest import ShardFiles, from_json, from_table, to_table
@@ -161,7 +161,7 @@ def decode_role(data: memoryview | bytes, crc: int, role: RoleSpec, size: tuple[
     """A stored image (H, W, C), its checksum verified. Raises ImageRejected `unreadable` if it differs."""
     if encode.checksum(data) != crc:
         raise ImageRejected("unreadable", "its checksum differs from the one that the shard stage stored")
-    return decode.decode_stored(
+    return encode.decode_stored(
         data, kind=role.kind, encoding=role.encoding, channels=role.channels, size=size
     )
 

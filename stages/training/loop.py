@@ -28,7 +28,7 @@ from stages.base import Point, Precision, Resources
 from stages.config.train import PhaseJob, discriminators
 from stages.errors import PixloomError, StageError
 from stages.images import encode
-from stages.models.architecture import InputSpec, Pix2PixHD, Preprocessing
+from stages.models.architecture import InputSpec, Preprocessing
 from stages.models.copies import arrival
 from stages.models.fast.process import best_precision, deterministic
 from stages.models.files.saved import MANIFEST, save_model
@@ -672,7 +672,6 @@ def build(
 ) -> GanState:
     """The networks and optimizers of a phase, the weights a function of the seed."""
     phase = job.phase
-    layered = isinstance(job.model, Pix2PixHD)
     perceptual = None
     if job.losses.perceptual > 0:
         assert job.vgg_weights is not None
@@ -683,8 +682,8 @@ def build(
         job.model,
         inputs,
         weights=job.losses,
-        enhancers=phase.enhancers if layered else None,
-        discriminators=discriminators(job.model, phase) if layered else None,
+        enhancers=phase.enhancers,
+        discriminators=discriminators(job.model, phase),
         parts=phase.parts,
         learning_rate=phase.learning_rate,
         betas=job.optimizer.betas,

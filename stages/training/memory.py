@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from stages.config.train import PhaseJob, discriminators, full_size, phase_size
+from stages.config.train import PhaseJob, discriminators
 from stages.errors import one_line
 from stages.models.architecture import InputSpec, Parts, Pix2PixHD, discriminator_channels, generator_channels
 from stages.models.build import build_discriminator, build_encoder, build_generator, trainable_parts
@@ -109,7 +109,7 @@ def estimate_memory(
     """
     bf16 = job.precision == "bf16" or (gpu and job.precision is None)
     inputs = phases.input_spec(spec)
-    width, height = phase_size(job.model, job.phase, full_size(spec.size, job.augment))
+    width, height = job.size(spec.size)
     rows = -(-job.phase.batch // workers)
     rows = rows if micro_batch is None else min(rows, micro_batch)
     generator, encoder, discriminator = networks_without_memory(job, inputs, checkpointing)
@@ -134,19 +134,12 @@ def networks_without_memory(
     job: PhaseJob, inputs: InputSpec, checkpointing: bool = False
 ) -> tuple[nn.Module, FeatureEncoder | None, nn.Module]:
     """Generator, encoder and discriminator of a phase on the meta device, which computes shapes only."""
-    layered = isinstance(job.model, Pix2PixHD)
+    model, phase = job.model, job.phase
     with torch.device("meta"):
         return (
-            build_generator(
-                job.model,
-                inputs,
-                enhancers=job.phase.enhancers if layered else None,
-                checkpointing=checkpointing,
-            ),
-            build_encoder(job.model, inputs),
-            build_discriminator(
-                job.model, inputs, discriminators=discriminators(job.model, job.phase) if layered else None
-            ),
+            build_generator(model, inputs, enhancers=phase.enhancers, checkpointing=checkpointing),
+            build_encoder(model, inputs),
+            build_discriminator(model, inputs, discriminators=discriminators(model, phase)),
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from stages.config.train import PhaseJob, full_size, phase_size
+from stages.config.train import PhaseJob
 from stages.models.architecture import Pix2PixHD, discriminator_channels, generator_channels
 from stages.models.build import trainable_parts
 from stages.shards.dataset import DatasetSpec
@@ -23,7 +23,7 @@ VGG_PER_PIXEL = 7.2e5
 
 def step_operations(job: PhaseJob, spec: DatasetSpec, size: tuple[int, int] | None = None) -> float:
     """Operations of a training step for each pair. `size`: of the images, if not the phase's."""
-    width, height = size or phase_size(job.model, job.phase, full_size(spec.size, job.augment))
+    width, height = size or job.size(spec.size)
     inputs = phases.input_spec(spec)
     generator, encoder, discriminator = networks_without_memory(job, inputs)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stages.base import Role, Split
 from stages.config.evaluate import InceptionConfig, LpipsConfig
-from stages.config.train import PhaseJob, downscale
+from stages.config.train import PhaseJob
 from stages.images import geometry, kinds, pictures
 from stages.images.augment import apply, centre
 from stages.images.kinds import Array
@@ -42,9 +42,8 @@ def fixed(sample: Sample, spec: DatasetSpec, job: PhaseJob) -> dict[Role, Array]
     """A pair's images as the phase would see them without jitter: the middle, at the phase's resolution."""
     crop = job.augment.crop
     middle = centre(spec.size, crop)
-    scale = downscale(job.model, job.phase)
     return {
-        role: geometry.shrink(apply(image, middle, spec.size, crop), scale, spec.roles[role].kind)
+        role: geometry.shrink(apply(image, middle, spec.size, crop), job.scale, spec.roles[role].kind)
         for role, image in sample.images.items()
     }
 

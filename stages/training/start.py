@@ -11,7 +11,7 @@ from torch import nn
 from stages import storage
 from stages.config.train import PhaseJob, discriminators
 from stages.errors import StageError, UserError, first_invalid, named
-from stages.inference.model_source import description, model_folder
+from stages.inference.model_folder import folder_description, model_folder
 from stages.models.architecture import Architecture, InputSpec, Pix2PixHD
 from stages.models.build import build_discriminator, build_generator, grow_discriminator, grow_generator
 from stages.models.ema import Ema
@@ -39,7 +39,7 @@ def check_start(job: PhaseJob, inputs: InputSpec | None = None) -> str:
     """
     assert job.start_from is not None
     with named("train.start_from"), storage.located(job.start_from):
-        content = description(model_folder(job.start_from))
+        content = folder_description(model_folder(job.start_from))
         try:
             there = Manifest.model_validate(content)
         except ValidationError as error:

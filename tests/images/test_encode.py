@@ -31,7 +31,7 @@ def test_what_is_stored_comes_back(kind: Kind, encoding: Encoding):
         array = RNG.integers(0, np.iinfo(kinds.dtype(kind)).max, (10, 12, channels)).astype(kinds.dtype(kind))
     kept = encode.stored_encoding(kind, encoding)
     data = encode.encode_image(array, kept, quality=95)
-    back = decode.decode_stored(data, kind=kind, encoding=kept, channels=channels, size=(12, 10))
+    back = encode.decode_stored(data, kind=kind, encoding=kept, channels=channels, size=(12, 10))
     assert back.dtype == array.dtype
     if kept in ("jpeg", "webp"):
         assert kind in kinds.PHOTOS
@@ -44,7 +44,7 @@ def test_a_stored_image_of_another_size_is_refused():
     for encoding in ("raw", "png"):
         data = encode.encode_image(noise(10, 12), encoding)
         with pytest.raises(ImageRejected):
-            decode.decode_stored(data, kind="rgb", encoding=encoding, channels=3, size=(11, 10))
+            encode.decode_stored(data, kind="rgb", encoding=encoding, channels=3, size=(11, 10))
 
 
 # -- PNG ---------------------------------------------------------------------

@@ -14,12 +14,12 @@ from mlflow import MlflowClient
 
 from stages import storage
 from stages.errors import UserError
+from stages.inference.model_folder import model_folder
 from stages.inference.model_source import (
     description,
     is_mlflow,
     local_model,
     mlflow_model,
-    model_folder,
     tracking_server,
 )
 from stages.models.files.saved import DISCRIMINATOR, EMA, MANIFEST, WEIGHTS, fingerprint, load_model

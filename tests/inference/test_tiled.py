@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stages.inference import tiled
 from stages.inference.tiled import FeatureMap, LayerByLayer
-from stages.models.fast.accelerate import accelerate
+from stages.models.fast.frozen import freeze
 from stages.models.layers import initialise, noise_sources
 from stages.models.pix2pix import UNet
 from stages.models.pix2pixhd import CoarseToFineGenerator
@@ -76,7 +76,7 @@ def hd(enhancers: int, **settings: object) -> CoarseToFineGenerator:
 def test_a_picture_in_bands_is_the_picture_at_once(network: nn.Module, fast: bool) -> None:
     network = trained(network)
     if fast:
-        network = accelerate(network, device="cpu", frozen=torch.float32)
+        network = freeze(network, device="cpu", dtype=torch.float32)
     x = torch.rand(1, 3, 96, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.inference_mode():
         whole = network(x.contiguous(memory_format=torch.channels_last))

@@ -15,8 +15,9 @@ from pipeline.dag import steps
 from pipeline.runner import plan
 from pipeline.sweep.config import load as load_sweep
 from pipeline.sweep.trials import make_trials
-from stages import evaluate, infer, ingest, pair, shard, train
+from stages import evaluate, infer, ingest, pair, shard
 from stages.base import Resources
+from stages.config.train import jobs
 from stages.models.files.saved import load_model
 from stages.shards import dataset
 from stages.tracking.run import NullRun
@@ -240,7 +241,7 @@ def test_a_recipe_trains_two_steps_a_phase_and_generates(
     config = small(recipe, "paper")
     shards = prepared(config)
     spec = dataset.load(shards)
-    model, num_steps = learning.trained(train.jobs(config.train, config.augment), shards, tmp_path)
+    model, num_steps = learning.trained(jobs(config.train, config.augment), shards, tmp_path)
     assert num_steps >= 2 * len(config.train.phases)
     samples = list(dataset.read_split(shards, spec, config.infer.split))
     images = learning.translated(load_model(model), samples, stochastic=config.infer.stochastic)
@@ -255,7 +256,7 @@ def test_a_recipe_trains_two_steps_a_phase_and_generates(
 def test_what_a_recipe_trained_generates_and_is_scored(name: str, prepared: Prepare, tmp_path: Path) -> None:
     config = small(ROOT / "recipes" / f"{name}.yaml", "cpu")
     shards = prepared(config)
-    model, _ = learning.trained(train.jobs(config.train, config.augment), shards, tmp_path)
+    model, _ = learning.trained(jobs(config.train, config.augment), shards, tmp_path)
     resources = Resources(io_threads=2, infer_actors=1)
     images, scores = (str(tmp_path / folder) for folder in ("images", "scores"))
     infer.run(config.infer, resources, output=images, track=NullRun(), model=str(model), shards=shards)

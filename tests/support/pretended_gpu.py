@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from stages.base import Precision
 from stages.models.architecture import InputSpec, Parts, Pix2Pix, Pix2PixHD
 from stages.models.build import build_generator
-from stages.models.fast.accelerate import accelerate
+from stages.models.fast.frozen import freeze
 from stages.models.files.vgg import VGG19Features
 from stages.models.gan import build_gan
 from stages.models.objective import paper_weights
@@ -317,7 +317,7 @@ def run(case: Case, precision: Precision) -> Counts:
 def generating(case: Case) -> Counts:
     """The counts of generating in bf16, a batch at a time."""
     generator = build_generator(case.arch, InputSpec(), enhancers=case.enhancers).eval().to(DEVICE)
-    frozen = accelerate(generator, device=DEVICE, frozen=torch.bfloat16)
+    frozen = freeze(generator, device=DEVICE, dtype=torch.bfloat16)
     images = torch.empty(case.rows, 3, *case.size, device=DEVICE, memory_format=torch.channels_last)
     counts = Counts()
     with torch.no_grad(), torch.autocast(NAME, torch.bfloat16), counting(counts):

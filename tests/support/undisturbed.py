@@ -13,7 +13,7 @@ import torch.multiprocessing
 
 from stages import storage, train
 from stages.base import Resources
-from stages.config.train import PhaseJob, downscale
+from stages.config.train import PhaseJob
 from stages.shards import dataset
 from stages.shards.feed import Feed
 from stages.training import curves, phases
@@ -90,7 +90,7 @@ def train_here(
         rank=worker.rank,
         world=worker.world,
         augment=job.augment,
-        scale=downscale(job.model, job.phase),
+        scale=job.scale,
         epochs=job.phase.epochs,
     )
     prepare(feed)

@@ -1,4 +1,4 @@
-"""Convolutions with frozen weights, for CPU inference: the same sums from weights that are prepared once.
+"""Networks with frozen weights, for inference: on CPUs the same sums, from weights that are prepared once.
 
 A layer prepares its weights at the first batch that needs it.
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages.models.fast import wide, winograd
+from stages.models.fast.accelerate import ON_GPUS, Network, Replacements, channels_last, faster_copy
 from stages.models.fast.products import PackedMatrix
 from stages.models.fast.wide import WideConv, WideTransposedConv, add_bias
-from stages.models.layers import ResizeConv
+from stages.models.layers import Conv, ResizeConv, TransposedConv
 
 MIN_UPSAMPLED = 2**17
 """Numbers of a sample from which `transposed_conv_to_few` is faster: 32 channels of 64x64."""
@@ -32,17 +33,16 @@ class FrozenConv(WideConv):
             y = self._filter(x, padding=padding, reflect=reflect)
             y = y.contiguous(memory_format=torch.channels_last)
         elif wide.suits(x, self.weight, self.output_rows(x)):
-            y = wide.packed_conv(
-                x,
-                self._matrix,
-                kernel=self.kernel_size[0],
-                stride=self.stride[0],
-                padding=padding,
-                reflect=reflect,
-            )
+            y = self._product(x, padding, reflect)
         else:
             return super().forward(x)
         return add_bias(y, None if self.inert_bias else self.bias)
+
+    @wide.without_autocast
+    def _product(self, x: Tensor, padding: int, reflect: bool) -> Tensor:
+        padded = wide.pad(x.to(self._matrix.dtype), padding, reflect)
+        patches, height, width = wide.patches_of(padded, self.kernel_size[0], self.stride[0])
+        return self._matrix.product(patches).view(len(x), height, width, -1).permute(0, 3, 1, 2)
 
     @cached_property
     def _filter(self) -> winograd.Filter:
@@ -66,7 +66,8 @@ class FrozenTransposedConv(WideTransposedConv):
         if wide.suits(x, self.weight, self.input_rows(x)):
             if not _prepared(x, self.weight):
                 return super().forward(x, output_size)
-            return add_bias(wide.packed_transposed_conv(x, self._matrix, kernel=self.kernel_size[0]), bias)
+            products = self._matrix.product(wide.rows_of(x.to(self._matrix.dtype)))
+            return add_bias(wide.doubled(products, x.shape, self.kernel_size[0]), bias)
         to_few = self.kernel_size[0] == 4 and self.out_channels <= 4
         if to_few and not torch.is_grad_enabled() and x[0].numel() >= MIN_UPSAMPLED:
             return transposed_conv_to_few(x, self.weight, bias)
@@ -75,6 +76,23 @@ class FrozenTransposedConv(WideTransposedConv):
     @cached_property
     def _matrix(self) -> PackedMatrix:
         return PackedMatrix(wide.as_matrix(self.weight))
+
+
+FROZEN: Replacements = {Conv: FrozenConv, ResizeConv: FrozenResizeConv, TransposedConv: FrozenTransposedConv}
+
+
+def freeze(network: Network, *, device: torch.device | str, dtype: torch.dtype) -> Network:
+    """A copy of the network in faster modules, under the same names, whose weights never change again.
+
+    It shares the weights' memory; those of convolutions are in `dtype`, in which the network will be run. On
+    CPUs, wide layers keep a second, prepacked copy from their first batch on.
+    """
+
+    def frozen(parameter: nn.Parameter) -> nn.Parameter:
+        value = channels_last(parameter).detach()
+        return nn.Parameter(value.to(dtype) if value.ndim == 4 else value, requires_grad=False)
+
+    return faster_copy(network, FROZEN if torch.device(device).type == "cpu" else ON_GPUS, frozen)
 
 
 def _prepared(x: Tensor, weight: Tensor) -> bool:

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from stages.models.fast.products import PackedMatrix
 from stages.models.layers import Conv, ResizeConv, TransposedConv
 
 MAX_ROWS = 1024
@@ -108,32 +107,17 @@ def _cast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _without_autocast(function: Function) -> Function:
+def without_autocast(function: Function) -> Function:
     """Disable autocast inside: it would cast reflection padding back to float32."""
     return cast(Function, torch.autocast("cpu", enabled=False)(function))
 
 
-@_without_autocast
-def packed_conv(
-    x: Tensor, matrix: PackedMatrix, *, kernel: int, stride: int, padding: int, reflect: bool
-) -> Tensor:
-    """`wide_conv` by the packed, transposed `as_matrix` of the weights; without gradients."""
-    x = x.to(matrix.dtype)
-    patches, height, width = _patches(_pad(x, padding, reflect), kernel, stride)
-    return matrix.product(patches).view(len(x), height, width, -1).permute(0, 3, 1, 2)
-
-
-def packed_transposed_conv(x: Tensor, matrix: PackedMatrix, *, kernel: int) -> Tensor:
-    """`wide_transposed_conv` by the packed `as_matrix` of the weights; without gradients."""
-    return _doubled(matrix.product(_rows(x.to(matrix.dtype))), x.shape, kernel)
-
-
 class _ConvByProduct(torch.autograd.Function):
     @staticmethod
-    @_without_autocast
+    @without_autocast
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int, padding: int, reflect: bool) -> Tensor:
         kernel = weight.shape[2]
-        patches, height, width = _patches(_pad(x, padding, reflect), kernel, stride)
+        patches, height, width = patches_of(pad(x, padding, reflect), kernel, stride)
         y = _product(patches, as_matrix(weight).T, x.shape[0], height, width)
         ctx.save_for_backward(x, weight)  # not the patches: nine times the size, and cheap to recompute
         ctx.stride, ctx.padding, ctx.reflect = stride, padding, reflect
@@ -141,13 +125,13 @@ class _ConvByProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    @_without_autocast
+    @without_autocast
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        kernel, rows = weight.shape[2], _rows(gradient)
+        kernel, rows = weight.shape[2], rows_of(gradient)
         of_x = of_weight = None
         if ctx.needs_input_grad[1]:
-            patches, _, _ = _patches(_pad(x, ctx.padding, ctx.reflect), kernel, ctx.stride)
+            patches, _, _ = patches_of(pad(x, ctx.padding, ctx.reflect), kernel, ctx.stride)
             of_weight = _weights(rows.T @ patches, weight)
         if ctx.needs_input_grad[0]:
             height, width = (side + 2 * ctx.padding for side in x.shape[2:])
@@ -160,28 +144,28 @@ class _ConvByProduct(torch.autograd.Function):
 
 class _TransposedConvByProduct(torch.autograd.Function):
     @staticmethod
-    @_without_autocast
+    @without_autocast
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _doubled(_rows(x) @ as_matrix(weight), x.shape, weight.shape[2])
+        return doubled(rows_of(x) @ as_matrix(weight), x.shape, weight.shape[2])
 
     @staticmethod
     @once_differentiable
-    @_without_autocast
+    @without_autocast
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         kernel = weight.shape[2]
         last = kernel - 3
-        patches, height, width = _patches(F.pad(gradient, (1, last, 1, last)), kernel, 2)
+        patches, height, width = patches_of(F.pad(gradient, (1, last, 1, last)), kernel, 2)
         of_x = of_weight = None
         if ctx.needs_input_grad[1]:
-            of_weight = _weights(_rows(x).T @ patches, weight)
+            of_weight = _weights(rows_of(x).T @ patches, weight)
         if ctx.needs_input_grad[0]:
             of_x = _product(patches, as_matrix(weight).T, x.shape[0], height, width)
         return of_x, of_weight
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """(N, C, H, W) -> (N*H*W, C)."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
@@ -194,7 +178,7 @@ def _product(rows: Tensor, matrix: Tensor, samples: int, height: int, width: int
     return y
 
 
-def _doubled(patches: Tensor, shape: torch.Size, kernel: int) -> Tensor:
+def doubled(patches: Tensor, shape: torch.Size, kernel: int) -> Tensor:
     """Patches around the pixels of `shape` (N, C_in, H, W) -> (N, C_out, 2H, 2W), channels last."""
     height, width = (2 * side for side in shape[2:])
     last = kernel - 3  # how far the outermost patches reach beyond the image
@@ -213,7 +197,8 @@ def _weights(matrix: Tensor, weight: Tensor) -> Tensor:
     return matrix.view(out, kernel, kernel, channels).permute(0, 3, 1, 2)
 
 
-def _pad(x: Tensor, padding: int, reflect: bool) -> Tensor:
+def pad(x: Tensor, padding: int, reflect: bool) -> Tensor:
+    """(N, C, H, W) with a border of mirrored pixels, or of zeros."""
     if padding == 0:
         return x
     return F.pad(x, (padding,) * 4, mode="reflect" if reflect else "constant")
@@ -232,7 +217,7 @@ def _unpad(padded: Tensor, padding: int, reflect: bool) -> Tensor:
     return padded[:, :, padding:-padding, padding:-padding]
 
 
-def _patches(x: Tensor, kernel: int, stride: int) -> tuple[Tensor, int, int]:
+def patches_of(x: Tensor, kernel: int, stride: int) -> tuple[Tensor, int, int]:
     """(N, C, H, W) -> (N*H'*W', kernel*kernel*C), H', W'."""
     rows = x.permute(0, 2, 3, 1).contiguous()
     samples, height, width, channels = rows.shape
@@ -248,7 +233,7 @@ def _patches(x: Tensor, kernel: int, stride: int) -> tuple[Tensor, int, int]:
 def _summed_patches(
     patches: Tensor, shape: torch.Size, kernel: int, stride: int, size: tuple[int, int]
 ) -> Tensor:
-    """The transpose of `_patches`: patches around pixels of `shape` -> (N, C, *size), overlaps summed."""
+    """The transpose of `patches_of`: patches around pixels of `shape` -> (N, C, *size), overlaps summed."""
     samples, _, height, width = shape
     patches = patches.view(samples, height, width, kernel, kernel, -1)
     exact = torch.promote_types(patches.dtype, torch.float32)  # sums of up to k*k terms: not in bf16

@@ -10,7 +10,7 @@ from stages.models.architecture import Architecture, InputSpec, Pix2Pix, Pix2Pix
 from stages.models.build import build_generator
 from stages.models.fast import wide, winograd
 from stages.models.fast.accelerate import accelerate
-from stages.models.fast.frozen import FrozenConv
+from stages.models.fast.frozen import FrozenConv, freeze
 from stages.models.fast.norms import ChannelsLastBatchNorm, ChannelsLastInstanceNorm
 from stages.models.fast.wide import WideConv, WideTransposedConv
 from stages.models.layers import Conv, TransposedConv
@@ -40,7 +40,9 @@ def image() -> torch.Tensor:
 def test_images_names_and_weights_stay_the_same(arch: Architecture, frozen: torch.dtype | None) -> None:
     plain = build_generator(arch, InputSpec(channels=3)).eval()
     weights = {name: value.clone() for name, value in plain.state_dict().items()}
-    network, x = accelerate(plain, device="cpu", frozen=frozen), image()
+    network, x = accelerate(plain, device="cpu"), image()
+    if frozen is not None:
+        network = freeze(plain, device="cpu", dtype=frozen)
     with torch.inference_mode():
         torch.testing.assert_close(network(x), plain(x), rtol=1e-3, atol=1e-4)
     assert list(network.state_dict()) == list(weights)
@@ -57,7 +59,7 @@ def test_images_names_and_weights_stay_the_same(arch: Architecture, frozen: torc
 def test_a_network_to_train_has_the_very_parameters_and_a_frozen_one_their_memory() -> None:
     plain = build_generator(ARCHITECTURES[0], InputSpec(channels=3))
     trained = accelerate(plain, device="cpu")
-    frozen = accelerate(plain, device="cpu", frozen=torch.float32)
+    frozen = freeze(plain, device="cpu", dtype=torch.float32)
     for parameter, same, shared in zip(
         plain.parameters(), trained.parameters(), frozen.parameters(), strict=True
     ):
@@ -77,7 +79,7 @@ def test_other_devices_get_norms_only() -> None:
 def test_bf16_weights_are_cast_once_and_multiplied_as_they_are(arch: Architecture) -> None:
     """Sums of them would be too coarse: bf16 layers are packed only."""
     plain = build_generator(arch, InputSpec(channels=3)).eval()
-    network, x = accelerate(plain, device="cpu", frozen=torch.bfloat16), image()
+    network, x = freeze(plain, device="cpu", dtype=torch.bfloat16), image()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         difference = (network(x) - plain(x)).abs()
     # Processors round bf16 products at different places: single pixels differ by a few of its steps.

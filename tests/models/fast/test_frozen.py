@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stages.models.fast import wide, winograd
-from stages.models.fast.accelerate import accelerate
+from stages.models.fast.frozen import freeze
 from stages.models.layers import Conv, TransposedConv
 
 
@@ -33,7 +33,7 @@ def test_frozen_weights_are_packed_once(
     with torch.no_grad():
         expected = layer(x)
         assert expected.shape == expected_shape
-        frozen = accelerate(layer, device="cpu", frozen=torch.float32)
+        frozen = freeze(layer, device="cpu", dtype=torch.float32)
         y = frozen(x)
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
         assert y.is_contiguous(memory_format=torch.channels_last)
@@ -48,7 +48,7 @@ def test_frozen_weights_are_packed_once(
 def test_without_gradients_a_few_channels_are_computed_with_the_same_sums(*, bias: bool) -> None:
     torch.manual_seed(0)
     plain = TransposedConv(32, 3, 4, bias=bias).double()
-    layer = accelerate(plain, device="cpu", frozen=torch.float64)
+    layer = freeze(plain, device="cpu", dtype=torch.float64)
     x = torch.randn(2, 32, 72, 60, dtype=torch.float64)
     expected = plain(x).detach()
     for layout in (torch.channels_last, torch.contiguous_format):
@@ -79,7 +79,7 @@ def test_layers_of_kernel_3_and_stride_1_use_winograd(
     monkeypatch.setattr(winograd, "MIN_CHANNELS", 1)
     monkeypatch.setattr(winograd, "MIN_OUTPUTS", 0)
     x = torch.randn(2, 4, *size).contiguous(memory_format=torch.channels_last)
-    frozen = accelerate(layer, device="cpu", frozen=torch.float32)
+    frozen = freeze(layer, device="cpu", dtype=torch.float32)
     with torch.no_grad():
         y = frozen(x)
         torch.testing.assert_close(y, layer(x), rtol=1e-4, atol=1e-5)
@@ -91,7 +91,7 @@ def test_layers_of_kernel_3_and_stride_1_use_winograd(
 def test_layers_of_few_channels_or_pixels_do_not_use_winograd() -> None:
     fewest = winograd.MIN_CHANNELS // 2
     layer, few = (
-        accelerate(Conv(channels, fewest, 3, padding=1), device="cpu", frozen=torch.float32)
+        freeze(Conv(channels, fewest, 3, padding=1), device="cpu", dtype=torch.float32)
         for channels in (fewest, fewest - 1)
     )
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_layers_of_few_channels_or_pixels_do_not_use_winograd() -> None:
 def test_gradients_and_autocast_take_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(winograd, "MIN_CHANNELS", 1)
     monkeypatch.setattr(winograd, "MIN_OUTPUTS", 0)
-    frozen = accelerate(Conv(4, 6, 3, padding=1), device="cpu", frozen=torch.float32)
+    frozen = freeze(Conv(4, 6, 3, padding=1), device="cpu", dtype=torch.float32)
     x = torch.randn(1, 4, 8, 8, requires_grad=True)
     frozen(x).sum().backward()
     assert x.grad is not None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD
 from stages.models.build import build_discriminator, build_encoder, build_generator
 from stages.models.fast import wide, winograd
-from stages.models.fast.accelerate import accelerate
+from stages.models.fast.frozen import freeze
 from stages.models.files.nvidia_names import (
     from_nvidia,
     layer_names,
@@ -27,7 +27,7 @@ def frozen_image(generator: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(wide, "MIN_WEIGHTS", 0)
     monkeypatch.setattr(winograd, "MIN_CHANNELS", 1)
     monkeypatch.setattr(winograd, "MIN_OUTPUTS", 0)
-    generator = accelerate(generator, device="cpu", frozen=torch.float32)
+    generator = freeze(generator, device="cpu", dtype=torch.float32)
     with torch.no_grad():
         image: Tensor = generator(x)
     prepared = set().union(*map(vars, generator.modules()))
