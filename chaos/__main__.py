@@ -10,8 +10,8 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,9 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     print(f"histories in {out}", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left behind
-    end, results, seed = time.monotonic() + 60 * words.minutes, [], words.seed
-    with World(out) as world:
+    end, seed = time.monotonic() + 60 * words.minutes, words.seed
+    results: list[Result] = []
+    with World(out) as world, printed_table(results):
         calm = calm_run(world)
         while True:
             faults = schedule.draw(seed, kinds, words.count)
@@ -74,8 +75,16 @@ def main() -> int:
             seed += 1
             if time.monotonic() > end:
                 break
-    print(table(results))
     return int(any(r.problems for r in results))
+
+
+@contextmanager
+def printed_table(results: Sequence[Result]) -> Iterator[None]:
+    """Print the table of kinds at the end, also after Ctrl-C or SIGTERM."""
+    try:
+        yield
+    finally:
+        print(table(results), flush=True)
 
 
 def calm_run(world: World) -> Remains:
@@ -125,6 +134,7 @@ def one_run(world: World, calm: Remains, name: str, faults: Sequence[Fault]) -> 
         entry["noticed"] = None if noticed is None else noticed - entry["seconds"]
         on = world.log.first(GOES_ON, noticed or entry["seconds"])
         entry["goes_on"] = None if on is None else on - entry["seconds"]
+        world.history.write("what it cost", **entry)
     world.history.write("the run ended", starts=result.starts, problems=result.problems)
     (world.out / f"{name}.log").write_text("\n".join(f"{t:8.2f} {line}" for t, line in world.log.lines))
     return result
@@ -138,18 +148,19 @@ def befall(world: World, faults: Sequence[Fault], number: int, done: threading.E
         if done.wait(0.1):
             world.history.write("not reached", fault=str(fault))
             return
-    if done.wait(fault.after):
-        world.history.write("not reached", fault=str(fault))
-        return
-    entry = {"seconds": world.history.now(), "kind": fault.kind, "at": str(fault)}
-    try:
-        undo = catalogue.CATALOGUE[fault.kind](world, fault)
-    except catalogue.MissedError as error:
-        world.history.write("missed", fault=str(fault), why=str(error))
-        return
-    except Exception as error:  # the victim may go while it is looked for
-        world.history.write("missed", fault=str(fault), why=f"{type(error).__name__}: {error}")
-        return
+    why = ""
+    while True:
+        if done.wait(0.3 if why else fault.after):
+            world.history.write("missed" if why else "not reached", fault=str(fault), why=why)
+            return
+        entry = {"seconds": world.history.now(), "kind": fault.kind, "at": str(fault)}
+        try:
+            undo = catalogue.CATALOGUE[fault.kind](world, fault)
+            break
+        except Exception as error:  # there is no victim yet, or it went while it was looked for: wait for one
+            why = (
+                str(error) if isinstance(error, catalogue.MissedError) else f"{type(error).__name__}: {error}"
+            )
     result.struck.append(entry)
     world.history.write("struck", fault=str(fault))
     if undo is not None:

@@ -188,7 +188,7 @@ MLFLOW: dict[str, tuple[Spoil, ...]] = {
 }
 
 
-# -- network and disk --------------------------------------------------------------------------------
+# -- network, disk, clock --------------------------------------------------------------------------------
 
 
 def _cut(world: World, fault: Fault) -> Undo:
@@ -229,6 +229,23 @@ def _no_inodes(world: World, fault: Fault) -> Undo:
             os.close(os.open(folder / str(number), os.O_CREAT))
             number += 1
     return partial(shutil.rmtree, folder)
+
+
+def _read_only(world: World, fault: Fault) -> Undo:
+    """A machine's disk takes no new files and no changes; what is open for writing stays so."""
+    nodes = world.nodes.alive if world.nodes else []
+    node = nodes[int(fault.victim * len(nodes))]
+    enter = ["nsenter", "-t", str(node.process.pid), "-m", "sh", "-c"]
+    mount = [*enter, "mount --bind /tmp /tmp && mount -o remount,ro,bind /tmp"]
+    subprocess.run(mount, check=True, capture_output=True)
+    return lambda: (subprocess.run([*enter, "umount -l /tmp"], check=False, capture_output=True), None)[1]
+
+
+def _clock(seconds: int, world: World, fault: Fault) -> Undo:
+    """Another time of day in every Python process of a machine's node."""
+    path = _disk(world, fault) / "chaos" / "clock"
+    path.write_text(str(seconds))
+    return partial(path.unlink, missing_ok=True)
 
 
 # -- people ------------------------------------------------------------------------------------------
@@ -308,6 +325,9 @@ CATALOGUE: dict[str, Strike] = {
     "network: 20 % lost": partial(_filtered, "numgen random mod 5 == 0 drop"),
     "disk full": _disk_full,
     "no inodes": _no_inodes,
+    "disk read-only": _read_only,
+    "clock: an hour ahead": partial(_clock, 3600),
+    "clock: an hour back": partial(_clock, -3600),
     "command: killed": _to_the_command(signal.SIGKILL),
     "command: terminated": _to_the_command(signal.SIGTERM),
     "command: Ctrl-C": _to_the_command(signal.SIGINT),
@@ -322,7 +342,7 @@ def missing() -> str:
     """What this machine lacks for the catalogue, "" if nothing."""
     if os.getuid() != 0:
         return "root, for network namespaces and mounts"
-    lacking = [name for name in ("ip", "nft", "weed") if not _found(name)]
+    lacking = [name for name in ("ip", "nft", "nsenter", "weed") if not _found(name)]
     return ", ".join(lacking)
 
 

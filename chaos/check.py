@@ -13,7 +13,12 @@ import pyarrow.parquet as pq
 from mlflow.tracking import MlflowClient
 
 CURVES = ("generator/", "discriminator/", "learning_rate/", "gradient_norm/")
-CLOCK = {"seconds", "time_ms", "time"}  # columns that depend on the clock
+OF_A_RUN = {
+    "seconds",
+    "time_ms",
+    "time",
+    "model",
+}  # columns: the clock, a digest that covers the run's id in MLflow
 PASSING = ("_attempts", "checkpoints/", "news", "train.pid")  # of a phase: not the result
 
 
@@ -27,6 +32,7 @@ class Remains:
     curves   value of each curve at each step, by phase
     tracked  steps of each curve in MLflow, by phase
     names    every object below the workspace
+    versions how many the registered model has
     """
 
     pairs: Counter[str] = field(default_factory=Counter)
@@ -36,6 +42,7 @@ class Remains:
     tracked: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
     unfinished_uploads: list[str] = field(default_factory=list)
+    versions: int = 0
 
 
 def collect(client: Any, workspace: str, mlflow_url: str, experiment: str) -> Remains:
@@ -59,13 +66,13 @@ def collect(client: Any, workspace: str, mlflow_url: str, experiment: str) -> Re
             remains.files[name] = data
         elif file.endswith(".parquet") and folder.startswith(("infer-", "evaluate-")):
             remains.tables[name] = _rows(data)
-        elif file == "_SUCCESS.json":
+        elif file == "_SUCCESS.json" and not folder.startswith("register-"):  # which names the experiment
             marker = json.loads(data)
-            remains.tables[name] = [
-                json.dumps([marker["counts"], _steady(marker["metrics"])], sort_keys=True)
-            ]
+            counts = {n: v for n, v in marker["counts"].items() if (folder[:7], n) != ("report-", "bytes")}
+            remains.tables[name] = [json.dumps([counts, _steady(marker["metrics"])], sort_keys=True)]
     remains.unfinished_uploads = list(client.list_multipart_uploads(root.partition("/")[0]))
     remains.tracked = _tracked(mlflow_url, experiment)
+    remains.versions = len(MlflowClient(mlflow_url).search_model_versions(f"name = '{experiment}'"))
     return remains
 
 
@@ -80,7 +87,9 @@ def _count_pairs(remains: Remains, file: str, data: bytes) -> None:
 
 def _rows(data: bytes) -> list[Any]:
     rows = pq.read_table(io.BytesIO(data)).to_pylist()
-    return sorted(json.dumps({k: v for k, v in row.items() if k not in CLOCK}, default=str) for row in rows)
+    return sorted(
+        json.dumps({k: v for k, v in row.items() if k not in OF_A_RUN}, default=str) for row in rows
+    )
 
 
 def _steady(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -128,6 +137,8 @@ def differences(calm: Remains, found: Remains) -> list[str]:
         for name in sorted(found.names - calm.names)
         if name.partition("/")[0] in folders and not any(part in name for part in PASSING)
     ]
+    if found.versions != calm.versions:
+        problems.append(f"the model is registered {found.versions} times, in a calm run {calm.versions}")
     problems += [f"an upload that was not finished: {upload}" for upload in found.unfinished_uploads]
     return problems
 

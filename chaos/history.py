@@ -26,7 +26,7 @@ class History:
     def write(self, what: str, **more: Any) -> None:
         """Note that something happened."""
         with self._lock:
-            entry = {"seconds": round(self.now(), 2), "what": what, **more}
+            entry = {"seconds": round(self.now(), 2), "what": what} | more
             self.entries.append(entry)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry, default=str) + "\n")

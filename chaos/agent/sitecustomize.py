@@ -1,6 +1,7 @@
 """Lets `chaos` trouble a Python process from inside: one more thread, which looks for orders in a folder.
 
-Imported by every Python of the nodes at its start, since this folder is on their PYTHONPATH.
+Imported by every Python of the nodes at its start, since this folder is on their PYTHONPATH. The wall clock
+is shifted here, not by libfaketime 0.9.10, which shifts the monotonic clock too or else breaks `time.sleep`.
 """
 
 import ctypes
@@ -27,10 +28,22 @@ def _raise_in_main(_: float) -> None:
 ORDERS = {"hold": _hold_the_lock, "raise": _raise_in_main}
 
 
+_time, _time_ns, CLOCK = time.time, time.time_ns, {"ahead": 0}
+
+
+def _shift_clock() -> None:
+    """Read how many seconds this machine's wall clock is ahead."""
+    try:
+        CLOCK["ahead"] = int((Path(FOLDER) / "clock").read_text(encoding="ascii") or 0)
+    except (OSError, ValueError):
+        CLOCK["ahead"] = 0
+
+
 def _obey() -> None:
     path = Path(FOLDER) / str(os.getpid())
     while True:
         time.sleep(0.1)
+        _shift_clock()
         try:
             name, seconds = path.read_text(encoding="ascii").split()
             path.unlink()
@@ -40,4 +53,6 @@ def _obey() -> None:
 
 
 if FOLDER and "ray" in " ".join(sys.orig_argv):
+    time.time = lambda: _time() + CLOCK["ahead"]
+    time.time_ns = lambda: _time_ns() + CLOCK["ahead"] * 1_000_000_000
     threading.Thread(target=_obey, daemon=True, name="chaos").start()

@@ -48,6 +48,7 @@ def calm() -> Remains:
         curves={"train-global-1": {(step, "generator/gan"): 1.0 / step for step in steps}},
         tracked={"train-global": {"generator/gan": steps}},
         names={"shard-1/train-0.parquet", "train-global-1/model/model.json"},
+        versions=1,
     )
 
 
@@ -93,6 +94,7 @@ PLANTED = {
         lambda r: r.names.add("shard-1/train-0.parquet.part"),
         "left behind: shard-1/train-0.parquet.part",
     ),
+    "a model registered twice": (lambda r: setattr(r, "versions", 2), "the model is registered 2 times"),
     "an upload not finished": (lambda r: r.unfinished_uploads.append("x"), "an upload that was not finished"),
 }
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ from PIL import Image
 
 from pipeline import sample
 from stages.images import encode
-from tests.stores.seaweed import free_ports
+from tests.support.mlflow_server import MlflowServer
 from tests.support.small import scene
 
 pytestmark = [
@@ -34,39 +31,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real tracking server; its address."""
-    folder = tmp_path_factory.mktemp("server")
-    (port,) = free_ports(1)
-    command = [Path(sys.executable).with_name("mlflow"), "server", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
-    command += ["--artifacts-destination", str(folder / "artifacts")]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+    """The address of a real tracking server."""
+    tracking = MlflowServer(tmp_path_factory.mktemp("server"))
+    tracking.start()
     try:
-        url, until = f"http://127.0.0.1:{port}", time.monotonic() + 120
-        while not healthy(url):
-            assert process.poll() is None, (folder / "log").read_text()
-            assert time.monotonic() < until, "the server never answered"
-            time.sleep(0.2)
-        yield url
+        yield tracking.url
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:  # noqa: S310
-            return bool(answer.status == 200)
-    except OSError:
-        return False
+        tracking.kill()
 
 
 CONFIG = {
@@ -147,6 +118,32 @@ def test_the_parent_run_has_few_numbers_its_data_set_and_the_champion(server: st
     champion = client.get_model_version_by_alias("street-sample", "champion")
     best = min(runs, key=lambda run: run.data.metrics["l1"])
     assert champion.run_id == best.info.run_id
+
+
+def test_the_server_ranks_the_models_of_all_phases_and_shows_them(
+    server: str, browser: Any, runs: list[Any], tmp_path: Path
+) -> None:
+    client = MlflowClient(tracking_uri=server)
+    experiment = runs[0].info.experiment_id
+    ranked = client.search_logged_models(
+        [experiment],
+        filter_string="tags.`pixloom.phase` = 'whole'",
+        order_by=[{"field_name": "metrics.l1", "ascending": True}],
+    )
+    by_score = sorted(runs, key=lambda run: run.data.metrics["l1"])
+    scores = [next(m.value for m in model.metrics if m.key == "l1") for model in ranked]
+    assert scores == [run.data.metrics["l1"] for run in by_score]
+    for model in ranked:
+        loss = next(metric for metric in model.metrics if metric.key == "generator/gan")
+        assert loss.step > 0
+        assert loss.dataset_digest
+    page = browser.new_page()
+    page.set_viewport_size({"width": 1280, "height": 800})
+    page.goto(f"{server}/#/experiments/{experiment}/models")
+    page.get_by_text(ranked[0].name).first.wait_for()
+    target = Path(os.environ.get("PIXLOOM_PICTURES", tmp_path)) / "mlflow_models.png"
+    page.screenshot(path=target)
+    assert target.stat().st_size > 20_000
 
 
 def test_the_registered_champion_generates_by_its_name(server: str, runs: list[Any], tmp_path: Path) -> None:
