@@ -2,12 +2,15 @@
 
     python -m benchmarks.results --data DATA --output results                 all runs, one after another
     python -m benchmarks.results --data DATA --output results facades camvid
+    python -m benchmarks.results --data DATA --output results --seeds 3       each with three seeds
     python -m benchmarks.results --data DATA --output results --commands      print the commands only
 
 DATA holds a folder for each data set, laid out as the recipes' `data/` files say: facades, camvid,
 edges2shoes, cityscapes_hd. Finished steps are not repeated. For each run the output gets NAME.md, the scores
-of the model and of the baselines, and NAME.jpg, generated images. A data set's own images are not shown: we
-may not publish them. (Images of `colour` and `inpainting` keep so much of the photos that we may not either.)
+of the model and of the baselines, and NAME.jpg, generated images. With several seeds a score of the trained
+model is the mean over them with its interval (Student's t); with one, an interval is over the images. A data
+set's own images are not shown: we may not publish them. (Images of `colour` and `inpainting` keep so much of
+the photos that we may not either.)
 """
 
 from __future__ import annotations
@@ -31,8 +34,12 @@ from pipeline.runner import plan
 from stages import storage
 from stages.base import Split
 from stages.images import pictures
+from stages.scoring import metrics
+from stages.scoring.intervals import interval
+from stages.shards import dataset
 
-SCORES = {"l1": "L1", "psnr": "PSNR, dB", "ssim": "SSIM", "sharpness": "sharpness"}
+KERNEL = "kernel_efficientnet_lite0"
+SCORES = {"l1": "L1", "psnr": "PSNR, dB", "ssim": "SSIM", "sharpness": "sharpness", KERNEL: "kernel distance"}
 SIDES = {
     "mean_target": "mean training target",
     "nearest": "nearest source's target",
@@ -116,7 +123,8 @@ RUNS = {
 
 def settings(run: DocumentedRun, name: str, split: Split, data: Path, output: Path) -> list[str]:
     """The values of `--set`."""
-    written = [f"workspace={output}/{name}", *run.settings, f"infer.split={split}", f"evaluate.split={split}"]
+    written = [f"workspace={output}/{name}", "evaluate.perceptual=efficientnet_lite0", *run.settings]
+    written += [f"infer.split={split}", f"evaluate.split={split}"]
     return [one.replace("{data}", str(data)).replace("{output}", str(output)) for one in written]
 
 
@@ -148,15 +156,48 @@ def cell(means: dict[str, Any], score: str) -> str:
     return f"{means[score]:.4g}" + (f" ({ends[0]:.4g} to {ends[1]:.4g})" if ends else "")
 
 
-def rows(split: Split, summary: dict[str, Any]) -> list[str]:
-    """The table's lines for one split: the model's, then the baselines'."""
-    scores = [("**trained**", summary), *((SIDES[side], of) for side, of in summary["baselines"].items())]
+def over_seeds(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The means of a run's scores over its seeds with their intervals; of one seed, as they are."""
+    if len(summaries) == 1:
+        return summaries[0]
+    found = {score: interval(np.array([of[score] for of in summaries])) for score in SCORES}
+    means = {score: one.mean for score, one in found.items() if one is not None}
+    return means | {"intervals": {score: one[1:] for score, one in found.items() if one is not None}}
+
+
+def rows(split: Split, summaries: Sequence[dict[str, Any]], mean_photo: dict[str, Any]) -> list[str]:
+    """The table's lines for one split: the model's, then the baselines', which are the first seed's.
+
+    mean_photo   the summary of the mean training target as another system; it has distances of the whole set
+    """
+    first = summaries[0]
+    sides = {SIDES[side]: of for side, of in first["baselines"].items()}
+    sides[SIDES["mean_target"]] |= {KERNEL: mean_photo[KERNEL]}
     return [
-        f"| {split}, {summary['num_images']} | {name} | "
+        f"| {split}, {first['num_images']} | {name} | "
         + " | ".join(cell(of, score) for score in SCORES)
         + " |"
-        for name, of in scores
+        for name, of in {"**trained**": over_seeds(summaries), **sides}.items()
     ]
+
+
+def score_mean_photo(words: Sequence[str], outputs: dict[str, str], folder: Path) -> dict[str, Any]:
+    """The summary of evaluation over the mean training target as the answer to every source."""
+    spec = dataset.load(outputs["shard"])
+    mean = metrics.MeanImage.empty(spec.size[1], spec.size[0], 3)
+    for sample in dataset.read_split(outputs["shard"], spec, "train"):
+        mean.add(sample.picture(spec, "target"))
+    images = Path(outputs["infer"]) / "images"
+    for path in images.glob("**/*.png"):
+        copy = folder / path.relative_to(images)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mean.image()).save(copy)
+    values = [f"evaluate.images={folder}", "evaluate.names={key}.png"]
+    words = [*words, *(word for value in values for word in ("--set", value))]
+    subprocess.run([sys.executable, "-m", "pipeline.run", *words, "--only", "evaluate"], check=True)
+    config = configuration.load(words[1], words[3::2])
+    summary: dict[str, Any] = storage.read_json(f"{folders(config)['evaluate']}/summary.json")
+    return summary
 
 
 def grid(folder: str, path: Path) -> None:
@@ -175,6 +216,7 @@ def main() -> int:
     p.add_argument("runs", nargs="*", choices=[*RUNS, []], help="which (default: all)")
     p.add_argument("--data", type=Path, required=True)
     p.add_argument("--output", type=Path, required=True)
+    p.add_argument("--seeds", type=int, default=1, help="train each run with so many seeds")
     p.add_argument("--commands", action="store_true", help="print the commands, run nothing")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting")
     options = p.parse_args()
@@ -185,15 +227,20 @@ def main() -> int:
         run = RUNS[name]
         lines = [f"| {name} | | " + " | ".join(SCORES.values()) + " |", "|---" * (len(SCORES) + 2) + "|"]
         for split in run.splits:
-            values = settings(run, name, split, data, output) + options.set
-            words = command(run, values)
-            if options.commands:
-                sys.stdout.write(f"{name} {shlex.join(words)}\n")
-                continue
-            subprocess.run([sys.executable, "-m", "pipeline.run", *words], check=True)
-            outputs = folders(configuration.load(run.recipe, values))
-            lines += rows(split, storage.read_json(f"{outputs['evaluate']}/summary.json"))
-            grid(outputs["infer"], output / f"{name}.jpg")
+            summaries = []
+            for seed in range(options.seeds):
+                values = [*settings(run, name, split, data, output), f"train.seed={seed}", *options.set]
+                words = command(run, values)
+                if options.commands:
+                    sys.stdout.write(f"{name} {shlex.join(words)}\n")
+                    continue
+                subprocess.run([sys.executable, "-m", "pipeline.run", *words], check=True)
+                outputs = folders(configuration.load(run.recipe, values))
+                summaries.append(storage.read_json(f"{outputs['evaluate']}/summary.json"))
+            if summaries:
+                mean_photo = score_mean_photo(words, outputs, output / f"{name}-mean" / split)
+                lines += rows(split, summaries, mean_photo)
+                grid(outputs["infer"], output / f"{name}.jpg")
         if not options.commands:
             (output / f"{name}.md").write_text("\n".join(lines) + "\n")
             sys.stdout.write("\n".join(lines) + "\n")
