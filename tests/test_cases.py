@@ -40,7 +40,7 @@ from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec, Sample
 from stages.tracking.run import NullRun
 from tests.support.here import tasks_here, workers_here
-from tests.support.small import make_model
+from tests.support.models import make_model
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = ROOT.parent / "shared" / "cases"

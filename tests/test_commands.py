@@ -28,8 +28,8 @@ from stages.models.files.nvidia_names import layer_names, to_nvidia
 from stages.models.files.saved import save_model
 from tests.stores.s3 import ACCESS_KEY, SECRET_KEY
 from tests.stores.seaweed import SeaweedS3
+from tests.support.models import make_model
 from tests.support.recipes import draw, tiny
-from tests.support.small import make_model
 from tests.test_docs import COMMANDS, MENTIONED, NOT_RUN, ROOT, TINY
 
 JOBS = "cluster/test_jobs.py::test_"

@@ -33,7 +33,8 @@ from stages.tracking.run import NullRun
 from tests.scoring.test_lpips import alexnet
 from tests.scoring.test_networks import script
 from tests.support.here import workers_here
-from tests.support.small import make_model, make_shards
+from tests.support.models import make_model
+from tests.support.shards import make_shards
 
 ONE = Resources(infer_actors=1, io_threads=4, threads_per_worker=1, gpu=False)
 TWO = Resources(infer_actors=2, io_threads=4, threads_per_worker=1, gpu=False)

@@ -30,7 +30,8 @@ from stages.inference.translator import Translator
 from stages.models.files.saved import load_model
 from stages.tracking.run import NullRun
 from tests.support.here import workers_here
-from tests.support.small import CLASSES, make_model, make_shards, scene
+from tests.support.models import CLASSES, make_model, scene
+from tests.support.shards import make_shards
 
 RESOURCES = Resources(infer_actors=1, io_threads=4, threads_per_worker=1, gpu=False)
 

@@ -45,7 +45,7 @@ from stages.training.loop import Task, Worker, train_phase
 from stages.training.news import Channel, Mailbox
 from tests.images.test_formats import tiff
 from tests.support.here import tasks_here, workers_here
-from tests.support.small import scene
+from tests.support.models import scene
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -23,7 +23,7 @@ from stages.scoring import metrics
 from stages.scoring.table import summarise
 from stages.shards import dataset, suspects
 from stages.tracking.run import NullRun
-from tests.support.small import make_shards
+from tests.support.shards import make_shards
 
 HOSTILE = "<script>window.pwned=1</script>"
 

@@ -25,7 +25,7 @@ from stages.models.files.saved import load_model
 from stages.tracking.run import NullRun, open_parent
 from stages.tracking.sender import connect
 from stages.training import checkpoints
-from tests.support.small import make_shards
+from tests.support.shards import make_shards
 from tests.support.undisturbed import losses, undisturbed
 
 MODEL = {

@@ -127,10 +127,7 @@ class LpipsScorer:
 
     def __call__(self, generated: Sequence[Array], targets: Sequence[Array]) -> list[float]:
         """The distance of each generated image to its target, all of one shape."""
-        one, other = (
-            torch.cat([to_unit(image) for image in images]).to(self.device) * 2 - 1
-            for images in (generated, targets)
-        )
+        one, other = (to_unit(images, self.device) * 2 - 1 for images in (generated, targets))
         with torch.inference_mode():
             distances: list[float] = self.network(one, other).tolist()
         return distances

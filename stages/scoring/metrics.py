@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stages.models.copies import to_device
+
 PIXEL_METRICS = ("l1", "psnr", "ssim", "ms_ssim")
 SET_DISTANCES = ("fid", "kid", "frechet", "kernel")  # of a set of images, not of one
 LOWER_IS_BETTER = frozenset({"l1", "lpips", *SET_DISTANCES})
@@ -34,10 +36,10 @@ def lower_is_better(metric: str) -> bool:
 # -- scores of one pair of images --------------------------------------------------------------------------
 
 
-def to_unit(image: np.ndarray) -> Tensor:
-    """(H, W, C) uint8 -> (1, C, H, W) float32 in [0, 1]."""
-    copied = np.array(image, order="C")  # a stored image is read-only, which torch warns of
-    return torch.from_numpy(copied).permute(2, 0, 1)[None].float() / 255
+def to_unit(images: Sequence[np.ndarray], device: str = "cpu") -> Tensor:
+    """N images (H, W, C) uint8 of one shape -> (N, C, H, W) float32 in [0, 1] on a device, in one copy."""
+    stacked = to_device(torch.from_numpy(np.stack(images)), torch.device(device))
+    return stacked.permute(0, 3, 1, 2).contiguous().float() / 255
 
 
 def pixel_scores(generated: np.ndarray, target: np.ndarray) -> dict[str, float]:
@@ -61,12 +63,11 @@ def pixel_scores_of(
     shapes = {image.shape for image in (*generated, *targets)}
     if len(shapes) > 1:
         raise ValueError(f"generated {generated[0].shape} and target {targets[0].shape} differ in shape")
-    fakes, reals = ([to_unit(image).to(device) for image in side] for side in (generated, targets))
-    psnr = [tmi.peak_signal_noise_ratio(*pair, data_range=1.0) for pair in zip(fakes, reals, strict=True)]
-    fake, real = torch.cat(fakes), torch.cat(reals)
+    fake, real = (to_unit(side, device) for side in (generated, targets))
+    psnr = tmi.peak_signal_noise_ratio(fake, real, data_range=1.0, reduction="none", dim=(1, 2, 3))
     columns = {
         "l1": (fake.double() - real.double()).abs().flatten(1).sum(1) / fake[0].numel(),
-        "psnr": torch.stack(psnr).clamp(max=PSNR_OF_IDENTICAL),
+        "psnr": psnr.clamp(max=PSNR_OF_IDENTICAL),
     }
     side = min(fake.shape[2:])
     if side >= SSIM_MIN_SIDE:
@@ -77,8 +78,8 @@ def pixel_scores_of(
         columns["ms_ssim"] = tmi.multiscale_structural_similarity_index_measure(
             fake, real, data_range=1.0, reduction="none"
         )
-    values = [column.reshape(-1).tolist() for column in columns.values()]
-    return [dict(zip(columns, row, strict=True)) for row in zip(*values, strict=True)]
+    rows = torch.stack([column.reshape(-1).double() for column in columns.values()], 1).tolist()
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def sharpness(image: np.ndarray) -> float:

@@ -19,7 +19,7 @@ from stages.training import checkpoints
 from tests.faults.test_train_faults import TWO, phase_job
 from tests.stores.seaweed import SeaweedS3, executable
 from tests.support.nodes import Driver, Network, Nodes, until
-from tests.support.small import make_shards
+from tests.support.shards import make_shards
 from tests.support.undisturbed import Losses, losses, undisturbed
 
 pytestmark = [pytest.mark.long, pytest.mark.s3, pytest.mark.timeout(900)]

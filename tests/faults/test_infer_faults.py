@@ -23,7 +23,7 @@ from stages.inference import outputs
 from tests.stores.faults import Fault, FaultProxy
 from tests.stores.s3 import ACCESS_KEY, SECRET_KEY
 from tests.stores.seaweed import SeaweedS3, free_ports
-from tests.support.small import make_model, scene
+from tests.support.models import make_model, scene
 
 pytestmark = [pytest.mark.long, pytest.mark.s3]
 

@@ -27,7 +27,7 @@ from tests.faults.test_train_faults import ONE, phase_job
 from tests.stores.seaweed import SeaweedS3
 from tests.support.mlflow_server import MlflowServer
 from tests.support.nodes import Driver, Nodes
-from tests.support.small import make_shards
+from tests.support.shards import make_shards
 from tests.support.undisturbed import PLAIN_NAME, Losses, losses, train_here, undisturbed
 
 EPOCHS = 12

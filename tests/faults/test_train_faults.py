@@ -21,7 +21,7 @@ from stages.config.train import PhaseJob, TrainConfig, jobs
 from stages.train import job_name
 from stages.training import checkpoints
 from tests.support.nodes import Nodes, autoscaling, cluster, until
-from tests.support.small import make_shards
+from tests.support.shards import make_shards
 from tests.support.undisturbed import Losses, images, losses, undisturbed
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]

@@ -11,7 +11,7 @@ pytest.importorskip("pyarrow", reason="NOT RUN: shards are Parquet files")
 
 from stages.config.shard import AugmentConfig
 from stages.shards.feed import Feed
-from tests.support.small import make_shards
+from tests.support.shards import make_shards
 
 pytestmark = pytest.mark.gpu
 

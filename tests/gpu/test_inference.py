@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("pyarrow", reason="NOT RUN: the helper that makes models also makes shards")
-
 from stages.inference.translator import Translator
 from stages.models.fast.process import set_tf32
 from stages.models.files.saved import load_model
-from tests.support.small import make_model, scene
+from tests.support.models import make_model, scene
 
 pytestmark = pytest.mark.gpu
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("torchmetrics", reason="NOT RUN: it has SSIM")
+pytest.importorskip("fsspec", reason="NOT RUN: weights are read by it")
 
 from stages.scoring import metrics
 from stages.scoring.lpips import Lpips

@@ -24,7 +24,7 @@ from stages.inference.model_source import (
 )
 from stages.models.files.saved import DISCRIMINATOR, EMA, MANIFEST, WEIGHTS, fingerprint, load_model
 from stages.storage.local import upload_folder
-from tests.support.small import make_model
+from tests.support.models import make_model
 
 
 @pytest.fixture(scope="module")

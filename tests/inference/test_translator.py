@@ -15,7 +15,7 @@ from stages.inference.translator import Translator, noise_seed
 from stages.models.architecture import Preprocessing
 from stages.models.files import export
 from stages.models.files.saved import load_model
-from tests.support.small import make_model, scene
+from tests.support.models import make_model, scene
 
 
 def labels(width: int, height: int, index: int = 0) -> np.ndarray:

@@ -19,7 +19,7 @@ from pipeline.infer import main, parser, settings
 from stages.errors import UserError
 from stages.images import encode
 from stages.inference import outputs
-from tests.support.small import make_model, scene
+from tests.support.models import make_model, scene
 
 
 def options(*words: str) -> Any:

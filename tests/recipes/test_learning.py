@@ -10,7 +10,7 @@ import pytest
 from benchmarks import learning, losses
 from stages.config.shard import AugmentConfig
 from stages.config.train import TrainConfig, jobs
-from tests.support.small import make_shards
+from tests.support.shards import make_shards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

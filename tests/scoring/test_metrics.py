@@ -44,7 +44,7 @@ def test_ssim_agrees_with_scikit_image_away_from_the_border() -> None:
         real, fake, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, full=True
     )
     mean, ours = tmi.structural_similarity_index_measure(
-        metrics.to_unit(fake), metrics.to_unit(real), data_range=1.0, return_full_image=True
+        metrics.to_unit([fake]), metrics.to_unit([real]), data_range=1.0, return_full_image=True
     )
     inside = ours[0].permute(1, 2, 0).numpy()[5:-5, 5:-5]
     assert np.abs(inside - theirs[5:-5, 5:-5]).max() < 1e-3

@@ -18,7 +18,7 @@ from PIL import Image
 from pipeline import sample
 from stages.images import encode
 from tests.support.mlflow_server import MlflowServer
-from tests.support.small import scene
+from tests.support.models import scene
 
 pytestmark = [
     pytest.mark.browser,

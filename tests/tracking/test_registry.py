@@ -33,7 +33,8 @@ from stages.tracking.registry import Measurement, register, register_model
 from stages.tracking.run import Run, open_parent
 from stages.tracking.sender import Sender
 from tests.stores.seaweed import free_ports
-from tests.support.small import make_model, make_shards, scene
+from tests.support.models import make_model, scene
+from tests.support.shards import make_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's own use of pandas, alembic and type hints
 

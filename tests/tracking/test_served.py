@@ -15,7 +15,7 @@ from stages.images import encode
 from stages.inference.translator import Translator
 from stages.models.files.saved import load_model
 from stages.tracking.served import Served
-from tests.support.small import make_model, scene
+from tests.support.models import make_model, scene
 
 
 class Context:

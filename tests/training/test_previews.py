@@ -26,7 +26,7 @@ from stages.training import previews
 from stages.training.previews import Samples
 from tests.scoring.test_lpips import alexnet
 from tests.scoring.test_networks import script
-from tests.support.small import make_shards
+from tests.support.shards import make_shards
 
 GAP = 4
 MODEL = Pix2PixHD(

@@ -10,7 +10,7 @@ import pytest
 from stages.base import Resources
 from stages.config.shard import AugmentConfig
 from stages.config.train import PhaseJob, TrainConfig, jobs
-from tests.support.small import make_shards
+from tests.support.shards import make_shards
 from tests.support.undisturbed import undisturbed
 
 MODEL = {

@@ -1,25 +1,17 @@
-"""Shards and models of a few kilobytes, written as the stages write them."""
+"""Drawn scenes and untrained models of a few kilobytes. They need torch alone, as a bare GPU machine does."""
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
-from stages.base import Kind, Role, Split
-from stages.images import colour, encode
+from stages.base import Kind, Role
 from stages.models.architecture import InputSpec, Picture, Pix2Pix, Pix2PixHD, Preprocessing
 from stages.models.build import build_encoder, build_generator
 from stages.models.files.saved import save_model
 from stages.models.styles import Styles
-from stages.shards import dataset
-from stages.shards.dataset import DatasetSpec, RoleSpec
-from stages.shards.manifest import ShardFile, ShardFiles
 
 CLASSES = 4
 
@@ -38,56 +30,6 @@ def scene(index: int, width: int, height: int) -> dict[Role, np.ndarray]:
         "target": np.clip(photo, 0, 255).astype(np.uint8),
         "instance": (labels.astype(np.uint16) * 1000 + index).astype(np.uint16),
     }
-
-
-def make_shards(
-    folder: Path,
-    counts: dict[Split, Sequence[int]],
-    *,
-    size: tuple[int, int] = (32, 32),
-    source: Kind = "labels",
-    instances: bool = False,
-    row_group: int = 4,
-) -> DatasetSpec:
-    """Shards with files of so many rows per split; keys are `<split>/<number>`, groups "even" and "odd"."""
-    folder.mkdir(parents=True, exist_ok=True)
-    roles: dict[Role, RoleSpec] = {
-        "source": RoleSpec(kind=source, encoding="raw", classes=CLASSES if source == "labels" else None),
-        "target": RoleSpec(kind="rgb", encoding="raw"),
-    }
-    if instances:
-        roles["instance"] = RoleSpec(kind="instances", encoding="raw")
-    splits: dict[Split, ShardFiles] = {}
-    number = 0
-    for split, files in counts.items():
-        listed = []
-        for bucket, rows in enumerate(files):
-            records = []
-            for _ in range(rows):
-                drawn = scene(number, *size)
-                if source == "rgb":
-                    drawn["source"] = colour.colorize(drawn["source"], CLASSES)
-                record: dict[str, object] = {
-                    "key": f"{split}/{number:03d}",
-                    "group": ("even", "odd")[number % 2],
-                }
-                for role in roles:
-                    data = encode.encode_image(drawn[role], "raw")
-                    record |= {
-                        role: data,
-                        f"{role}_crc": zlib.crc32(data),
-                        f"{role}_uri": f"file:///{role}/{number}",
-                    }
-                    record |= {f"{role}_width": size[0], f"{role}_height": size[1]}
-                records.append(record)
-                number += 1
-            name = f"{split}-{bucket:05d}.parquet"
-            pq.write_table(pa.Table.from_pylist(records), folder / name, row_group_size=row_group)
-            listed.append(ShardFile(name, rows, min(rows, row_group)))
-        splits[split] = ShardFiles.of(listed)
-    spec = DatasetSpec(size=size, roles=roles, splits=splits)
-    dataset.save(str(folder), spec)
-    return spec
 
 
 def make_model(
