@@ -19,6 +19,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,10 +28,7 @@ import torch
 
 from stages import storage
 from stages.base import Outcome, Resources, Role, Split
-from stages.config.evaluate import (
-    BaselineConfig,
-    EvaluateConfig,
-)
+from stages.config.evaluate import BaselineConfig, EvaluateConfig
 from stages.errors import StageError, UserError
 from stages.images import colour, decode, encode, geometry, pictures
 from stages.images.kinds import Array, ImageRejected
@@ -79,16 +77,12 @@ def same_size(generated: Array, target: Array) -> tuple[Array, Array]:
     return geometry.resize(generated, size, "rgb"), geometry.resize(target, size, "rgb")
 
 
-def first_units(spec: DatasetSpec, split: Split, units: list[RowGroups], rows: int) -> frozenset[int]:
+def first_units(spec: DatasetSpec, split: Split, rows: int) -> frozenset[int]:
     """The first units that together hold at least `rows` pairs, or all."""
     row_groups = {file.name: file.row_groups for file in spec.splits[split]}
-    chosen, count = [], 0
-    for index, unit in enumerate(units):
-        if count >= rows:
-            break
-        chosen.append(index)
-        count += sum(row_groups[unit.name][unit.start : unit.stop])
-    return frozenset(chosen)
+    units = inputs.shard_units(spec, split)
+    held = accumulate((sum(row_groups[one.name][one.start : one.stop]) for one in units), initial=0)
+    return frozenset(unit for unit, before in zip(range(len(units)), held, strict=False) if before < rows)
 
 
 def label_role(spec: DatasetSpec) -> Role | None:
@@ -102,14 +96,12 @@ def label_role(spec: DatasetSpec) -> Role | None:
 # -- the training split, for the baselines -----------------------------------------------------------
 
 
-def stored_pairs(
-    shards: str, spec: DatasetSpec, split: Split, unit: RowGroups
-) -> Iterator[tuple[Place, Sample]]:
+def stored_pairs(shards: str, spec: DatasetSpec, unit: RowGroups) -> Iterator[tuple[Place, Sample]]:
     """The pairs in a run of row groups."""
     for group in range(unit.start, min(unit.stop, num_row_groups(storage.join(shards, unit.name)))):
         rows = read_unit(shards, {"file": unit.name, "group": group}, dataset.columns(spec))
         for row in range(rows.num_rows):
-            sample = dataset.sample_of(shards, spec, split, unit.name, rows, row)
+            sample = dataset.sample_of(shards, spec, unit.split, unit.name, rows, row)
             yield (unit.name, group, row), sample
 
 
@@ -120,7 +112,7 @@ def scan_files(files: list[str], *, shards: str, share: float, mean: bool) -> Ba
     total = MeanImage.empty(height, width, 3)
     vectors, places = [np.zeros((0, baselines.THUMBNAIL_SIZE), np.uint8)], []
     for name in files:
-        for place, sample in stored_pairs(shards, spec, "train", RowGroups(name, 0, 1 << 30)):
+        for place, sample in stored_pairs(shards, spec, RowGroups("train", name, 0, 1 << 30)):
             if mean:
                 total.add(sample.picture(spec, "target"))
             if baselines.is_candidate(sample.key, share):
@@ -154,6 +146,7 @@ class EvaluateJob:
 
     config: EvaluateConfig
     shards: str
+    split: Split
     images: str  # the folder of generated images
     suffix: str  # of our own outputs; "" for another system's images
     samples: int
@@ -193,8 +186,7 @@ class EvaluationWorker:
         keep_freed_memory()
         self.job, self.config = job, job.config
         self.spec = dataset.load(job.shards)
-        self.split = split_of(job.config, self.spec)
-        self.units = inputs.shard_units(self.spec, self.split)
+        self.units = inputs.shard_units(self.spec, job.split)
         data: BaselineData | None = None if job.baseline_data is None else ray.get(job.baseline_data)
         self.baseline_data = data
         self.mean_target = data.mean.image() if data is not None and data.mean.count else None
@@ -213,7 +205,7 @@ class EvaluationWorker:
     def __call__(self, unit: int) -> int:
         """Score one unit and write its part; returns the number of its images."""
         scores = UnitScores()
-        pairs = stored_pairs(self.job.shards, self.spec, self.split, self.units[unit])
+        pairs = stored_pairs(self.job.shards, self.spec, self.units[unit])
         pending: list[ReadPair] = []
         for pair in prefetch_map(self.pool, self._read, pairs, ahead=READ_AHEAD):
             scores.rows.append(pair.record)
@@ -349,11 +341,6 @@ def _update(records: list[dict[str, Any]], scores: list[dict[str, float]]) -> No
 # -- wiring ----------------------------------------------------------------------------------------
 
 
-def split_of(config: EvaluateConfig, spec: DatasetSpec) -> Split:
-    """The split of these shards to score. Raises UserError if it has no pair."""
-    return spec.scored_split(config.split, "evaluate.split")
-
-
 def check(config: EvaluateConfig, shards: str = "") -> None:
     """Raise UserError for what is not there. `shards`: where the targets are; "" if not known yet."""
     if config.perceptual is not None:
@@ -367,7 +354,7 @@ def check(config: EvaluateConfig, shards: str = "") -> None:
         if uri is not None:
             storage.require(uri, f"evaluate.{key}")
     if shards:
-        split_of(config, dataset.load(shards))
+        dataset.load(shards).scored_split(config.split, "evaluate.split")
 
 
 def run(
@@ -384,13 +371,13 @@ def run(
     Raises UserError for absent weights, an absent folder or split; StageError where images are missing.
     """
     spec = dataset.load(shards)
-    split = split_of(config, spec)
+    split = spec.scored_split(config.split, "evaluate.split")
     logger.info("evaluate      scores the %s split: %s pairs", split, f"{spec.rows(split):,}")
-    units = inputs.shard_units(spec, split)
     distances = distance_names(config)
-    job = make_job(config, resources, spec, shards, images, output)
-    score_units(job, resources, spec, len(units))
-    summary = summarise_units(job, len(units), distances)
+    job = make_job(config, resources, spec, split, shards, images, output)
+    count = len(inputs.shard_units(spec, split))
+    score_units(job, resources, spec, count)
+    summary = summarise_units(job, count, distances, track)
     num_missing, num_targets = summary["num_missing"], summary["num_images"] + summary["num_missing"]
     if num_missing > config.max_missing_fraction * num_targets:
         raise StageError(
@@ -400,10 +387,6 @@ def run(
         )
     storage.write_json(storage.join(output, "summary.json"), summary)
     track.artifact("summary.json", json.dumps(summary, indent=2).encode())
-    for name in summary.get("segmentation", {}):
-        matrix = np.array(storage.read_json(storage.join(output, "confusion.json"))[name])
-        track.artifact(f"confusion/{name}.json", json.dumps(matrix.tolist()).encode())
-        track.artifact(f"confusion/{name}.png", encode.encode_png(metrics.confusion_picture(matrix)))
     counts = {"images": summary["num_images"], "missing": num_missing}
     return Outcome(counts=counts, metrics=table.headline(summary))
 
@@ -418,7 +401,13 @@ def distance_names(config: EvaluateConfig) -> dict[str, tuple[str, str]]:
 
 
 def make_job(
-    config: EvaluateConfig, resources: Resources, spec: DatasetSpec, shards: str, generated: str, output: str
+    config: EvaluateConfig,
+    resources: Resources,
+    spec: DatasetSpec,
+    split: Split,
+    shards: str,
+    generated: str,
+    output: str,
 ) -> EvaluateJob:
     """The workers' job. Raises UserError for weights or a folder that are not there."""
     if config.segmenter is not None and label_role(spec) is None:
@@ -434,11 +423,10 @@ def make_job(
     else:
         raise UserError("evaluate.images: name a folder of images; none were generated here")
     gpu = uses_gpu(resources)
-    split = split_of(config, spec)
-    units = inputs.shard_units(spec, split)
     return EvaluateJob(
         config=config,
         shards=shards,
+        split=split,
         images=folder,
         suffix=suffix,
         samples=samples,
@@ -448,15 +436,15 @@ def make_job(
         threads=threads(resources, pool_size(resources, gpu=gpu)),
         io_threads=resources.io_threads,
         lpips=lpips_name(config.lpips) if config.lpips else "",
-        untrained=first_units(spec, split, units, config.baselines.untrained),
-        nearest=first_units(spec, split, units, config.baselines.nearest),
+        untrained=first_units(spec, split, config.baselines.untrained),
+        nearest=first_units(spec, split, config.baselines.nearest),
     )
 
 
 def score_units(job: EvaluateJob, resources: Resources, spec: DatasetSpec, count: int) -> None:
     """Score the units that are not finished yet; the mean training target is also written as a picture."""
     config, gpu = job.config, job.device == "cuda"
-    with Progress("evaluate", total=spec.rows(split_of(config, spec)), unit="images") as progress:
+    with Progress("evaluate", total=spec.rows(job.split), unit="images") as progress:
         finished = outputs.finished_units(job.output)
         unfinished = [unit for unit in range(count) if unit not in finished]
         if not unfinished:
@@ -471,7 +459,9 @@ def score_units(job: EvaluateJob, resources: Resources, spec: DatasetSpec, count
             progress.advance(images)
 
 
-def summarise_units(job: EvaluateJob, count: int, distances: dict[str, tuple[str, str]]) -> dict[str, Any]:
+def summarise_units(
+    job: EvaluateJob, count: int, distances: dict[str, tuple[str, str]], track: Run
+) -> dict[str, Any]:
     """Add up the units, in order, into metrics.parquet, confusion.json and the summary.
 
     distances   as `distance_names` gives them
@@ -486,6 +476,9 @@ def summarise_units(job: EvaluateJob, count: int, distances: dict[str, tuple[str
             lists = {name: matrix.tolist() for name, matrix in whole.matrices.items()}
             storage.write_json(storage.join(job.output, "confusion.json"), lists)
             summary["segmentation"] = whole.segmentation
+        for name, matrix in whole.matrices.items():
+            track.artifact(f"confusion/{name}.json", json.dumps(matrix.tolist()).encode())
+            track.artifact(f"confusion/{name}.png", encode.encode_png(metrics.confusion_picture(matrix)))
         summary |= whole.distances
         summary["intervals"] |= {name: (one.low, one.high) for name, one in whole.intervals.items()}
     if job.manifest:

@@ -30,7 +30,7 @@ import pyarrow as pa
 import torch
 
 from stages import storage
-from stages.base import MAX_PIXELS, Kind, Outcome, Resources, Split
+from stages.base import MAX_PIXELS, Kind, Outcome, Resources
 from stages.config.infer import InferConfig
 from stages.errors import StageError, UserError, named
 from stages.images import colour, decode, encode, geometry, geotiff, kinds, pictures
@@ -49,7 +49,6 @@ from stages.parallel.monitoring import INFER_IMAGES
 from stages.parallel.threads import prefetch_map, results
 from stages.progress import Progress
 from stages.shards import dataset
-from stages.shards.dataset import DatasetSpec
 from stages.storage.local import upload_open
 
 if TYPE_CHECKING:
@@ -125,15 +124,6 @@ class LoadedItem:
     images: InputImages
 
 
-@dataclass(frozen=True, slots=True)
-class UnusableItem:
-    """An input that cannot be used, and why."""
-
-    place: int
-    item: Item
-    error: str
-
-
 def same_shape_batches(
     items: Iterable[LoadedItem], limit: Callable[[tuple[int, ...]], int], most: int
 ) -> Iterator[list[LoadedItem]]:
@@ -191,9 +181,9 @@ class InferJob:
 Row = dict[str, Any]
 """A row of the output table (`outputs.ROWS`)."""
 
-Generated = tuple[int, Row, InputImages, Array | IO[bytes] | None]
-"""A generated image: its place in the work unit, its row, the source, and the model's output: an array, a
-file that is ready, or None for a source that turned out to be unusable."""
+Generated = tuple[LoadedItem, Row, Array | IO[bytes] | None]
+"""A source, the row of an image generated from it, and the model's output: an array, a file that is ready,
+or None for a source that turned out to be unusable."""
 
 
 class InferenceWorker:
@@ -214,8 +204,11 @@ class InferenceWorker:
         self.large = ThreadPoolExecutor(1, "infer-large", _begin_thread, (job.device, job.threads))
         self.small = ThreadPoolExecutor(self.at_once, "infer-small", _begin_thread, (job.device, 1))
         self.fingerprint = self.translator.model.fingerprint
-        self.spec = dataset.load(job.shards) if job.shards else None
-        self.units = inputs.shard_units(self.spec, split_of(job.config, self.spec)) if self.spec else []
+        self.spec, self.units = None, list[inputs.RowGroupRange]()
+        if job.shards:
+            self.spec = dataset.load(job.shards)
+            split = self.spec.scored_split(job.config.split, "infer.split")
+            self.units = inputs.shard_units(self.spec, split)
         self.reference = self._reference()
         self.pool = ThreadPoolExecutor(job.io_threads, thread_name_prefix="infer-io")
 
@@ -241,22 +234,29 @@ class InferenceWorker:
 
         Returns the number of images, and of errors as `error_<reason>`.
         """
-        rows: dict[tuple[int, int], Row] = {}
-        loaded = prefetch_map(
-            self.pool, self._load, enumerate(self._items(unit)), ahead=self.job.io_threads + 7
-        )
-        batches = same_shape_batches(self._usable(loaded, rows), self._batch_size, 4 * MAX_BATCH)
+        rows: dict[tuple[int, int], Row] = {}  # by place and sample
+
+        def usable() -> Iterator[LoadedItem]:
+            items = enumerate(self._items(unit))
+            for loaded in prefetch_map(self.pool, self._load, items, ahead=self.job.io_threads + 7):
+                if isinstance(loaded, LoadedItem):
+                    yield loaded
+                else:
+                    place, row = loaded
+                    rows[place, 0] = row
+
         generating = (
             self._model_threads(batch).submit(self._generate, chunk)
-            for batch in batches
+            for batch in same_shape_batches(usable(), self._batch_size, 4 * MAX_BATCH)
             for chunk in draws(batch, self.config.samples, self._chunk_size(batch))
         )
         writing = (
-            self.pool.submit(self._write, *output)
-            for output in self._outputs(results(generating, ahead=self.at_once), rows)
+            self.pool.submit(self._write, *generated)
+            for chunk in results(generating, ahead=self.at_once)
+            for generated in chunk
         )
-        for _ in results(writing, ahead=2 * MAX_BATCH):
-            pass
+        for place, row in results(writing, ahead=2 * MAX_BATCH):
+            rows[place, row["sample"]] = row
         ordered = [rows[place] for place in sorted(rows)]
         table = pa.Table.from_pylist(ordered, schema=outputs.ROWS)
         storage.write_parquet(outputs.part_uri(self.job.output, unit), table)
@@ -285,12 +285,13 @@ class InferenceWorker:
             by_rows=config.tile**2 if config.tile is not None and by_rows else None,
         )
 
-    def _load(self, placed: tuple[int, Item]) -> LoadedItem | UnusableItem:
+    def _load(self, placed: tuple[int, Item]) -> LoadedItem | tuple[int, Row]:
+        """An item with its images, or its place and the row that says why it cannot be used."""
         place, item = placed
         try:
             return LoadedItem(place, item, self._checked(item.load()))
         except ImageRejected as error:
-            return UnusableItem(place, item, str(error))
+            return place, self._row(item, error=str(error))
 
     def _checked(self, images: InputImages) -> InputImages:
         """The images as the model takes them. Raises ImageRejected if it cannot."""
@@ -309,17 +310,9 @@ class InferenceWorker:
             raise ImageRejected("too_large", f"{width}x{height}, infer.max_pixels is {limit}; set infer.tile")
         return InputImages(self.translator.prepared(source), instance, tags)
 
-    def _usable(
-        self, items: Iterable[LoadedItem | UnusableItem], rows: dict[tuple[int, int], Row]
-    ) -> Iterator[LoadedItem]:
-        """The items that can be used; the others become rows with their reason."""
-        for item in items:
-            if isinstance(item, UnusableItem):
-                rows[item.place, 0] = self._row(item.item, error=item.error)
-            else:
-                yield item
-
     def _batch_size(self, shape: tuple[int, ...]) -> int:
+        if self.config.stochastic and self.job.device == "cpu":
+            return 1  # so that an image's bits depend on its seed alone
         return batch_size(*self.translator.padded(shape[0], shape[1]), self.job.device)
 
     def _chunk_size(self, batch: list[LoadedItem]) -> int:
@@ -333,78 +326,31 @@ class InferenceWorker:
         return self.large if large else self.small
 
     def _generate(self, chunk: list[tuple[LoadedItem, int]]) -> list[Generated]:
-        random = self.config.stochastic or self.translator.model.encoder is not None
         first = chunk[0][0].images.source
         if isinstance(first, TiffRows):
             return [self._generate_by_rows(loaded, sample) for loaded, sample in chunk]
-        shape = first.shape
         # A compiled network takes batches of one size: a short one is filled, and the filling dropped.
-        filling = self._batch_size(shape) - len(chunk) if self.job.compiled else 0
+        filling = self._batch_size(first.shape) - len(chunk) if self.job.compiled else 0
         filled = chunk + filling * chunk[-1:]
-        seeds = [noise_seed(self.config.seed, loaded.item.key, sample) for loaded, sample in filled]
         instances = [one.images.instance for one, _ in filled if one.images.instance is not None]
         started = time.monotonic()
         generated = self.translator.translate(
             [cast(Array, loaded.images.source) for loaded, _ in filled],
             instances if len(instances) == len(filled) else None,
-            seeds=seeds if random else None,
+            seeds=[self._seed(loaded, sample) for loaded, sample in filled],
             style=self.config.style.kind,
             cluster=self.config.style.cluster,
             reference=self.reference,
         )
         seconds = (time.monotonic() - started) / len(chunk)
-        suffix = outputs.SUFFIX[self.config.format]
         return [
-            (
-                loaded.place,
-                self._row(
-                    loaded.item,
-                    sample=sample,
-                    seconds=seconds,
-                    seed=seed if random else None,
-                    output=outputs.output_name(loaded.item.key, suffix, sample),
-                ),
-                loaded.images,
-                array,
-            )
-            for (loaded, sample), seed, array in zip(chunk, seeds, generated, strict=False)
+            (loaded, self._image_row(loaded, sample, seconds), array)
+            for (loaded, sample), array in zip(chunk, generated, strict=False)
         ]
-
-    def _outputs(
-        self, batches: Iterable[list[Generated]], rows: dict[tuple[int, int], Row]
-    ) -> Iterator[tuple[Row, Array | IO[bytes], Tags]]:
-        """The rows of generated images, which are added to `rows`, and what to write."""
-        for batch in batches:
-            for place, row, images, generated in batch:
-                rows[place, row["sample"]] = row
-                if generated is None:
-                    continue
-                row["height"], row["width"] = images.source.shape[:2]
-                if isinstance(images.source, TiffRows):
-                    yield row, generated, images.tags
-                else:
-                    kinds_ = self.translator.target_kind, self.translator.source_kind
-                    array = output_array(cast(Array, generated), kinds_[0], images.source, kinds_[1])
-                    yield row, array, images.tags
-
-    def _write(self, row: Row, generated: Array | IO[bytes], tags: Tags) -> None:
-        uri = storage.join(self.job.output, row["output"])
-        if isinstance(generated, np.ndarray):
-            data = output_file(generated, self.config, tags)
-            row["crc"], row["size"] = encode.checksum(data), len(data)
-            storage.write_bytes(uri, data)
-            return
-        with generated as file:
-            row["crc"], row["size"] = 0, file.seek(0, os.SEEK_END)
-            file.seek(0)
-            while part := file.read(COPY_BYTES):
-                row["crc"] = zlib.crc32(part, row["crc"])
-            upload_open(file, uri)
 
     def _generate_by_rows(self, loaded: LoadedItem, sample: int) -> Generated:
         """A picture whose source is read, and whose TIFF is written, row by row."""
         translator, source = self.translator, cast(TiffRows, loaded.images.source)
-        seed = noise_seed(self.config.seed, loaded.item.key, sample)
         stored = kinds.dtype(translator.target_kind)
         shape = (*source.shape[:2], kinds.CHANNELS[translator.target_kind])
         started = time.monotonic()
@@ -414,21 +360,48 @@ class InferenceWorker:
             return [translator.prepared(source.read(start, stop))], None
 
         try:
-            bands = translator.bands(read, *shape[:2], seeds=[seed])
+            bands = translator.bands(read, *shape[:2], seeds=[self._seed(loaded, sample)])
             geotiff.write(file, (band for (band,) in bands), shape, stored, loaded.images.tags)
         except BaseException as error:
             file.close()
             if not isinstance(error, ImageRejected):
                 raise
-            return loaded.place, self._row(loaded.item, error=str(error)), loaded.images, None
-        row = self._row(
+            return loaded, self._row(loaded.item, error=str(error)), None
+        return loaded, self._image_row(loaded, sample, time.monotonic() - started), file
+
+    def _write(self, loaded: LoadedItem, row: Row, generated: Array | IO[bytes] | None) -> tuple[int, Row]:
+        """Write an image; returns its place in the work unit and its row."""
+        uri = storage.join(self.job.output, row["output"])
+        if isinstance(generated, np.ndarray):
+            source = cast(Array, loaded.images.source)
+            array = output_array(generated, self.translator.target_kind, source, self.translator.source_kind)
+            data = output_file(array, self.config, loaded.images.tags)
+            row |= {"crc": encode.checksum(data), "size": len(data)}
+            storage.write_bytes(uri, data)
+        elif generated is not None:
+            with generated as file:
+                row |= {"crc": 0, "size": file.seek(0, os.SEEK_END)}
+                file.seek(0)
+                while part := file.read(COPY_BYTES):
+                    row["crc"] = zlib.crc32(part, row["crc"])
+                upload_open(file, uri)
+        return loaded.place, row
+
+    def _seed(self, loaded: LoadedItem, sample: int) -> int:
+        return noise_seed(self.config.seed, loaded.item.key, sample)
+
+    def _image_row(self, loaded: LoadedItem, sample: int, seconds: float) -> Row:
+        height, width = loaded.images.source.shape[:2]
+        random = self.config.stochastic or self.translator.model.encoder is not None
+        return self._row(
             loaded.item,
             sample=sample,
-            seconds=time.monotonic() - started,
-            seed=seed if self.config.stochastic else None,
-            output=outputs.output_name(loaded.item.key, outputs.SUFFIX["tiff"], sample),
+            output=outputs.output_name(loaded.item.key, outputs.SUFFIX[self.config.format], sample),
+            width=width,
+            height=height,
+            seconds=seconds,
+            seed=self._seed(loaded, sample) if random else None,
         )
-        return loaded.place, row, loaded.images, file
 
     def _row(self, item: Item, **values: Any) -> Row:
         common = {"key": item.key, "source": item.uri, "sample": 0, "output": "", "model": self.fingerprint}
@@ -464,11 +437,6 @@ def _read_style(name: str, uri: str | None, how: Kind | Picture) -> Array:
 # -- wiring --------------------------------------------------------------------------------------------------
 
 
-def split_of(config: InferConfig, spec: DatasetSpec) -> Split:
-    """The split of these shards to generate. Raises UserError if it has no pair."""
-    return spec.scored_split(config.split, "infer.split")
-
-
 def check(config: InferConfig, shards: str = "") -> None:
     """Raise UserError for what is not there. `shards`: where the sources are; "" if not known yet."""
     if config.style.kind == "reference":
@@ -478,7 +446,7 @@ def check(config: InferConfig, shards: str = "") -> None:
         uri = location(config).uri
         shards = uri if is_shards(uri) else ""
     if shards:
-        split_of(config, dataset.load(shards))
+        dataset.load(shards).scored_split(config.split, "infer.split")
 
 
 def digest(config: InferConfig, tracking_uri: str | None = None) -> str:
@@ -566,7 +534,7 @@ def prepare(
                 plan = inputs.plan(where, None if begun else output)
     if plan is None:
         spec = dataset.load(shards)
-        split = split_of(config, spec)
+        split = spec.scored_split(config.split, "infer.split")
         logger.info("infer         generates the %s split: %s pairs", split, f"{spec.rows(split):,}")
         units, rows = len(inputs.shard_units(spec, split)), spec.rows(split)
         source = spec.digest()[:16]
@@ -607,7 +575,14 @@ def finish(config: InferConfig, resources: Resources, work: Work, output: str) -
     """Do the units that are left. Raises StageError if more sources than allowed cannot be used."""
     if work.left:
         job = make_job(config, resources, work, output)
-        generate(job, resources, work.counts, work.left, work.rows * config.samples)
+        gpu, total, before = job.device == "cuda", work.rows * config.samples, work.counts.total["images"]
+        most = pool_size(resources, gpu=gpu)
+        with Progress("infer", total=total, unit="images", done=before) as progress:
+            for unit, done in on_actors(InferenceWorker, job, work.left, stage="infer", most=most, gpu=gpu):
+                work.counts.add(unit, done)
+                if done["images"]:
+                    INFER_IMAGES.inc(done["images"])
+                progress.advance(done["images"])
     counts = work.counts.total
     errors = {name: value for name, value in sorted(counts.items()) if name.startswith("error_")}
     failed = sum(errors.values())
@@ -654,20 +629,3 @@ def make_job(config: InferConfig, resources: Resources, work: Work, output: str)
         and config.tile is None
         and not config.stochastic,
     )
-
-
-def generate(
-    job: InferJob, resources: Resources, counts: outputs.UnitCounts, units: list[int], total: int
-) -> None:
-    """Do work units on as many processes as allowed, and count their images and errors.
-
-    total   images of the whole run, for the progress line
-    """
-    gpu = job.device == "cuda"
-    with Progress("infer", total=total, unit="images", done=counts.total["images"]) as progress:
-        most = pool_size(resources, gpu=gpu)
-        for unit, done in on_actors(InferenceWorker, job, units, stage="infer", most=most, gpu=gpu):
-            counts.add(unit, done)
-            if done["images"]:
-                INFER_IMAGES.inc(done["images"])
-            progress.advance(done["images"])

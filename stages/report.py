@@ -16,7 +16,7 @@ import io
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args
@@ -32,6 +32,7 @@ from stages.errors import UserError, one_line
 from stages.images import decode, encode, geometry, pictures
 from stages.images.kinds import Array, ImageRejected
 from stages.inference import outputs
+from stages.parallel.threads import prefetch_map
 from stages.progress import duration
 from stages.reporting.page import Curve, PictureCard, RejectCount, ReportData, StepTime, data_uri, page
 from stages.scoring.intervals import Interval, difference
@@ -176,6 +177,15 @@ def metric_rows(uri: str) -> Iterator[dict[str, Any]]:
             yield from batch.to_pylist()
 
 
+def samples(shards: str, spec: DatasetSpec, rows: Iterable[Mapping[str, Any]]) -> Iterator[Sample]:
+    """The samples of rows {key, split, file}, shard file by shard file."""
+    by_file: dict[tuple[Split, str], set[str]] = defaultdict(set)
+    for row in rows:
+        by_file[row["split"], row["file"]].add(row["key"])
+    for (split, name), keys in by_file.items():
+        yield from dataset.read_file(shards, spec, split, name, keys)
+
+
 def draw_pictures(
     picks: Picks,
     shards: str,
@@ -189,37 +199,19 @@ def draw_pictures(
 ) -> list[PictureCard]:
     """Source, generated and target of each pick, with its metrics of these names, in the picks' order."""
     spec = dataset.load(shards)
-    by_file: dict[tuple[Split, str], set[str]] = defaultdict(set)
-    for key, (row, _) in picks.items():
-        by_file[row["split"], row["file"]].add(key)
 
     def draw(sample: Sample) -> PictureCard:
         row, reasons = picks[sample.key]
         generated, note = _generated(folder, row)
-        target = sample.picture(spec, "target")
-        images = {"source": sample.picture(spec, "source"), "generated": generated, "target": target}
-        images |= {name: other.picture(sample.key) for name, other in others.items()}
-        return PictureCard(
-            key=sample.key,
-            split=sample.split,
-            group=sample.group,
-            scores={name: row[name] for name in names if row.get(name) is not None},
-            images={
-                role: data_uri(image, max_side=max_side, max_bytes=max_bytes)
-                for role, image in images.items()
-                if image is not None
-            },
-            width=target.shape[1],
-            height=target.shape[0],
-            picks=reasons,
-            note=note,
-        )
+        images = {name: other.picture(sample.key) for name, other in others.items()}
+        images["generated"] = generated
+        scores = {name: row[name] for name in names if row.get(name) is not None}
+        drawn = _card(sample, spec, images, max_side=max_side, max_bytes=max_bytes)
+        return replace(drawn, scores=scores, picks=reasons, note=note)
 
-    drawn: dict[str, PictureCard] = {}
     with ThreadPoolExecutor(threads) as pool:  # Pillow and the stores let go of the GIL
-        for (split, name), keys in by_file.items():
-            for picture in pool.map(draw, dataset.read_file(shards, spec, split, name, keys)):
-                drawn[picture.key] = picture
+        found = samples(shards, spec, (row for row, _ in picks.values()))
+        drawn = {card.key: card for card in prefetch_map(pool, draw, found, ahead=2 * threads)}
     return [drawn[key] for key in picks if key in drawn]
 
 
@@ -231,26 +223,32 @@ def draw_suspects(shards: str, *, max_side: int, max_bytes: int) -> dict[str, li
     worst: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for row in csv.DictReader(io.StringIO(storage.read_bytes(uri).decode(), newline="")):
         if len(worst[row["kind"]]) < SUSPECTS:
-            worst[row["kind"]][row["key"]] = row
-    by_file: dict[tuple[Split, str], set[str]] = defaultdict(set)
-    for rows in worst.values():
-        for key, row in rows.items():
-            by_file[row["split"], row["shard"]].add(key)
-    drawn: dict[str, PictureCard] = {}
-    for (split, name), keys in by_file.items():
-        for sample in dataset.read_file(shards, spec, split, name, keys):
-            pictures_of = {role: sample.picture(spec, role) for role in suspects.ROLES}
-            images: dict[str, str] = {
-                role: data_uri(picture, max_side=max_side, max_bytes=max_bytes)
-                for role, picture in pictures_of.items()
-            }
-            drawn[sample.key] = PictureCard(
-                key=sample.key, split=split, images=images, width=spec.size[0], height=spec.size[1]
-            )
+            worst[row["kind"]][row["key"]] = row | {"file": row["shard"]}
+    found = samples(shards, spec, (row for rows in worst.values() for row in rows.values()))
+    drawn = {one.key: _card(one, spec, {}, max_side=max_side, max_bytes=max_bytes) for one in found}
     return {
         kind: [replace(drawn[key], note=row["reason"]) for key, row in rows.items() if key in drawn]
         for kind, rows in worst.items()
     }
+
+
+def _card(
+    sample: Sample, spec: DatasetSpec, others: Mapping[str, Array | None], *, max_side: int, max_bytes: int
+) -> PictureCard:
+    """Source and target of a sample, and other pictures by role."""
+    images = {role: sample.picture(spec, role) for role in suspects.ROLES} | dict(others)
+    return PictureCard(
+        key=sample.key,
+        split=sample.split,
+        group=sample.group,
+        images={
+            role: data_uri(image, max_side=max_side, max_bytes=max_bytes)
+            for role, image in images.items()
+            if image is not None
+        },
+        width=spec.size[0],
+        height=spec.size[1],
+    )
 
 
 def _generated(folder: str, row: Mapping[str, Any]) -> tuple[Array | None, str]:
@@ -444,13 +442,13 @@ def budget(config: ReportConfig, rows: int) -> int:
 def sheet(picks: Picks, shards: str, folder: str) -> bytes | None:
     """Source, generated and target of the picked keys as one PNG; None if none was generated."""
     spec = dataset.load(shards)
+    pairs = {sample.key: sample for sample in samples(shards, spec, (row for row, _ in picks.values()))}
     rows = []
     for key, (row, _) in picks.items():
         generated, _ = _generated(folder, row)
-        for sample in dataset.read_file(shards, spec, row["split"], row["file"], {key}):
-            if generated is not None:
-                fake = geometry.resize(generated, spec.size, "rgb")
-                rows.append([sample.picture(spec, "source"), fake, sample.picture(spec, "target")])
+        if generated is not None:
+            source, target = (pairs[key].picture(spec, role) for role in ("source", "target"))
+            rows.append([source, geometry.resize(generated, spec.size, "rgb"), target])
     return encode.encode_png(pictures.sheet(rows)) if rows else None
 
 

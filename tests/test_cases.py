@@ -154,7 +154,7 @@ def test_bands_and_pages_of_satellite_tiffs_are_as_an_independent_reader_has_the
 
 def test_a_missing_split_is_known_before_training(cases: Path) -> None:
     made = shards(config_file(cases, "e20"))
-    assert infer.split_of(InferConfig(), made.spec) == "val"
+    assert made.spec.scored_split(None, "infer.split") == "val"
     with pytest.raises(UserError, match=r"infer.split: .* the split 'test'"):
         infer.check(InferConfig(split="test"), made.folder)
 

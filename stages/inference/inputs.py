@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from weakref import finalize
@@ -32,7 +32,7 @@ from stages.objects.digest import Uint64s, key_hashes, no_rows, row_sums, spell
 from stages.objects.fetch import Object, Reader
 from stages.parallel.threads import Prefetch
 from stages.shards import dataset
-from stages.shards.dataset import DatasetSpec
+from stages.shards.dataset import DatasetSpec, RoleSpec
 from stages.shards.row_groups import read_unit
 from stages.storage.local import local_file
 
@@ -74,8 +74,9 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class RowGroupRange:
-    """Row groups `start` up to `stop` of a shard file."""
+    """Row groups `start` up to `stop` of a split's shard file."""
 
+    split: Split
     name: str
     start: int
     stop: int
@@ -89,7 +90,7 @@ def shard_units(spec: DatasetSpec, split: Split, rows: int = UNIT_ROWS) -> list[
         for index, count in enumerate(file.row_groups):
             rows_of_unit += count
             if rows_of_unit >= rows or index == len(file.row_groups) - 1:
-                units.append(RowGroupRange(file.name, start, index + 1))
+                units.append(RowGroupRange(split, file.name, start, index + 1))
                 start, rows_of_unit = index + 1, 0
     return units
 
@@ -101,38 +102,23 @@ def shard_items(
 
     size   width and height that images are resized to; None: as they are stored
     """
-    roles: list[Role] = [role for role in ("source", "instance") if role in spec.roles]
-    columns = ["key", "source_uri", *(name for role in roles for name in (role, f"{role}_crc"))]
+    needed: dict[Role, RoleSpec] = {
+        role: spec.roles[role] for role in ("source", "instance") if role in spec.roles
+    }
+    spec = replace(spec, roles=needed)
     for index in range(unit.start, unit.stop):
-        table = read_unit(folder, {"file": unit.name, "group": index}, columns)
+        table = read_unit(folder, {"file": unit.name, "group": index}, dataset.columns(spec))
         for row in range(table.num_rows):
-            key = table["key"][row].as_py()
 
-            def load(table: pa.Table = table, row: int = row, key: str = key) -> InputImages:
-                images: dict[str, Array] = {}
-                for role in roles:
-                    image = _stored_image(folder, spec, unit.name, key, role, table, row)
-                    if image is not None:
-                        kind = spec.roles[role].kind
-                        images[role] = image if size is None else geometry.resize(image, size, kind)
+            def load(table: pa.Table = table, row: int = row) -> InputImages:
+                images = dataset.sample_of(folder, spec, unit.split, unit.name, table, row).images
                 if "source" not in images:
                     raise ImageRejected("empty", "the pair has no source")
+                if size is not None:
+                    images = {r: geometry.resize(image, size, needed[r].kind) for r, image in images.items()}
                 return InputImages(images["source"], images.get("instance"))
 
-            yield Item(key, table["source_uri"][row].as_py() or "", load)
-
-
-def _stored_image(
-    folder: str, spec: DatasetSpec, name: str, key: str, role: Role, table: pa.Table, row: int
-) -> Array | None:
-    value: Any = table[role][row]
-    if not value.is_valid:
-        return None
-    try:
-        crc = table[f"{role}_crc"][row].as_py()
-        return dataset.decode_role(memoryview(value.as_buffer()), crc, spec.roles[role], spec.size)
-    except ImageRejected as error:
-        raise dataset.corrupt(folder, name, key, role, error) from error
+            yield Item(table["key"][row].as_py(), table["source_uri"][row].as_py() or "", load)
 
 
 # -- objects ----------------------------------------------------------------------------------------------

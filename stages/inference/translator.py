@@ -53,8 +53,7 @@ class Translator:
 
     The loaded model itself stays as it is.
 
-    stochastic    with dropout as noise, as Isola et al. generate; on a CPU one picture at a time, so that its
-                  bits depend on its seed alone
+    stochastic    with dropout as noise, as Isola et al. generate
     tile          pictures with more pixels than a square of this side are computed layer by layer, in bands
                   with as many pixels as it has: the same picture in bounded memory. None: always whole
     compiled      torch.compile the generator, for a GPU and batches of one shape
@@ -122,18 +121,6 @@ class Translator:
         sources = [self.prepared(source) for source in sources]
         if self.needs_instances and instances is None:
             raise ValueError("this model needs an instance map with every source")
-        if self.stochastic and len(sources) > 1 and self.device.type == "cpu":
-            return [
-                self.translate(
-                    [source],
-                    None if instances is None else [instances[i]],
-                    seeds=None if seeds is None else [seeds[i]],
-                    style=style,
-                    cluster=cluster,
-                    reference=reference,
-                )[0]
-                for i, source in enumerate(sources)
-            ]
         height, width = sources[0].shape[:2]
         instances = instances if self.needs_instances else None
         seeds = list(seeds) if seeds is not None else [0] * len(sources)
