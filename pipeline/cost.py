@@ -32,7 +32,7 @@ from pydantic import Field, ValidationError
 from pipeline.config import PipelineConfig
 from pipeline.runner import PREDICTED, PlannedStep, changes, read_marker
 from stages import storage
-from stages.base import Config, Precision, Split
+from stages.base import Config, Precision, Role, Split
 from stages.config.shard import AugmentConfig
 from stages.config.train import PhaseJob, check_size, full_size, phase_size
 from stages.errors import UserError, first_invalid, one_line
@@ -43,7 +43,7 @@ from stages.models.fast.process import best_precision, tune_process
 from stages.models.step import Batch, update
 from stages.parallel.threads import own_cores
 from stages.progress import duration
-from stages.shard import parts_of
+from stages.shard import parts_of, role_specs
 from stages.shards import dataset
 from stages.shards.dataset import SCORED, DatasetSpec
 from stages.shards.order import num_steps
@@ -112,10 +112,19 @@ class PlannedRun:
 
     config: PipelineConfig
     planned: Sequence[PlannedStep]
-    spec: DatasetSpec
-    gpu: bool
     probes: dict[Precision, float] = field(default_factory=dict)
     """Operations per second of this machine, where they were measured."""
+
+    @cached_property
+    def spec(self) -> DatasetSpec:
+        """The shards' description, or the expected one."""
+        done = next((p for p in self.planned if p.step.name == "shard" and p.done), None)
+        if done is not None:
+            return dataset.load(done.folder)
+        config = self.config.shard
+        listed = {location.role for location in self.config.ingest.locations}
+        roles: set[Role] = {"source", "target", *config.kinds, *(r for r in get_args(Role) if r in listed)}
+        return DatasetSpec(size=config.size, roles=role_specs(config, roles), splits={})
 
     @cached_property
     def finished(self) -> Mapping[str, Mapping[str, Any]]:
@@ -161,17 +170,45 @@ class PlannedRun:
         """The phase whose step has the most operations."""
         return max(self.jobs, key=lambda job: self.operations[job.phase.name])
 
+    @cached_property
+    def gpu(self) -> bool:
+        """Whether training will use GPUs: as configured, else if this machine has one."""
+        configured = self.config.resources.gpu
+        return torch.cuda.is_available() if configured is None else configured
+
     @property
     def device(self) -> str:
         """The device of a probe."""
         return "cuda" if self.gpu and torch.cuda.is_available() else "cpu"
 
+    @property
+    def gpu_memory(self) -> int | None:
+        """Bytes of this machine's GPU; None without one."""
+        return torch.cuda.get_device_properties(0).total_memory if self.device == "cuda" else None
+
+    def memory(self, job: PhaseJob, workers: int) -> int:
+        """Bytes that each of so many workers needs for a step of a phase."""
+        resources = self.config.resources
+        return estimate_memory(
+            job,
+            self.spec,
+            workers=workers,
+            micro_batch=resources.micro_batch,
+            gpu=self.gpu,
+            checkpointing=resources.checkpointing,
+        )
+
+    def fixed_precision(self, p: PlannedStep) -> Precision | None:
+        """The precision that a phase began with, or that is configured; None if its start decides."""
+        assert isinstance(p.step.config, PhaseJob)
+        begun = execution.read(p.folder)
+        return begun.precision if begun else p.step.config.precision
+
     def precision(self, p: PlannedStep) -> Precision:
         """The precision of a phase, or of generating."""
-        if not isinstance(p.step.config, PhaseJob):
+        if p.step.stage == "infer":
             return self.config.infer.precision
-        begun = execution.read(p.folder) if p.resumes else None
-        return begun.precision if begun else p.step.config.precision or best_precision(self.device)
+        return self.fixed_precision(p) or best_precision(self.device)
 
     @cached_property
     def speed(self) -> int:
@@ -470,13 +507,10 @@ def of_requests(run: PlannedRun, found: Sequence[Estimate], prices: Prices) -> f
 # -- what the plan says --------------------------------------------------------
 
 
-def report(
-    run: PlannedRun, chosen: Sequence[PlannedStep], prices: Prices, machine: str, available: int | None
-) -> str:
+def report(run: PlannedRun, chosen: Sequence[PlannedStep], prices: Prices, machine: str) -> str:
     """The estimates of the steps that are left, as text; they are kept in the workspace.
 
-    machine     a name of the price list, or ""
-    available   bytes of a GPU's memory; None: this machine's memory counts
+    machine   a name of the price list, or ""
     """
     if all(p.done for p in chosen):
         return ""
@@ -506,7 +540,7 @@ def report(
             f"{'money':<15} {f'${hours * price + sent:,.2f}':>12}  {hours:.2f} hours of {machine} at "
             f"${price:.2f}, were it as fast as this machine; requests ${sent:.2f}; prices of {prices.date}"
         )
-    return "\n".join([*lines, *choices(run, list(found.values()), available)]) + "\n"
+    return "\n".join([*lines, *choices(run, list(found.values()))]) + "\n"
 
 
 def expected_error(run: PlannedRun) -> str:
@@ -529,7 +563,7 @@ def row(one: Estimate) -> str:
     return f"{text} {requests:>9} {moved:>9}  {one.rate.source}"
 
 
-def choices(run: PlannedRun, found: Sequence[Estimate], available: int | None) -> list[str]:
+def choices(run: PlannedRun, found: Sequence[Estimate]) -> list[str]:
     """A line for each number of workers, each on its own machine, and precision that training could have.
 
     Workers share the work evenly and wait for the exchange of their gradients.
@@ -537,7 +571,8 @@ def choices(run: PlannedRun, found: Sequence[Estimate], available: int | None) -
     trained = [(one, job) for one in found if isinstance(job := one.step.step.config, PhaseJob)]
     if not trained:
         return []
-    batch, memory = min(job.phase.batch for _, job in trained), available or psutil.virtual_memory().total
+    batch = min(job.phase.batch for _, job in trained)
+    memory = run.gpu_memory or psutil.virtual_memory().total
     rows = []
     for precision, ratio in relative_speeds(run, trained[0][0].step).items():
         asked = run.largest.model_copy(update={"precision": precision})
@@ -548,15 +583,7 @@ def choices(run: PlannedRun, found: Sequence[Estimate], available: int | None) -
                 exchanged = gradient_bytes(job, run.spec) * 2 * (workers - 1) / workers
                 computed = one.work.units * one.rate.each * run.speed / workers / ratio
                 seconds += one.rate.start + computed + steps * exchanged / NETWORK_BYTES
-            needed = estimate_memory(
-                asked,
-                run.spec,
-                workers=workers,
-                micro_batch=run.config.resources.micro_batch,
-                gpu=run.gpu,
-                checkpointing=run.config.resources.checkpointing,
-            )
-            rows.append((seconds * workers, seconds, workers, precision, needed))
+            rows.append((seconds * workers, seconds, workers, precision, run.memory(asked, workers)))
     cheapest = min((one for one in rows if one[-1] <= memory), default=None)
     return [
         f"{f'{one[2]} x {one[3]}':<15} {duration(one[1]):>12}  training, {one[0] / 3600:.2f} worker hours, "

@@ -10,10 +10,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import ray
-import torch
 import yaml
 
 from pipeline import cost
@@ -23,18 +22,15 @@ from pipeline.config import PipelineConfig
 from pipeline.dag import RunView, needed, registration, steps
 from pipeline.runner import PlannedStep, check, execute, plan, select
 from stages import storage
-from stages.base import Role
 from stages.config.train import PhaseJob, full_size
 from stages.models.fast.process import best_precision
 from stages.progress import duration
 from stages.report import notes
 from stages.scoring.table import is_bound, shown
-from stages.shard import role_specs
 from stages.shards import dataset
-from stages.shards.dataset import DatasetSpec
 from stages.tracking.run import Run, catch_up, open_parent
-from stages.training import execution, phases
-from stages.training.memory import advice, estimate_memory
+from stages.training import phases
+from stages.training.memory import advice
 
 Markers = Mapping[str, Mapping[str, Any]]
 """The markers of finished steps by the step's name."""
@@ -120,12 +116,8 @@ def plan_text(
     """The plan, and what the steps that are left will take."""
     chosen = select(planned, only=None, until=until)
     check(chosen)
-    available = gpu_memory() if uses_gpu(config) else None
-    steps_text = table(planned, memory(config, planned), available, precisions(config, planned))
-    view = cost.PlannedRun(
-        config=config, planned=planned, spec=described(config, planned), gpu=uses_gpu(config)
-    )
-    return steps_text + cost.report(view, chosen, prices, machine, available)
+    view = cost.PlannedRun(config=config, planned=planned)
+    return table(view) + cost.report(view, chosen, prices, machine)
 
 
 def run_cluster(config: PipelineConfig) -> AbstractContextManager[None]:
@@ -205,79 +197,22 @@ def hosts() -> str:
     return "; ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
 
 
-def described(config: PipelineConfig, planned: Sequence[PlannedStep]) -> DatasetSpec:
-    """The shards' description, or the expected one."""
-    done = next((p for p in planned if p.step.name == "shard" and p.done), None)
-    if done is not None:
-        return dataset.load(done.folder)
-    roles: set[Role] = {"source", "target", *config.shard.kinds}
-    listed = {location.role for location in config.ingest.locations}
-    roles |= {role for role in get_args(Role) if role in listed}
-    return DatasetSpec(size=config.shard.size, roles=role_specs(config.shard, roles), splits={})
-
-
-def memory(config: PipelineConfig, planned: Sequence[PlannedStep]) -> dict[str, int]:
-    """Bytes that a training worker needs, by step."""
-    spec = described(config, planned)
-    return {
-        p.step.name: estimate_memory(
-            p.step.config,
-            spec,
-            workers=config.resources.train_workers,
-            micro_batch=config.resources.micro_batch,
-            gpu=uses_gpu(config),
-            checkpointing=config.resources.checkpointing,
-        )
-        for p in planned
-        if isinstance(p.step.config, PhaseJob) and not p.done
-    }
-
-
-def uses_gpu(config: PipelineConfig) -> bool:
-    """Whether training will use GPUs: as configured, else if this machine has one."""
-    gpu = config.resources.gpu
-    return torch.cuda.is_available() if gpu is None else gpu
-
-
-def gpu_memory() -> int | None:
-    """Bytes of this machine's GPU; None without one."""
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-
-
-def precisions(config: PipelineConfig, planned: Sequence[PlannedStep]) -> dict[str, str]:
-    """The precision of each phase: as configured, as it began, or what it takes if it begins here."""
-    here = best_precision("cuda" if uses_gpu(config) and torch.cuda.is_available() else "cpu")
-    texts = {}
-    for p in planned:
-        if isinstance(p.step.config, PhaseJob):
-            begun = execution.read(p.folder)
-            known = begun.precision if begun else p.step.config.precision
-            texts[p.step.name] = known or f"{here} if it begins on a machine like this one"
-    return texts
-
-
-def table(
-    planned: Sequence[PlannedStep],
-    bytes_: Mapping[str, int],
-    available: int | None = None,
-    precision: Mapping[str, str] | None = None,
-) -> str:
-    """The plan as a table: step, done or to do, why.
-
-    bytes_, precision   memory and precision of a training worker, by step
-    available           bytes of the GPU's memory
-    """
+def table(run: cost.PlannedRun) -> str:
+    """The plan as a table: step, done or to do, why; of a phase also its memory and precision."""
+    available, workers = run.gpu_memory, run.config.resources.train_workers
     lines = [f"{'step':<15} {'fingerprint':<13} {'':<6} why"]
-    for p in planned:
+    for p in run.planned:
         line = f"{p.step.name:<15} {p.fingerprint:<13} {'done' if p.done else 'to do':<6} {p.why}"
-        if p.step.name in bytes_:
-            line += f"; a training worker needs about {bytes_[p.step.name] / 1e9:.1f} GB"
-            if available is not None and bytes_[p.step.name] <= available:
-                line += f" of the GPU's {available / 1e9:.1f} GB"
-            elif available is not None and isinstance(p.step.config, PhaseJob):
-                line += f", more than the GPU's {available / 1e9:.1f} GB: {advice(p.step.config)}"
-        if precision and p.step.name in precision:
-            line += f"; precision: {precision[p.step.name]}"
+        if isinstance(job := p.step.config, PhaseJob):
+            if not p.done:
+                needed = run.memory(job, workers)
+                line += f"; a training worker needs about {needed / 1e9:.1f} GB"
+                if available is not None and needed <= available:
+                    line += f" of the GPU's {available / 1e9:.1f} GB"
+                elif available is not None:
+                    line += f", more than the GPU's {available / 1e9:.1f} GB: {advice(job)}"
+            here = f"{best_precision(run.device)} if it begins on a machine like this one"
+            line += f"; precision: {run.fixed_precision(p) or here}"
         lines.append(line)
     return "\n".join(lines) + "\n"
 

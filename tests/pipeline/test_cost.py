@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline import config as configuration, cost, session
+from pipeline import config as configuration, cost
 from pipeline.dag import steps
 from pipeline.run import main
 from pipeline.runner import MARKER, PREDICTED, PlannedStep, plan
@@ -55,8 +55,7 @@ def planned(workspace: Path | str, *settings: str, seen: dict[str, int] = LISTED
         )
         for step in steps(config)
     ]
-    spec = session.described(config, chosen)
-    return cost.PlannedRun(config=config, planned=chosen, spec=spec, gpu=False, probes={"float32": 1e9})
+    return cost.PlannedRun(config=config, planned=chosen, probes={"float32": 1e9})
 
 
 def finished(run: cost.PlannedRun, name: str, seconds: float, counts: dict[str, int], **more: Any) -> None:
@@ -127,7 +126,7 @@ def test_finished_steps_take_nothing_and_count_the_pairs(run: cost.PlannedRun) -
 
 
 def test_pairs_of_a_table_are_unknown_until_it_is_read(tmp_path: Path) -> None:
-    text = cost.report((run := planned(tmp_path, seen={"unread": 1})), run.planned, PRICES, "", None)
+    text = cost.report((run := planned(tmp_path, seen={"unread": 1})), run.planned, PRICES, "")
     assert "train-whole          unknown" in text
 
 
@@ -140,7 +139,7 @@ def test_requests_and_machines_cost_what_the_price_list_says(tmp_path: Path) -> 
     writes = sum(one.work.writes for one in found)
     assert (reads, writes) == (3000, 3)  # an object each, and three pages of names
     assert cost.of_requests(run, found, PRICES) == pytest.approx(3000 * 0.4e-6 + 3 * 5e-6)
-    text = cost.report(run, run.planned, PRICES, "g5.xlarge", None)
+    text = cost.report(run, run.planned, PRICES, "g5.xlarge")
     assert "hours of g5.xlarge at $1.01" in text
     assert PRICES.date in text
 
@@ -154,12 +153,15 @@ def test_a_network_that_is_slower_than_the_cores_is_the_limit(
     assert estimates(run)["train-whole"].work.reads == 7500 * cost.pair_bytes(run.spec) / cost.ROW_GROUP_BYTES
 
 
-def test_the_cheapest_number_of_workers_that_fits_is_named(run: cost.PlannedRun) -> None:
+def test_the_cheapest_number_of_workers_that_fits_is_named(
+    run: cost.PlannedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = cost.estimate(run, run.planned)
-    lines = cost.choices(run, found, None)
+    lines = cost.choices(run, found)
     assert [line.split()[:3] for line in lines] == [[n, "x", "float32"] for n in "124"]
     assert ["the cheapest" in line for line in lines] == [True, False, False]
-    assert all("does not fit" in line for line in cost.choices(run, found, 1000))
+    monkeypatch.setattr(cost.PlannedRun, "gpu_memory", 1000)
+    assert all("does not fit" in line for line in cost.choices(run, found))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +198,7 @@ def test_a_step_that_does_not_fit_in_memory_is_not_probed(
     monkeypatch.setattr(cost, "estimate_memory", lambda *_, **__: 1 << 60)
     run.probes.clear()
     assert {"train-whole", "infer"}.isdisjoint(estimates(run))
-    assert "too large for this memory" in cost.report(run, run.planned, PRICES, "", None)
+    assert "too large for this memory" in cost.report(run, run.planned, PRICES, "")
 
 
 def test_a_probe_of_a_large_step_takes_smaller_images(
@@ -210,7 +212,7 @@ def test_a_probe_of_a_large_step_takes_smaller_images(
 
 
 def test_the_plan_keeps_what_it_expects_for_the_markers(run: cost.PlannedRun) -> None:
-    cost.report(run, run.planned, PRICES, "", None)
+    cost.report(run, run.planned, PRICES, "")
     place = storage.join(run.config.workspace, PREDICTED)
     assert storage.read_json(place)[f"train-whole-{'0' * 12}"] > cost.ASSUMED["train"][0]
     pair = [replace(step, needs={}) for step in steps(run.config) if step.name == "pair"]
@@ -221,10 +223,10 @@ def test_the_plan_keeps_what_it_expects_for_the_markers(run: cost.PlannedRun) ->
 
 
 def test_the_plan_says_how_far_off_earlier_ones_were(run: cost.PlannedRun) -> None:
-    assert "no step here was estimated" in cost.report(run, run.planned, PRICES, "", None)
+    assert "no step here was estimated" in cost.report(run, run.planned, PRICES, "")
     finished(run, "pair", 15.0, {}, predicted=10.0)
     finished(run, "ingest", 11.0, {}, predicted=10.0)
-    text = cost.report(replace(run), run.planned, PRICES, "", None)
+    text = cost.report(replace(run), run.planned, PRICES, "")
     assert "error                    30%  median of 2 earlier estimates of steps here, at most 50%" in text
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import config as configuration, session
+from pipeline import config as configuration, cost, session
 from pipeline.config import PipelineConfig
 from pipeline.dag import registration, steps
 from pipeline.runner import PlannedStep
@@ -50,15 +50,26 @@ def test_a_password_of_the_tracking_server_is_in_no_marker() -> None:
     assert "host/mlflow" in step.config.model_dump_json()
 
 
+def plan_table(config: PipelineConfig, steps_: list[PlannedStep] | None = None) -> dict[str, str]:
+    """The plan's lines by step."""
+    run = cost.PlannedRun(config=config, planned=planned(config) if steps_ is None else steps_)
+    return {line.split()[0]: line for line in session.table(run).splitlines()}
+
+
 def test_memory_is_estimated_for_every_phase_from_the_config_alone() -> None:
+    def needed(config: PipelineConfig) -> dict[str, int]:
+        run = cost.PlannedRun(config=config, planned=planned(config))
+        return {job.phase.name: run.memory(job, 1) for job in run.jobs}
+
     config = configuration.load(YAML)
-    whole = session.memory(config, planned(config))
-    assert list(whole) == ["train-global", "train-local", "train-joint"]
-    small = configuration.load(YAML, ["resources.micro_batch=1"])
-    accumulated = session.memory(small, planned(small))
+    whole = needed(config)
+    assert list(whole) == ["global", "local", "joint"]
+    accumulated = needed(configuration.load(YAML, ["resources.micro_batch=1"]))
     assert all(accumulated[name] < whole[name] for name in whole)
-    text = session.table(planned(config), whole)
-    assert "a training worker needs about" in text.splitlines()[4]
+    lines = plan_table(config)
+    assert [name for name in lines if "a training worker needs about" in lines[name]] == [
+        f"train-{name}" for name in whole
+    ]
 
 
 def test_the_plan_shows_each_phases_precision_as_configured_as_begun_or_as_here(
@@ -66,14 +77,15 @@ def test_the_plan_shows_each_phases_precision_as_configured_as_begun_or_as_here(
 ) -> None:
     monkeypatch.setenv("PIXLOOM_BF16", "0")
     config = configuration.load(YAML)
-    assert set(session.precisions(config, planned(config)).values()) == {"float32"}
+    assert plan_table(config)["train-joint"].endswith("; precision: float32")
+    assert "precision" not in plan_table(config)["infer"]
     config = configuration.load(YAML, ["train.precision=null", "resources.gpu=false"])
     steps_ = [replace(p, folder=str(tmp_path / p.step.name)) for p in planned(config)]
     execution.write(str(tmp_path / "train-global"), Execution(precision="bf16"))
-    precisions = session.precisions(config, steps_)
-    assert precisions["train-global"] == "bf16"
-    assert precisions["train-local"] == "float32 if it begins on a machine like this one"
-    assert "precision: bf16" in session.table(steps_, {}, precision=precisions)
+    lines = plan_table(config, steps_)
+    assert lines["train-global"].endswith("; precision: bf16")
+    here = "; precision: float32 if it begins on a machine like this one"
+    assert lines["train-local"].endswith(here)
 
 
 def test_the_plan_refuses_weights_that_are_not_there(tmp_path: Path) -> None:
@@ -104,10 +116,12 @@ def test_the_commit_of_a_job_comes_from_its_environment(monkeypatch: pytest.Monk
     assert session.commit() == {"mlflow.source.git.commit": "abc123"}
 
 
-def test_the_plan_compares_a_steps_memory_with_the_gpus() -> None:
+def test_the_plan_compares_a_steps_memory_with_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     config = configuration.load(YAML)
-    needed = {"train-global": 90_000_000_000}
-    assert "needs about 90.0 GB of the GPU's 141.0 GB" in session.table(planned(config), needed, 141 * 10**9)
-    text = session.table(planned(config), needed, 80 * 10**9)
-    assert "needs about 90.0 GB, more than the GPU's 80.0 GB: lower " in text
-    assert "GPU" not in session.table(planned(config), needed)
+    monkeypatch.setattr(cost, "estimate_memory", lambda *_, **__: 90_000_000_000)
+    monkeypatch.setattr(cost.PlannedRun, "gpu_memory", 141 * 10**9)
+    assert "needs about 90.0 GB of the GPU's 141.0 GB" in plan_table(config)["train-global"]
+    monkeypatch.setattr(cost.PlannedRun, "gpu_memory", 80 * 10**9)
+    assert "needs about 90.0 GB, more than the GPU's 80.0 GB: lower " in plan_table(config)["train-global"]
+    monkeypatch.setattr(cost.PlannedRun, "gpu_memory", None)
+    assert "GPU" not in plan_table(config)["train-global"]
