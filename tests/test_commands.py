@@ -24,7 +24,7 @@ from pipeline.config import PipelineConfig
 from pipeline.sweep import run as sweep
 from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD
 from stages.models.build import build_discriminator, build_encoder, build_generator
-from stages.models.files.nvidia_names import layer_names, to_nvidia
+from stages.models.files.nvidia_names import layer_names, renamed
 from stages.models.files.saved import save_model
 from tests.stores.s3 import ACCESS_KEY, SECRET_KEY
 from tests.stores.seaweed import SeaweedS3
@@ -202,7 +202,7 @@ class Clone:
 
 def published(network: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Weights by NVIDIA's names."""
-    return to_nvidia(network.state_dict(), layer_names(network))
+    return renamed(network.state_dict(), layer_names(network))
 
 
 PLACES = {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stages.models.architecture import InputSpec, Parts, Pix2Pix, Pix2PixHD
 from stages.models.build import build_discriminator, grow_discriminator, grow_generator
 from stages.models.fast.adam import Adam
-from stages.models.files.nvidia_names import layer_names, to_nvidia
+from stages.models.files.nvidia_names import layer_names, renamed
 from stages.models.gan import GanState, build_gan, load_state, set_learning_rate, state_of
 from stages.models.inputs import make_condition
 from stages.models.losses import gan_loss
@@ -42,7 +42,7 @@ def assert_after(reference: Reference, network: torch.nn.Module, prefix: str, bi
     So may a single weight: where its gradient is rounding noise, Adam still takes a full-size step. One in a
     thousand is allowed that, within twice the three steps of 2e-4.
     """
-    ours = to_nvidia(network.state_dict(), layer_names(network))
+    ours = renamed(network.state_dict(), layer_names(network))
     for name, expected in reference.state(prefix).items():
         if name.endswith("bias") and name not in biased:
             continue
@@ -165,7 +165,7 @@ class Captured:
 
 def assert_gradients(ours: Sequence[Tensor], network: nn.Module, plain: nn.Module) -> None:
     trained = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
-    published = to_nvidia(dict(zip(trained, ours, strict=True)), layer_names(network))
+    published = renamed(dict(zip(trained, ours, strict=True)), layer_names(network))
     assert published
     theirs = dict(plain.named_parameters())
     for name, gradient in published.items():

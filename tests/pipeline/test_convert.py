@@ -17,7 +17,7 @@ from stages import storage
 from stages.inference.translator import Translator
 from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD
 from stages.models.build import build_discriminator, build_generator
-from stages.models.files.nvidia_names import layer_names, to_nvidia
+from stages.models.files.nvidia_names import layer_names, renamed
 from stages.models.files.saved import load_discriminator, load_model, save_model
 
 UNET = Pix2Pix(levels=3, width=4, dropout="common", discriminator_width=4)
@@ -26,7 +26,7 @@ LABELS = InputSpec(source="labels", classes=5, instances=True)
 
 
 def published(network: torch.nn.Module) -> dict[str, Tensor]:
-    return to_nvidia(network.state_dict(), layer_names(network))
+    return renamed(network.state_dict(), layer_names(network))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stages.models.files.nvidia_names import layer_names, to_nvidia
+from stages.models.files.nvidia_names import layer_names, renamed
 
 
 class ResnetBlock(nn.Module):
@@ -188,7 +188,7 @@ class PlainPatch(nn.Module):
 
 
 def copy_weights(ours: nn.Module, plain: nn.Module) -> None:
-    plain.load_state_dict(to_nvidia(ours.state_dict(), layer_names(ours)))
+    plain.load_state_dict(renamed(ours.state_dict(), layer_names(ours)))
 
 
 @dataclass

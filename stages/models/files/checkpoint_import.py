@@ -84,13 +84,10 @@ def import_checkpoint(
         architecture = architecture.model_copy(update={"instance_edges": False})
 
     enhancers = architecture.enhancers if isinstance(architecture, Pix2PixHD) else None
-    network_d, network_e = None, None
     with torch.device("meta"):  # without initial weights: all of them come from the files
         network_g = build_generator(architecture, inputs, enhancers=enhancers)
-        if discriminator is not None:
-            network_d = build_discriminator(architecture, inputs)
-        if encoder is not None:
-            network_e = build_encoder(architecture, inputs)
+        network_d = None if discriminator is None else build_discriminator(architecture, inputs)
+        network_e = None if encoder is None else build_encoder(architecture, inputs)
     _fill(network_g, generator, "generator")
     if network_d is not None and discriminator is not None:
         _fill(network_d, discriminator, "discriminator", _discriminator_names(architecture, discriminator))
@@ -225,7 +222,8 @@ def _inputs(
     """The meaning of the condition's channels: as requested, else by the published defaults."""
     if source is None:
         source = "labels" if classes is not None or channels > 4 else "image"
-        notes.append(f"{channels} input channels: assumed to be {_meaning(source)} (--source)")
+        meaning = "one-hot labels" if source == "labels" else "an image"
+        notes.append(f"{channels} input channels: assumed to be {meaning} (--source)")
     if instances is None:
         instances = hd and (channels != classes if classes is not None else channels not in (1, 2, 3))
         if hd:
@@ -239,10 +237,6 @@ def _inputs(
     if source == "labels":
         return InputSpec(source="labels", classes=rest, instances=instances, target_channels=target)
     return InputSpec(source="image", channels=rest, instances=instances, target_channels=target)
-
-
-def _meaning(source: str) -> str:
-    return "one-hot labels" if source == "labels" else "an image"
 
 
 # -- tensors ------------------------------------------------------------------

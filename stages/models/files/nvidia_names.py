@@ -135,23 +135,15 @@ def layer_names(network: nn.Module) -> dict[str, str]:
             raise TypeError(f"no published counterpart of {type(network).__name__}")
 
 
-def to_nvidia(state: Mapping[str, Tensor], names: LayerNames) -> dict[str, Tensor]:
-    """Our state dict under published names. Parameters of layers not in the table are left out."""
-    return _renamed(state, names)
-
-
 def from_nvidia(state: Mapping[str, Tensor], names: LayerNames) -> dict[str, Tensor]:
-    """A published state dict under our names. Parameters of layers not in the table are left out.
+    """A published state dict under our names, as `renamed`.
 
     `load_state_dict(strict=True)` then names what is missing or has another shape.
     """
-    return _renamed(state, {theirs: ours for ours, theirs in names.items()})
+    return renamed(state, {theirs: ours for ours, theirs in names.items()})
 
 
-def _renamed(state: Mapping[str, Tensor], names: LayerNames) -> dict[str, Tensor]:
-    renamed = {}
-    for name, value in state.items():
-        layer, _, parameter = name.rpartition(".")
-        if layer in names:
-            renamed[f"{names[layer]}.{parameter}"] = value
-    return renamed
+def renamed(state: Mapping[str, Tensor], names: LayerNames) -> dict[str, Tensor]:
+    """A state dict with its layers renamed. Parameters of layers not in the table are left out."""
+    layers = ((name.rpartition("."), value) for name, value in state.items())
+    return {f"{names[layer]}.{part}": value for (layer, _, part), value in layers if layer in names}

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stages.models.files.weights import read_tensors
@@ -19,21 +18,7 @@ from stages.models.files.weights import read_tensors
 BLOCKS = ((64, 64), (128, 128), (256, 256, 256, 256), (512, 512, 512, 512), (512,))
 """Output channels of each block's convolutions; a 2x2 max pool is between two blocks."""
 
-_NAME = re.compile(r"(?:features\.|slice\d\.)?(\d+)\.(weight|bias)")
-
-
-def _positions() -> list[int]:
-    """Where VGG19's sequence of conv, relu and pool holds the convolutions: 0, 2, 5, 7, ... 28."""
-    positions, here = [], 0
-    for block in BLOCKS:
-        for _ in block:
-            positions.append(here)
-            here += 2
-        here += 1
-    return positions
-
-
-POSITIONS = _positions()
+_NAME = re.compile(r"(?:features\.|slice\d\.)?(\d+\.(?:weight|bias))")
 
 
 class VGG19Features(nn.Module):
@@ -44,28 +29,27 @@ class VGG19Features(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList()
+        self.layers = nn.Sequential()  # numbered as torchvision's: conv, relu, ...
+        self.taps = set[int]()
         channels = 3
         for block in BLOCKS:
-            convs = nn.ModuleList()
+            if len(self.layers):
+                self.layers.append(nn.MaxPool2d(2))
+            self.taps.add(len(self.layers) + 1)
             for width in block:
-                convs.append(nn.Conv2d(channels, width, 3, padding=1))
+                self.layers.append(nn.Conv2d(channels, width, 3, padding=1))
+                self.layers.append(nn.ReLU())
                 channels = width
-            self.blocks.append(convs)
         self.requires_grad_(False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Feature maps of 64, 128, 256, 512 and 512 channels at 1, 1/2, 1/4, 1/8 and 1/16 of the size."""
         x = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
         features = []
-        for index, convs in enumerate(self.blocks):
-            if index:
-                x = F.max_pool2d(x, 2)
-            assert isinstance(convs, nn.ModuleList)
-            for position, conv in enumerate(convs):
-                x = F.relu(conv(x))
-                if position == 0:
-                    features.append(x)
+        for number, layer in enumerate(self.layers):
+            x = layer(x)
+            if number in self.taps:
+                features.append(x)
         return features
 
 
@@ -74,26 +58,18 @@ def build_vgg(tensors: Mapping[str, Tensor]) -> VGG19Features:
 
     Raises ValueError naming the first tensor that is missing or has another shape than VGG19's.
     """
-    parameters: dict[tuple[int, str], Tensor] = {}
-    for name, tensor in tensors.items():
-        if match := _NAME.fullmatch(name):
-            parameters[int(match[1]), match[2]] = tensor
+    found = {match[1]: tensor for name, tensor in tensors.items() if (match := _NAME.fullmatch(name))}
     with torch.device("meta"):  # without initial weights: all of them are replaced
         network = VGG19Features()
-    convs = [conv for block in network.blocks for conv in block.children()]
-    for position, conv in zip(POSITIONS, convs, strict=True):
-        assert isinstance(conv, nn.Conv2d)
-        for part in ("weight", "bias"):
-            target = conv.get_parameter(part)
-            if (position, part) not in parameters:
-                raise ValueError(f"not VGG19: no tensor features.{position}.{part} (or {position}.{part})")
-            tensor = parameters[position, part]
-            if tensor.shape != target.shape:
-                raise ValueError(
-                    f"not VGG19: features.{position}.{part} is {tuple(tensor.shape)}, "
-                    f"VGG19 has {tuple(target.shape)}"
-                )
-            setattr(conv, part, nn.Parameter(tensor.detach().to("cpu", torch.float32), requires_grad=False))
+    expected = network.layers.state_dict()
+    for name, empty in expected.items():
+        if name not in found:
+            raise ValueError(f"not VGG19: no tensor features.{name} (or {name})")
+        if found[name].shape != empty.shape:
+            shapes = f"{tuple(found[name].shape)}, VGG19 has {tuple(empty.shape)}"
+            raise ValueError(f"not VGG19: features.{name} is {shapes}")
+    weights = {name: found[name].detach().to("cpu", torch.float32) for name in expected}
+    network.layers.load_state_dict(weights, assign=True)
     return network.eval()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD
 from stages.models.build import build_discriminator, build_encoder, build_generator
 from stages.models.files.checkpoint_import import import_checkpoint
-from stages.models.files.nvidia_names import layer_names, to_nvidia
+from stages.models.files.nvidia_names import layer_names, renamed
 from stages.models.files.saved import load_discriminator, load_model, save_model
 from stages.models.files.weights import read_tensors
 from stages.models.pix2pixhd import MultiScaleDiscriminator
@@ -136,7 +136,7 @@ def test_the_published_feature_encoder_comes_along(reference_dir: Path, tmp_path
     arch = Pix2PixHD(enhancers=0, width=4, downsamplings=1, blocks=1, feature_encoder=True)
     inputs = InputSpec(source="labels", classes=5, instances=True)
     generator = build_generator(arch, inputs)
-    state = to_nvidia(generator.state_dict(), layer_names(generator))
+    state = renamed(generator.state_dict(), layer_names(generator))
     imported = import_checkpoint(state, encoder=part(tensors, "weights."))
     assert imported.inputs == inputs  # 9 channels: 5 classes, edges, 3 features
     assert isinstance(imported.architecture, Pix2PixHD)
@@ -171,11 +171,11 @@ def test_missing_weights_mean_instance_norm() -> None:
     )
     inputs = InputSpec(channels=1, target_channels=2)
     network, discriminator = build_generator(arch, inputs), build_discriminator(arch, inputs)
-    state = to_nvidia(network.state_dict(), layer_names(network))
+    state = renamed(network.state_dict(), layer_names(network))
     # versions of torch before 0.4 saved statistics for instance norms too
     state["model.model.1.model.2.running_mean"] = torch.zeros(8)
     state["model.model.1.model.2.running_var"] = torch.ones(8)
-    of_discriminator = to_nvidia(discriminator.state_dict(), layer_names(discriminator))
+    of_discriminator = renamed(discriminator.state_dict(), layer_names(discriminator))
     imported = import_checkpoint(state, discriminator=of_discriminator)
     assert (imported.architecture, imported.inputs) == (arch, inputs)
     x = torch.rand(1, 1, 32, 64)
@@ -185,9 +185,9 @@ def test_missing_weights_mean_instance_norm() -> None:
 def test_the_channels_of_a_discriminator_say_whether_it_is_conditional() -> None:
     arch = Pix2Pix(levels=3, width=4, dropout="common", discriminator_width=4, conditional=False)
     network, discriminator = build_generator(arch, InputSpec()), build_discriminator(arch, InputSpec())
-    state = to_nvidia(network.state_dict(), layer_names(network))
+    state = renamed(network.state_dict(), layer_names(network))
     del state["model.model.1.model.2.num_batches_tracked"]  # torch before 0.4.1
-    of_discriminator = to_nvidia(discriminator.state_dict(), layer_names(discriminator))
+    of_discriminator = renamed(discriminator.state_dict(), layer_names(discriminator))
     imported = import_checkpoint(state, discriminator=of_discriminator)
     assert imported.architecture == arch
 
@@ -197,7 +197,7 @@ HD = Pix2PixHD(enhancers=0, width=4, downsamplings=1, blocks=1, discriminators=2
 
 def published_hd(inputs: InputSpec) -> dict[str, Tensor]:
     network = build_generator(HD, inputs)
-    return to_nvidia(network.state_dict(), layer_names(network))
+    return renamed(network.state_dict(), layer_names(network))
 
 
 def test_the_meaning_of_channels_is_assumed_or_given() -> None:
@@ -218,7 +218,7 @@ def test_a_discriminator_without_intermediate_features_is_read_too() -> None:
     inputs = InputSpec(source="labels", classes=5, instances=True)
     network = build_discriminator(HD, inputs)
     names = pix2pixhd_discriminator_names(scales=2, layers=3, intermediate_features=False)
-    state = to_nvidia(network.state_dict(), names)
+    state = renamed(network.state_dict(), names)
     assert "layer0.0.weight" in state
     imported = import_checkpoint(published_hd(inputs), discriminator=state)
     assert imported.discriminator is not None
@@ -268,7 +268,7 @@ def test_what_does_not_fit_is_named(change: dict[str, Tensor | None], match: str
 
 def test_a_discriminator_of_another_model_is_refused() -> None:
     network = build_discriminator(HD, InputSpec(channels=7))
-    state = to_nvidia(network.state_dict(), layer_names(network))
+    state = renamed(network.state_dict(), layer_names(network))
     with pytest.raises(ValueError, match="the discriminator takes 10 channels, the generator's make it 6"):
         import_checkpoint(published_hd(InputSpec()), discriminator=state)
 
@@ -354,6 +354,6 @@ def test_an_encoder_that_does_not_go_with_the_generator_is_refused() -> None:
         Pix2PixHD(feature_encoder=True, feature_width=4), InputSpec(instances=True, target_channels=1)
     )
     assert encoder is not None
-    state = to_nvidia(encoder.state_dict(), layer_names(encoder))
+    state = renamed(encoder.state_dict(), layer_names(encoder))
     with pytest.raises(ValueError, match="does not go with a generator"):
         import_checkpoint(published_hd(InputSpec(channels=9)), encoder=state)

@@ -16,7 +16,7 @@ from stages.models.files.nvidia_names import (
     from_nvidia,
     layer_names,
     pix2pixhd_discriminator_names,
-    to_nvidia,
+    renamed,
 )
 from stages.models.inputs import instance_edges
 from tests.reference.tensors import TOLERANCE, Reference, relative_error
@@ -118,7 +118,7 @@ def test_names_map_both_ways() -> None:
         ]
     for network in networks:
         state, names = network.state_dict(), layer_names(network)
-        back = from_nvidia(to_nvidia(state, names), names)
+        back = from_nvidia(renamed(state, names), names)
         assert back.keys() == state.keys()
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stages.models.files.vgg import BLOCKS, POSITIONS, build_vgg, load_vgg
+from stages.models.files.vgg import BLOCKS, VGG19Features, build_vgg, load_vgg
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,9 @@ def published() -> nn.Sequential:
 
 
 def test_the_convolutions_stand_where_torchvision_has_them() -> None:
-    assert POSITIONS == [0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28]
+    layers = VGG19Features().layers
+    positions = [number for number, layer in enumerate(layers) if isinstance(layer, nn.Conv2d)]
+    assert positions == [0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28]
 
 
 @pytest.mark.parametrize("prefix", ["features.", "", "module.features."])
