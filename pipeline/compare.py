@@ -73,7 +73,6 @@ def differing(one: Mapping[str, str], other: Mapping[str, str]) -> Iterator[tupl
 def results(client: Any, one: Any, other: Any) -> Iterator[tuple[str, str, str, str]]:
     """Metrics that differ, with their intervals, and by how much image by image."""
     from stages.scoring import table  # noqa: PLC0415
-    from stages.scoring.intervals import difference  # noqa: PLC0415
     from stages.scoring.metrics import lower_is_better  # noqa: PLC0415
 
     mine, theirs = one.data.metrics, other.data.metrics
@@ -84,8 +83,7 @@ def results(client: Any, one: Any, other: Any) -> Iterator[tuple[str, str, str, 
         verdict = ""
         uri, other_uri = scores
         if uri and other_uri and name in mine and name in theirs:
-            images, others = table.of_images(uri, name), table.of_images(other_uri, name)
-            apart = None if images is None or others is None else difference(others, images, name)
+            apart = table.difference_of(other_uri, uri, name)
             if apart is not None:
                 better = "second" if (apart.mean < 0) == lower_is_better(name) else "first"
                 said = f"the {better} is better" if apart.excludes_zero else "not told apart"

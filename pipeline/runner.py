@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -60,8 +61,11 @@ def plan(
     """
     digests = {} if digests is None else digests
     planned: dict[str, PlannedStep] = {}
-    earlier = _folders(workspace)
-    predicted = _json(storage.join(workspace, PREDICTED)) or {}
+    earlier: dict[str, list[str]] = defaultdict(list)  # folders' names by the step's
+    with storage.located(f"workspace: {workspace}"):
+        for name in storage.list_folders(workspace):
+            earlier[name.rpartition("-")[0]].append(name)
+    predicted = storage.find_json(storage.join(workspace, PREDICTED)) or {}
     for step in steps:
         inputs = {name: planned[source] for name, source in step.needs.items()}
         seen = Seen("")
@@ -71,7 +75,7 @@ def plan(
         digest = seen.digest or None
         print_ = fingerprint(step, {name: source.fingerprint for name, source in inputs.items()}, digest)
         folder = storage.join(workspace, f"{step.name}-{print_}")
-        exists = folder.rpartition("/")[2] in earlier.get(step.name, ())
+        exists = folder.rpartition("/")[2] in earlier[step.name]
         marker = read_marker(folder) if exists else None
         planned[step.name] = PlannedStep(
             step=step,
@@ -79,7 +83,7 @@ def plan(
             folder=folder,
             inputs={name: source.folder for name, source in inputs.items()},
             marker=marker,
-            why=_why(step, inputs, digest, marker, exists, workspace, earlier.get(step.name, ())),
+            why=_why(step, inputs, digest, marker, exists, workspace, earlier[step.name]),
             resumes=exists and marker is None,
             seen=seen.counts,
             predicted=predicted.get(folder.rpartition("/")[2]),
@@ -191,27 +195,10 @@ def _run(p: PlannedStep, context: StepContext) -> Outcome:
         ) from error
 
 
-def _folders(workspace: str) -> dict[str, list[str]]:
-    """The names of the folders in the workspace by step name."""
-    folders: dict[str, list[str]] = {}
-    with storage.located(f"workspace: {workspace}"):
-        for name in storage.list_folders(workspace):
-            folders.setdefault(name.rpartition("-")[0], []).append(name)
-    return folders
-
-
 def read_marker(folder: str) -> Mapping[str, Any] | None:
     """What a finished step left in its folder; None if it is not finished."""
-    return _json(storage.join(folder, MARKER))
-
-
-def _json(uri: str) -> Mapping[str, Any] | None:
-    """The object in a JSON file; None if the file is not there, or not whole."""
-    try:
-        content: Mapping[str, Any] = storage.read_json(uri)
-    except (FileNotFoundError, ValueError):
-        return None
-    return content
+    marker: Mapping[str, Any] | None = storage.find_json(storage.join(folder, MARKER))
+    return marker
 
 
 def _why(

@@ -35,9 +35,8 @@ from stages.inference import outputs
 from stages.parallel.threads import prefetch_map
 from stages.progress import duration
 from stages.reporting.page import Curve, PictureCard, RejectCount, ReportData, StepTime, data_uri, page
-from stages.scoring.intervals import Interval, difference
 from stages.scoring.metrics import PIXEL_METRICS, SET_DISTANCES, lower_is_better
-from stages.scoring.table import of_images
+from stages.scoring.table import difference_of
 from stages.shards import dataset, suspects
 from stages.shards.dataset import DatasetSpec, Sample
 from stages.storage.local import local_file
@@ -284,11 +283,7 @@ def other_system(folder: str, own: str, picks: Picks, names: Sequence[str]) -> O
     """
     summary = storage.read_json(storage.join(folder, "summary.json"))
     theirs = storage.join(folder, "metrics.parquet")
-    differences: dict[str, Interval] = {}
-    for name in names:
-        mine, other = of_images(own, name), of_images(theirs, name)
-        if mine is not None and other is not None and (found := difference(mine, other, name)):
-            differences[name] = found
+    differences = {name: one for name in names if (one := difference_of(own, theirs, name))}
     table = storage.read_parquet(theirs, ["key", "generated", "error"])
     shown = table.filter(pc.is_in(table["key"], pa.array(list(picks), pa.string())))
     rows = {row["key"]: row for row in shown.to_pylist()}
@@ -336,14 +331,6 @@ def reject_examples(shards: str, generated: str) -> dict[str, list[str]]:
     return dict(examples)
 
 
-def _json(uri: str) -> dict[str, Any]:
-    """A JSON file's object; empty if it is not there."""
-    if not storage.exists(uri):
-        return {}
-    value = storage.read_json(uri)
-    return value if isinstance(value, dict) else {}
-
-
 # -- wiring ------------------------------------------------------------------------------------------
 
 
@@ -362,40 +349,53 @@ def run(
     command: str = "",
 ) -> Outcome:
     """Write `report.html` into `output`. Raises UserError if there are no metrics to show."""
-    if not storage.exists(storage.join(metrics, "summary.json")):
+    summary = storage.find_json(storage.join(metrics, "summary.json"))
+    if summary is None:
         raise UserError(f"report: {metrics}: there is no summary.json, so nothing was evaluated")
-    summary = storage.read_json(storage.join(metrics, "summary.json"))
     generated = summary.get("images") or images
-    rows = metric_rows(storage.join(metrics, "metrics.parquet"))
-    picks = pick(rows, most=config.max_images, metric=config.order_by, seed=config.seed)
-    own = storage.join(metrics, "metrics.parquet")
+    own, spec = storage.join(metrics, "metrics.parquet"), dataset.load(shards)
+    picks = pick(metric_rows(own), most=config.max_images, metric=config.order_by, seed=config.seed)
+    names = score_names(summary)
     others = {
-        name: other_system(storage.absolute(folder), own, picks, score_names(summary))
+        name: other_system(storage.absolute(folder), own, picks, names)
         for name, folder in config.others.items()
     }
-    shown = draw_suspects(
-        shards, max_side=SUSPECT_SIDE, max_bytes=budget(config, len(picks) + SUSPECTS * len(suspects.KINDS))
-    )
+    most = budget(config, len(picks) + SUSPECTS * len(suspects.KINDS))
+    shown = draw_suspects(shards, max_side=SUSPECT_SIDE, max_bytes=most)
     drawn = draw_pictures(
         picks,
         shards,
         generated,
-        score_names(summary),
+        names,
         others,
         max_side=config.max_side,
         max_bytes=budget(config, len(picks) + sum(map(len, shown.values()))),
         threads=resources.io_threads,
     )
-    data = replace(
-        describe(summary, shards, images, phases, steps),
-        others={name: other.scores for name, other in others.items()},
-        pictures=drawn,
-        suspects=shown,
+    model = storage.find_json(storage.join(images, "model", "model.json")) or {}
+    data = ReportData(
+        title=config.title or title(model, spec),
+        lede=lede(summary, spec, phases),
         created=time.strftime("%Y-%m-%d %H:%M"),
+        scores=headline(summary),
+        intervals=summary.get("intervals", {}),
+        baselines=summary.get("baselines", {}),
+        others={name: other.scores for name, other in others.items()},
+        groups=summary.get("groups", {}),
+        facts=facts(summary),
+        num_images=summary["num_images"],
+        pictures=drawn,
+        curves=read_curves(phases),
+        card=card(spec, storage.find_json(storage.join(shards, "card.json")) or {}),
+        suspects=shown,
+        rejects=rejects(steps, reject_examples(shards, images)),
+        steps=[
+            StepTime(name=m["step"], seconds=m["seconds"], counts=m["counts"], notes=notes(m)) for m in steps
+        ],
         config_text=config_text,
         command=command,
     )
-    html = page(replace(data, title=config.title or data.title)).encode()
+    html = page(data).encode()
     storage.write_bytes(storage.join(output, "report.html"), html)
     track.artifact("report.html", html)
     for reason in ("worst", "best"):
@@ -404,33 +404,6 @@ def run(
             track.artifact(f"{reason}.png", png)
     logger.info("report        %s", storage.join(output, "report.html"))
     return Outcome(counts={"images": len(drawn), "bytes": len(html)})
-
-
-def describe(
-    summary: Mapping[str, Any],
-    shards: str,
-    images: str,
-    phases: Sequence[str],
-    steps: Sequence[Mapping[str, Any]],
-) -> ReportData:
-    """The page without its pictures: results, losses, the data set, rejects and times."""
-    spec = dataset.load(shards)
-    return ReportData(
-        title=title(_json(storage.join(images, "model", "model.json")), spec),
-        lede=lede(summary, spec, phases),
-        scores=headline(summary),
-        intervals=summary.get("intervals", {}),
-        baselines=summary.get("baselines", {}),
-        groups=summary.get("groups", {}),
-        facts=facts(summary),
-        num_images=summary["num_images"],
-        curves=read_curves(phases),
-        card=card(spec, _json(storage.join(shards, "card.json"))),
-        rejects=rejects(steps, reject_examples(shards, images)),
-        steps=[
-            StepTime(name=m["step"], seconds=m["seconds"], counts=m["counts"], notes=notes(m)) for m in steps
-        ],
-    )
 
 
 def budget(config: ReportConfig, rows: int) -> int:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import numpy as np
-import pyarrow as pa
 from pydantic import JsonValue
 from ray import tune
 
@@ -25,8 +24,8 @@ from pipeline.runner import PlannedStep
 from pipeline.sweep.config import Best, Range, SweepConfig
 from stages import storage
 from stages.base import Point
-from stages.scoring.intervals import Interval, difference
-from stages.scoring.table import of_images
+from stages.scoring.intervals import Interval
+from stages.scoring.table import difference_of
 from stages.tracking.run import Run
 
 State = Literal["done", "stopped early", "failed", "to do"]
@@ -120,17 +119,13 @@ def best_of(results: Sequence[TrialResult], metric: str, best: Best) -> TrialRes
 def not_told_apart(results: Sequence[TrialResult], best: TrialResult, metric: str) -> dict[str, Interval]:
     """The finished trials whose difference from the best, image by image, has an interval with zero in it."""
     found = {}
-    own = _of_images(best, metric)
     for result in results:
-        other = None if result is best else _of_images(result, metric)
-        apart = None if own is None or other is None else difference(other, own, metric)
-        if apart is not None and not apart.excludes_zero:
-            found[result.trial.name] = apart
+        if result is not best and result.folder:
+            theirs, own = (storage.join(one.folder, "metrics.parquet") for one in (result, best))
+            apart = difference_of(theirs, own, metric)
+            if apart is not None and not apart.excludes_zero:
+                found[result.trial.name] = apart
     return found
-
-
-def _of_images(result: TrialResult, metric: str) -> pa.Table | None:
-    return of_images(storage.join(result.folder, "metrics.parquet"), metric) if result.folder else None
 
 
 class EpochReports:

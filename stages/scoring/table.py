@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from stages import storage
 from stages.scoring import metrics
-from stages.scoring.intervals import Interval, blocks, group_numbers, interval, jackknife
+from stages.scoring.intervals import Interval, blocks, difference, group_numbers, interval, jackknife
 from stages.scoring.metrics import Moments
 
 BASELINES = ("mean_target", "untrained", "nearest")
@@ -287,3 +287,9 @@ def of_images(uri: str, metric: str) -> pa.Table | None:
     """A metric in `metrics.parquet` as {key, group, metric}; None if it is of no single image."""
     table = storage.read_parquet(uri)
     return table.select(["key", "group", metric]) if metric in table.column_names else None
+
+
+def difference_of(uri: str, other: str, metric: str) -> Interval | None:
+    """`difference` of a metric in two `metrics.parquet`; None if it is of no single image, or too few."""
+    ours, theirs = of_images(uri, metric), of_images(other, metric)
+    return None if ours is None or theirs is None else difference(ours, theirs, metric)

@@ -7,6 +7,7 @@ from stages.storage.files import (
     create as create,
     exists as exists,
     filesystem as filesystem,
+    find_json as find_json,
     is_local as is_local,
     join as join,
     list_folders as list_folders,

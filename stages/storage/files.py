@@ -214,6 +214,14 @@ def read_json(uri: str) -> Any:
     return json.loads(read_bytes(uri))
 
 
+def find_json(uri: str) -> Any:
+    """A JSON file's value; None if the file is not there, or not whole."""
+    try:
+        return read_json(uri)
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def write_json(uri: str, value: Any) -> None:
     """Write a JSON file, indented."""
     write_bytes(uri, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n")
