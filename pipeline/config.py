@@ -148,23 +148,57 @@ def located(name: str, folder: Path = Path()) -> str:
 
 
 def read(path: str, profile: str | None = None) -> dict[str, Any]:
-    """A config file's values, merged with the files it extends and its profile, not yet checked."""
-    return _with_profile(_read(Path(path), seen=()), path, profile)
+    """A config file's values, merged with the files it extends and its profile, not yet checked.
+
+    profile   its name; None: the file's own choice
+    """
+    values = _read(Path(path), seen=())
+    profiles = values.pop("profiles", {})
+    default = values.pop("profile", None)
+    if not isinstance(profiles, dict) or not all(isinstance(over, dict) for over in profiles.values()):
+        raise UserError(f"{path}: profiles: expected sections by the profile's name")
+    name = default if profile is None else profile
+    if name is None:
+        return values
+    if name not in profiles:
+        names = f"there are {', '.join(map(str, profiles))}" if profiles else "there are none"
+        place = f"{path}: profile" if profile is None else f"--profile {name}: {path}"
+        raise UserError(f"{place}: no such profile, {names}")
+    try:
+        return cast(dict[str, Any], _merge(values, profiles[name]))
+    except LookupError as error:
+        raise UserError(f"{path}: profiles.{name}: {error.args[0]}") from None
 
 
 def override(values: dict[str, Any], overrides: Iterable[str]) -> None:
-    """Apply `a.b=c` overrides, in place."""
+    """Apply the command line's `a.b=c`, in place."""
     for one in overrides:
-        _set(values, one)
+        dotted, equals, text = one.partition("=")
+        if not equals or not dotted:
+            raise UserError(f"--set {one}: expected key=value, e.g. --set train.seed=7")
+        try:
+            value = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {one}: the value is not valid YAML{_advice(error)}") from error
+        assign(values, dotted, value, said=f"--set {one}")
 
 
 def validated(values: Mapping[str, Any], path: str, overrides: Sequence[str] = ()) -> PipelineConfig:
-    """The typed config. Raises UserError that names the file, a wrong key, and the override that set it."""
+    """The typed config. Raises UserError that names the file, a wrong key, and the override that set it.
+
+    It never shows the override's value: one on the command line may be a secret.
+    """
     refuse_renamed(values, path)
     try:
         return PipelineConfig.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: {_first(error, overrides)}") from error
+        text = first_invalid(error)
+        key = text.partition(":")[0]
+        for dotted in (one.partition("=")[0] for one in overrides):
+            if f"{dotted}.".startswith(f"{key}.") or key.startswith(f"{dotted}."):
+                text += f" (by --set {dotted})"
+                break
+        raise UserError(f"{path}: {text}") from error
 
 
 def refuse_renamed(values: Mapping[str, Any], path: str) -> None:
@@ -248,25 +282,6 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path}: {error.args[0]}") from None
 
 
-def _with_profile(values: dict[str, Any], path: str, requested: str | None) -> dict[str, Any]:
-    """The values merged with one of their `profiles`: the requested one, or the file's own choice."""
-    profiles = values.pop("profiles", {})
-    default = values.pop("profile", None)
-    if not isinstance(profiles, dict) or not all(isinstance(over, dict) for over in profiles.values()):
-        raise UserError(f"{path}: profiles: expected sections by the profile's name")
-    name = default if requested is None else requested
-    if name is None:
-        return values
-    if name not in profiles:
-        names = f"there are {', '.join(map(str, profiles))}" if profiles else "there are none"
-        place = f"{path}: profile" if requested is None else f"--profile {name}: {path}"
-        raise UserError(f"{place}: no such profile, {names}")
-    try:
-        return cast(dict[str, Any], _merge(values, profiles[name]))
-    except LookupError as error:
-        raise UserError(f"{path}: profiles.{name}: {error.args[0]}") from None
-
-
 def _merge(base: Any, over: Any) -> Any:
     """`base` with the values of `over`: sections are merged, lists and values replaced.
 
@@ -281,18 +296,6 @@ def _merge(base: Any, over: Any) -> Any:
         merged = [_merge(value, over[n]) if n in over else value for n, value in enumerate(base)]
         return [value for n, value in enumerate(merged) if over.get(n, value) is not None]
     return over
-
-
-def _set(values: dict[str, Any], override: str) -> None:
-    """Apply one `a.b=c` of the command line."""
-    dotted, equals, text = override.partition("=")
-    if not equals or not dotted:
-        raise UserError(f"--set {override}: expected key=value, e.g. --set train.seed=7")
-    try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: the value is not valid YAML{_advice(error)}") from error
-    assign(values, dotted, value, said=f"--set {override}")
 
 
 def assign(values: dict[str, Any], dotted: str, value: Any, *, said: str) -> None:
@@ -325,20 +328,6 @@ def _item(place: Any, part: str, said: str) -> Any:
     if not part.isdigit() or int(part) >= len(place):
         raise UserError(f"{said}: {part} is not a place in a list of {len(place)}")
     return place[int(part)]
-
-
-def _first(error: ValidationError, overrides: Sequence[str]) -> str:
-    """The most useful error as `key: reason`, with the `--set` that caused it; never the override's value.
-
-    A value on the command line may be a secret.
-    """
-    text = first_invalid(error)
-    key = text.partition(":")[0]
-    for override in overrides:
-        dotted = override.partition("=")[0]
-        if f"{dotted}.".startswith(f"{key}.") or key.startswith(f"{dotted}."):
-            return f"{text} (by --set {dotted})"
-    return text
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 from pipeline.config import PipelineConfig
@@ -73,72 +74,31 @@ def steps(config: PipelineConfig) -> tuple[Step, ...]:
     last = f"train-{phases[-1].phase.name}"
     scored = config.evaluate.model_copy(update={"split": config.evaluate.split or config.infer.split})
     return (
-        Step(
-            name="ingest",
-            stage="ingest",
-            version=ingest.VERSION,
-            config=config.ingest,
-            digest=lambda: ingest.survey(config.ingest),
-            work=lambda at: ingest.run(config.ingest, at.resources, output=at.output, track=at.track),
-        ),
-        Step(
-            name="pair",
-            stage="pair",
-            version=pair.VERSION,
-            config=config.pair,
+        _step(ingest, config.ingest, digest=lambda: ingest.survey(config.ingest)),
+        _step(
+            pair,
+            config.pair,
             needs={"objects": "ingest"},
             digest=(lambda: Seen(pair.digest(config.pair))) if config.pair.exclude else None,
             check=lambda _: pair.check(config.pair),
-            work=lambda at: pair.run(
-                config.pair, at.resources, output=at.output, track=at.track, objects=at.inputs["objects"]
-            ),
         ),
-        Step(
-            name="shard",
-            stage="shard",
-            version=shard.VERSION,
-            config=config.shard,
-            needs={"pairs": "pair"},
-            work=lambda at: shard.run(
-                config.shard, at.resources, output=at.output, track=at.track, pairs=at.inputs["pairs"]
-            ),
-        ),
+        _step(shard, config.shard, needs={"pairs": "pair"}),
         *(_phase(job, before) for job, before in zip(phases, [None, *phases], strict=False)),
-        Step(
-            name="infer",
-            stage="infer",
-            version=infer.VERSION,
-            config=config.infer,
+        _step(
+            infer,
+            config.infer,
             needs=({} if config.infer.model else {"model": last})
             | ({} if config.infer.input else {"shards": "shard"}),
             digest=(lambda: Seen(infer.digest(config.infer, config.tracking.place(config.workspace))))
             if config.infer.input or config.infer.model
             else None,
             check=lambda inputs: infer.check(config.infer, inputs.get("shards", "")),
-            work=lambda at: infer.run(
-                config.infer,
-                at.resources,
-                output=at.output,
-                track=at.track,
-                model=at.inputs.get("model", ""),
-                shards=at.inputs.get("shards", ""),
-            ),
         ),
-        Step(
-            name="evaluate",
-            stage="evaluate",
-            version=evaluate.VERSION,
-            config=scored,
+        _step(
+            evaluate,
+            scored,
             needs={"shards": "shard"} | ({} if config.evaluate.images else {"images": "infer"}),
             check=lambda inputs: evaluate.check(scored, inputs.get("shards", "")),
-            work=lambda at: evaluate.run(
-                scored,
-                at.resources,
-                output=at.output,
-                track=at.track,
-                shards=at.inputs["shards"],
-                images=at.inputs.get("images", ""),
-            ),
         ),
         Step(
             name="report",
@@ -152,9 +112,7 @@ def steps(config: PipelineConfig) -> tuple[Step, ...]:
                 at.resources,
                 output=at.output,
                 track=at.parent,
-                shards=at.inputs["shards"],
-                images=at.inputs["images"],
-                metrics=at.inputs["metrics"],
+                **at.inputs,
                 phases=at.view.phases,
                 steps=at.view.markers,
                 config_text=at.view.config_text,
@@ -162,6 +120,29 @@ def steps(config: PipelineConfig) -> tuple[Step, ...]:
             ),
         ),
     )
+
+
+def _phase(job: PhaseJob, before: PhaseJob | None) -> Step:
+    """The step of one training phase, which starts from the networks of the phase before it."""
+    return _step(
+        train,
+        job,
+        name=f"train-{job.phase.name}",
+        needs={"shards": "shard"} | ({"before": f"train-{before.phase.name}"} if before else {}),
+        digest=(lambda: Seen(check_start(job))) if job.start_from else None,
+        check=lambda _: train.check(job),
+    )
+
+
+def _step(stage: ModuleType, config: Config, *, name: str = "", **more: Any) -> Step:
+    """A step of a stage whose inputs are called as in `needs`."""
+    title = stage.__name__.rpartition(".")[2]
+
+    def work(at: StepContext) -> Outcome:
+        outcome: Outcome = stage.run(config, at.resources, output=at.output, track=at.track, **at.inputs)
+        return outcome
+
+    return Step(name=name or title, stage=title, version=stage.VERSION, config=config, work=work, **more)
 
 
 def registration(config: PipelineConfig) -> tuple[Step, ...]:
@@ -185,27 +166,6 @@ def registration(config: PipelineConfig) -> tuple[Step, ...]:
             config=settings,
             needs=model | ({"metrics": "evaluate"} if own_images else {}),
             work=work,
-        ),
-    )
-
-
-def _phase(job: PhaseJob, before: PhaseJob | None) -> Step:
-    """The step of one training phase, which starts from the networks of the phase before it."""
-    return Step(
-        name=f"train-{job.phase.name}",
-        stage="train",
-        version=train.VERSION,
-        config=job,
-        needs={"shards": "shard"} | ({"before": f"train-{before.phase.name}"} if before else {}),
-        digest=(lambda: Seen(check_start(job))) if job.start_from else None,
-        check=lambda _: train.check(job),
-        work=lambda at: train.run(
-            job,
-            at.resources,
-            output=at.output,
-            track=at.track,
-            shards=at.inputs["shards"],
-            before=at.inputs.get("before", ""),
         ),
     )
 

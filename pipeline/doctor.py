@@ -13,8 +13,8 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from functools import partial
 from itertools import chain, islice
@@ -197,33 +197,26 @@ def judge(found: Mapping[str, Any], versions: tuple[str, str], *, gpu: bool) -> 
     return f"Ray {ray_version}, Python {python}, {cards}, {found['free']:.0f} GB free, sees the workspace"
 
 
-@contextmanager
-def probed(folder: str) -> Iterator[str]:
-    """A file in the workspace for other machines to read."""
-    from stages import storage  # noqa: PLC0415
-
-    probe = storage.join(folder, f".doctor-{uuid.uuid4().hex}")
-    storage.write_bytes(probe, b"probe")
-    try:
-        yield probe
-    finally:
-        storage.remove(probe)
-
-
 def check_machines(config: PipelineConfig, report: Report) -> None:
     """A line for every machine of the cluster."""
     import ray  # noqa: PLC0415
 
     from pipeline.cluster import cluster, result_folders  # noqa: PLC0415
+    from stages import storage  # noqa: PLC0415
     from stages.parallel.cluster import on_every_node  # noqa: PLC0415
 
     versions = (ray.__version__, platform.python_version())
-    with cluster(config.resources, config.storage, result_folders(config)), probed(config.workspace) as probe:
-        for name, answer in on_every_node(machine, probe, timeout_s=120):
-            report.check(
-                f"machine {name}",
-                lambda answer=answer: judge(answer(), versions, gpu=bool(config.resources.gpu)),  # type: ignore[misc]
-            )
+    probe = storage.join(config.workspace, f".doctor-{uuid.uuid4().hex}")
+    storage.write_bytes(probe, b"probe")
+    try:
+        with cluster(config.resources, config.storage, result_folders(config)):
+            for name, answer in on_every_node(machine, probe, timeout_s=120):
+                report.check(
+                    f"machine {name}",
+                    lambda answer=answer: judge(answer(), versions, gpu=bool(config.resources.gpu)),  # type: ignore[misc]
+                )
+    finally:
+        storage.remove(probe)
 
 
 # -- the command ---------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
@@ -95,10 +96,7 @@ def run(options: argparse.Namespace) -> None:
             model_key="--model",
             input_key="--input",
         )
-    if work.left:
-        with cluster(config.resources, config.storage, {}):
-            outcome = infer.finish(config.infer, config.resources, work, output)
-    else:
+    with cluster(config.resources, config.storage, {}) if work.left else nullcontext():
         outcome = infer.finish(config.infer, config.resources, work, output)
     counts = ", ".join(f"{name} {count:,}" for name, count in outcome.counts.items())
     sys.stdout.write(f"{counts}\n{output}\n")

@@ -7,8 +7,8 @@ import os
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -68,23 +68,23 @@ def run(
         stop_on_sigterm()
         with planning():
             planned = plan(needed(pipeline, only) if only else pipeline, config.workspace)
+        chosen = select(planned, only=None if plan_only else only, until=until)
+        check(chosen)
         if plan_only:
-            return plan_text(config, planned, until, price_list, machine)
-        return do_planned(config, planned, path=path, command=command, only=only, until=until)
+            view = cost.PlannedRun(config=config, planned=planned)
+            return table(view) + cost.report(view, chosen, price_list, machine)
+        return do_planned(config, planned, chosen, path=path, command=command)
 
 
 def do_planned(
     config: PipelineConfig,
-    planned: tuple[PlannedStep, ...],
+    planned: Sequence[PlannedStep],
+    chosen: Sequence[PlannedStep],
     *,
     path: str,
     command: str,
-    only: str | None,
-    until: str | None,
 ) -> str:
-    """Run what is planned and not done; as `run`."""
-    chosen = select(planned, only=only, until=until)
-    check(chosen)
+    """Run the chosen steps that are not done; as `run`."""
     if all(p.done for p in chosen):
         logger.info("nothing to do: every step is done")
         catch_up(config.tracking, config.workspace)
@@ -98,7 +98,10 @@ def do_planned(
             execute, resources=config.resources, parent=parent, view=run_view(config, planned, command)
         )
         work = [p for p in chosen if p.step.stage != "register"]
-        with nullcontext() if all(p.done for p in work) else on_cluster(config, parent):
+        busy = not all(p.done for p in work)
+        with run_cluster(config) if busy and not ray.is_initialized() else nullcontext():
+            if busy:
+                parent.tags({"pixloom.hosts": hosts()})
             stop_on_sigterm()
             markers = run_steps(work)
         log_results(config, planned, markers, parent)
@@ -106,31 +109,9 @@ def do_planned(
     return summary(config, chosen, markers)
 
 
-def plan_text(
-    config: PipelineConfig,
-    planned: tuple[PlannedStep, ...],
-    until: str | None,
-    prices: cost.Prices,
-    machine: str,
-) -> str:
-    """The plan, and what the steps that are left will take."""
-    chosen = select(planned, only=None, until=until)
-    check(chosen)
-    view = cost.PlannedRun(config=config, planned=planned)
-    return table(view) + cost.report(view, chosen, prices, machine)
-
-
 def run_cluster(config: PipelineConfig) -> AbstractContextManager[None]:
     """The run's cluster."""
     return cluster(config.resources, config.storage, result_folders(config))
-
-
-@contextmanager
-def on_cluster(config: PipelineConfig, parent: Run) -> Iterator[None]:
-    """The run's cluster, for a block, if it has not joined one; its machines are recorded."""
-    with nullcontext() if ray.is_initialized() else run_cluster(config):
-        parent.tags({"pixloom.hosts": hosts()})
-        yield
 
 
 def as_yaml(config: PipelineConfig) -> str:
