@@ -63,7 +63,6 @@ from stages.tracking.run import NullRun
 from stages.training import checkpoints, curves, gradients
 from stages.training.checkpoints import Checkpoint, Position
 from stages.training.loop import Worker
-from stages.training.phases import input_spec
 
 CLASSES, BATCH = 8, 8
 ROWS = 400  # as many as Facades has; whole batches of 8 and of 16
@@ -175,7 +174,7 @@ def _alone(given: PhaseJob, spec: DatasetSpec, seconds: float, ready: Any, rates
 def bare(given: PhaseJob, spec: DatasetSpec, seconds: float, ready: Callable[[], object]) -> float:
     """images/s of the step alone."""
     worker = Worker()
-    gan = build_gan(given.model, input_spec(spec), weights=given.losses, device=worker.device)
+    gan = build_gan(given.model, spec.inputs(), weights=given.losses, device=worker.device)
     batch = random_batch(spec)
     for _ in range(2):
         step(gan, batch, weights=given.losses)
@@ -194,7 +193,7 @@ def exchange(given: PhaseJob, spec: DatasetSpec) -> tuple[int, float]:
 
 
 def _exchange(given: PhaseJob, spec: DatasetSpec, found: Any) -> None:
-    gan = build_gan(given.model, input_spec(spec), weights=given.losses)
+    gan = build_gan(given.model, spec.inputs(), weights=given.losses)
     assert gan.discriminator is not None
     networks = [
         [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -216,7 +215,7 @@ def _exchange(given: PhaseJob, spec: DatasetSpec, found: Any) -> None:
 
 def checkpoint(given: PhaseJob, spec: DatasetSpec, folder: Path) -> tuple[int, float, float]:
     """Bytes of a checkpoint; seconds that training waits for its copy; seconds of writing it to disk."""
-    gan = build_gan(given.model, input_spec(spec), weights=given.losses)
+    gan = build_gan(given.model, spec.inputs(), weights=given.losses)
     width, height = spec.size
     batch = Batch(
         source=torch.zeros((1, 1, height, width), dtype=torch.uint8),

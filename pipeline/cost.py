@@ -47,7 +47,7 @@ from stages.shard import parts_of, role_specs
 from stages.shards import dataset
 from stages.shards.dataset import SCORED, DatasetSpec
 from stages.shards.order import num_steps
-from stages.training import checkpoints, execution, loop, phases
+from stages.training import checkpoints, execution, loop
 from stages.training.memory import estimate_memory, networks_without_memory
 from stages.training.operations import image_operations, step_operations
 
@@ -398,7 +398,7 @@ def probe(run: PlannedRun, precision: Precision) -> float:
     tune_process(device)
     torch.set_num_threads(resources.threads_per_worker or (1 if run.gpu else own_cores()))
     try:
-        gan = loop.build(job, phases.input_spec(spec), device, precision)
+        gan = loop.build(job, spec.inputs(), device, precision)
         batch = noise(spec, rows, phase_size(job.model, job.phase, spec.size)).to(device)
         ends = list[float]()
         while len(ends) < 3 or (len(ends) < 12 and ends[-1] - ends[0] < PROBE_SECONDS):
@@ -607,6 +607,6 @@ def relative_speeds(run: PlannedRun, p: PlannedStep) -> dict[Precision, float]:
 
 def gradient_bytes(job: PhaseJob, spec: DatasetSpec) -> float:
     """Bytes of a step's gradients."""
-    networks = networks_without_memory(job, phases.input_spec(spec))
+    networks = networks_without_memory(job, spec.inputs())
     weights = sum(p.numel() for network in networks if network is not None for p in network.parameters())
     return weights * (2.0 if job.gradient_dtype == "bf16" else 4.0)

@@ -29,7 +29,6 @@ from stages.report import notes
 from stages.scoring.table import is_bound, shown
 from stages.shards import dataset
 from stages.tracking.run import Run, catch_up, open_parent
-from stages.training import phases
 from stages.training.memory import advice
 
 Markers = Mapping[str, Mapping[str, Any]]
@@ -93,7 +92,7 @@ def do_planned(
     with open_parent(config.tracking, time.strftime("%Y-%m-%d %H:%M"), tags, config.workspace) as parent:
         parent.artifact("config.yaml", as_yaml(config).encode())
         size = full_size(config.shard.size, config.augment)
-        parent.params(phases.compared(config.train, config.train.phases, size))
+        parent.params(config.train.compared(config.train.phases, size))
         run_steps = partial(
             execute, resources=config.resources, parent=parent, view=run_view(config, planned, command)
         )

@@ -56,7 +56,6 @@ from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec
 from stages.shards.feed import Feed, read_here
 from stages.shards.readers import read_with_ray
-from stages.training import phases
 from stages.training.checkpoints import Position
 from stages.training.control import Courier, LostWorkers, NewsRecorder, reading
 from stages.training.graph import CudaGraphs
@@ -148,7 +147,7 @@ def run(
     task = Task(
         job=config,
         name=job_name(config, shards, before),
-        inputs=phases.input_spec(spec),
+        inputs=spec.inputs(),
         preprocessing=preprocessing(config, spec),
         rows=spec.rows("train"),
         output=output,
@@ -157,7 +156,7 @@ def run(
         resources=resources,
     )
     setup = Setup(task=task, shards=shards, mailbox=mailbox, gpu=uses_gpu(resources))
-    track.params(phases.compared(config, [config.phase], config.size(spec.size)))
+    track.params(config.compared([config.phase], config.size(spec.size)))
     track.tags({"pixloom.phase": config.phase.name})
     track.curves(output)
     track.artifact("phase.json", config.model_dump_json(indent=1).encode())
@@ -211,7 +210,7 @@ def _check(config: PhaseJob, resources: Resources, spec: DatasetSpec, shards: st
     except ValueError as error:
         raise UserError(str(error)) from error
     if config.start_from is not None:
-        check_start(config, phases.input_spec(spec))
+        check_start(config, spec.inputs())
     needed = pairs_to_choose_by(config)[0]
     if config.select is not None and spec.rows("val") < needed:
         raise UserError(

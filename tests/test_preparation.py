@@ -40,7 +40,6 @@ from stages.shards.feed import Feed
 from stages.tracking.run import NullRun
 from stages.tracking.served import Served
 from stages.train import preprocessing
-from stages.training import phases
 from stages.training.loop import Task, Worker, train_phase
 from stages.training.news import Channel, Mailbox
 from tests.images.test_formats import tiff
@@ -177,7 +176,7 @@ def trained(folder: Path, shards: str, network: dict[str, Any]) -> Path:
     """The model of one epoch, as a training worker leaves it."""
     spec = dataset.load(shards)
     (job,) = jobs(TrainConfig.model_validate(training(network)), AugmentConfig(mirror=False))
-    inputs = phases.input_spec(spec)
+    inputs = spec.inputs()
     ready, rows = preprocessing(job, spec), spec.rows("train")
     task = Task(
         job=job,

@@ -12,7 +12,7 @@ change to the last phase does not train the first one again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -160,6 +160,40 @@ class Recipe(Config):
     def has_batch_norm(self) -> bool:
         """Whether the pairs of a batch are normalised together."""
         return isinstance(self.model, Pix2Pix) and self.model.norm == "batch"
+
+    def compared(self, phases: Sequence[PhaseConfig], size: Size) -> dict[str, Any]:
+        """The few settings that distinguish runs in MLflow's tables: flat, the same for every run.
+
+        The artifact `config.yaml` holds all settings. `size`: of the training images.
+        """
+        model, losses = self.model, self.losses
+        own: dict[str, Any] = (
+            {"generator": model.generator, "norm": model.norm, "dropout": model.dropout, "width": model.width}
+            if isinstance(model, Pix2Pix)
+            else {
+                "enhancers": model.enhancers,
+                "blocks": model.blocks,
+                "feature_encoder": model.feature_encoder,
+                "discriminators": model.discriminators,
+                "width": model.global_width,
+            }
+        )
+        return {
+            "model": model.kind,
+            **own,
+            "discriminator_layers": model.discriminator_layers,
+            "conditional": model.conditional,
+            "gan_loss": losses.gan,
+            "lambda_gan": losses.gan_weight,
+            "lambda_l1": losses.l1,
+            "lambda_feature_matching": losses.feature_matching,
+            "lambda_perceptual": losses.perceptual,
+            "size": f"{size[0]}x{size[1]}",
+            "epochs": sum(phase.epochs for phase in phases),
+            "batch": phases[-1].batch,
+            "learning_rate": phases[-1].learning_rate,
+            "seed": self.seed,
+        }
 
     @model_validator(mode="before")
     @classmethod

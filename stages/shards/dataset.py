@@ -25,7 +25,7 @@ from stages.base import Config, Encoding, Kind, Role, Split
 from stages.errors import StageError, UserError, first_invalid, one_line
 from stages.images import encode, kinds, pictures
 from stages.images.kinds import Array, ImageRejected
-from stages.models.architecture import Picture
+from stages.models.architecture import InputSpec, Picture
 from stages.shards.manifest import ShardFiles, from_json, from_table, to_table
 from stages.shards.row_groups import num_row_groups, read_unit
 
@@ -68,6 +68,18 @@ class DatasetSpec:
         """The description without names and row groups."""
         files = {split: len(files) for split, files in self.splits.items()}
         return Header(size=self.size, roles=self.roles, files=files).model_dump_json().encode()
+
+    def inputs(self) -> InputSpec:
+        """The shape of the networks' inputs."""
+        source = self.roles["source"]
+        labels = source.kind == "labels"
+        return InputSpec(
+            source="labels" if labels else "image",
+            channels=source.channels,
+            classes=source.classes if labels else None,
+            instances="instance" in self.roles,
+            target_channels=self.roles["target"].channels,
+        )
 
     def rows(self, split: Split) -> int:
         """Number of pairs of a split."""

@@ -122,9 +122,9 @@ class Run:
         """Record a phase's model as a LoggedModel, with the values of its curves at a step."""
         self._put({("model", name): {"folder": storage.absolute(folder), "step": step}})
 
-    def child(self, name: str, tags: Mapping[str, str] | None = None, *, key: str | None = None) -> Run:
-        """A new run below this one. With a `key`, a run that has it already is continued."""
-        return _create(self.sender, name, tags or {}, parent=self.key, key=key) if self.sender else self
+    def child(self, name: str, tags: Mapping[str, str] | None = None) -> Run:
+        """A new run below this one."""
+        return _create(self.sender, name, tags or {}, parent=self.key) if self.sender else self
 
     def run_id(self, wait: float = 20.0) -> str:
         """MLflow's id of this run; "" if the server did not answer within `wait` seconds."""
@@ -158,22 +158,13 @@ class NullRun(Run):
         super().__init__(sender=None, key="")
 
 
-def open_parent(
-    config: TrackingConfig,
-    run_name: str,
-    tags: Mapping[str, str] | None,
-    workspace: str,
-    *,
-    key: str | None = None,
-) -> Run:
+def open_parent(config: TrackingConfig, run_name: str, tags: Mapping[str, str] | None, workspace: str) -> Run:
     """The run of one pipeline run. Creates database and experiment, completes the runs of ended processes.
 
-    With a `key`, a run that has it already is continued. Raises UserError if the server cannot be used: at
-    this point nothing is lost by stopping; later on, training goes on without it.
+    Raises UserError if the server cannot be used: at this point nothing is lost by stopping; later on,
+    training goes on without it.
     """
-    if not config.enabled:
-        return NullRun()
-    return _create(_sender(config, workspace), run_name, tags or {}, parent="", key=key)
+    return _create(_sender(config, workspace), run_name, tags or {}) if config.enabled else NullRun()
 
 
 def catch_up(config: TrackingConfig, workspace: str) -> bool:
@@ -181,8 +172,8 @@ def catch_up(config: TrackingConfig, workspace: str) -> bool:
     return not (config.enabled and sender.documents(workspace)) or _sender(config, workspace).flush()
 
 
-def _create(to: Sender, name: str, tags: Mapping[str, str], *, parent: str, key: str | None) -> Run:
-    run = Run(to, key or uuid.uuid4().hex)
+def _create(to: Sender, name: str, tags: Mapping[str, str], *, parent: str = "") -> Run:
+    run = Run(to, uuid.uuid4().hex)
     tags = {**tags, sender.PROCESS_TAG: sender.this_process()}
     run._put({("create",): {"name": name, "tags": tags, "parent": parent, "start_time": _now_ms()}})
     return run

@@ -205,8 +205,6 @@ class Sender:
         """Add facts and values of curves to the run with this key. Of a parameter, the first value counts."""
         with self._changed:
             record = self._records.setdefault(key, Record())
-            if ("create",) in facts:
-                record.facts.pop(("end",), None)  # of the process that had the run before
             record.facts |= {f: v for f, v in facts.items() if f[0] != "param" or f not in record.facts}
             record.curves = curves or record.curves
             record.is_full |= bool(record.curves) and len(record.rows) > MOST_ROWS
@@ -333,9 +331,6 @@ class Sender:
             data, run_id = runs[0].data, runs[0].info.run_id
             steps = {metric.key: metric.step for metric in data.to_proto().metrics}
             held = Held(run_id, steps, set(data.params))
-            if create is not None:
-                self.client.update_run(run_id, status="RUNNING")
-                self.client.set_tag(run_id, PROCESS_TAG, create["tags"][PROCESS_TAG])
         elif create is None:
             return None
         else:

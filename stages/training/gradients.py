@@ -99,7 +99,7 @@ class Exchange:
 
     Gradient buckets are sent in one order on every worker: last parameters first, as a backward pass
     completes those first. A missing gradient counts as zeros. All workers must start and iterate alike, over
-    parameters of equal shapes.
+    parameters of equal shapes and layouts.
 
     wire   the dtype in which gradients travel; None: their own
     """
@@ -171,43 +171,30 @@ class Bucket:
     def send(self) -> None:
         """Start the all-reduce. The gradients' own memory is freed."""
         with torch.no_grad():
-            torch._foreach_copy_(self._pieces(self._flat), [_gradient(p) for p in self.parameters])
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+            torch._foreach_copy_(self._pieces(self._flat), gradients)
         for parameter in self.parameters:
             parameter.grad = None
         op = dist.ReduceOp.AVG if self._divides else dist.ReduceOp.SUM
         self._work = dist.all_reduce(self._flat, op=op, group=self.group, async_op=True)
 
     def receive(self) -> None:
-        """Wait for the means and make them the gradients, as views where weights have packing's layout."""
+        """Wait for the means and make them the gradients, as views."""
         assert self._work is not None
         self._work.wait()
         means = self._flat.to(self.parameters[0].dtype)
         if not self._divides:
             means.div_(dist.get_world_size(self.group))
         for parameter, mean in zip(self.parameters, self._pieces(means), strict=True):
-            strided = mean.permute(0, 3, 1, 2) if mean.ndim == 4 else mean
-            if _pixels_last(parameter).is_contiguous():
-                parameter.grad = strided.as_strided(parameter.shape, parameter.stride())
-            else:
-                parameter.grad = torch.empty_like(parameter).copy_(strided)
+            parameter.grad = mean
 
     def _pieces(self, flat: Tensor) -> list[Tensor]:
-        """The part of each parameter, in its packed shape."""
+        """The part of each parameter, in its layout: packing is a plain copy."""
         parts = torch.split(flat, self._lengths)
-        return [part.view(_pixels_last(p).shape) for p, part in zip(self.parameters, parts, strict=True)]
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    """A parameter's gradient, zeros if it has none, in the memory order of packing."""
-    return _pixels_last(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-
-
-def _pixels_last(tensor: Tensor) -> Tensor:
-    """A view in the memory order of channels-last weights, so that packing is a plain copy.
-
-    All workers use that order, whatever their layout, so that they send the same.
-    """
-    return tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor
+        return [
+            part.as_strided(parameter.shape, parameter.stride())
+            for parameter, part in zip(self.parameters, parts, strict=True)
+        ]
 
 
 # -- small values -------------------------------------------------------------

@@ -121,11 +121,8 @@ class BatchSource(Protocol):
         """The batches of an epoch from a step on."""
 
 
-class Preview(Protocol):
-    """Draws sample pictures and measures them."""
-
-    def __call__(self, gan: GanState, measure: bool) -> tuple[np.ndarray | None, dict[str, float]]:
-        """A grid, (H, W, 3) uint8, or None where there is nothing to draw; numbers by name if `measure`."""
+Preview = Callable[[GanState, bool], tuple[np.ndarray | None, dict[str, float]]]
+"""Draws samples, and measures them if it is true: a grid (H, W, 3) uint8, None where no pair is; numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,25 +219,21 @@ def train_phase(
     load        the load of this worker's machine, by curve
     record      how to record a step, to replay it from then on; None: every step runs as it is
     """
+    epochs = task.job.phase.epochs
     with deterministic(task.job.deterministic):
         loop = Loop(task, worker, channel, preview, preempted, load, record)
-        return _run(loop, batches)
-
-
-def _run(loop: Loop, batches: BatchSource) -> Ending:
-    task = loop.task
-    try:
-        while loop.position.epoch < task.job.phase.epochs:
-            for batch in loop.timed(batches.epoch(loop.position.epoch, loop.position.step)):
-                loop.step(batch)
-                if loop.stopped is not None:
-                    return Ending(loop.position, loop.losses, stopped=loop.stopped.reason)
-        model_step = loop.write_outputs(batches.epoch(task.job.phase.epochs - 1))
-    except DivergedError as error:
-        return Ending(loop.position, loop.losses, failure=StageError(f"training diverged at {error}"))
-    finally:
-        loop.writer.wait()  # whatever happened, a submitted checkpoint is written
-    return Ending(loop.position, loop.losses, model_step, notes=loop.execution.notes())
+        try:
+            while loop.position.epoch < epochs:
+                for batch in loop.timed(batches.epoch(loop.position.epoch, loop.position.step)):
+                    loop.step(batch)
+                    if loop.stopped is not None:
+                        return Ending(loop.position, loop.losses, stopped=loop.stopped.reason)
+            model_step = loop.write_outputs(batches.epoch(epochs - 1))
+        except DivergedError as error:
+            return Ending(loop.position, loop.losses, failure=StageError(f"training diverged at {error}"))
+        finally:
+            loop.writer.wait()  # whatever happened, a submitted checkpoint is written
+        return Ending(loop.position, loop.losses, model_step, notes=loop.execution.notes())
 
 
 @dataclass
@@ -309,16 +302,6 @@ class Throughput:
         return values
 
 
-@dataclass(frozen=True, slots=True)
-class OpenPoint:
-    """A point of the curves whose losses may still be on their way from the device."""
-
-    position: Position
-    epoch: int
-    window: ClosedWindow
-    values: dict[str, float]
-
-
 class Loop:
     """All that changes while a phase runs."""
 
@@ -335,7 +318,8 @@ class Loop:
         self.task, self.worker, self.channel, self.preview = task, worker, channel, preview
         self.load, self._load_measured = load, -math.inf
         self._checkpointed = time.monotonic()
-        self._last_window: OpenPoint | None = None
+        self._last_window: tuple[ClosedWindow, Position, int, dict[str, float]] | None = None
+        """A point of the curves whose losses may be on their way: its position, epoch and other values."""
         timeout_s = task.resources.collective_timeout_s
         self.messages = Messages(worker.world, worker.device, timeout_s)
         self._has_rows = True  # whether this worker's pairs count in synchronised norms
@@ -517,25 +501,25 @@ class Loop:
             values |= load
             if not self.worker.leads:  # whose values are the curves
                 self.channel.post(Points(curves.points(self.position, epoch, load)))
-        self._last_window = OpenPoint(self.position, epoch, window, values)
+        self._last_window = window, self.position, epoch, values
         if window.arrived is None:
             self._add_last_window()
 
     def _add_last_window(self) -> None:
         """Add the last window to the curves, and post a progress line."""
-        point, self._last_window = self._last_window, None
-        if point is None:
+        if self._last_window is None:
             return
-        self.losses, norms = point.window.means()
+        (window, position, epoch, others), self._last_window = self._last_window, None
+        self.losses, norms = window.means()
         if not self.worker.leads:
             return
-        values = self.losses | point.values | curves.balance(self.losses) | norms
-        self._add_points(point.position, point.epoch, values)
-        text = f"epoch {point.epoch + 1}/{self.task.job.phase.epochs}  {curves.note(self.losses)}"
+        values = self.losses | others | curves.balance(self.losses) | norms
+        self._add_points(position, epoch, values)
+        text = f"epoch {epoch + 1}/{self.task.job.phase.epochs}  {curves.note(self.losses)}"
         waited = values["throughput/data_wait_fraction"]
         if waited > 0.05:
             text += f"  waits for data {100 * waited:.0f} % of the time"
-        self.channel.post(Advance(point.position.images, text))
+        self.channel.post(Advance(position.images, text))
 
     def _add_points(self, position: Position, epoch: int, values: dict[str, float]) -> None:
         fresh = curves.points(position, epoch, values)

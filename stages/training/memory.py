@@ -29,7 +29,6 @@ from stages.models.pix2pixhd import (
     ResidualBlock,
 )
 from stages.shards.dataset import DatasetSpec
-from stages.training import phases
 
 FLOAT = 4  # bytes
 SLACK = 1.2
@@ -108,7 +107,7 @@ def estimate_memory(
     On a GPU an open precision is bf16, of which autocast keeps a copy of the weights.
     """
     bf16 = job.precision == "bf16" or (gpu and job.precision is None)
-    inputs = phases.input_spec(spec)
+    inputs = spec.inputs()
     width, height = job.size(spec.size)
     rows = -(-job.phase.batch // workers)
     rows = rows if micro_batch is None else min(rows, micro_batch)

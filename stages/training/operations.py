@@ -14,7 +14,6 @@ from stages.config.train import PhaseJob
 from stages.models.architecture import Pix2PixHD, discriminator_channels, generator_channels
 from stages.models.build import trainable_parts
 from stages.shards.dataset import DatasetSpec
-from stages.training import phases
 from stages.training.memory import networks_without_memory
 
 VGG_PER_PIXEL = 7.2e5
@@ -24,7 +23,7 @@ VGG_PER_PIXEL = 7.2e5
 def step_operations(job: PhaseJob, spec: DatasetSpec, size: tuple[int, int] | None = None) -> float:
     """Operations of a training step for each pair. `size`: of the images, if not the phase's."""
     width, height = size or job.size(spec.size)
-    inputs = phases.input_spec(spec)
+    inputs = spec.inputs()
     generator, encoder, discriminator = networks_without_memory(job, inputs)
 
     def images(channels: int, *, gradient: bool = False) -> Tensor:
@@ -49,7 +48,7 @@ def step_operations(job: PhaseJob, spec: DatasetSpec, size: tuple[int, int] | No
 
 def image_operations(job: PhaseJob, spec: DatasetSpec, size: tuple[int, int]) -> float:
     """Operations of one generated image of a size."""
-    inputs = phases.input_spec(spec)
+    inputs = spec.inputs()
     generator, _, _ = networks_without_memory(job, inputs)
     channels = generator_channels(job.model, inputs)
     return _forward(generator, torch.empty(1, channels, size[1], size[0], device="meta"))

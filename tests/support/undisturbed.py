@@ -16,7 +16,7 @@ from stages.base import Resources
 from stages.config.train import PhaseJob
 from stages.shards import dataset
 from stages.shards.feed import Feed
-from stages.training import curves, phases
+from stages.training import curves
 from stages.training.loop import Ending, Preview, Task, Worker, phase_seed, train_phase
 from stages.training.news import Channel, Mailbox
 
@@ -75,7 +75,7 @@ def train_here(
     task = Task(
         job=job,
         name=PLAIN_NAME,
-        inputs=phases.input_spec(spec),
+        inputs=spec.inputs(),
         preprocessing=train.preprocessing(job, spec),
         rows=spec.rows("train"),
         output=output,

@@ -18,7 +18,6 @@ from stages.config.tracking import TrackingConfig
 from stages.inference.model_source import tracking_server
 from stages.tracking import sender
 from stages.tracking.run import Run, catch_up, open_parent
-from stages.tracking.sender import KEY_TAG
 from stages.training import curves
 
 PICTURE = np.zeros((4, 6, 3), np.uint8)
@@ -176,10 +175,10 @@ class Away:
 
 workspace, folder = sys.argv[1:]
 parent = open_parent(TrackingConfig(), "killed", None, workspace)
-known, new = parent.child("train-global", key="known"), parent.child("infer", key="new")
+known, new = parent.child("known"), parent.child("new")
 known.curves(folder)
 known.points([Point(step, 4 * step, 0, "generator/gan", 1 / step, 1000 + step) for step in (1, 2)])
-done = parent.child("pair", key="done")
+done = parent.child("done")
 assert parent.flush()
 parent.sender.client = Away()
 known.points([Point(3, 12, 0, "generator/gan", 1 / 3, 1003)])
@@ -187,7 +186,7 @@ known.image(np.zeros((4, 6, 3), np.uint8), "samples", 3)
 done.metrics({"pairs": 7.0})
 done.artifact("pairs.txt", b"seven")
 done.end()
-late = parent.child("shard", key="late")
+late = parent.child("late")
 late.params({"size": 64})
 late.dataset("shards", uri="s3://b/s", digest="d", context="training", counts={"num_train": 3})
 assert not parent.flush(wait=0.5)
@@ -206,10 +205,10 @@ def test_what_a_killed_process_could_not_send_the_next_command_completes(tmp_pat
     assert catch_up(TrackingConfig(uri="http://127.0.0.1:9"), workspace)  # nothing to do: it asks no server
     client = sender.connect(TrackingConfig().place(workspace))
     (experiment,) = [e for e in client.search_experiments() if e.name == "pixloom"]
-    runs = {run.data.tags[KEY_TAG]: run for run in client.search_runs([experiment.experiment_id])}
-    assert len(runs) == 5
-    status = {key: run.info.status for key, run in runs.items() if key in ("known", "new", "done", "late")}
-    assert status == {"known": "KILLED", "new": "KILLED", "done": "FINISHED", "late": "KILLED"}
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    status = {name: run.info.status for name, run in runs.items()}
+    killed = dict.fromkeys(("killed", "known", "new", "late"), "KILLED")
+    assert status == killed | {"done": "FINISHED"}
     history = client.get_metric_history(runs["known"].info.run_id, "generator/gan")
     assert [metric.step for metric in history] == [1, 2, 3, 4, 5]
     assert len(client.list_artifacts(runs["known"].info.run_id, "images")) == 2

@@ -25,7 +25,7 @@ def work(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     gradients.CPU_BUCKET_BYTES = 64
     planar = torch.arange(24.0).view(1, 2, 3, 4) * (rank + 1)
-    last = planar.clone(memory_format=torch.channels_last) if rank else planar.clone()
+    last = planar.clone(memory_format=torch.channels_last)
     scalar = torch.tensor(float(rank))
     weights = [nn.Parameter(torch.zeros_like(one)) for one in (planar, last, scalar)]
     for weight, gradient in zip(weights, (planar, last, scalar), strict=True):

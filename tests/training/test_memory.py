@@ -20,7 +20,7 @@ from stages.config.train import PhaseJob, TrainConfig, jobs
 from stages.models.fast.process import tune_process
 from stages.models.step import Batch
 from stages.shards.dataset import DatasetSpec, RoleSpec
-from stages.training import loop, phases
+from stages.training import loop
 from stages.training.memory import SLACK, estimate_memory, out_of_memory, shortage
 
 SPEC = DatasetSpec(
@@ -56,7 +56,7 @@ def measured(text: str) -> int:
     tune_process("cpu")
     job = PhaseJob.model_validate_json(text)
     before = psutil.Process().memory_info().rss
-    gan = loop.build(job, phases.input_spec(SPEC), torch.device("cpu"), "float32")
+    gan = loop.build(job, SPEC.inputs(), torch.device("cpu"), "float32")
     images = torch.zeros(job.phase.batch, 3, *SPEC.size, dtype=torch.uint8)
     for _ in range(3):
         loop.update(gan, Batch(source=images, target=images), weights=job.losses)
@@ -126,7 +126,7 @@ def test_the_estimate_is_near_the_peak_of_a_steps_tensors(checkpointing: bool) -
     meta = torch.device("meta")
     images = torch.empty(2, 3, *SPEC.size, dtype=torch.uint8, device=meta)
     with PeakOfMeta() as peak:
-        gan = loop.build(one, phases.input_spec(SPEC), meta, "float32", checkpointing=checkpointing)
+        gan = loop.build(one, SPEC.inputs(), meta, "float32", checkpointing=checkpointing)
         for _ in range(2):
             loop.update(gan, Batch(source=images, target=images), weights=one.losses)
     estimate = estimate_memory(one, SPEC, checkpointing=checkpointing) / SLACK

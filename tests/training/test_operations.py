@@ -13,7 +13,6 @@ from stages.models.architecture import Pix2Pix, Pix2PixHD
 from stages.models.build import build_generator
 from stages.models.objective import paper_weights
 from stages.shards.dataset import DatasetSpec, RoleSpec
-from stages.training import phases
 from stages.training.operations import image_operations, step_operations
 
 RGB, LABELS = RoleSpec(kind="rgb", encoding="raw"), RoleSpec(kind="labels", encoding="raw", classes=35)
@@ -26,7 +25,7 @@ def test_an_image_takes_the_operations_of_its_convolutions() -> None:
         model=model, losses=paper_weights(model), phase=PhaseConfig(name="whole", kind="whole", epochs=1)
     )
     spec = DatasetSpec(size=(32, 16), roles={"source": RGB, "target": RGB}, splits={})
-    network = build_generator(model, phases.input_spec(spec))
+    network = build_generator(model, spec.inputs())
     total = 0
 
     def add(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
