@@ -207,11 +207,11 @@ def summary(config: PipelineConfig, chosen: Sequence[PlannedStep], markers: Mark
         ]
         values = values[:6] + [f"{key} {text}" for key, text in notes(marker).items()]
         lines.append(f"{name:<15} {duration(marker['seconds']):>12}  {', '.join(values)}")
-    report = next((p for p in chosen if p.step.name == "report" and "report" in markers), None)
+    folders = {p.step.name: p.folder for p in chosen}
     lines.append("")
     if "evaluate" in markers:
-        lines.append(f"scores  {next(p.folder for p in chosen if p.step.name == 'evaluate')}")
-    if report is not None:
-        lines.append(f"report  {storage.join(report.folder, 'report.html')}")
+        lines.append(f"scores  {folders['evaluate']}")
+    if "report" in markers:
+        lines.append(f"report  {storage.join(folders['report'], 'report.html')}")
     lines.append(f"runs    {config.tracking.page_command(config.workspace)}")
     return "\n".join(lines) + "\n"

@@ -33,11 +33,11 @@ from stages import storage
 from stages.base import MAX_PIXELS, Kind, Outcome, Resources
 from stages.config.infer import InferConfig
 from stages.errors import StageError, UserError, named
-from stages.images import colour, decode, encode, geometry, geotiff, kinds, pictures
+from stages.images import colour, decode, encode, geometry, geotiff, kinds
 from stages.images.geotiff import Tags, TiffRows
 from stages.images.kinds import Array, ImageRejected
 from stages.inference import inputs, outputs
-from stages.inference.inputs import InputImages, InputPlan, Item, Location
+from stages.inference.inputs import InputImages, InputPlan, Item
 from stages.inference.model_source import description, local_model
 from stages.inference.translator import Translator, noise_seed
 from stages.models.architecture import Picture
@@ -96,13 +96,6 @@ def source_size(
     return trained if jitter else None
 
 
-def output_array(generated: Array, kind: Kind, source: Array, source_kind: Kind) -> Array:
-    """The array to write: grey and colour as generated, Lab and channels as an RGB picture."""
-    if kind in ("rgb", "grey", "grey16"):
-        return generated
-    return pictures.picture(generated, kind, lightness=source if source_kind == "lab_l" else None)
-
-
 def output_file(array: Array, config: InferConfig, tags: Tags) -> bytes:
     """The image file of an array: a picture, or class ids if the config has the classes' colours.
 
@@ -149,13 +142,6 @@ def draws(batch: Sequence[LoadedItem], samples: int, size: int) -> Iterator[list
     pairs = [(loaded, sample) for sample in range(samples) for loaded in batch]
     for start in range(0, len(pairs), size):
         yield pairs[start : start + size]
-
-
-def run_identity(manifest: Mapping[str, Any], config: InferConfig, source: str) -> dict[str, Any]:
-    """What must be the same for a rerun to continue the work in an output folder."""
-    unseen = {"overwrite", "model", "input", "max_reject_fraction"}
-    settings = config.model_dump(mode="json", exclude=unseen)
-    return {"model": fingerprint(manifest), "config": settings, "input": source}
 
 
 # -- one process that generates ------------------------------------------------------------------------------
@@ -373,8 +359,7 @@ class InferenceWorker:
         """Write an image; returns its place in the work unit and its row."""
         uri = storage.join(self.job.output, row["output"])
         if isinstance(generated, np.ndarray):
-            source = cast(Array, loaded.images.source)
-            array = output_array(generated, self.translator.target_kind, source, self.translator.source_kind)
+            array = self.translator.output(generated, cast(Array, loaded.images.source))
             data = output_file(array, self.config, loaded.images.tags)
             row |= {"crc": encode.checksum(data), "size": len(data)}
             storage.write_bytes(uri, data)
@@ -443,8 +428,7 @@ def check(config: InferConfig, shards: str = "") -> None:
         for name in ("picture", "instances", "labels"):
             storage.require(getattr(config.style, name), f"infer.style.{name}")
     if config.input is not None:
-        uri = location(config).uri
-        shards = uri if is_shards(uri) else ""
+        shards = input_shards(config)
     if shards:
         dataset.load(shards).scored_split(config.split, "infer.split")
 
@@ -453,32 +437,21 @@ def digest(config: InferConfig, tracking_uri: str | None = None) -> str:
     """A digest of what a run reads from outside the pipeline: the listing of `input`, the model's files."""
     texts = []
     if config.input:
-        where = location(config)
-        if is_shards(where.uri):
-            texts.append(dataset.load(where.uri).digest())
+        if shards := input_shards(config):
+            texts.append(dataset.load(shards).digest())
         else:
             with named("infer.input"):
-                texts.append(inputs.plan(where, None).digest)
+                texts.append(inputs.plan(config, None).digest)
     if config.model:
         with named("infer.model"):
             texts.append(json.dumps(description(config.model, tracking_uri), sort_keys=True))
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
-def location(config: InferConfig) -> Location:
-    """Where the sources are, for a config with an `input`."""
-    assert config.input is not None
-    return Location(
-        uri=storage.absolute(config.input),
-        pattern=config.pattern,
-        instance=storage.absolute(config.instance) if config.instance else "",
-        instance_pattern=config.instance_pattern or "",
-    )
-
-
-def is_shards(uri: str) -> bool:
-    """Whether a location is a shards folder."""
-    return not uri.lower().endswith(".parquet") and dataset.exists(uri)
+def input_shards(config: InferConfig) -> str:
+    """The config's `input` if it is a shards folder; else ""."""
+    uri = inputs.location(config)
+    return uri if not uri.lower().endswith(".parquet") and dataset.exists(uri) else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -526,12 +499,11 @@ def prepare(
         outputs.clear(output)
     plan = None
     if config.input is not None:
-        where = location(config)
-        shards = where.uri if is_shards(where.uri) else ""
+        shards = input_shards(config)
         if not shards:
             with named(input_key):
                 begun = storage.exists(storage.join(output, outputs.MANIFEST))
-                plan = inputs.plan(where, None if begun else output)
+                plan = inputs.plan(config, None if begun else output)
     if plan is None:
         spec = dataset.load(shards)
         split = spec.scored_split(config.split, "infer.split")
@@ -540,7 +512,10 @@ def prepare(
         source = spec.digest()[:16]
     else:
         units, rows, source = plan.units, plan.rows, plan.digest
-    outputs.begin(output, run_identity(manifest, config, source), {"rows": rows, "units": units})
+    unseen = {"overwrite", "model", "input", "max_reject_fraction"}
+    settings = config.model_dump(mode="json", exclude=unseen)
+    identity = {"model": fingerprint(manifest), "config": settings, "input": source}
+    outputs.begin(output, identity, {"rows": rows, "units": units})
     storage.write_json(storage.join(output, "model", "model.json"), manifest)
     return Work(
         model=model,

@@ -32,7 +32,7 @@ from stages.images import kinds
 from stages.images.kinds import Array
 from stages.inference import outputs
 from stages.inference.translator import Translator
-from stages.models.files import export
+from stages.models.files.export import ExportedTranslator
 from stages.models.files.saved import load_model
 from stages.scoring import baselines
 from stages.shards import dataset
@@ -210,7 +210,7 @@ def test_every_stage_reads_a_file_as_training_did(
     for sample in samples:
         (image,) = translator.translate([sample.images["source"]], instances[sample.key])
         light = sample.images["source"]
-        wanted[sample.key] = infer.output_array(image, translator.target_kind, light, translator.source_kind)
+        wanted[sample.key] = translator.output(image, light)
     assert all(len(np.unique(image)) > 2 for image in wanted.values())
 
     maps = "instance/{key}.png" if rule == "instances" else None
@@ -237,7 +237,7 @@ def test_every_stage_reads_a_file_as_training_did(
         (answer,) = served.predict(None, pd.DataFrame(row)).image
         assert np.array_equal(picture(answer), image)
 
-    exported = export.translator(model)
+    exported = ExportedTranslator(model)
     for sample in samples:
         given = raw(tmp_path / "source" / f"{sample.key}.{suffix}", sample.images["source"], translator)
         ids_of_pair = instances[sample.key]

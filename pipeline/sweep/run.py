@@ -296,16 +296,14 @@ def outcomes(
     results = []
     for index, trial in enumerate(trials):
         planned = plan(steps(trial.config), trial.config.workspace, digests)
-        evaluated = next((p for p in planned if p.step.name == "evaluate"), None)
-        marker = evaluated.marker if evaluated else None
-        begun = any(p.why.startswith("unfinished") for p in planned)
-        state: State = "stopped early" if begun else "to do"
+        evaluated = next(p for p in planned if p.step.name == "evaluate")
+        state: State = "stopped early" if any(p.resumes for p in planned) else "to do"
         if index in failed:
             state = "failed"
-        elif marker is not None:
+        elif evaluated.done:
             state = "done"
-        metrics = marker["metrics"] if marker else {}
-        folder = evaluated.folder if evaluated and marker else ""
+        metrics = evaluated.marker["metrics"] if evaluated.marker else {}
+        folder = evaluated.folder if evaluated.done else ""
         reason = failed.get(index, "")
         results.append(TrialResult(trial=trial, state=state, metrics=metrics, reason=reason, folder=folder))
     return results

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from stages import storage
 from stages.base import Role, Split
+from stages.config.infer import InferConfig
 from stages.config.locations import Pattern, compile_pattern
 from stages.errors import UserError
 from stages.images import decode, geometry, geotiff
@@ -141,21 +142,17 @@ class InputPlan:
         return -(-self.rows // UNIT_ROWS)
 
 
-@dataclass(frozen=True, slots=True)
-class Location:
-    """Where the sources are. `instance_pattern` makes an instance map's path from the source's key."""
-
-    uri: str
-    pattern: str
-    instance: str = ""
-    instance_pattern: str = ""
+def location(config: InferConfig) -> str:
+    """The URI of the config's `input`; "" if it has none."""
+    return storage.absolute(config.input) if config.input else ""
 
 
-def plan(where: Location, output: str | None) -> InputPlan:
-    """List `where`, page by page, and write the rows below `output` (None: only count and digest them).
+def plan(config: InferConfig, output: str | None) -> InputPlan:
+    """List the config's `input` by pages, and write the rows below `output` (None: only count and digest).
 
     Raises UserError if the location does not exist, refuses access, or holds nothing that fits the pattern.
     """
+    uri = location(config)
     sums, hashes = no_rows(), [np.zeros(0, np.uint64)]
     waiting = PLAN.empty_table()
     rows = objects = chunks = 0
@@ -164,14 +161,14 @@ def plan(where: Location, output: str | None) -> InputPlan:
     def write_chunk() -> None:
         nonlocal waiting, chunks
         if output is not None:
-            uri = storage.join(output, "plan", f"chunk-{chunks:05d}.parquet")
+            name = storage.join(output, "plan", f"chunk-{chunks:05d}.parquet")
             chunk = waiting.slice(0, chunk_rows).sort_by("key")
-            storage.write_parquet(uri, chunk, row_group_rows=UNIT_ROWS, compression="zstd")
+            storage.write_parquet(name, chunk, row_group_rows=UNIT_ROWS, compression="zstd")
         chunks += 1
         waiting = waiting.slice(chunk_rows)
 
-    with storage.located(where.uri):
-        for count, table in _tables(where):
+    with storage.located(uri):
+        for count, table in _tables(config):
             objects += count
             rows += table.num_rows
             sums += row_sums(*table.columns)
@@ -182,23 +179,23 @@ def plan(where: Location, output: str | None) -> InputPlan:
         if waiting.num_rows:
             write_chunk()
     if not rows and objects:
-        raise UserError(f"{where.uri}: none of its {objects:,} objects fits infer.pattern {where.pattern!r}")
+        raise UserError(f"{uri}: none of its {objects:,} objects fits infer.pattern {config.pattern!r}")
     if not rows:
-        raise UserError(f"{where.uri}: nothing is in it")
+        raise UserError(f"{uri}: nothing is in it")
     keys, counts = np.unique(np.concatenate(hashes), return_counts=True)
     duplicates = keys[counts > 1]
     return InputPlan(
         rows,
         spell(sums, rows),
         tuple(duplicates.tolist()),
-        _refused(where, keys, duplicates) if len(duplicates) else (),
+        _refused(config, keys, duplicates) if len(duplicates) else (),
     )
 
 
-def _refused(where: Location, keys: Uint64s, duplicates: Uint64s) -> tuple[int, ...]:
+def _refused(config: InferConfig, keys: Uint64s, duplicates: Uint64s) -> tuple[int, ...]:
     """Uint64s of the keys with suffix that are still not unique."""
     hashes = [np.zeros(0, np.uint64)]
-    for _, table in _tables(where):
+    for _, table in _tables(config):
         twice = np.isin(key_hashes(table["key"]), duplicates)
         names = [
             with_suffix(row["key"] or "", row["uri"]) for row in table.filter(pa.array(twice)).to_pylist()
@@ -213,25 +210,30 @@ def with_suffix(key: str, uri: str) -> str:
     return f"{key}.{uri.rpartition('.')[2]}"
 
 
-def _tables(where: Location) -> Iterator[tuple[int, pa.Table]]:
+def _tables(config: InferConfig) -> Iterator[tuple[int, pa.Table]]:
     """For each page of the listing: its number of objects, and those that fit, as rows of the plan."""
-    if where.uri.lower().endswith(".parquet"):
-        yield from _rows_of_table(where.uri)
+    uri = location(config)
+    if uri.lower().endswith(".parquet"):
+        yield from _rows_of_table(uri)
         return
-    pattern = compile_pattern(where.pattern)
+    pattern, instances = compile_pattern(config.pattern), None
+    if config.instance_pattern:
+        folder = storage.absolute(config.instance) if config.instance else uri
+        instances = storage.join(folder, config.instance_pattern)
 
     def tables(unit: listing.Unit) -> Iterator[tuple[int, pa.Table]]:
-        for page in listing.pages(where.uri, unit):
-            yield len(page), _fitting(page, pattern, where)
+        for page in listing.pages(uri, unit):
+            yield len(page), _fitting(page, pattern, instances)
 
-    units = listing.split_location(where.uri, want=LISTERS)
+    units = listing.split_location(uri, want=LISTERS)
     with closing(
         Prefetch([partial(tables, unit) for unit in units], depth=2 * LISTERS, name="list")
     ) as pages:
         yield from pages
 
 
-def _fitting(page: listing.Page, pattern: Pattern, where: Location) -> pa.Table:
+def _fitting(page: listing.Page, pattern: Pattern, instances: str | None) -> pa.Table:
+    """The objects of a page that fit. `instances`: the URI of an instance map, with its {key}."""
     paths = pa.array([_valid(path) for path in page.paths], pa.string())
     keys = patterns.match(pattern, paths)["key"].combine_chunks()
     bad = patterns.bad_keys(keys).to_pylist()
@@ -243,9 +245,7 @@ def _fitting(page: listing.Page, pattern: Pattern, where: Location) -> pa.Table:
         if key is None:
             continue
         error = fault or ("bad_key" if refused or valid != path else None)
-        instance = None
-        if where.instance_pattern:
-            instance = storage.join(where.instance or where.uri, where.instance_pattern.replace("{key}", key))
+        instance = None if instances is None else instances.replace("{key}", key)
         rows.append((key, _valid(uri), size, etag, instance, error))
     columns = [[row[i] for row in rows] for i in range(len(PLAN))]
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, PLAN, strict=True)], schema=PLAN)

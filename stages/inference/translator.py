@@ -23,7 +23,7 @@ from torch import Tensor
 
 from stages import seeding
 from stages.base import Kind
-from stages.images import colour, kinds
+from stages.images import colour, kinds, pictures
 from stages.images.kinds import Array
 from stages.inference.tiled import FeatureMap, LayerByLayer
 from stages.models.architecture import Picture, size_multiple, uses_edges
@@ -77,11 +77,11 @@ class Translator:
         self.precision = precision
         self.stochastic, self.tile = stochastic, tile
         self.multiple, self.minimum = size_multiple(model.architecture, enhancers=model.enhancers)
-        pictures = model.preprocessing.pictures
+        trained = model.preprocessing.pictures
         default: Kind = "labels" if model.inputs.source == "labels" else "rgb"
-        self.source = pictures.get("source", Picture(kind=default, classes=model.inputs.classes))
+        self.source = trained.get("source", Picture(kind=default, classes=model.inputs.classes))
         self.source_kind: Kind = self.source.kind
-        self.target = pictures.get("target", Picture(kind="rgb"))
+        self.target = trained.get("target", Picture(kind="rgb"))
         self.target_kind: Kind = self.target.kind
         self.needs_instances = model.inputs.instances and (
             uses_edges(model.architecture, model.inputs) or model.encoder is not None
@@ -143,18 +143,27 @@ class Translator:
             out = self._whole(self._stack(sources), instance, features, seeds)
             return self._arrays(out.float().permute(0, 2, 3, 1))
 
-    def _arrays(self, out: Tensor) -> list[Array]:
-        """(N, H, W, C) in [-1, 1] -> arrays of the target kind; rounded on the device where it is uint8."""
-        if self.target_kind in kinds.PHOTOS:
-            return list(self._on_cpu(((out + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)).numpy())
-        return [kinds.restore(value, self.target_kind) for value in self._on_cpu(out).numpy()]
+    def output(self, generated: Array, source: Array) -> Array:
+        """A generated image as it is written: grey and colour as they are, Lab and channels as RGB.
 
-    def _on_cpu(self, out: Tensor) -> Tensor:
-        """Waits for this thread's stream, and not for what other threads have a GPU do."""
-        copy, arrived = to_host(out)
+        source   prepared
+        """
+        if self.target_kind in ("rgb", "grey", "grey16"):
+            return generated
+        lightness = source if self.source_kind == "lab_l" else None
+        return pictures.picture(generated, self.target_kind, lightness=lightness)
+
+    def _arrays(self, out: Tensor) -> list[Array]:
+        """(N, H, W, C) in [-1, 1] -> arrays of the target kind; rounded on the device where it is uint8.
+
+        Waits for this thread's stream, and not for what other threads have a GPU do.
+        """
+        photo = self.target_kind in kinds.PHOTOS
+        copy, arrived = to_host(((out + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8) if photo else out)
         if arrived is not None:
             arrived.synchronize()
-        return copy
+        arrays = list(copy.numpy())
+        return arrays if photo else [kinds.restore(array, self.target_kind) for array in arrays]
 
     def _stack(self, arrays: Sequence[Array]) -> Tensor:
         """Arrays (H, W, C) of one shape -> (N, C, H, W) on the device; ids stay integers, amounts float32."""

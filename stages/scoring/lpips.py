@@ -7,10 +7,9 @@ numbers of one name can always be compared.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
+from importlib import resources
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +107,8 @@ def load_lpips(config: LpipsConfig, key: str = "evaluate.lpips") -> Lpips:
     with ExitStack() as stack:
         backbone = stack.enter_context(weights_file(config.backbone, f"{key}.backbone"))
         if config.linear is None:
-            linear = _published_linear(config.kind)
+            folder = resources.files("torchmetrics.functional.image") / "lpips_models"  # the published ones
+            linear = stack.enter_context(resources.as_file(folder / f"{config.kind}.pth"))
         else:
             linear = stack.enter_context(weights_file(config.linear, f"{key}.linear"))
         try:
@@ -145,11 +145,3 @@ def lpips_name(config: LpipsConfig) -> str:
     if config.linear is not None:
         digest, published = digest[:4] + checksum(config.linear, LINEAR)[:4], False
     return f"lpips_{config.kind}" + ("" if published else f"_{digest[:8]}")
-
-
-def _published_linear(kind: str) -> Path:
-    """The published linear layers, which torchmetrics brings along."""
-    package = importlib.util.find_spec("torchmetrics.functional.image.lpips_models")
-    assert package is not None
-    assert package.submodule_search_locations is not None
-    return Path(next(iter(package.submodule_search_locations))) / f"{kind}.pth"

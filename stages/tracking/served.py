@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
 
-from stages.images import decode, encode, kinds, pictures
+from stages.images import decode, encode, kinds
 from stages.inference.translator import Translator, noise_seed
 from stages.models.files.saved import load_model
 
@@ -49,10 +49,7 @@ class Served(PythonModel):  # type: ignore[misc]
                 (out,) = translator.translate([source], instance, seeds=[seed])
             except (kinds.ImageRejected, ValueError) as error:
                 raise MlflowException.invalid_parameter_value(f"row {index}: {error}") from error
-            if translator.target_kind not in ("rgb", "grey", "grey16"):
-                light = source if translator.source_kind == "lab_l" else None
-                out = pictures.picture(out, translator.target_kind, lightness=light)
-            images.append(encode.encode_png(out))
+            images.append(encode.encode_png(translator.output(out, source)))
         return pd.DataFrame({"image": images})
 
 

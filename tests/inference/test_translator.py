@@ -13,7 +13,7 @@ from stages.images import decode, encode
 from stages.images.kinds import ImageRejected
 from stages.inference.translator import Translator, noise_seed
 from stages.models.architecture import Preprocessing
-from stages.models.files import export
+from stages.models.files.export import ExportedTranslator
 from stages.models.files.saved import load_model
 from tests.support.models import make_model, scene
 
@@ -78,7 +78,7 @@ def test_a_model_reads_ignored_labels_as_in_training_wherever_it_is_used(tmp_pat
     source = torch.from_numpy(unlabelled).permute(2, 0, 1)[None].long()
     plain = torch.from_numpy(void).permute(2, 0, 1)[None].long()
     with torch.no_grad():
-        assert torch.equal(export.translator(trained)(source), export.translator(model)(plain))
+        assert torch.equal(ExportedTranslator(trained)(source), ExportedTranslator(model)(plain))
 
 
 def test_a_model_reads_the_colours_it_was_trained_on_wherever_it_is_used(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_model_reads_the_colours_it_was_trained_on_wherever_it_is_used(tmp_pat
     )  # as infer and the served model do
     for source in (read, colours):
         assert np.array_equal(translator.translate([source])[0], expected)
-    network, plain = export.translator(trained), export.translator(model)
+    network, plain = ExportedTranslator(trained), ExportedTranslator(model)
     with torch.no_grad():
         generated = network(torch.from_numpy(colours).permute(2, 0, 1)[None])
         assert torch.equal(generated, plain(torch.from_numpy(ids).permute(2, 0, 1)[None]))

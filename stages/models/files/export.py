@@ -27,7 +27,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.functional import conv2d
 
 from stages.errors import one_line
-from stages.models.architecture import InputSpec, Picture, Pix2Pix, Pix2PixHD, size_multiple, uses_edges
+from stages.models.architecture import Pix2PixHD, size_multiple, uses_edges
 from stages.models.files.saved import LoadedModel
 from stages.models.inputs import make_condition, padded_size, reflect_to, translate
 
@@ -44,27 +44,17 @@ MAX_ONNX_BYTES = (1 << 31) - 1
 class ExportedTranslator(nn.Module):
     """Source to image, padding and conditioning included: what is exported.
 
-    labels     how label ids were prepared for training
     any_size   written so that one graph serves every size above the network's multiple. Below that, padding
                may reflect more than once, and the innermost map can be a single pixel: torch.export needs
                the size
     """
 
-    def __init__(
-        self,
-        generator: nn.Module,
-        *,
-        architecture: Pix2Pix | Pix2PixHD,
-        inputs: InputSpec,
-        enhancers: int,
-        any_size: bool,
-        labels: Picture | None = None,
-    ) -> None:
+    def __init__(self, model: LoadedModel, *, any_size: bool = False) -> None:
         super().__init__()
-        self.labels = labels
-        self.generator = generator
-        self.architecture, self.inputs, self.any_size = architecture, inputs, any_size
-        self.multiple, self.minimum = size_multiple(architecture, enhancers=enhancers)
+        self.generator, self.labels = model.generator, model.preprocessing.pictures.get("source")
+        self.architecture, self.inputs, self.any_size = model.architecture, model.inputs, any_size
+        self.multiple, self.minimum = size_multiple(model.architecture, enhancers=model.enhancers)
+        self.eval()
 
     def forward(self, source: Tensor, instance: Tensor | None = None, style: Tensor | None = None) -> Tensor:
         """(N,C,H,W) and, where the model takes them, instance ids and style features -> (N,C_out,H,W)."""
@@ -146,7 +136,7 @@ def export_model(model: LoadedModel, *, width: int, height: int) -> Exported:
     """
     multiple, _ = size_multiple(model.architecture, enhancers=model.enhancers)
     any_size = min(width, height) > multiple and max(width, height) <= MAX_SIDE
-    network = translator(model, any_size=any_size)
+    network = ExportedTranslator(model, any_size=any_size)
     values = example(model, batch=2, width=width, height=height)
     dims: dict[int, object] = {0: Dim("batch", max=MAX_BATCH)}
     if any_size:
@@ -174,18 +164,6 @@ def export_model(model: LoadedModel, *, width: int, height: int) -> Exported:
         "range": "float images in [-1, 1]",
     }
     return Exported(program=program, any_size=any_size, notice=json.dumps(notice, sort_keys=True))
-
-
-def translator(model: LoadedModel, *, any_size: bool = False) -> ExportedTranslator:
-    """The plain module, for `largest_difference`."""
-    return ExportedTranslator(
-        model.generator,
-        architecture=model.architecture,
-        inputs=model.inputs,
-        enhancers=model.enhancers,
-        any_size=any_size,
-        labels=model.preprocessing.pictures.get("source"),
-    ).eval()
 
 
 def program_bytes(exported: Exported) -> bytes:
@@ -232,7 +210,7 @@ def largest_difference(
     sizes = [(1, width, height), (2, width, height)]
     if any_size:
         sizes.append((1, 2 * multiple - 1, multiple + 1))  # another size, no multiple of anything
-    network = translator(model)
+    network = ExportedTranslator(model)
     worst = 0.0
     for batch, w, h in sizes:
         values = example(model, batch=batch, width=w, height=h)

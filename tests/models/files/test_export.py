@@ -17,12 +17,12 @@ from stages.models.architecture import Architecture, InputSpec, Pix2Pix, Pix2Pix
 from stages.models.build import build_generator
 from stages.models.files.export import (
     Exported,
+    ExportedTranslator,
     example,
     export_model,
     largest_difference,
     onnx_bytes,
     program_bytes,
-    translator,
 )
 from stages.models.files.saved import LoadedModel, load_model, save_model
 
@@ -99,14 +99,14 @@ def test_a_size_below_the_networks_multiple_is_exported_as_that_size(tmp_path: P
 def test_both_ways_of_padding_give_the_same_picture(tmp_path: Path) -> None:
     model = saved(tmp_path, UNET, InputSpec(channels=1, target_channels=2))
     values = example(model, batch=1, width=17, height=9)
-    plain, general = (translator(model, any_size=any_size)(**values) for any_size in (False, True))
+    plain, general = (ExportedTranslator(model, any_size=any_size)(**values) for any_size in (False, True))
     assert plain.shape == (1, 2, 9, 17)
     assert torch.equal(plain, general)
 
 
 def test_an_export_that_differs_is_refused(tmp_path: Path) -> None:
     model = saved(tmp_path, UNET, InputSpec())
-    network = translator(model)
+    network = ExportedTranslator(model)
     with pytest.raises(ValueError, match=r"differs by up to 0\.0100"):
         largest_difference(lambda values: network(**values) + 0.01, model, width=9, height=9, any_size=False)
     with pytest.raises(ValueError, match=r"the export gives \[1, 3, 8, 9\]"):
