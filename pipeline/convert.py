@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +33,7 @@ from stages.models.files.export import (
     onnx_bytes,
     program_bytes,
 )
-from stages.models.files.saved import MANIFEST, LoadedModel, load_model, save_model
+from stages.models.files.saved import MANIFEST, load_model, save_model
 from stages.models.files.weights import read_tensors
 from stages.storage.local import local_file, upload_folder
 
@@ -215,7 +214,12 @@ def export(options: argparse.Namespace) -> None:
     serialise, load = FORMATS[options.format]
     output = storage.absolute(options.output)
     with tempfile.TemporaryDirectory(prefix="pixloom-") as temp:
-        model = _model(options.model, Path(temp), options.weights)
+        try:
+            with cli.planning(), storage.located(options.model):
+                folder = local_model(options.model, Path(temp), weights=options.weights)
+                model = load_model(folder, weights=options.weights)
+        except (UserError, ValueError) as error:
+            raise UserError(f"--model: {error}") from error
         try:
             exported = export_model(model, width=width, height=height)
             data = serialise(exported)
@@ -240,14 +244,6 @@ def export(options: argparse.Namespace) -> None:
         TOLERANCE,
     )
     logger.info("written to %s, %.1f MB", output, len(data) / 1e6)
-
-
-def _model(uri: str, temp: Path, weights: Any) -> LoadedModel:
-    try:
-        with cli.planning(), storage.located(uri):
-            return load_model(local_model(uri, temp, weights=weights), weights=weights)
-    except (UserError, ValueError) as error:
-        raise UserError(f"--model: {error}") from error
 
 
 Program = Callable[[Mapping[str, Tensor]], Tensor]

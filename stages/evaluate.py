@@ -108,8 +108,7 @@ def stored_pairs(shards: str, spec: DatasetSpec, unit: RowGroups) -> Iterator[tu
 def scan_files(files: list[str], *, shards: str, share: float, mean: bool) -> BaselineData:
     """What the baselines keep of some training files: a sum of the targets, a share of the sources."""
     spec = dataset.load(shards)
-    width, height = spec.size
-    total = MeanImage.empty(height, width, 3)
+    total = MeanImage()
     vectors, places = [np.zeros((0, baselines.THUMBNAIL_SIZE), np.uint8)], []
     for name in files:
         for place, sample in stored_pairs(shards, spec, RowGroups("train", name, 0, 1 << 30)):
@@ -132,9 +131,8 @@ def scan_training_split(config: BaselineConfig, shards: str, spec: DatasetSpec) 
     def scan(part: int) -> tuple[int, BaselineData]:
         return part, scan_files(files[part::count], shards=shards, share=share, mean=config.mean_target)
 
-    width, height = spec.size
     parts = dict(each(scan, range(count), stage="evaluate", blocks=1 + spec.rows("train") // PAIRS_A_SCAN))
-    return baselines.merge([parts[part] for part in range(count)], MeanImage.empty(height, width, 3))
+    return baselines.merge([parts[part] for part in range(count)])
 
 
 # -- one process that scores -----------------------------------------------------------------------

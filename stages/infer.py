@@ -234,7 +234,7 @@ class InferenceWorker:
         generating = (
             self._model_threads(batch).submit(self._generate, chunk)
             for batch in same_shape_batches(usable(), self._batch_size, 4 * MAX_BATCH)
-            for chunk in draws(batch, self.config.samples, self._chunk_size(batch))
+            for chunk in draws(batch, self.config.samples, self._batch_size(batch[0].images.source.shape))
         )
         writing = (
             self.pool.submit(self._write, *generated)
@@ -253,9 +253,10 @@ class InferenceWorker:
         if self.spec is not None:
             return inputs.shard_items(self.job.shards, self.spec, self.units[unit], size=self.job.size)
         assert self.job.plan is not None
-        config, tiled = self.config, self.config.tile is not None
+        config = self.config
         by_rows = (
-            config.format == "tiff"
+            config.tile is not None
+            and config.format == "tiff"
             and config.size is None
             and not self.translator.needs_instances
             and self.translator.source_kind not in ("lab_l", "lab_ab")
@@ -266,9 +267,9 @@ class InferenceWorker:
             self.job.plan,
             unit,
             how=self.translator.source,
-            max_pixels=MAX_PIXELS if tiled else self.config.max_pixels,
+            max_pixels=config.max_pixels if config.tile is None else MAX_PIXELS,
             instances=self.translator.needs_instances,
-            by_rows=config.tile**2 if config.tile is not None and by_rows else None,
+            by_rows=config.tile**2 if config.tile and by_rows else None,
         )
 
     def _load(self, placed: tuple[int, Item]) -> LoadedItem | tuple[int, Row]:
@@ -300,10 +301,6 @@ class InferenceWorker:
         if self.config.stochastic and self.job.device == "cpu":
             return 1  # so that an image's bits depend on its seed alone
         return batch_size(*self.translator.padded(shape[0], shape[1]), self.job.device)
-
-    def _chunk_size(self, batch: list[LoadedItem]) -> int:
-        """How many images are generated together: several samples of a source fill a GPU's batch."""
-        return len(batch) if self.job.device == "cpu" else self._batch_size(batch[0].images.source.shape)
 
     def _model_threads(self, batch: list[LoadedItem]) -> ThreadPoolExecutor:
         """The threads that generate a batch: several with a batch each, or the one for large images."""

@@ -107,7 +107,7 @@ class ShardConfig(Config):
             if role == "target" and kind in ("labels", "instances"):
                 raise ValueError(
                     f"kinds.target: networks generate colours, not {kind}: draw the label maps in one colour "
-                    "a class, take kind rgb, and set infer.colors to write ids again"
+                    "a class, take kind rgb, and set infer.palette to write ids again"
                 )
             wanted = {"label": "labels", "instance": "instances"}.get(role)
             if (wanted or kind) != kind or (role == "source" and kind == "instances"):

@@ -96,9 +96,7 @@ def checksum(data: bytes | memoryview) -> int:
 
 def to_pillow(array: Array) -> Image.Image:
     """An array (H, W, C) as a Pillow image: 1, 2 (as grey and alpha), 3 channels of uint8, or uint16 grey."""
-    if array.shape[2] == 1:
-        return Image.fromarray(np.ascontiguousarray(array[:, :, 0]))
-    return Image.fromarray(np.ascontiguousarray(array))
+    return Image.fromarray(np.ascontiguousarray(array[:, :, 0] if array.shape[2] == 1 else array))
 
 
 # -- PNG ----------------------------------------------------------------------
@@ -123,14 +121,9 @@ def encode_png(array: npt.NDArray[Any], palette: bytes = b"") -> bytes:
 
 def _filtered(rows: npt.NDArray[np.uint8], kind: int) -> npt.NDArray[np.uint8]:
     """Rows (H, bytes) as (H, 1 + bytes): each filtered, after the number of its filter."""
-    out = np.empty((rows.shape[0], 1 + rows.shape[1]), np.uint8)
-    out[:, 0] = kind
-    if kind == _UP:
-        out[0, 1:] = rows[0]  # above it are zeros
-        np.subtract(rows[1:], rows[:-1], out=out[1:, 1:])  # modulo 256
-    else:
-        out[:, 1:] = rows
-    return out
+    if kind == _UP:  # above the first row are zeros; uint8 wraps, as the format has it
+        rows = np.diff(rows, axis=0, prepend=np.zeros_like(rows[:1]))
+    return np.hstack([np.full((len(rows), 1), kind, np.uint8), rows])
 
 
 def _chunk(name: bytes, data: bytes) -> bytes:

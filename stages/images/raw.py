@@ -87,7 +87,8 @@ def _light(raw: RawImage, how: Picture) -> Array:
     if ready and values.shape[2] == (1 if how.kind in ("grey", "grey16") else 3):
         return values
     if raw.alpha != "none":
-        values, opacity = values[:, :, :-1], _plain(raw.values[:, :, -1:], raw)
+        values, opacity = values[:, :, :-1], values[:, :, -1:]
+        opacity = (opacity / np.float32(_full(opacity, raw)[1])).astype(np.float32)
     if values.shape[2] not in (1, 3):
         raise ImageRejected("wrong_kind", f"{values.shape[2]} bands are no colours; use kind channels")
     if values.dtype.kind == "f" and how.range == "full":
@@ -102,11 +103,6 @@ def _light(raw: RawImage, how: Picture) -> Array:
     if not grey and unit.shape[2] == 1:
         unit = np.repeat(unit, 3, axis=2)
     return settled(unit * np.iinfo(stored).max, stored)
-
-
-def _plain(values: Array, raw: RawImage) -> Array:
-    """Values over the whole range of their type."""
-    return (values / np.float32(_full(values, raw)[1])).astype(np.float32)
 
 
 def _unit(values: Array, raw: RawImage, how: Picture) -> Array:

@@ -175,7 +175,8 @@ class LayerByLayer:
                 x = pixelwise(dropped, x, _masks(x, noise))
             if network.skips and level > 0:
                 skip = skips.pop()
-                x = replace(pixelwise(_joined, skip, x), channels=skip.channels + x.channels)
+                joined = pixelwise(lambda *maps: torch.cat(maps, 1), skip, x)
+                x = replace(joined, channels=skip.channels + x.channels)
         return pixelwise(torch.tanh, x)
 
     def _coarse_to_fine(self, network: CoarseToFineGenerator, x: FeatureMap) -> FeatureMap:
@@ -253,10 +254,6 @@ def _write(file: SpooledTemporaryFile[bytes], values: Tensor, arrived: torch.cud
     if arrived is not None:
         arrived.synchronize()
     file.write(values.numpy().data)
-
-
-def _joined(one: Tensor, other: Tensor) -> Tensor:
-    return torch.cat([one, other], 1)
 
 
 def _masks(x: FeatureMap, noise: Noise) -> FeatureMap:

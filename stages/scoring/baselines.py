@@ -37,8 +37,9 @@ class BaselineData:
     """Of each candidate."""
 
 
-def merge(parts: Sequence[BaselineData], mean: MeanImage) -> BaselineData:
-    """The parts as one, in their order; their mean images are added to `mean`."""
+def merge(parts: Sequence[BaselineData]) -> BaselineData:
+    """The parts as one, in their order."""
+    mean = MeanImage()
     for part in parts:
         mean.merge(part.mean)
     vectors = [np.zeros((0, THUMBNAIL_SIZE), np.uint8), *(part.vectors for part in parts)]

@@ -113,27 +113,21 @@ def diversity(samples: Sequence[np.ndarray]) -> float:
 class MeanImage:
     """The sum of images uint8 of one size; their mean is the best guess that ignores the source."""
 
-    total: np.ndarray  # (H, W, C) int64: exact, so the order of merging cannot matter
+    total: np.ndarray | int = 0  # (H, W, C) int64: exact, so the order of merging cannot matter
     count: int = 0
-
-    @classmethod
-    def empty(cls, height: int, width: int, channels: int) -> MeanImage:
-        """The sum of no images."""
-        return cls(np.zeros((height, width, channels), np.int64))
 
     def add(self, image: np.ndarray) -> None:
         """Add one image."""
-        self.total += image
-        self.count += 1
+        self.merge(MeanImage(image.astype(np.int64), 1))
 
     def merge(self, other: MeanImage) -> None:
         """Add another sum."""
-        self.total += other.total
+        self.total = self.total + other.total
         self.count += other.count
 
     def image(self) -> np.ndarray:
         """The mean (H, W, C) uint8, rounded to the nearest value. Raises ValueError if there is no image."""
-        if not self.count:
+        if isinstance(self.total, int):
             raise ValueError("the mean of no image")
         return ((self.total * 2 + self.count) // (2 * self.count)).astype(np.uint8)
 
@@ -175,21 +169,16 @@ def confusion_picture(matrix: np.ndarray) -> np.ndarray:
     return cast(np.ndarray, picture.round().astype(np.uint8))
 
 
-def segmentation_scores(matrix: np.ndarray) -> dict[str, float]:
-    """Per-pixel accuracy, per-class accuracy and mean IoU of a confusion matrix (FCN, Long et al. 2015).
-
-    Means are over the classes that occur. A matrix without pixels has no scores.
-    """
-    return segmentation_scores_of(segmentation_counts(matrix))
-
-
 def segmentation_counts(matrix: np.ndarray) -> np.ndarray:
     """(3, classes): the hits of each class, its pixels and those that were predicted as it."""
     return np.stack([np.diag(matrix), matrix.sum(1), matrix.sum(0)])
 
 
-def segmentation_scores_of(counts: np.ndarray) -> dict[str, float]:
-    """`segmentation_scores` of the sum of images' `segmentation_counts`."""
+def segmentation_scores(counts: np.ndarray) -> dict[str, float]:
+    """Per-pixel accuracy, per-class accuracy and mean IoU (FCN, Long et al. 2015) of `segmentation_counts`.
+
+    Means are over the classes that occur. Without pixels there are no scores.
+    """
     hits, rows, columns = counts
     if not rows.sum():
         return {}
@@ -208,25 +197,20 @@ def segmentation_scores_of(counts: np.ndarray) -> dict[str, float]:
 class Moments:
     """First and second moments of feature vectors (float64), for the Frechet distance."""
 
-    count: int
-    total: np.ndarray  # (D,)
-    outer: np.ndarray  # (D, D)
-
-    @classmethod
-    def empty(cls, size: int) -> Moments:
-        """The moments of no vectors."""
-        return cls(0, np.zeros(size), np.zeros((size, size)))
+    count: int = 0
+    total: np.ndarray | float = 0.0  # (D,)
+    outer: np.ndarray | float = 0.0  # (D, D)
 
     def add(self, features: np.ndarray) -> None:
         """Add vectors (N, D)."""
         wide = features.astype(np.float64)
         self.count += len(wide)
-        self.total += wide.sum(0)
-        self.outer += wide.T @ wide
+        self.total = self.total + wide.sum(0)
+        self.outer = self.outer + wide.T @ wide
 
     def mean_and_covariance(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean (D,) and unbiased covariance (D, D); needs two vectors."""
-        mean = self.total / self.count
+        mean = np.asarray(self.total / self.count)
         return mean, (self.outer - self.count * np.outer(mean, mean)) / (self.count - 1)
 
 
@@ -244,7 +228,7 @@ def frechet_distance_of(one: np.ndarray, other: np.ndarray) -> float:
     """`frechet_distance` of vectors (N, D), (M, D). Of fewer than D it takes a fraction of the time."""
     count, size = max(len(one), len(other)), one.shape[1]
     if count > size:
-        moments = [Moments.empty(size) for _ in range(2)]
+        moments = [Moments(), Moments()]
         for side, vectors in zip(moments, (one, other), strict=True):
             side.add(vectors)
         return frechet_distance(*moments)

@@ -205,14 +205,16 @@ def merge_sums(
                 elif name.startswith("counts_"):
                     counts.setdefault(name[7:], []).append(array)
                 else:
-                    moments.setdefault(name, Moments.empty(array.shape[1])).add(array)
+                    moments.setdefault(name, Moments()).add(array)
                     kept = vectors.setdefault(name, [])
                     if sum(map(len, kept)) < KID_IMAGES:
                         kept.append(array)
     found: dict[str, Interval | None] = {}
-    scores = {name: metrics.segmentation_scores(matrix) for name, matrix in matrices.items()}
-    for name, images in counts.items():
-        found |= _score_intervals(name, np.concatenate(images), blocks(groups), scores[name])
+    scores: dict[str, dict[str, float]] = {}
+    for name, parts_of in counts.items():
+        images = np.concatenate(parts_of)
+        scores[name] = metrics.segmentation_scores(images.sum(0))
+        found |= _score_intervals(name, images, blocks(groups), scores[name])
     sums: dict[str, float] = {}
     for network, (frechet, kernel) in distances.items():
         fake, real = f"fake_{network}", f"real_{network}"
@@ -245,7 +247,7 @@ def _score_intervals(
     np.add.at(sums, block, counts)
 
     def score(name: str, kept: np.ndarray) -> float:
-        return metrics.segmentation_scores_of(sums[kept].sum(0)).get(name, math.nan)
+        return metrics.segmentation_scores(sums[kept].sum(0)).get(name, math.nan)
 
     return {_headline_name(matrix, name): jackknife(partial(score, name), block) for name in names}
 

@@ -29,13 +29,13 @@ def test_candidates_are_a_share_of_the_keys_whoever_asks() -> None:
 
 def test_parts_of_the_training_split_are_joined_in_their_order() -> None:
     def part(value: int) -> BaselineData:
-        mean = MeanImage.empty(2, 2, 3)
+        mean = MeanImage()
         mean.add(np.full((2, 2, 3), value, np.uint8))
         vectors = np.full((1, 16 * 16 * 3), value, np.uint8)
         return BaselineData(mean=mean, vectors=vectors, places=[(f"{value}.parquet", 0, value)])
 
-    whole = merge([part(10), part(30)], MeanImage.empty(2, 2, 3))
+    whole = merge([part(10), part(30)])
     assert (whole.mean.image() == 20).all()
     assert whole.vectors[:, 0].tolist() == [10, 30]
     assert whole.places == [("10.parquet", 0, 10), ("30.parquet", 0, 30)]
-    assert merge([], MeanImage.empty(2, 2, 3)).vectors.shape == (0, 16 * 16 * 3)
+    assert merge([]).vectors.shape == (0, 16 * 16 * 3)

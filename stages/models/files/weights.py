@@ -29,20 +29,20 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    if path.suffix == ".safetensors":
+        try:
+            tensors = load(path.read_bytes())  # not mapped: a file that changes later would kill the process
+        except Exception as error:  # parsers raise anything for a damaged file
+            reason = one_line(error, limit=160)
+            raise ValueError(f"{path}: not a readable safetensors file ({reason})") from error
+    else:
+        tensors = _read_torch(path)
     if not tensors:
         raise ValueError(f"{path}: holds no tensors")
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {name} holds NaN or infinity")
     return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load(path.read_bytes())  # not mapped: a file that changes later would kill the process
-    except Exception as error:  # parsers raise anything for a damaged file
-        raise ValueError(f"{path}: not a readable safetensors file ({one_line(error, limit=160)})") from error
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
