@@ -49,7 +49,7 @@ from stages.scoring.networks import Inception, Segmenter, feature_names
 from stages.scoring.table import UnitScores
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec, Sample
-from stages.shards.row_groups import num_row_groups, read_unit
+from stages.shards.row_groups import read_unit
 
 if TYPE_CHECKING:
     from stages.tracking.run import Run
@@ -77,12 +77,12 @@ def same_size(generated: Array, target: Array) -> tuple[Array, Array]:
     return geometry.resize(generated, size, "rgb"), geometry.resize(target, size, "rgb")
 
 
-def first_units(spec: DatasetSpec, split: Split, rows: int) -> frozenset[int]:
-    """The first units that together hold at least `rows` pairs, or all."""
+def first_units(spec: DatasetSpec, split: Split, rows: int) -> int:
+    """How many units, from the first, together hold at least `rows` pairs; or the number of all."""
     row_groups = {file.name: file.row_groups for file in spec.splits[split]}
     units = inputs.shard_units(spec, split)
     held = accumulate((sum(row_groups[one.name][one.start : one.stop]) for one in units), initial=0)
-    return frozenset(unit for unit, before in zip(range(len(units)), held, strict=False) if before < rows)
+    return sum(before < rows for before, _ in zip(held, units, strict=False))
 
 
 def label_role(spec: DatasetSpec) -> Role | None:
@@ -98,20 +98,20 @@ def label_role(spec: DatasetSpec) -> Role | None:
 
 def stored_pairs(shards: str, spec: DatasetSpec, unit: RowGroups) -> Iterator[tuple[Place, Sample]]:
     """The pairs in a run of row groups."""
-    for group in range(unit.start, min(unit.stop, num_row_groups(storage.join(shards, unit.name)))):
+    for group in range(unit.start, unit.stop):
         rows = read_unit(shards, {"file": unit.name, "group": group}, dataset.columns(spec))
         for row in range(rows.num_rows):
             sample = dataset.sample_of(shards, spec, unit.split, unit.name, rows, row)
             yield (unit.name, group, row), sample
 
 
-def scan_files(files: list[str], *, shards: str, share: float, mean: bool) -> BaselineData:
+def scan_files(files: list[RowGroups], *, shards: str, share: float, mean: bool) -> BaselineData:
     """What the baselines keep of some training files: a sum of the targets, a share of the sources."""
     spec = dataset.load(shards)
     total = MeanImage()
     vectors, places = [np.zeros((0, baselines.THUMBNAIL_SIZE), np.uint8)], []
-    for name in files:
-        for place, sample in stored_pairs(shards, spec, RowGroups("train", name, 0, 1 << 30)):
+    for file in files:
+        for place, sample in stored_pairs(shards, spec, file):
             if mean:
                 total.add(sample.picture(spec, "target"))
             if baselines.is_candidate(sample.key, share):
@@ -122,7 +122,8 @@ def scan_files(files: list[str], *, shards: str, share: float, mean: bool) -> Ba
 
 def scan_training_split(config: BaselineConfig, shards: str, spec: DatasetSpec) -> BaselineData | None:
     """What the baselines keep of the training split, read by tasks; None if no baseline reads it."""
-    files = [file.name for file in spec.splits.get("train", ())]
+    stored = spec.splits.get("train", ())
+    files = [RowGroups("train", file.name, 0, len(file.row_groups)) for file in stored]
     if not files or not (config.mean_target or config.nearest):
         return None
     share = min(1.0, config.nearest_candidates / max(1, spec.rows("train"))) if config.nearest else 0.0
@@ -155,10 +156,10 @@ class EvaluateJob:
     threads: int
     io_threads: int
     lpips: str  # the name of the distance, "" for none
-    untrained: frozenset[int]
-    """Units whose images the untrained network translates."""
-    nearest: frozenset[int]
-    """Units for whose images the nearest training source is looked up."""
+    untrained: int
+    """The number of units, from the first, whose images the untrained network translates."""
+    nearest: int
+    """The number of units for whose images the nearest training source is looked up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,9 +278,9 @@ class EvaluationWorker:
         data, images, sample, generated = self.baseline_data, dict[str, Array](), pair.sample, pair.samples[0]
         if self.mean_target is not None:
             images["mean_target"] = self.mean_target
-        if unit in self.job.untrained and self.job.manifest:
+        if unit < self.job.untrained and self.job.manifest:
             images["untrained"] = self._untrained_image(sample, pair.target, generated)
-        if unit in self.job.nearest and data is not None and data.places:
+        if unit < self.job.nearest and data is not None and data.places:
             vector = baselines.thumbnail(sample.picture(self.spec, "source"))
             images["nearest"] = self._stored_target(data.places[baselines.nearest(vector, data.vectors)])
         size = (generated.shape[1], generated.shape[0])

@@ -16,9 +16,10 @@ import io
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
 import pyarrow as pa
@@ -191,12 +192,13 @@ def draw_pictures(
     folder: str,
     names: Sequence[str],
     others: Mapping[str, OtherSystem],
-    *,
-    max_side: int,
-    max_bytes: int,
+    uri_of: Callable[[Array], str],
     threads: int,
 ) -> list[PictureCard]:
-    """Source, generated and target of each pick, with its metrics of these names, in the picks' order."""
+    """Source, generated and target of each pick, with its metrics of these names, in the picks' order.
+
+    uri_of   a picture as a data URI
+    """
     spec = dataset.load(shards)
 
     def draw(sample: Sample) -> PictureCard:
@@ -205,7 +207,7 @@ def draw_pictures(
         images = {name: other.picture(sample.key) for name, other in others.items()}
         images["generated"] = generated
         scores = {name: row[name] for name in names if row.get(name) is not None}
-        drawn = _card(sample, spec, images, max_side=max_side, max_bytes=max_bytes)
+        drawn = _card(sample, spec, images, uri_of)
         return replace(drawn, scores=scores, picks=reasons, note=note)
 
     with ThreadPoolExecutor(threads) as pool:  # Pillow and the stores let go of the GIL
@@ -214,7 +216,7 @@ def draw_pictures(
     return [drawn[key] for key in picks if key in drawn]
 
 
-def draw_suspects(shards: str, *, max_side: int, max_bytes: int) -> dict[str, list[PictureCard]]:
+def draw_suspects(shards: str, uri_of: Callable[[Array], str]) -> dict[str, list[PictureCard]]:
     """Source and target of the worst suspects of each kind, as the shard stage listed them."""
     uri, spec = storage.join(shards, suspects.NAME), dataset.load(shards)
     if not storage.exists(uri):
@@ -224,7 +226,7 @@ def draw_suspects(shards: str, *, max_side: int, max_bytes: int) -> dict[str, li
         if len(worst[row["kind"]]) < SUSPECTS:
             worst[row["kind"]][row["key"]] = row | {"file": row["shard"]}
     found = samples(shards, spec, (row for rows in worst.values() for row in rows.values()))
-    drawn = {one.key: _card(one, spec, {}, max_side=max_side, max_bytes=max_bytes) for one in found}
+    drawn = {one.key: _card(one, spec, {}, uri_of) for one in found}
     return {
         kind: [replace(drawn[key], note=row["reason"]) for key, row in rows.items() if key in drawn]
         for kind, rows in worst.items()
@@ -232,7 +234,10 @@ def draw_suspects(shards: str, *, max_side: int, max_bytes: int) -> dict[str, li
 
 
 def _card(
-    sample: Sample, spec: DatasetSpec, others: Mapping[str, Array | None], *, max_side: int, max_bytes: int
+    sample: Sample,
+    spec: DatasetSpec,
+    others: Mapping[str, Array | None],
+    uri_of: Callable[[Array], str],
 ) -> PictureCard:
     """Source and target of a sample, and other pictures by role."""
     images = {role: sample.picture(spec, role) for role in suspects.ROLES} | dict(others)
@@ -240,11 +245,7 @@ def _card(
         key=sample.key,
         split=sample.split,
         group=sample.group,
-        images={
-            role: data_uri(image, max_side=max_side, max_bytes=max_bytes)
-            for role, image in images.items()
-            if image is not None
-        },
+        images={role: uri_of(image) for role, image in images.items() if image is not None},
         width=spec.size[0],
         height=spec.size[1],
     )
@@ -361,17 +362,10 @@ def run(
         for name, folder in config.others.items()
     }
     most = budget(config, len(picks) + SUSPECTS * len(suspects.KINDS))
-    shown = draw_suspects(shards, max_side=SUSPECT_SIDE, max_bytes=most)
-    drawn = draw_pictures(
-        picks,
-        shards,
-        generated,
-        names,
-        others,
-        max_side=config.max_side,
-        max_bytes=budget(config, len(picks) + sum(map(len, shown.values()))),
-        threads=resources.io_threads,
-    )
+    shown = draw_suspects(shards, partial(data_uri, max_side=SUSPECT_SIDE, max_bytes=most))
+    most = budget(config, len(picks) + sum(map(len, shown.values())))
+    uri_of = partial(data_uri, max_side=config.max_side, max_bytes=most)
+    drawn = draw_pictures(picks, shards, generated, names, others, uri_of, resources.io_threads)
     model = storage.find_json(storage.join(images, "model", "model.json")) or {}
     data = ReportData(
         title=config.title or title(model, spec),

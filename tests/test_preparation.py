@@ -181,6 +181,7 @@ def trained(folder: Path, shards: str, network: dict[str, Any]) -> Path:
     task = Task(
         job=job,
         name="",
+        resources=HERE,
         inputs=inputs,
         preprocessing=ready,
         rows=rows,

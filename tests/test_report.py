@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from stages.errors import UserError
 from stages.images import encode
 from stages.inference import outputs
 from stages.report import curves, phase_name, pick, rejects
+from stages.reporting.page import data_uri
 from stages.scoring import metrics
 from stages.scoring.table import summarise
 from stages.shards import dataset, suspects
@@ -140,14 +142,15 @@ def test_the_worst_suspects_are_drawn_with_their_reasons(
     monkeypatch.setattr(report, "SUSPECTS", 2)
     make_shards(tmp_path / "shards", {"train": [4]}, size=(64, 48))
     shards = str(tmp_path / "shards")
-    assert report.draw_suspects(shards, max_side=64, max_bytes=3000) == {}
+    uri_of = partial(data_uri, max_side=64, max_bytes=3000)
+    assert report.draw_suspects(shards, uri_of) == {}
     spec = dataset.load(shards)
     file = next(iter(spec.splits["train"])).name
     keys = [sample.key for sample in dataset.read_split(shards, spec, "train")]
     found = suspects.Found()
     found.rank([suspects.Suspect("shifted", k, "train", n, f"by {n}", file) for n, k in enumerate(keys)])
     storage.write_bytes(f"{shards}/{suspects.NAME}", found.table())
-    cards = report.draw_suspects(shards, max_side=64, max_bytes=3000)["shifted"]
+    cards = report.draw_suspects(shards, uri_of)["shifted"]
     assert [(card.key, card.note) for card in cards] == [(keys[3], "by 3"), (keys[2], "by 2")]
     assert all(image.startswith("data:image/webp") for card in cards for image in card.images.values())
 
