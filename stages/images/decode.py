@@ -18,7 +18,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from stages.base import MAX_PIXELS, Kind
-from stages.images import colour, deflate, tiff
+from stages.images import colour, tiff
+from stages.images.encode import checksum
 from stages.images.geometry import upright
 from stages.images.kinds import CHANNELS, IDS, Array, ImageRejected, dtype
 from stages.images.raw import Alpha, RawImage, of_kind
@@ -193,7 +194,7 @@ def _verify_png(data: bytes) -> None:
         end = at + 12 + size
         if end > len(data):
             break
-        if deflate.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
+        if checksum(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
             raise ImageRejected("unreadable", "checksum of a PNG chunk does not match")
         if bytes(view[at + 4 : at + 8]) == b"IEND":
             return
