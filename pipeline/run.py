@@ -91,7 +91,7 @@ def run(options: argparse.Namespace, *, command: str) -> None:
             until=options.until,
             plan_only=options.plan,
             machine=options.machine,
-            **({"prices": options.prices} if options.prices else {}),
+            prices=options.prices,
         )
     )
 

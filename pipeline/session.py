@@ -45,7 +45,7 @@ def run(
     only: str | None = None,
     until: str | None = None,
     plan_only: bool = False,
-    prices: str = cost.PRICES,
+    prices: str | None = None,
     machine: str = "",
 ) -> str:
     """Run what is not done, and return a summary; with `plan_only`, return the plan and run nothing.
@@ -54,7 +54,7 @@ def run(
     only, until: see `select`
     prices, machine: for the plan, a price list's file and a name in it
     """
-    price_list = cost.read_prices(prices)
+    price_list = cost.read_prices(prices or cost.PRICES)
     if machine:
         price_list.hourly(machine)
     check_folders(result_folders(config), path)
