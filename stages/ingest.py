@@ -27,7 +27,7 @@ from stages.base import Outcome, Resources, Seen
 from stages.config.ingest import IngestConfig, LocationConfig
 from stages.config.locations import compile_pattern
 from stages.errors import UserError
-from stages.objects import inventory, tables
+from stages.objects import cells, inventory, tables
 from stages.objects.digest import Uint64s, no_rows, row_sums, spell
 from stages.objects.listing import Page, Unit, etag_of, pages, split_location
 from stages.objects.patterns import bad_keys, canonical_splits, match
@@ -122,25 +122,25 @@ def escape(page: Page) -> Page:
 
 
 def table_rows(
-    location: LocationConfig, index: int, table: pa.Table, broken: list[str]
+    location: LocationConfig, index: int, uri: str, table: pa.Table, broken: list[str]
 ) -> tuple[pa.Table, pa.Table]:
-    """Objects and rejects of a batch of a table's rows; `broken` lines are no rows, and so rejects."""
+    """Objects and rejects of a batch of rows of the table `uri`; `broken` lines are no rows, so rejects."""
     within = [absolute(uri) for uri in location.within]
-    candidates = tables.objects(table, root(location), within)
+    candidates = tables.objects(table, uri, within)
     good = candidates.filter(pc.equal(candidates["reason"], ""))
     count = good.num_rows
     unknown = {
         "x": pa.nulls(count, pa.float64()),
         "y": pa.nulls(count, pa.float64()),
         "size": pa.array(np.full(count, -1)),
-        "etag": pa.array(np.full(count, "", object), pa.string()),
         "location": pa.array(np.full(count, index, np.int32)),
     }
     objects = pa.table({**dict(zip(good.column_names, good.columns, strict=True)), **unknown})
     rejects = candidates.filter(pc.not_equal(candidates["reason"], "")).select(REJECTS.names)
+    name = shown(location, uri)
     no_rows = pa.Table.from_pylist(
         [
-            {"key": "", "role": "table", "uri": location.uri, "reason": "bad_row", "detail": text[:200]}
+            {"key": "", "role": "table", "uri": name, "reason": "bad_row", "detail": text[:200]}
             for text in broken
         ],
         schema=REJECTS,
@@ -162,6 +162,8 @@ def counts_of(objects: pa.Table, rejects: pa.Table, ignored: int) -> Counter[str
         rejected=rejects.num_rows,
         bytes=pc.sum(pc.max_element_wise(objects["size"], 0)).as_py() or 0,
     )
+    if inside := pc.sum(pc.starts_with(objects["uri"], cells.SCHEME)).as_py():
+        counts["inside_tables"] = inside
     for prefix, column in (("role_", objects["role"]), ("reject_", rejects["reason"])):
         counts.update(
             {f"{prefix}{row['values']}": row["counts"] for row in column.value_counts().to_pylist()}
@@ -242,12 +244,17 @@ def root(location: LocationConfig) -> str:
     return head + chained + absolute(outer)
 
 
+def shown(location: LocationConfig, table: str) -> str:
+    """How a message names a table of a location: as the config does, if it names one."""
+    return location.uri if table == root(location) else table
+
+
 def cut_location(location: LocationConfig) -> list[Unit]:
-    """The units of a location: parts of a listing, a Parquet table's row groups, an inventory's files."""
+    """The units of a location: parts of a listing, tables or row groups of one, an inventory's files."""
     if location.inventory is not None:
         return inventory.units(location.inventory, root(location))
     if location.role == "table":
-        return [Unit("table", row_group=n) for n in range(tables.count_row_groups(root(location)))]
+        return tables.units(root(location))
     return split_location(root(location), want=UNITS_PER_LOCATION)
 
 
@@ -274,8 +281,10 @@ def unit_rows(
 ) -> Iterator[tuple[pa.Table, pa.Table, int]]:
     """Objects, rejects and the number of ignored objects of a unit, batch by batch."""
     if unit.kind == "table":
-        for table, broken in tables.read(root(location), unit.row_group):
-            yield *table_rows(location, index, table, broken), 0
+        (uri,) = unit.paths
+        with located(f"ingest.locations.{index}.uri: {shown(location, uri)}"):
+            for table, broken in tables.read(unit, location.columns, root(location)):
+                yield *table_rows(location, index, uri, table, broken), 0
     else:
         if location.inventory is not None:
             listed = inventory.pages(location.inventory, unit, root(location))
@@ -328,7 +337,9 @@ def sum_units(task: ListingTask, *, config: IngestConfig) -> tuple[Uint64s, Coun
         sums, counts = no_rows(), Counter[str]()
         with located(place(config, index)):
             if item.unit.kind == "table":  # its rows change only if the file does
-                return table_sums(root(location)), Counter(unread=1)
+                first, stop = item.unit.row_groups
+                count = 1 if stop is None else stop - first
+                return table_sums(item.unit.paths[0]) * np.uint64(count), Counter(unread=count)
             for objects, rejects, _ in unit_rows(location, index, item.unit, requests=LISTING_THREADS):
                 sums += sums_of(objects, rejects)
                 counts.update(counts_of(objects, rejects, 0))

@@ -9,7 +9,8 @@ The objects of a key meet by a hash shuffle, so no side is ever in memory as a w
 its partition. A first set of tasks (`scatter`) writes each object to the task that joins its partition; a
 second set (`gather`) joins the rows of a run of partitions and writes a part for each. The hash is of the key
 in lower case: keys that differ only in case meet too, and get a reject reason that says so. A part has about
-`pairs_per_shard` pairs and becomes one shard per split.
+`pairs_per_shard` pairs and becomes one shard per split. Pairs whose images are inside tables are dealt again
+among the partitions of their task, neighbours together (`deal`).
 
 The shuffle goes through Parquet files in the output folder. Ray Data's `groupby` took 34 s for 1 M objects
 and 19 s for 10 k on 2 cores (workers' start included) where files took 15 s and 6 s, and it holds all rows in
@@ -36,6 +37,7 @@ import pyarrow.compute as pc
 from stages.base import Outcome, Resources, Role, Split
 from stages.config.pair import PairConfig, SplitConfig
 from stages.errors import StageError, UserError
+from stages.objects import cells
 from stages.objects.digest import key_hashes
 from stages.objects.tables import ROLES, keys_of, reject_text
 from stages.parallel.cluster import each
@@ -76,8 +78,8 @@ EXAMPLES = 3  # rejected images that a message quotes
 WANTED = ("buffer", "excluded")
 """Reasons of pairs that the config leaves out, so no faults of the data."""
 ADVICE: Mapping[str, str] = {
-    "duplicate_": "several images of one role have one key: give a table a `key` column, or let the pattern "
-    "capture more",
+    "duplicate_": "several images of one role have one key: give a table a `key` column (`columns: "
+    "{key: null}` numbers the rows of one that holds images), or let the pattern capture more",
     "no_position": "pair.split.regions needs {x} or {y} in the pattern, as its regions have it",
     "no_": "no image of this role has the key: compare the locations' patterns",
     "case_differs": "keys must also agree in upper and lower case",
@@ -309,6 +311,20 @@ def cut(rows: pa.Table, numbers: Ints) -> list[tuple[int, pa.Table]]:
     ]
 
 
+def deal(pairs: pa.Table, roles: Sequence[Role], partitions: Ints) -> Ints:
+    """The partitions of pairs, with those whose images are inside tables dealt again in the tables' order.
+
+    Each partition keeps its number of pairs. Neighbours in a table get the same one, so that a task of the
+    shard stage reads few row groups, which are the least that can be read of a table.
+    """
+    place = pc.coalesce(*(cells.places(pairs[f"{role}_uri"]) for role in roles))
+    inside = np.flatnonzero(place.is_valid().to_numpy())
+    order = inside[pc.sort_indices(place.take(pa.array(inside))).to_numpy()]
+    dealt = partitions.copy()
+    dealt[order] = np.sort(partitions[inside])
+    return dealt
+
+
 # -- the shuffle, without Ray -------------------------------------------------
 
 
@@ -398,10 +414,12 @@ def gather(
             ) from error
         pairs, rejects = join_roles(pa.concat_tables(tables), roles, config, cuts, excluded)
         del tables
+        partitions = deal(pairs, roles, partition_of(pairs["key"], shuffle.partitions))
+        numbers = {"part": partitions, "rejects": partition_of(rejects["key"], shuffle.partitions)}
         files = {
             f"{kind}-{partition:05d}.parquet": table
             for kind, rows in (("part", pairs), ("rejects", rejects))
-            for partition, table in cut(rows, partition_of(rows["key"], shuffle.partitions))
+            for partition, table in cut(rows, numbers[kind])
         }
         list(pool.map(lambda name: write_parquet(join(output, name), files[name], compression="zstd"), files))
     counts = Counter(pairs["split"].to_pylist())
@@ -428,6 +446,8 @@ class Layout:
         partitions = max(1, -(-pairs // config.pairs_per_shard))
         # Tasks exchange (total / rows) squared files, so large data get larger tasks: up to 300 MB each.
         rows = min(max(total // 64, ROWS_PER_TASK[0]), ROWS_PER_TASK[1])
+        if any("inside_tables" in location for location in listing.get("locations", ())):
+            rows = ROWS_PER_TASK[1]  # each task's pairs lie in all row groups, so each reads the whole tables
         groups: list[list[str]] = []
         group_rows = 0
         for name, count in sorted(files.items()):

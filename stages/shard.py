@@ -415,7 +415,7 @@ def _write(
     """Write a partition's shards and quarantine; returns its marker."""
     stored = stored_specs(specs)
     reader = Reader()
-    reader.stream_archives(_object(row, role) for row in rows for role in specs if row.get(f"{role}_uri"))
+    reader.expect(_object(row, role) for row in rows for role in specs if row.get(f"{role}_uri"))
     statistics: dict[Split, Statistics] = {}
     signs: defaultdict[Split, list[Mapping[str, Any]]] = defaultdict(list)
     rejects: list[RejectedPair] = []

@@ -102,6 +102,10 @@ def test_members_that_are_links_are_rejects() -> None:
         ({"role": "photo"}, "role"),
         ({"role": "table", "uri": "/data/pairs.xlsx"}, "table ends in"),
         ({"within": ["/x"]}, "for tables"),
+        ({"columns": {"source": "x"}}, "`columns` is for tables"),
+        ({"role": "table", "uri": "/data/t.parquet", "columns": {"key": "x"}}, "neither source nor target"),
+        ({"role": "table", "uri": "/t.parquet", "columns": {"source": "x", "target": "X "}}, "column twice"),
+        ({"role": "table", "uri": "/{split}/{split}.parquet"}, "{split} twice"),
     ],
 )
 def test_a_location_that_cannot_be_is_refused(values: dict[str, Any], complaint: str) -> None:
@@ -159,6 +163,46 @@ def test_a_table_that_changes_changes_the_digest(tmp_path: Path) -> None:
     assert ingest.survey(listed) == first
     table.write_text("source,target\na.png,c.png\nd.png,e.png\n")
     assert ingest.survey(listed) != first
+
+
+def test_tables_that_hold_images_change_the_digest_whatever_changes(tmp_path: Path) -> None:
+    table = pa.table({"source": [b"a", b"b"], "target": [b"c", b"d"]})
+    pq.write_table(table, tmp_path / "train-0.parquet", row_group_size=1)
+    every = config({"uri": f"{tmp_path}/*.parquet", "role": "table"})
+    alone = config({"uri": f"{tmp_path}/train-0.parquet", "role": "table"})
+    seen = {name: [ingest.survey(one).digest] for name, one in (("every", every), ("alone", alone))}
+    assert [ingest.survey(every).digest, ingest.survey(alone).digest] == [seen["every"][0], seen["alone"][0]]
+    pq.write_table(table, tmp_path / "train-1.parquet")
+    seen["every"].append(ingest.survey(every).digest)
+    pq.write_table(pa.table({"source": [b"a", b"x"], "target": [b"c", b"d"]}), tmp_path / "train-0.parquet")
+    seen["every"].append(ingest.survey(every).digest)
+    seen["alone"].append(ingest.survey(alone).digest)
+    assert len(set(seen["every"])) == 3
+    assert len(set(seen["alone"])) == 2
+
+
+def test_a_config_without_columns_keeps_its_fingerprint() -> None:
+    assert "columns" not in location().model_dump(mode="json")
+    named = location(role="table", uri="/data/t.parquet", columns={"source": "a", "key": None})
+    assert named.model_dump(mode="json")["columns"] == {"source": "a", "key": None}
+
+
+def test_a_table_that_is_damaged_cut_off_or_empty_is_one_line_with_its_name(tmp_path: Path) -> None:
+    for name in ("train-0", "train-1"):
+        pq.write_table(pa.table({"source": [b"a"], "target": [b"b"]}), tmp_path / f"{name}.parquet")
+    whole = (tmp_path / "train-1.parquet").read_bytes()
+    for data in (b"", b"no table", whole[:-20]):
+        (tmp_path / "train-1.parquet").write_bytes(data)
+        with pytest.raises(UserError, match=r"^ingest\.locations\.0\.uri: .*/train-1\.parquet: ") as caught:
+            list_all(config({"uri": f"{tmp_path}/*.parquet", "role": "table"}), str(tmp_path / "out"))
+        assert "\n" not in str(caught.value)
+        with pytest.raises(UserError, match=r"^ingest\.locations\.0\.uri: .*/train-1\.parquet: "):
+            ingest.survey(config({"uri": f"{tmp_path}/train-1.parquet", "role": "table"}))
+    none = pa.table({"source": pa.array([], pa.binary()), "target": pa.array([], pa.binary())})
+    pq.write_table(none, tmp_path / "train-1.parquet")
+    empty = config({"uri": f"{tmp_path}/train-1.parquet", "role": "table"})
+    with pytest.raises(UserError, match="there is nothing in it"):
+        ingest.check(empty, list_all(empty, str(tmp_path / "out")))
 
 
 def test_a_location_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -318,6 +318,35 @@ def test_what_a_buffer_leaves_out_is_no_fault() -> None:
     assert outcome.counts["rejected"] == 0
 
 
+def test_neighbours_in_a_table_meet_in_a_part() -> None:
+    """Pairs of files stay in the partition of their key; those of tables are dealt in the tables' order."""
+    cell = "parquet://{:010d}/image::/data/{}.parquet"
+    pairs = pa.table(
+        {
+            "source_uri": [cell.format(n % 100 + 1, n // 100) for n in range(200)] + ["/data/x.png"] * 20,
+            "target_uri": [f"/data/{n}.png" for n in range(220)],
+        }
+    ).take(np.random.default_rng(0).permutation(220))
+    partitions = np.random.default_rng(1).integers(0, 4, 220)
+    dealt = pair.deal(pairs, BOTH, partitions)
+    assert np.bincount(dealt).tolist() == np.bincount(partitions).tolist()
+    uris = pairs["source_uri"].to_pylist()
+    places = sorted((uri[-9:], uri, number) for uri, number in zip(uris, dealt, strict=True) if "::" in uri)
+    numbers = [number for *_, number in places]
+    assert numbers == sorted(numbers)
+    files = [n for n, uri in enumerate(uris) if "::" not in uri]
+    assert dealt[files].tolist() == partitions[files].tolist()
+    assert pair.deal(pairs.slice(0, 0), BOTH, partitions[:0]).tolist() == []
+
+
+def test_one_task_joins_the_pairs_of_tables_that_hold_images() -> None:
+    files = {f"objects-{n:05d}-0000.parquet": 100_000 for n in range(10)}
+    listing = {"roles": {"source": 500_000, "target": 500_000}, "files": files, "locations": [{"objects": 1}]}
+    assert pair.Layout.of(PairConfig(), listing).gathers > 1
+    listing["locations"] = [{"objects": 1, "inside_tables": 1}]
+    assert pair.Layout.of(PairConfig(), listing).gathers == 1
+
+
 @settings(deadline=None)
 @given(st.integers(0, 10**9), st.integers(1, 5000), st.integers(1, 400))
 def test_every_partition_belongs_to_one_task(count: int, per_shard: int, files: int) -> None:

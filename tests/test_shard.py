@@ -12,6 +12,7 @@ from typing import Any
 import duckdb
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tifffile
@@ -438,3 +439,77 @@ def test_tars_of_webdataset_become_shards_and_a_damaged_member_is_quarantined(tm
     with pytest.raises(UserError, match=r"ingest\.locations\.0\.uri: "):
         ingest.survey(listed)
     assert len(before.digest) == 32
+
+
+def shards_of(listed: IngestConfig, work: Path) -> shard.Summary:
+    """Shards of what the locations hold, made as the tasks of the stages make them."""
+    config = ShardConfig(size=SIZE)
+    specs = shard.role_specs(config, ("source", "target"))
+    done = shard.Summary()
+    for part in list_and_pair(listed, str(work)):
+        done.add(shard.shard_part(part, output=str(work / "out"), config=config, specs=specs, io_threads=4))
+    return done
+
+
+def stored(work: Path) -> dict[str, list[Any]]:
+    """Of each pair the split, the images and their checksums."""
+    names = ("source", "source_crc", "target", "target_crc")
+    return {
+        row["key"]: [path.name.partition("-")[0], *(row[name] for name in names)]
+        for path in (work / "out").glob("t*-*.parquet")
+        for row in pq.read_table(path).to_pylist()
+    }
+
+
+def test_images_inside_tables_become_the_same_shards_as_files(tmp_path: Path) -> None:
+    """A table for each split: sources are structs, as Hugging Face writes them, targets plain bytes."""
+    files = tmp_path / "files"
+    for split, numbers in (("train", range(16)), ("test", range(16, 24))):
+        for n in numbers:
+            for at, role in enumerate(("source", "target")):
+                write_image(files / role / split / f"{n:02d}.png", photo(2 * n + at))
+        sources = sorted((files / "source" / split).iterdir())
+        targets = [(files / "target" / split / path.name).read_bytes() for path in sources]
+        table = {
+            "edges": [{"bytes": path.read_bytes(), "path": path.name} for path in sources],
+            "photo": pa.array(targets, pa.large_binary()),
+            "label": [7] * len(sources),
+        }
+        pq.write_table(pa.table(table), tmp_path / f"{split}-0.parquet", row_group_size=3)
+    folders = [
+        {"uri": str(files / role), "role": role, "pattern": "{split}/{key}.png"}
+        for role in ("source", "target")
+    ]
+    table_location = {
+        "uri": f"{tmp_path}/{{split}}-*.parquet",
+        "role": "table",
+        "columns": {"source": "edges", "target": "photo"},
+    }
+    from_files, from_tables = (
+        IngestConfig.model_validate({"locations": locations}) for locations in (folders, [table_location])
+    )
+    done = shards_of(from_files, tmp_path / "a"), shards_of(from_tables, tmp_path / "b")
+    assert [(one.rows, dict(one.rejects)) for one in done] == [(24, {}), (24, {})]
+    assert stored(tmp_path / "b") == stored(tmp_path / "a")
+    assert len(stored(tmp_path / "a")) == 24
+
+
+def test_a_damaged_image_inside_a_table_is_quarantined_with_its_key_and_row(tmp_path: Path) -> None:
+    good = [encode.encode_png(photo(n)) for n in range(6)]
+    table = {
+        "key": [f"k{n}" for n in range(6)],
+        "source": pa.array(good),
+        "target": pa.array([*good[:4], good[4][:-30], b""]),
+    }
+    uri = f"{tmp_path}/t.parquet"
+    pq.write_table(pa.table(table), uri, row_group_size=4)
+    done = shards_of(
+        IngestConfig.model_validate({"locations": [{"uri": uri, "role": "table"}]}), tmp_path / "work"
+    )
+    assert (done.rows, dict(done.rejects)) == (6, {"truncated": 1, "empty": 1})
+    files = (tmp_path / "work" / "out").glob("quarantine-*")
+    rows = {row["key"]: row for path in files for row in pq.read_table(path).to_pylist()}
+    assert {key: (row["role"], row["uri"], row["reason"]) for key, row in rows.items()} == {
+        "k4": ("target", f"parquet://0000000005/target::{uri}", "truncated"),
+        "k5": ("target", f"parquet://0000000006/target::{uri}", "empty"),
+    }

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from operator import not_
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from stages.base import Config
-from stages.config.locations import archive_parts, compile_pattern, expand_ranges, is_archive, table_format
+from stages.config.locations import (
+    Column,
+    archive_parts,
+    compile_pattern,
+    expand_ranges,
+    is_archive,
+    table_format,
+)
 
 
 class LocationConfig(Config):
@@ -18,14 +26,16 @@ class LocationConfig(Config):
         Field(
             min_length=1,
             description="The location, any fsspec URI: a folder, an image, an archive or a table. {000..099} "
-            "in an archive's name stands for these numbers.",
+            "in the name of an archive or a table stands for these numbers, and in a table's name * for any "
+            "text and {split} for the split.",
         ),
     ]
     role: Annotated[
         Literal["source", "target", "label", "instance", "features", "pair", "table"],
         Field(
             description="What each image is to its pair. pair: one image holds source and target side by "
-            "side. table: the location is a CSV, TSV, JSON lines or Parquet file that lists pairs."
+            "side. table: the location is a CSV, TSV, JSON lines or Parquet file that lists pairs; a Parquet "
+            "file may also hold the images themselves."
         ),
     ]
     pattern: Annotated[
@@ -39,6 +49,13 @@ class LocationConfig(Config):
         tuple[str, ...],
         Field(description="Further locations whose images a table may name, besides its own folder."),
     ] = ()
+    columns: dict[Column, str | None] = Field(
+        default_factory=dict,
+        exclude_if=not_,  # so that a config without it keeps its fingerprint
+        description="The names of a table's columns, if they are not source, target and so on: "
+        "{source: edges, target: photo}. Columns that it leaves out are not read. `key: null` numbers the "
+        "rows of a table that holds images.",
+    )
 
     inventory: Annotated[
         str | None,
@@ -62,8 +79,15 @@ class LocationConfig(Config):
     def _table_has_a_known_format(self) -> Self:
         if self.role == "table":
             table_format(self.uri)
-        elif self.within:
-            raise ValueError("`within` is for tables")
+            if self.uri.count("{split}") > 1:
+                raise ValueError("`uri` has {split} twice")
+            if self.columns and not (self.columns.get("source") or self.columns.get("target")):
+                raise ValueError("`columns` names neither source nor target")
+            named = [name.strip().lower() for name in self.columns.values() if name]
+            if len(set(named)) < len(named):
+                raise ValueError("`columns` names a column twice")
+        elif self.within or self.columns:
+            raise ValueError(f"`{'within' if self.within else 'columns'}` is for tables")
         return self
 
     @field_validator("pattern")

@@ -16,9 +16,12 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 ZIP_SUFFIXES = (".zip",)
+Column = Literal["source", "target", "label", "instance", "features", "key", "split", "group"]
+"""What a column of a table holds: a role's images, or what the row's images share."""
 FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")

@@ -299,9 +299,7 @@ def object_items(
     reader = Reader()  # of this unit alone: it holds the members of the compressed archives it has read
     place = {"file": f"plan/chunk-{unit // UNITS_PER_CHUNK:05d}.parquet", "group": unit % UNITS_PER_CHUNK}
     rows = read_unit(output, place, PLAN.names).to_pylist()
-    reader.stream_archives(
-        Object(row["uri"], row["size"], row["etag"]) for row in rows if row["error"] is None
-    )
+    reader.expect(Object(row["uri"], row["size"], row["etag"]) for row in rows if row["error"] is None)
     duplicates, refused = set(planned.duplicates), set(planned.refused)
     hashes = key_hashes(pa.chunked_array([[row["key"] for row in rows]], pa.string()))
     for row, hashed in zip(rows, hashes, strict=True):

@@ -31,6 +31,7 @@ from fsspec.spec import AbstractFileSystem
 from stages.config.locations import archive_parts, plain_name
 from stages.images.kinds import ImageRejected
 from stages.objects import archives
+from stages.objects.cells import SCHEME, Cells
 from stages.objects.listing import etag_of, local_etag
 from stages.storage import filesystem, patiently, s3, speaks
 from stages.storage.retry import ATTEMPTS, FIRST_WAIT
@@ -64,6 +65,7 @@ class Reader:
         self.attempts, self.first_wait = attempts, first_wait
         self._versions: dict[str, str] = {}
         self._members: dict[str, bytes] = {}
+        self._cells = Cells()
         self._etag_is_md5 = True
         self._lock = threading.Lock()
 
@@ -81,15 +83,17 @@ class Reader:
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
             raise ImageRejected("missing", wanted.uri) from error
 
-    def stream_archives(self, wanted: Iterable[Object]) -> None:
-        """Unpack each compressed tar once and keep the wanted members in memory, for `read` to return.
+    def expect(self, wanted: Iterable[Object]) -> None:
+        """Announce what will be read, so that each row group of a table and each compressed tar is read once.
 
         A gzip stream can only be read from its start: reading member by member would unpack the whole archive
-        for every image.
+        for every image. The wanted members are unpacked now, and are in memory for `read` to return.
         """
         members_of: dict[str, dict[str, Object]] = {}
         for member in wanted:
-            if member.uri.startswith("tar://"):
+            if member.uri.startswith(SCHEME):
+                self._cells.want(member.uri)
+            elif member.uri.startswith("tar://"):
                 _, _, outer = archive_parts(member.uri)
                 if plain_name(outer).endswith(_COMPRESSED):
                     members_of.setdefault(outer, {})[member.uri] = member
@@ -107,6 +111,9 @@ class Reader:
     def _read(self, wanted: Object) -> bytes:
         if "::" in wanted.uri and wanted.uri.startswith(("tar://", "zip://")):
             return self._read_member(wanted)
+        if wanted.uri.startswith(SCHEME):
+            self._check_version(wanted.uri.partition("::")[2], wanted.etag)
+            return self._cells.read(wanted.uri)
         fs, path = filesystem(wanted.uri)
         if isinstance(fs, LocalFileSystem):
             return _read_local(path, wanted)
@@ -149,8 +156,7 @@ class Reader:
         if place is None or plain_name(outer).endswith(_COMPRESSED):
             fs, path = filesystem(wanted.uri)  # the place is unknown: fsspec searches the archive
             return cast(bytes, fs.cat_file(path))
-        if self._version(outer) != place[place.lastindex or 0]:
-            raise ImageRejected("changed", f"{outer} is another version than the one listed")
+        self._check_version(outer, place[place.lastindex or 0])
         fs, path = filesystem(outer)
         start, size = int(place[1]), int(place[2])
         if protocol == "tar":
@@ -161,11 +167,13 @@ class Reader:
             raise _DamagedError(f"{wanted.uri}: {len(data)} bytes of {wanted.size}")
         return data
 
-    def _version(self, outer: str) -> str:
+    def _check_version(self, outer: str, listed: str) -> None:
+        """Raise ImageRejected if an archive or table is another version than the one listed."""
         with self._lock:
             if outer not in self._versions:
                 self._versions[outer] = etag_of(archives.info(outer))
-            return self._versions[outer]
+            if listed and self._versions[outer] != listed:
+                raise ImageRejected("changed", f"{outer} is another version than the one listed")
 
     def _pass_through(self, outer: str, wanted: dict[str, Object]) -> dict[str, bytes]:
         contents: dict[str, bytes] = {}

@@ -45,7 +45,7 @@ class Unit:
     index     a server's pages
     archive   the members of the archive `paths`, a URI
     file      a single file
-    table     a row group of a table, which is read and not listed (`objects.tables`)
+    table     row groups of the table `paths`, which is read and not listed (`objects.tables`)
     inventory a data file of an S3 Inventory, which is read and not listed (`objects.inventory`)
     """
 
@@ -53,7 +53,10 @@ class Unit:
     paths: Sequence[str] = ("",)
     after: str = ""
     until: str = ""
-    row_group: int = 0
+    row_groups: tuple[int, int | None] = (0, None)
+    """The first, and the one after the last; None: all of them."""
+    split: str = ""
+    """In a table's name."""
 
 
 @dataclass(slots=True)

@@ -69,7 +69,7 @@ def test_names_as_other_programs_write_them_are_paths(tmp_path: Path) -> None:
         (page,) = listing.pages(uri, listing.Unit("archive", (uri,)))
         assert page.paths == ["1.jpg"]
         reader, wanted = Reader(), Object(page.uris[0], page.sizes[0], page.etags[0])
-        reader.stream_archives([wanted])
+        reader.expect([wanted])
         assert reader.read(wanted).endswith(b"1.jpg")
 
 

@@ -89,7 +89,7 @@ def rejected(reader: Reader, wanted: Object) -> str:
 def test_an_archive_that_is_gone_is_a_missing_image_each(tmp_path: Path) -> None:
     wanted = Object(f"tar://a.png::{tmp_path}/gone.tar.gz")
     reader = quick()
-    reader.stream_archives([wanted])
+    reader.expect([wanted])
     assert rejected(reader, wanted) == "missing"
 
 
@@ -196,7 +196,7 @@ def test_members_of_archives_are_read_in_place(tmp_path: Path, kind: str):
     path.write_bytes(packed(kind))
     listed = members(path)
     reader = quick()
-    reader.stream_archives(listed.values())
+    reader.expect(listed.values())
     assert {name: reader.read(one) for name, one in listed.items()} == files()
 
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings, strategies as st
 
 from stages.config.locations import table_format
 from stages.objects import tables
+from stages.objects.listing import Unit
 
 ROWS = [
     {"source": "a/1.png", "target": "b/1.png", "key": "0001", "split": "Train", "group": "g"},
@@ -40,8 +41,8 @@ def written(folder: Path, name: str, rows: list[dict[str, Any]]) -> str:
 def named(uri: str, *within: str) -> list[dict[str, Any]]:
     return [
         row
-        for group in range(tables.count_row_groups(uri))
-        for table, _ in tables.read(uri, group)
+        for unit in tables.units(uri)
+        for table, _ in tables.read(unit, {})
         for row in tables.objects(table, uri, within).to_pylist()
     ]
 
@@ -62,10 +63,15 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, name: str) -> None:
     assert {row["reason"] for row in rows} == {""}
 
 
-def test_a_parquet_table_is_read_by_row_groups(tmp_path: Path) -> None:
+def test_a_parquet_table_is_read_by_runs_of_row_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     uri = written(tmp_path, "t.parquet", ROWS)
-    assert tables.count_row_groups(uri) == 2
-    ((table, _),) = tables.read(uri, 1)
+    assert [unit.row_groups for unit in tables.units(uri)] == [(0, 2)]
+    monkeypatch.setattr(tables, "ROWS", 1)
+    first, second = tables.units(uri)
+    assert first.row_groups == (0, 1)
+    ((table, _),) = tables.read(second, {})
     assert table.select(["key", "line"]).to_pylist() == [{"key": "0002", "line": 2}]
 
 
@@ -178,20 +184,27 @@ def test_a_table_that_cannot_be_read_says_where_and_what_is_expected(
 ) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=complaint):
-        list(tables.read(str(tmp_path / name)))
+        list(tables.read(Unit("table", (str(tmp_path / name),)), {}))
 
 
-def test_a_parquet_table_of_images_is_refused_with_its_column(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"Source": [{"bytes": b"x"}], "target": ["b.png"]}), tmp_path / "t.parquet")
-    with pytest.raises(ValueError, match="column Source: it holds struct"):
-        list(tables.read(f"{tmp_path}/t.parquet"))
+@pytest.mark.parametrize(
+    ("cell", "complaint"),
+    [
+        ({"data": b"x"}, "column Source: it holds struct"),
+        (5, "column Source: it holds int64, and neither paths"),
+    ],
+)
+def test_a_column_of_another_type_is_refused_with_its_name(tmp_path: Path, cell: Any, complaint: str) -> None:
+    pq.write_table(pa.table({"Source": [cell], "target": ["b.png"]}), tmp_path / "t.parquet")
+    with pytest.raises(ValueError, match=complaint):
+        list(tables.read(Unit("table", (f"{tmp_path}/t.parquet",)), {}))
 
 
 def test_a_table_of_a_store_is_read_in_batches(client_options: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "ROWS", 2)
     with fsspec.open("memory://tables/t.csv", "wb") as file:
         file.write(b"source,key\n" + b"".join(b'"a\n%d",k%d\n' % (n, n) for n in range(5)))
-    batches = [table for table, _ in tables.read("memory://tables/t.csv")]
+    batches = [table for table, _ in tables.read(Unit("table", ("memory://tables/t.csv",)), {})]
     assert [table.num_rows for table in batches] == [2, 2, 1]
     assert [line for table in batches for line in table["line"].to_pylist()] == [2, 4, 6, 8, 10]
 
@@ -209,7 +222,7 @@ def test_an_empty_cell_is_a_missing_role(tmp_path: Path) -> None:
 def test_lines_that_are_no_rows_are_kept_apart(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text("source,target,key\na.png,b.png,k\nonly one cell\na.png,b.png,l,too many\n")
-    ((table, broken),) = tables.read(str(path))
+    ((table, broken),) = tables.read(Unit("table", (str(path),)), {})
     assert table["key"].to_pylist() == ["k"]
     assert broken == [
         "line 3: it has 1 cells, the header 3: only one cell",
