@@ -105,7 +105,8 @@ def output_file(array: Array, config: InferConfig, tags: Tags) -> bytes:
         return geotiff.encode(array, tags)
     if config.palette is None:
         return encode.encode_image(array, config.format, quality=config.quality)
-    return encode.encode_ids(colour.nearest_class(array, config.palette), colour.rgb_palette(config.palette))
+    ids, colours = colour.nearest_class(array, config.palette), colour.rgb_palette(config.palette)
+    return encode.encode_png(ids[:, :, None], colours.tobytes())
 
 
 @dataclass(frozen=True, slots=True)

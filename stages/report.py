@@ -170,13 +170,6 @@ def title(model: Mapping[str, Any], spec: DatasetSpec) -> str:
 # -- reading -----------------------------------------------------------------------------------------
 
 
-def metric_rows(uri: str) -> Iterator[dict[str, Any]]:
-    """Rows of `metrics.parquet`, a batch at a time."""
-    with local_file(uri) as path:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=10_000):
-            yield from batch.to_pylist()
-
-
 def samples(shards: str, spec: DatasetSpec, rows: Iterable[Mapping[str, Any]]) -> Iterator[Sample]:
     """The samples of rows {key, split, file}, shard file by shard file."""
     by_file: dict[tuple[Split, str], set[str]] = defaultdict(set)
@@ -355,7 +348,10 @@ def run(
         raise UserError(f"report: {metrics}: there is no summary.json, so nothing was evaluated")
     generated = summary.get("images") or images
     own, spec = storage.join(metrics, "metrics.parquet"), dataset.load(shards)
-    picks = pick(metric_rows(own), most=config.max_images, metric=config.order_by, seed=config.seed)
+    with local_file(own) as path:
+        batches = pq.ParquetFile(path).iter_batches(batch_size=10_000)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        picks = pick(rows, most=config.max_images, metric=config.order_by, seed=config.seed)
     names = score_names(summary)
     others = {
         name: other_system(storage.absolute(folder), own, picks, names)

@@ -88,11 +88,6 @@ def decode_stored(
     return array if array.dtype == kept else array.astype(kept)
 
 
-def encode_ids(ids: npt.NDArray[np.uint8], colours: npt.NDArray[np.uint8]) -> bytes:
-    """Class ids (H, W) as a PNG: its pixels are the ids, its palette their colours (classes, 3)."""
-    return encode_png(ids[:, :, None], colours.tobytes())
-
-
 def checksum(data: bytes | memoryview) -> int:
     """CRC-32 of stored bytes, verified at every use."""
     return crc32(data)

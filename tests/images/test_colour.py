@@ -34,6 +34,6 @@ def test_a_label_picture_becomes_the_ids_of_its_nearest_colours():
     picture = np.array([[[20, 5, 9], [230, 10, 30], [40, 0, 200]]], np.uint8)
     ids = colour.nearest_class(picture, colors)
     assert ids.tolist() == [[0, 1, 2]]
-    data = encode.encode_ids(ids, colors)
+    data = encode.encode_png(ids[:, :, None], colors.tobytes())
     assert decode.decode_image(data, "labels", min_side=1)[:, :, 0].tolist() == [[0, 1, 2]]
     assert (decode.decode_image(data, "rgb", min_side=1) == colors[None]).all()
