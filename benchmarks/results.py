@@ -192,8 +192,7 @@ def score_mean_photo(words: Sequence[str], outputs: dict[str, str], folder: Path
         copy = folder / path.relative_to(images)
         copy.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(mean.image()).save(copy)
-    values = [f"evaluate.images={folder}", "evaluate.names={key}.png"]
-    words = [*words, *(word for value in values for word in ("--set", value))]
+    words = [*words, "--set", f"evaluate.images={folder}"]
     subprocess.run([sys.executable, "-m", "pipeline.run", *words, "--only", "evaluate"], check=True)
     config = configuration.load(words[1], words[3::2])
     summary: dict[str, Any] = storage.read_json(f"{folders(config)['evaluate']}/summary.json")
