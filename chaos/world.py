@@ -241,10 +241,17 @@ class World:
             self.add_node()
 
     def add_node(self) -> None:
-        """One more node; the first is the head, on the first machine."""
+        """One more node; the first is the head. One that a fault hits while it starts is started again."""
         assert self.nodes is not None
-        head = not self.nodes.alive
-        self.nodes.start(self.network.machines[0 if head else 1], cpus=2)
+        for attempts_left in (2, 1, 0):
+            head = not self.nodes.alive
+            try:
+                self.nodes.start(self.network.machines[0 if head else 1], cpus=2)
+                return
+            except AssertionError:
+                if not attempts_left:
+                    raise
+                self.nodes.nodes[-1].kill()
 
     def start(self, *words: str) -> Command:
         """Start the pipeline beside the head."""
