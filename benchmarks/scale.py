@@ -10,6 +10,8 @@ finished      what a resumed shard stage reads to know its parts and what the fi
 plan          the plan of an epoch for one of 64 workers
 inventory     ingest of an S3 Inventory, and of the synthetic listing, in one process: 50 objects a shard
 sharding      processor time of a pair from S3 to a raw shard, of two objects and of halves of one; one size
+stages        whole stages from and to a real S3 server: list, pair and shard images of 64x32 with both sides
+              (half as many as `--shards`), generate from half of them by a tiny network, twice, and score
 
 A shard has 512 pairs in row groups of 17. Stated are seconds, and by how much the process's memory grew at
 most.
@@ -25,7 +27,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +39,22 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from benchmarks.listing import PeakMemory, register
-from stages import ingest, shard, storage
+from pipeline.cluster import cluster
+from stages import evaluate, infer, ingest, pair, shard, storage
+from stages.base import Outcome, Resources
+from stages.config.evaluate import BaselineConfig
 from stages.config.ingest import IngestConfig
+from stages.config.pair import SplitConfig
 from stages.shards import dataset
 from stages.shards.card import RoleSums
 from stages.shards.dataset import DatasetSpec, RoleSpec
 from stages.shards.manifest import ShardFile, ShardFiles
 from stages.shards.order import plan_epoch
 from stages.storage.finished import GROUP, Finished
+from stages.tracking.run import NullRun
 from tests.stores.faults import Fault, FaultProxy
 from tests.stores.seaweed import SeaweedS3
+from tests.support.models import make_model
 
 PAIRS = 200
 OPEN = """
@@ -263,12 +273,88 @@ def report_sharding(_: Sequence[int], folder: Path) -> None:
             )
 
 
+def write_pairs(uri: str, pairs: int) -> None:
+    """Write so many images of a photo beside its target, each another one."""
+
+    def write(number: int) -> None:
+        rng = np.random.default_rng(number)
+        small = rng.integers(0, 256, (4, 8, 3), np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(small).resize((64, 32), Image.Resampling.BICUBIC).save(file, "png")
+        storage.write_bytes(f"{uri}/{number:07d}.png", file.getvalue())
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(write, range(pairs)))
+
+
+def whole_stages(pairs: int, store: str, model: Path) -> dict[str, tuple[float, float]]:
+    """Seconds of each stage over so many pairs, and by how many MB the driver's memory grew at most."""
+    root = f"{store}/{pairs}"
+    write_pairs(f"{root}/data", pairs)
+    location = {"uri": f"{root}/data", "role": "pair", "pattern": "{key}.png"}
+    listing = ingest.IngestConfig.model_validate({"locations": [location]})
+    pairing = pair.PairConfig(source_half="left", split=SplitConfig(val=0, test=0.5))
+    generating = infer.InferConfig(split="test", model=str(model))
+    scoring = evaluate.EvaluateConfig(split="test", baselines=BaselineConfig(untrained=0, nearest=0))
+    how, track = Resources(), NullRun()
+    folder = {name: f"{root}/{name}" for name in ("objects", "pairs", "shards", "images", "scores")}
+    generate = partial(
+        infer.run, generating, how, output=folder["images"], track=track, shards=folder["shards"]
+    )
+    calls: dict[str, Callable[[], Outcome]] = {
+        "ingest": lambda: ingest.run(listing, how, output=folder["objects"], track=track),
+        "pair": lambda: pair.run(
+            pairing, how, output=folder["pairs"], track=track, objects=folder["objects"]
+        ),
+        "shard": lambda: shard.run(
+            shard.ShardConfig(size=(32, 32)), how, output=folder["shards"], track=track, pairs=folder["pairs"]
+        ),
+        "infer": generate,
+        "infer, all there": generate,
+        "evaluate": lambda: evaluate.run(
+            scoring,
+            how,
+            output=folder["scores"],
+            track=track,
+            shards=folder["shards"],
+            images=folder["images"],
+        ),
+    }
+    measured = {}
+    for name, call in calls.items():
+        started = time.perf_counter()
+        with PeakMemory() as memory:
+            call()
+        measured[name] = time.perf_counter() - started, memory.growth
+    return measured
+
+
+def report_stages(sizes: Sequence[int], folder: Path) -> None:
+    """Print what whole stages cost."""
+    model = make_model(folder / "model", source="rgb")
+    with SeaweedS3(folder / "stages") as server:
+        server.client().call_s3("create_bucket", Bucket="stages")
+        options = {"s3": server.options()}
+        storage.configure(options)
+        with cluster(Resources(), options, {}):
+            whole_stages(8, "s3://stages/start", model)  # starts what starts once
+            for size in sizes:
+                for name, (seconds, growth) in whole_stages(size // 2, "s3://stages", model).items():
+                    images = size // 2 if name in ("ingest", "pair", "shard") else size // 4
+                    print(
+                        f"{name:>16}, {images:>7,} images: {seconds:7.1f} s, {images / seconds:8,.0f} a "
+                        f"second, driver +{growth:.0f} MB",
+                        flush=True,
+                    )
+
+
 REPORTS: dict[str, Callable[[Sequence[int], Path], None]] = {
     "description": report_description,
     "finished": report_finished,
     "plan": report_plan,
     "inventory": report_inventory,
     "sharding": report_sharding,
+    "stages": report_stages,
 }
 
 
