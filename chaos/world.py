@@ -1,4 +1,4 @@
-"""What a run stands on: two machines, a cluster, a store, a tracking server, and the person who starts it."""
+"""What a run needs: two machines, a cluster, a store, a tracking server, and the person who starts it."""
 
 from __future__ import annotations
 

@@ -199,7 +199,7 @@ def share_of_memory(total: int, nodes: int) -> int:
 
 
 def _bring_up(cluster: Cluster, name: str, cores: int, gpus: Sequence[str], memory: int) -> None:
-    """Start a node and wait for it to join. On a busy machine `ray start` gives up by itself: again then."""
+    """Start a node and wait for it to join; again if `ray start` times out, as on a busy machine."""
     before = len(cluster.nodes)
     for attempt in range(STARTS):
         cluster.nodes[before:] = [_start_node(cluster, name, cores, gpus, memory)]

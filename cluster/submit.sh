@@ -32,7 +32,7 @@ if [ -z "${RAY_API_SERVER_ADDRESS:-}" ]; then
   echo "RAY_API_SERVER_ADDRESS is not set: name the cluster's dashboard, e.g. http://127.0.0.1:8265" >&2
   exit 2
 fi
-# `ray job` sends no token unless told to, also where ~/.ray/auth_token lies ready.
+# `ray job` sends no token unless this is set, even if ~/.ray/auth_token exists.
 export RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}"
 export RAY_USAGE_STATS_ENABLED=0
 

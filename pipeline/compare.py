@@ -86,7 +86,7 @@ def results(client: Any, one: Any, other: Any) -> Iterator[tuple[str, str, str, 
             apart = table.difference_of(other_uri, uri, name)
             if apart is not None:
                 better = "second" if (apart.mean < 0) == lower_is_better(name) else "first"
-                said = f"the {better} is better" if apart.excludes_zero else "not told apart"
+                said = f"the {better} is better" if apart.excludes_zero else "no clear difference"
                 verdict = f"{said}: {apart.mean:+.4g} ({apart.low:+.4g} to {apart.high:+.4g})"
         yield name, table.shown(mine, name) or "-", table.shown(theirs, name) or "-", verdict
 

@@ -346,8 +346,8 @@ def run(options: argparse.Namespace) -> None:
         file.unlink()
         raise
     picture.write_bytes(encode_png(sheet(rows)))
-    told = [*said, f"look at {picture}, source left, target right; then: pixloom plan -c {file}"]
-    sys.stdout.write("".join(f"{line}\n" for line in told))
+    lines = [*said, f"look at {picture}, source left, target right; then: pixloom plan -c {file}"]
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

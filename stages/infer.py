@@ -99,7 +99,7 @@ def source_size(
 def output_file(array: Array, config: InferConfig, tags: Tags) -> bytes:
     """The image file of an array: a picture, or class ids if the config has the classes' colours.
 
-    tags   of the source's file: where it lies on Earth
+    tags   of the source's file: where it is on Earth
     """
     if config.format == "tiff":
         return geotiff.encode(array, tags)

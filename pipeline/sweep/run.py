@@ -43,7 +43,7 @@ from pipeline.sweep.trials import (
     TrialResult,
     best_of,
     make_trials,
-    not_told_apart,
+    not_clearly_worse,
     reporting,
     shared,
 )
@@ -368,8 +368,8 @@ def table(results: Sequence[TrialResult], best: TrialResult | None, sweep: Sweep
     if best is not None:
         lines.append(f"\nbest by {sweep.metric} on {sweep.split}: {best.trial.name}")
         lines += [
-            f"  not told apart from it: {name} (difference {one.mean:.4g}, {one.low:.4g} to {one.high:.4g})"
-            for name, one in not_told_apart(results, best, sweep.metric).items()
+            f"  no clear difference from it: {name} ({one.mean:.4g}, {one.low:.4g} to {one.high:.4g})"
+            for name, one in not_clearly_worse(results, best, sweep.metric).items()
         ]
         lines += [f"  --set {key}={json.dumps(value)}" for key, value in best.trial.values.items()]
     else:

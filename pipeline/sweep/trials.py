@@ -116,7 +116,7 @@ def best_of(results: Sequence[TrialResult], metric: str, best: Best) -> TrialRes
     return choose(scored, key=lambda result: result.metrics[metric]) if scored else None
 
 
-def not_told_apart(results: Sequence[TrialResult], best: TrialResult, metric: str) -> dict[str, Interval]:
+def not_clearly_worse(results: Sequence[TrialResult], best: TrialResult, metric: str) -> dict[str, Interval]:
     """The finished trials whose difference from the best, image by image, has an interval with zero in it."""
     found = {}
     for result in results:

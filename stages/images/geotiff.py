@@ -3,7 +3,7 @@
 in:  the path of a TIFF; bands of rows of a picture
 out: `TiffRows`, which reads rows (H, W, C) of a kind; a TIFF of tiles, of as many bands as it takes
 
-The tags that say where the picture lies are copied as they are. Nothing here understands them.
+The tags that say where the picture is on Earth are copied as they are. Nothing here understands them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Tags = Sequence[tuple[int, int, int, Any, bool]]
 
 
 def place_tags(data: bytes) -> Tags:
-    """Where the picture in a file lies; empty if the file is no TIFF, or is turned when it is read."""
+    """Where the picture in a file is on Earth; empty if the file is no TIFF, or is turned when it is read."""
     if not data.startswith(tiff.MAGIC):
         return ()
     with TiffFile(io.BytesIO(data)) as file:

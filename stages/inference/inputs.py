@@ -61,7 +61,7 @@ class InputImages:
     """An array, or a file whose rows are read when they are needed."""
     instance: Array | None = None
     tags: Tags = ()
-    """Of the source's file: where it lies on Earth."""
+    """Of the source's file: where it is on Earth."""
 
 
 @dataclass(frozen=True, slots=True)

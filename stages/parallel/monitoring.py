@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from ray.util.metrics import Counter, Gauge
 
-TRAIN_IMAGES = Counter("pixloom_train_images", "Pairs trained on, each epoch anew.", ("phase",))
+TRAIN_IMAGES = Counter("pixloom_train_images", "Pairs trained on, counted again in each epoch.", ("phase",))
 TRAIN_IMAGES_PER_SECOND = Gauge(
     "pixloom_train_images_per_second", "Pairs per second since the last point of the curves.", ("phase",)
 )

@@ -208,7 +208,7 @@ def tile(name: str, value: float, data: ReportData) -> Tile:
     if rivals:
         best = (min if lower else max)(rivals, key=lambda base: rivals[base])
         than = f"the best baseline ({baseline_name(best)})"
-        verdict = f"not told apart from {than}"
+        verdict = f"no clear difference from {than}"
         apart = data.baselines[best].get("differences", {}).get(name)
         if kind := judged(name, apart):
             change = abs(apart[0]) / abs(rivals[best]) * 100 if rivals[best] else math.inf

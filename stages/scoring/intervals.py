@@ -38,7 +38,7 @@ class Interval(NamedTuple):
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether a difference with this interval is told apart from none."""
+        """Whether a difference with this interval is clear."""
         return self.low > 0 or self.high < 0
 
 

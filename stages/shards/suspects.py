@@ -448,7 +448,7 @@ def judge(table: pa.Table, split: Split, shard: str, explanation: Explanation) -
         "mirrored": lambda n: (
             f"the edges of the mirrored source agree by {mirrored[n]:.1f}, its own by {center[n]:.1f}"
         ),
-        "shifted": lambda n: f"the target lies {dx[n]:+.1%} of the width and {dy[n]:+.1%} of the height away",
+        "shifted": lambda n: f"the target is {dx[n]:+.1%} of the width and {dy[n]:+.1%} of the height away",
         "mismatched": lambda n: (
             f"source and target explain each other by {standing[n]:.1f}, {usual:.1f} is usual"
         ),

@@ -192,7 +192,7 @@ def _promote(
                 return f"{alias} stays {other}, this one has {value:.4g}: {UNCERTAIN}"
             amount = f"{apart.mean:.2g} ({apart.low:.2g} to {apart.high:.2g})"
             if not apart.excludes_zero:
-                return f"{alias} stays {other}, this one has {value:.4g}: not told apart, difference {amount}"
+                return f"{alias} stays {other}, this one has {value:.4g}: no clear difference, {amount}"
             other += f", difference {amount}"
         before = f", before: {other}"
     client.set_registered_model_alias(name, alias, version)

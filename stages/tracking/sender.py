@@ -144,7 +144,7 @@ def documents(workspace: str) -> list[str]:
 
 
 def connect(uri: str) -> Any:
-    """An MLflow client that gives up soon: the sender retries by itself."""
+    """An MLflow client with short timeouts: the sender retries by itself."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")

@@ -74,7 +74,7 @@ def decide(
         raise UserError(
             f"resources.train_workers: '{job.phase.name}' began with {last.workers} and resumes with "
             f"{part.workers}, but its batch norm depends on their number; use {last.workers}, or set "
-            "train.synchronised_norms: true to train it anew"
+            "train.synchronised_norms: true to train it from the start"
         )
     same = (last.workers, last.device) == (part.workers, part.device)
     return Execution(

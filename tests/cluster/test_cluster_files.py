@@ -568,8 +568,8 @@ exit "$(cat {tmp_path}/code)"
             timeout=30,
             check=False,
         )
-        told = (tmp_path / "words").read_text().splitlines() if (tmp_path / "words").exists() else []
-        return done, told
+        messages = (tmp_path / "words").read_text().splitlines() if (tmp_path / "words").exists() else []
+        return done, messages
 
     run.mode = tmp_path / "mode"  # type: ignore[attr-defined]
     return run

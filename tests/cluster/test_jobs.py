@@ -161,17 +161,17 @@ def test_the_cluster_has_the_nodes_it_was_asked_for(cluster: Cluster) -> None:
 def test_a_mistake_in_the_config_fails_the_job_with_code_2_and_its_line(
     cluster: Cluster, config: Path
 ) -> None:
-    told = cluster.submit("--here", "--id", "mistake", "-c", str(config), "--set", "train.sede=1").end(2)
+    messages = cluster.submit("--here", "--id", "mistake", "-c", str(config), "--set", "train.sede=1").end(2)
     line = f"{config}: train.sede: there is no such key"
-    assert line in told
+    assert line in messages
     info = cluster.job("mistake")
     assert (info["status"], info["driver_exit_code"]) == ("FAILED", 2)
     assert line in info["message"]
 
 
 def test_results_are_not_left_in_the_uploaded_folder(cluster: Cluster, config: Path) -> None:
-    told = cluster.submit("--id", "lost", "-c", str(config), "--set", "workspace=workspace").end(2)
-    assert "is in the job's uploaded folder, which Ray deletes; name a bucket" in told
+    messages = cluster.submit("--id", "lost", "-c", str(config), "--set", "workspace=workspace").end(2)
+    assert "is in the job's uploaded folder, which Ray deletes; name a bucket" in messages
     assert cluster.job("lost")["status"] == "FAILED"
 
 
@@ -183,15 +183,15 @@ def test_a_stopped_run_is_taken_up_by_the_next_job(cluster: Cluster, config: Pat
     subprocess.run(
         ["ray", "job", "stop", "first"], env=cluster.environment, check=True, capture_output=True, timeout=300
     )
-    told = first.end(130)
-    assert "stopped; what was done is kept" in told
+    messages = first.end(130)
+    assert "stopped; what was done is kept" in messages
     assert cluster.job("first")["status"] == "STOPPED"
     assert not any(workspace.glob("train-*/_SUCCESS.json"))
     assert {status for _, status in runs(workspace)} <= {"FINISHED", "KILLED"}
 
     with exported(cluster) as names:
         second = cluster.submit("--here", "--id", "second", "-c", str(config))
-        told = second.end(0)
+        messages = second.end(0)
     # Here no machine has a GPU, nothing is rejected, spilled or lost.
     assert {name for name in queried() - names if "gpu" not in name and "gram" not in name} <= {
         "ray_data_spilled_bytes",
@@ -201,10 +201,10 @@ def test_a_stopped_run_is_taken_up_by_the_next_job(cluster: Cluster, config: Pat
     info = cluster.job("second")
     assert (info["status"], info["driver_exit_code"]) == ("SUCCEEDED", 0)
     for step in ("ingest", "pair", "shard"):
-        assert f"{step:<13} done before" in told
-    assert "unfinished, continues" in told
+        assert f"{step:<13} done before" in messages
+    assert "unfinished, continues" in messages
     (report,) = workspace.glob("report-*/report.html")
-    assert str(report) in told
+    assert str(report) in messages
     assert dict(runs(workspace))["train-global"] == "FINISHED"
 
 

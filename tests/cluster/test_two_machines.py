@@ -92,8 +92,8 @@ def test_the_network_between_them_is_cut_for_ten_seconds(site: Site, how: str) -
     driver = site.train(f"cut-{how}")
     driver.until_step(20)
     cut(1, seconds=10)
-    told = driver.end()
-    assert "restarting the group" not in told
+    text = driver.end()
+    assert "restarting the group" not in text
     assert losses(f"s3://machines/cut-{how}") == site.expected
 
 
@@ -116,10 +116,10 @@ def test_a_damaged_newest_checkpoint_in_the_store_is_passed_over(site: Site) -> 
     data = bytearray(storage.read_bytes(place))
     data[len(data) // 2] ^= 1
     storage.write_bytes(place, bytes(data))
-    told = site.train("damaged").end()
-    assert "resumed from its checkpoint" in told
+    text = site.train("damaged").end()
+    assert "resumed from its checkpoint" in text
     assert (
-        f"{newest} cannot be used: tensors.safetensors: its SHA-256 is not the one in checkpoint.json" in told
+        f"{newest} cannot be used: tensors.safetensors: its SHA-256 is not the one in checkpoint.json" in text
     )
     assert losses("s3://machines/damaged") == site.expected
 
@@ -130,6 +130,6 @@ def test_a_machine_is_lost(site: Site) -> None:
     driver.until_step(20)
     second(site, driver)
     site.nodes.alive[1].kill()
-    told = driver.end()
-    assert "was lost (" in told
+    text = driver.end()
+    assert "was lost (" in text
     assert losses("s3://machines/lost") == site.expected

@@ -65,7 +65,7 @@ class Eventful(Feed):
 def trained(
     job: PhaseJob, shards: str, output: str, events: dict[int, Event], mailbox: Mailbox | None = None
 ) -> tuple[Losses, str]:
-    """Losses of a phase, a checkpoint after every step, and what it told."""
+    """Losses of a phase, a checkpoint after every step, and its messages."""
     mailbox, left = mailbox or Mailbox(), dict(events)
 
     def prepare(feed: Feed) -> None:
@@ -87,7 +87,7 @@ def trained(
 
 
 def notes(mailbox: Mailbox) -> str:
-    """What a phase has told so far."""
+    """The messages of a phase so far."""
     return "\n".join(one.text for one in mailbox.news if isinstance(one, Note))
 
 
@@ -154,8 +154,8 @@ def test_the_disk_is_full_while_checkpoints_are_written(
 ) -> None:
     """Training goes on without, says so, and writes again once there is room.
 
-    The disk is full from a moment in which nothing is being written, and until it is told that a checkpoint
-    was not: what a checkpoint that is finished meanwhile sets free would be room for the next one.
+    The disk is full from a moment in which nothing is being written, until a message says that a checkpoint
+    was not written: a checkpoint that ends meanwhile would free room for the next one.
     """
     output = str(small_disk / "phase")
     if where != "the folder itself":
@@ -188,13 +188,13 @@ def test_the_disk_is_full_while_checkpoints_are_written(
         filler.unlink()
 
     try:
-        found, told = trained(job, shards, output, {6: fill, 36: empty}, mailbox)
+        found, messages = trained(job, shards, output, {6: fill, 36: empty}, mailbox)
         newest = checkpoints.load_newest(folder, job=PLAIN_NAME)
     finally:
         storage.configure({"s3": {}})
     assert found == expected
-    assert re.search(r"checkpoint step-\d+ not written \(.*No space left on device", told)
-    assert "training continues" in told
+    assert re.search(r"checkpoint step-\d+ not written \(.*No space left on device", messages)
+    assert "training continues" in messages
     assert newest is not None
     assert newest.position.steps == max(step for step, _ in expected)
 

@@ -93,10 +93,10 @@ def test_a_killed_worker(nodes: Nodes, shards: str, expected: Losses, tmp_path: 
     driver = nodes.train(phase_job(), shards, str(tmp_path / "o"), TWO)
     driver.until_step(20)
     worker_of(nodes, 1).kill()
-    told = driver.end()
+    text = driver.end()
     assert losses(tmp_path / "o") == expected
-    assert "was lost (" in told
-    assert "resumed from its checkpoint" in told
+    assert "was lost (" in text
+    assert "resumed from its checkpoint" in text
 
 
 def test_a_worker_that_hangs_is_started_again(
@@ -107,9 +107,9 @@ def test_a_worker_that_hangs_is_started_again(
     driver.until_step(20)
     hung = worker_of(nodes, 1)
     hung.suspend()
-    told = driver.end()
+    text = driver.end()
     assert losses(tmp_path / "o") == expected
-    assert "restarting the group from its last checkpoint" in told
+    assert "restarting the group from its last checkpoint" in text
     assert not hung.is_running()
 
 
@@ -119,9 +119,9 @@ def test_a_lone_worker_that_hangs_is_started_again(nodes: Nodes, shards: str, tm
     driver.until_step(20)
     working = [worker for node in nodes.alive for worker in node.workers()]
     working[0].suspend()
-    told = driver.end()
+    text = driver.end()
     assert losses(tmp_path / "o") == alone
-    assert "restarting the group from its last checkpoint" in told
+    assert "restarting the group from its last checkpoint" in text
 
 
 def test_no_more_than_max_failures(nodes: Nodes, shards: str, expected: Losses, tmp_path: Path) -> None:
@@ -133,8 +133,8 @@ def test_no_more_than_max_failures(nodes: Nodes, shards: str, expected: Losses, 
     driver.until("resumed from its checkpoint")
     driver.until_step(driver.steps() + 11)
     worker_of(nodes, 0).kill()
-    told = driver.end(expect=1)
-    assert "(after 1 restarts)" in told.splitlines()[-1]
+    text = driver.end(expect=1)
+    assert "(after 1 restarts)" in text.splitlines()[-1]
     nodes.train(phase_job(), shards, str(tmp_path / "o"), once).end()
     assert losses(tmp_path / "o") == expected
 
@@ -145,9 +145,9 @@ def test_a_killed_node(nodes: Nodes, shards: str, expected: Losses, tmp_path: Pa
     driver.until_step(20)
     worker_of(nodes, 1)
     nodes.alive[1].kill()
-    told = driver.end()
+    text = driver.end()
     assert losses(tmp_path / "o") == expected
-    assert "restarting the group from its last checkpoint" in told
+    assert "restarting the group from its last checkpoint" in text
 
 
 def test_a_node_that_is_to_be_taken_away(nodes: Nodes, shards: str, expected: Losses, tmp_path: Path) -> None:
@@ -166,8 +166,8 @@ def test_a_node_that_is_to_be_taken_away(nodes: Nodes, shards: str, expected: Lo
     driver.until("a machine will be taken away soon; saving a checkpoint now")
     driver.until_step(driver.steps() + 1)
     nodes.alive[1].kill()
-    told = driver.end()
-    assert "resumed from its checkpoint" in told
+    text = driver.end()
+    assert "resumed from its checkpoint" in text
     assert losses(tmp_path / "o") == expected
 
 
@@ -177,9 +177,9 @@ def test_a_driver_told_to_stop(nodes: Nodes, shards: str, expected: Losses, tmp_
     driver = nodes.train(phase_job(), shards, str(tmp_path / "o"), rarely)
     driver.until_step(12)
     driver.kill(signal.SIGTERM)
-    told = driver.end(expect=130)
-    assert "stopping: the workers save a checkpoint first" in told
-    assert "stopped; a checkpoint holds all" in told
+    text = driver.end(expect=130)
+    assert "stopping: the workers save a checkpoint first" in text
+    assert "stopped; a checkpoint holds all" in text
     again = nodes.train(phase_job(), shards, str(tmp_path / "o"), rarely).end()
     assert "resumed from its checkpoint" in again
     assert losses(tmp_path / "o") == expected
@@ -205,9 +205,9 @@ def test_too_little_memory_says_what_to_lower(nodes: Nodes, shards: str, tmp_pat
     }
     phase = {"name": "global", "kind": "global", "epochs": 1, "batch": BATCH}
     job = jobs(TrainConfig.model_validate({"model": huge, "phases": [phase]}), AugmentConfig())[0]
-    told = nodes.train(job, shards, str(tmp_path / "o"), ONE).end(expect=1)
-    assert "out of memory" in told.splitlines()[-1]
-    assert "lower resources.micro_batch or train.model.width" in told.splitlines()[-1]
+    text = nodes.train(job, shards, str(tmp_path / "o"), ONE).end(expect=1)
+    assert "out of memory" in text.splitlines()[-1]
+    assert "lower resources.micro_batch or train.model.width" in text.splitlines()[-1]
 
 
 def test_a_killed_head(shards: str, expected: Losses, tmp_path: Path) -> None:
@@ -237,8 +237,8 @@ def test_workers_come_and_go(shards: str, tmp_path: Path) -> None:
         before = driver.steps()
         driver.until_step(before + 12)
         nodes.alive[1].kill()
-        told = driver.end()
-    assert told.count("resumed from its checkpoint") >= 2
+        text = driver.end()
+    assert text.count("resumed from its checkpoint") >= 2
     assert images(tmp_path / "o") == 90 * ROWS
     assert {step for step, _ in losses(tmp_path / "o")} == set(range(1, 90 * 6 + 1))
 
@@ -258,8 +258,8 @@ def test_an_autoscaler_brings_the_machine_that_a_worker_lacks(shards: str, tmp_p
         assert len(nodes.listed()) == 2
         assert len(nodes.alive) == 1, "the test started the head alone"
         driver.kill(signal.SIGTERM)
-        told = driver.end(expect=130)
-    assert "stopped; a checkpoint holds all" in told
+        text = driver.end(expect=130)
+    assert "stopped; a checkpoint holds all" in text
     newest = checkpoints.load_newest(f"{output}/checkpoints", job=job_name(job, shards, ""))
     assert newest is not None
     seen = set(newest.curves.filter(pc.equal(newest.curves["name"], "generator/gan"))["step"].to_pylist())

@@ -21,7 +21,7 @@ from stages.training.gradients import Exchange, GradientAverager, Messages, new_
 pytestmark = pytest.mark.gpu
 
 NCCL = "nccl"
-SEVERAL = 2  # workers that the code is told of, so that it exchanges
+SEVERAL = 2  # workers that the code is to expect, so that it exchanges
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Two runs of one experiment, beside each other: what differs, and what is told apart."""
+"""Two runs of one experiment, beside each other: what differs, and what differs clearly."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_settings_data_and_results_that_differ_are_shown(
     assert re.search(
         r"\n  l1 +0\.2\d* \(0\.1 to 0\.3\) .* the second is better: -0\.01 \(-0\.01 to -0\.01\)\n", text
     )
-    assert re.search(r"\n  ssim .* not told apart: ", text)
+    assert re.search(r"\n  ssim .* no clear difference: ", text)
 
 
 def test_equal_runs_are_the_same_and_a_name_of_two_asks_for_an_id(

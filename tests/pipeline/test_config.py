@@ -1,4 +1,4 @@
-"""The edge of the program: what is wrong in a config is told in one line that names file and key."""
+"""The edge of the program: what is wrong in a config is one line that names file and key."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ def test_set_reads_a_number_in_scientific_notation_without_a_point() -> None:
     ],
 )
 def test_a_wrong_key_or_value_is_named_with_its_file(override: str, names: tuple[str, ...]) -> None:
-    told = refused(override)
-    assert told.startswith(f"{YAML}: ")
+    messages = refused(override)
+    assert messages.startswith(f"{YAML}: ")
     for name in names:
-        assert name in told
+        assert name in messages
 
 
 def test_a_key_that_is_wrong_by_an_override_says_so_without_the_value() -> None:

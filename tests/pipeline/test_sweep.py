@@ -97,7 +97,7 @@ def test_trials_are_judged_on_val_so_that_test_stays_unseen() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "messages"),
     [
         ({}, "nothing to vary"),
         ({"grid": {"train.seed": []}}, "train.seed: an empty list"),
@@ -107,13 +107,13 @@ def test_trials_are_judged_on_val_so_that_test_stays_unseen() -> None:
     ],
 )
 def test_a_sweep_file_that_makes_no_sense_is_refused_in_one_line(
-    values: Mapping[str, Any], told: str, tmp_path: Path
+    values: Mapping[str, Any], messages: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "sweep.yaml"
     file.write_text(json.dumps({"recipe": YAML, **values}))
     with pytest.raises(UserError) as caught:
         load(str(file))
-    assert told in str(caught.value)
+    assert messages in str(caught.value)
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -184,12 +184,12 @@ def test_the_table_begins_with_the_best_and_says_why_one_failed() -> None:
         result("better", "done", l1=0.2),
         TrialResult(trial=result("x", "failed").trial, state="failed", reason="out of memory"),
     ]
-    told = table(results, results[1], config(grid={"train.seed": [1]}))
-    assert told.index("better") < told.index("worse") < told.index("failed: out of memory")
-    assert "best by l1 on val: better" in told
+    messages = table(results, results[1], config(grid={"train.seed": [1]}))
+    assert messages.index("better") < messages.index("worse") < messages.index("failed: out of memory")
+    assert "best by l1 on val: better" in messages
 
 
-def test_the_table_says_which_trials_are_not_told_apart_from_the_best(tmp_path: Path) -> None:
+def test_the_table_says_which_trials_are_not_clearly_worse_than_the_best(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).normal(0, 0.01, 30)
     found = []
     for name, values in (("best", noise), ("as good", noise[::-1] + 0.001), ("worse", noise + 0.1)):
@@ -199,10 +199,10 @@ def test_the_table_says_which_trials_are_not_told_apart_from_the_best(tmp_path: 
         pq.write_table(table_, tmp_path / name / "metrics.parquet")
         one = result(name, "done", l1=0.2 + values.mean(), l1_low=0.1, l1_high=0.4)
         found.append(replace(one, folder=str(tmp_path / name)))
-    told = table(found, found[0], config(grid={"train.seed": [1]}))
-    assert "(0.1 to 0.4)" in told
-    assert "not told apart from it: as good (difference 0.001, " in told
-    assert "from it: worse" not in told
+    messages = table(found, found[0], config(grid={"train.seed": [1]}))
+    assert "(0.1 to 0.4)" in messages
+    assert "no clear difference from it: as good (0.001, " in messages
+    assert "from it: worse" not in messages
 
 
 class Record(NullRun):

@@ -24,7 +24,7 @@ BROUGHT = ("cluster", "pipeline", "recipes", "stages", "pyproject.toml", ".rayig
 
 
 def commands() -> str:
-    """The page's commands in order, each block told when it begins."""
+    """The page's commands in order, each block announced."""
     blocks = re.findall(r"^```bash\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
     assert len(blocks) == 8
     return "".join(f"echo '== block {number}'\n{block}" for number, block in enumerate(blocks, 1))
@@ -81,12 +81,12 @@ def test_the_tutorial_leads_from_pairs_to_painted_images(
         start_new_session=True,
     )
     try:
-        told, _ = shell.communicate(timeout=840)
+        messages, _ = shell.communicate(timeout=840)
     finally:
         _end(shell, folder, environment)
-    assert shell.returncode == 0, told
+    assert shell.returncode == 0, messages
     planned, trained, again, compared, painted = (
-        told.split(f"== block {number}\n")[1].split("== block")[0] for number in (3, 4, 5, 6, 7)
+        messages.split(f"== block {number}\n")[1].split("== block")[0] for number in (3, 4, 5, 6, 7)
     )
     assert re.search(r"^train-whole +\S+ +to do", planned, re.MULTILINE)
     assert re.search(r"pair +done in .*: pairs 40", planned)

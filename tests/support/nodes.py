@@ -156,7 +156,7 @@ class Node:
     log: Path
 
     @property
-    def told(self) -> str:
+    def printed(self) -> str:
         """What it has said so far."""
         return self.log.read_text(errors="replace")
 
@@ -269,7 +269,7 @@ class Nodes:
             )
         node = Node(f"node-{number}", machine, process, log)
         self.nodes.append(node)
-        until(lambda: "Ray runtime started" in node.told, node, what=f"{log}")
+        until(lambda: "Ray runtime started" in node.printed, node, what=f"{log}")
         return node
 
     def train(
@@ -322,21 +322,21 @@ class Followed:
                 self.lines.append(line.rstrip("\n"))
 
     @property
-    def told(self) -> str:
+    def printed(self) -> str:
         """What it has said so far."""
         return "\n".join(self.lines)
 
     def until(self, text: str) -> None:
         """Wait for a line that holds `text`."""
-        until(lambda: text in self.told, self, what=f"no {text!r}")
+        until(lambda: text in self.printed, self, what=f"no {text!r}")
 
     def end(self, expect: int = 0) -> str:
         """Wait for its end; what it said."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=2 * WAIT_S)
         self.reader.join(timeout=10)
-        assert self.process.poll() == expect, self.told
-        return self.told
+        assert self.process.poll() == expect, self.printed
+        return self.printed
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send it a signal."""
@@ -369,8 +369,8 @@ def until(ready: Callable[[], bool], running: Node | Followed, *, what: str) -> 
     """Wait for a condition as long as a process runs."""
     deadline = time.monotonic() + WAIT_S
     while not ready():
-        assert running.process.poll() is None, f"ended; {running.told}"
-        assert time.monotonic() < deadline, f"{what}; {running.told}"
+        assert running.process.poll() is None, f"ended; {running.printed}"
+        assert time.monotonic() < deadline, f"{what}; {running.printed}"
         time.sleep(0.05)
 
 

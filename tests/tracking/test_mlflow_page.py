@@ -69,8 +69,8 @@ def runs(server: str, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
         words = [sys.executable, "-m", "pipeline.run", "-c", str(folder / "page.yaml")]
         for setting in (*model, f"train.losses={{l1: {weight}}}", f"tracking.uri={server}"):
             words += ["--set", setting]
-        told = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=400)
-        assert told.returncode == 0, told.stdout + told.stderr
+        text = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=400)
+        assert text.returncode == 0, text.stdout + text.stderr
     client = MlflowClient(tracking_uri=server)
     experiment = client.get_experiment_by_name("street-sample").experiment_id
     found = client.search_runs([experiment], order_by=["attributes.start_time ASC"])
@@ -93,9 +93,9 @@ def test_two_runs_compared_tell_what_was_changed_and_what_it_did(
     chart.wait_for()
     # the page chooses by itself what differs: one axis for what was changed, one for what it did
     assert "lambda_l1" in chart.inner_text()
-    told = page.locator("body").inner_text()
-    assert "lambda_l1" in told
-    assert "learning_rate" not in told.partition("Parameters")[2].partition("Metrics")[0]
+    text = page.locator("body").inner_text()
+    assert "lambda_l1" in text
+    assert "learning_rate" not in text.partition("Parameters")[2].partition("Metrics")[0]
     for name in ("l1", "psnr", "ssim", "mean_target_l1"):
         page.get_by_text(name, exact=True).first.wait_for()
     target = Path(os.environ.get("PIXLOOM_PICTURES", tmp_path)) / "mlflow_compare.png"
@@ -152,7 +152,7 @@ def test_the_registered_champion_generates_by_its_name(server: str, runs: list[A
     (folder / "a.png").write_bytes(encode.encode_image(scene(0, 80, 64)["source"], "png"))
     words = [sys.executable, "-m", "pipeline.infer", "--model", "models:/street-sample@champion"]
     words += ["--input", str(folder), "--output", str(tmp_path / "out"), "--set", f"tracking.uri={server}"]
-    told = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
-    assert told.returncode == 0, told.stdout + told.stderr
+    text = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert text.returncode == 0, text.stdout + text.stderr
     with Image.open(tmp_path / "out" / "images" / "a.png") as image:
         assert image.size == (80, 64)

@@ -73,7 +73,7 @@ EXAMPLE = {"image": encode.encode_png(scene(3, 32, 32)["source"])}
 
 
 def measured(value: float, data: str = "d", *, apart: float | None = None) -> Measurement:
-    """l1 by image: this mean, and a noise of its own if it is to be told apart from none of the others."""
+    """l1 by image: this mean, and a noise of its own so that it differs clearly from none of the others."""
     rng = np.random.default_rng(int(value * 1000))
     noise = rng.normal(0, 0.001 if apart is None else apart, 20)
     images = {"key": [f"k{i}" for i in range(20)], "group": [""] * 20, "l1": value + noise - noise.mean()}
@@ -103,7 +103,7 @@ def test_the_better_one_is_champion_and_none_is_made_twice(uri: str, tmp_path: P
     assert "now champion (l1 0.2)" in send(0, measured(0.2))
     assert champion() == "1"
     assert "champion stays version 1 (l1 0.2), this one has 0.3" in send(1, measured(0.3))
-    assert "this one has 0.19: not told apart, difference -0.01 (" in send(2, measured(0.19, apart=0.2))
+    assert "this one has 0.19: no clear difference, -0.01 (" in send(2, measured(0.19, apart=0.2))
     assert champion() == "1"
     better = send(2, measured(0.1))
     assert "now champion (l1 0.1, before: version 1 (l1 0.2), difference -0.1 (" in better

@@ -343,10 +343,12 @@ def test_the_model_is_that_of_the_epoch_that_is_chosen(
     for kind in ("raw", "ema"):
         made = {f"{kind}.{n}": value for n, value in weights(tmp_path, weights=kind).items()}
         assert_equal(made, {n: seen[best - 1][n] for n in made})
-    told = [news.text for news in mailbox.take() if isinstance(news, Note) and "train.select" in news.text]
-    assert len(told) == 2 * (select is not None)
-    assert all("measured after every 1 epochs, 5 times in all" in text for text in told[:1])
-    assert all(("was not measured" in text) == (name == "ssim" != select) for text in told[1:])
+    messages = [
+        news.text for news in mailbox.take() if isinstance(news, Note) and "train.select" in news.text
+    ]
+    assert len(messages) == 2 * (select is not None)
+    assert all("measured after every 1 epochs, 5 times in all" in text for text in messages[:1])
+    assert all(("was not measured" in text) == (name == "ssim" != select) for text in messages[1:])
 
 
 def test_what_chooses_is_measured_as_often_as_its_share_of_the_time_allows() -> None:
