@@ -355,6 +355,38 @@ def test_a_table_of_uris_is_generated(workers_in_process: None, tmp_path: Path, 
     assert whole(tmp_path / "out")
 
 
+def test_the_images_inside_a_table_are_generated(
+    workers_in_process: None, tmp_path: Path, model: str
+) -> None:
+    """As the same images in files are; a row without one and a damaged one are errors."""
+    data = [encode.encode_image(scene(n, 32, 32)["source"], "png") for n in range(4)]
+    for n, one in enumerate(data):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{n}.png").write_bytes(one)
+    cells = [{"bytes": one, "path": f"{n}.png"} for n, one in enumerate(data)]
+    cells += [{"bytes": data[0][:-30], "path": "cut.png"}, {"bytes": None, "path": None}]
+    pq.write_table(pa.table({"photo": cells, "id": range(6)}), tmp_path / "t-0.parquet", row_group_size=2)
+    seen = run(tmp_path / "files", model=model, input=f"{tmp_path}/in")
+    assert seen.counts == {"images": 4, "errors": 0}
+    outcome = run(tmp_path / "out", model=model, input=f"{tmp_path}/t-*.parquet", max_reject_fraction=1)
+    assert outcome.counts == {"images": 4, "errors": 2, "error_truncated": 1, "error_bad_row": 1}
+    rows = {row["key"]: row["crc"] for row in table(tmp_path / "out") if row["error"] is None}
+    assert rows == {row["key"]: row["crc"] for row in table(tmp_path / "files")}
+    numbered = {"source": "photo", "key": None}
+    run(
+        tmp_path / "no", model=model, input=f"{tmp_path}/t-0.parquet", columns=numbered, max_reject_fraction=1
+    )
+    assert (tmp_path / "no/images/t-0/000001.png").read_bytes() == (
+        tmp_path / "files/images/0.png"
+    ).read_bytes()
+
+
+def test_a_table_with_several_columns_of_images_asks_for_the_sources(tmp_path: Path, model: str) -> None:
+    pq.write_table(pa.table({"photo": [b"a"], "mask": [b"b"]}), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=r"\(photo, mask\): .* infer\.columns: {source: photo}"):
+        run(tmp_path / "out", model=model, input=f"{tmp_path}/t.parquet")
+
+
 def test_a_single_image_is_generated(workers_in_process: None, tmp_path: Path, model: str) -> None:
     folder_of_sources(tmp_path / "in")
     assert run(tmp_path / "out", model=model, input=f"{tmp_path}/in/a.png").counts["images"] == 1

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from operator import not_
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from stages.base import Config, Format, Fraction, Palette, Precision, Split
-from stages.config.locations import compile_pattern
+from stages.config.locations import Column, compile_pattern
 
 
 class StyleConfig(Config):
@@ -51,6 +52,12 @@ class InferConfig(Config):
     pattern: Annotated[
         str, Field(description="The path of a source below `input`, with its variable part as {key}.")
     ] = "{key}.*"
+    columns: dict[Column, str | None] = Field(
+        default_factory=dict,
+        exclude_if=not_,  # so that a config without it keeps its fingerprint
+        description="The names of the columns in an input table that holds images: {source: photo, key: id}. "
+        "`key: null` numbers the rows. Empty: source, or the only column of images, and key, instance.",
+    )
     instance: Annotated[
         str | None, Field(description="The folder of the instance maps. null: the same as `input`.")
     ] = None

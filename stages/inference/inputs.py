@@ -1,18 +1,19 @@
 """The inputs of batch inference, cut into work units that are the same whenever and wherever they are done.
 
 in:  shards: a unit is a range of row groups of one file of the split
-     a folder, bucket, archive or Parquet table of {key, uri[, instance]}: its listing is written to `plan/`
-     once, so that a rerun continues with the same units; a unit is `UNIT_ROWS` rows of it
+     a folder, bucket, archive or Parquet table, of {key, uri[, instance]} or of the images themselves: its
+     listing is written to `plan/` once, so that a rerun continues with the same units; a unit is `UNIT_ROWS`
+     rows of it
 out: unit -> Item, Item, ...   each with its key; `load` fetches and decodes its images, from any thread
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 from weakref import finalize
 
 import numpy as np
@@ -22,15 +23,16 @@ import pyarrow.parquet as pq
 from stages import storage
 from stages.base import Role, Split
 from stages.config.infer import InferConfig
-from stages.config.locations import Pattern, compile_pattern
+from stages.config.locations import Column, Pattern, compile_pattern
 from stages.errors import UserError
 from stages.images import decode, geometry, geotiff
 from stages.images.geotiff import Tags, TiffRows
 from stages.images.kinds import Array, ImageRejected
 from stages.models.architecture import Picture
-from stages.objects import listing, patterns
+from stages.objects import cells, listing, patterns, tables
 from stages.objects.digest import Uint64s, key_hashes, no_rows, row_sums, spell
 from stages.objects.fetch import Object, Reader
+from stages.objects.tables import Columns
 from stages.parallel.threads import Prefetch
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec, RoleSpec
@@ -162,7 +164,8 @@ def plan(config: InferConfig, output: str | None) -> InputPlan:
         nonlocal waiting, chunks
         if output is not None:
             name = storage.join(output, "plan", f"chunk-{chunks:05d}.parquet")
-            chunk = waiting.slice(0, chunk_rows).sort_by("key")
+            inside = waiting["uri"][0].as_py().startswith(cells.SCHEME)  # a unit then reads few row groups
+            chunk = waiting.slice(0, chunk_rows).sort_by("uri" if inside else "key")
             storage.write_parquet(name, chunk, row_group_rows=UNIT_ROWS, compression="zstd")
         chunks += 1
         waiting = waiting.slice(chunk_rows)
@@ -214,20 +217,26 @@ def _tables(config: InferConfig) -> Iterator[tuple[int, pa.Table]]:
     """For each page of the listing: its number of objects, and those that fit, as rows of the plan."""
     uri = location(config)
     if uri.lower().endswith(".parquet"):
-        yield from _rows_of_table(uri)
+        with cells.opened(tables.files(uri)[0][0]) as file:
+            schema = file.schema_arrow
+        if "uri" in schema.names or not any(map(cells.has_images, schema)):
+            for table, _ in tables.files(uri):
+                yield from _rows_of_table(table)
+        else:
+            yield from _images_of_tables(uri, config.columns or _columns(uri, schema))
         return
     pattern, instances = compile_pattern(config.pattern), None
     if config.instance_pattern:
         folder = storage.absolute(config.instance) if config.instance else uri
         instances = storage.join(folder, config.instance_pattern)
 
-    def tables(unit: listing.Unit) -> Iterator[tuple[int, pa.Table]]:
+    def fitting(unit: listing.Unit) -> Iterator[tuple[int, pa.Table]]:
         for page in listing.pages(uri, unit):
             yield len(page), _fitting(page, pattern, instances)
 
     units = listing.split_location(uri, want=LISTERS)
     with closing(
-        Prefetch([partial(tables, unit) for unit in units], depth=2 * LISTERS, name="list")
+        Prefetch([partial(fitting, unit) for unit in units], depth=2 * LISTERS, name="list")
     ) as pages:
         yield from pages
 
@@ -247,8 +256,41 @@ def _fitting(page: listing.Page, pattern: Pattern, instances: str | None) -> pa.
         error = fault or ("bad_key" if refused or valid != path else None)
         instance = None if instances is None else instances.replace("{key}", key)
         rows.append((key, _valid(uri), size, etag, instance, error))
+    return _planned(rows)
+
+
+def _planned(rows: Sequence[tuple[Any, ...]]) -> pa.Table:
     columns = [[row[i] for row in rows] for i in range(len(PLAN))]
     return pa.table([pa.array(c, f.type) for c, f in zip(columns, PLAN, strict=True)], schema=PLAN)
+
+
+def _columns(uri: str, schema: pa.Schema) -> Columns:
+    """The columns of a table that holds images. Raises UserError if several may be the sources."""
+    images = [field.name for field in schema if cells.has_images(field)]
+    source = "source" if "source" in schema.names else images[0]
+    if source != "source" and len(images) > 1:
+        raise UserError(
+            f"{uri}: several columns hold images ({', '.join(images)}): name the sources' by infer.columns: "
+            f"{{source: {images[0]}}}"
+        )
+    columns: dict[Column, str | None] = {"source": source}
+    for name in get_args(Column):
+        if name in ("key", "instance") and name in schema.names and name != source:
+            columns[name] = name
+    return columns
+
+
+def _images_of_tables(uri: str, columns: Columns) -> Iterator[tuple[int, pa.Table]]:
+    for unit in tables.units(uri):
+        for table, _ in tables.read(unit, columns, uri):
+            found = tables.objects(table, unit.paths[0], ()).to_pylist()
+            maps = {row["key"]: row["uri"] for row in found if row["role"] == "instance"}
+            rows = [
+                (row["key"], row["uri"], -1, row["etag"], maps.get(row["key"]), row["reason"] or None)
+                for row in found
+                if row["role"] in ("source", "table")
+            ]
+            yield table.num_rows, _planned(rows)
 
 
 def _rows_of_table(uri: str) -> Iterator[tuple[int, pa.Table]]:
@@ -299,7 +341,9 @@ def object_items(
     reader = Reader()  # of this unit alone: it holds the members of the compressed archives it has read
     place = {"file": f"plan/chunk-{unit // UNITS_PER_CHUNK:05d}.parquet", "group": unit % UNITS_PER_CHUNK}
     rows = read_unit(output, place, PLAN.names).to_pylist()
-    reader.expect(Object(row["uri"], row["size"], row["etag"]) for row in rows if row["error"] is None)
+    good = [row for row in rows if row["error"] is None]
+    reader.expect(Object(row["uri"], row["size"], row["etag"]) for row in good)
+    reader.expect(Object(row["instance"]) for row in good if instances and row["instance"] is not None)
     duplicates, refused = set(planned.duplicates), set(planned.refused)
     hashes = key_hashes(pa.chunked_array([[row["key"] for row in rows]], pa.string()))
     for row, hashed in zip(rows, hashes, strict=True):
