@@ -24,7 +24,7 @@ from stages.errors import StageError, UserError
 from stages.images import colour, decode, encode, geotiff
 from stages.images.kinds import ImageRejected
 from stages.infer import InferenceWorker, LoadedItem, draws, same_shape_batches, source_size
-from stages.inference import outputs
+from stages.inference import inputs, outputs
 from stages.inference.inputs import InputImages, Item
 from stages.inference.translator import Translator
 from stages.models.files.saved import load_model
@@ -385,6 +385,20 @@ def test_a_table_with_several_columns_of_images_asks_for_the_sources(tmp_path: P
     pq.write_table(pa.table({"photo": [b"a"], "mask": [b"b"]}), tmp_path / "t.parquet")
     with pytest.raises(UserError, match=r"\(photo, mask\): .* infer\.columns: {source: photo}"):
         run(tmp_path / "out", model=model, input=f"{tmp_path}/t.parquet")
+
+
+def test_a_table_names_no_instance_map_outside_its_folder(tmp_path: Path) -> None:
+    maps = ["ids/a.png", "/etc/b.png", "../c.png"]
+    pq.write_table(
+        pa.table({"photo": [b"a", b"b", b"c"], "key": list("abc"), "instance": maps}), tmp_path / "t.parquet"
+    )
+    inputs.plan(InferConfig(input=f"{tmp_path}/t.parquet"), str(tmp_path / "out"))
+    rows = pq.read_table(tmp_path / "out/plan/chunk-00000.parquet").to_pylist()
+    assert {row["key"]: row["instance"] for row in rows} == {
+        "a": f"{tmp_path}/ids/a.png",
+        "b": None,
+        "c": None,
+    }
 
 
 def test_a_single_image_is_generated(workers_in_process: None, tmp_path: Path, model: str) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 from weakref import finalize
 
 import numpy as np
@@ -273,18 +273,16 @@ def _columns(uri: str, schema: pa.Schema) -> Columns:
             f"{uri}: several columns hold images ({', '.join(images)}): name the sources' by infer.columns: "
             f"{{source: {images[0]}}}"
         )
-    columns: dict[Column, str | None] = {"source": source}
-    for name in get_args(Column):
-        if name in ("key", "instance") and name in schema.names and name != source:
-            columns[name] = name
-    return columns
+    columns: dict[Column, str | None] = {"source": source, "key": "key", "instance": "instance"}
+    return {name: written for name, written in columns.items() if written in schema.names}
 
 
 def _images_of_tables(uri: str, columns: Columns) -> Iterator[tuple[int, pa.Table]]:
     for unit in tables.units(uri):
         for table, _ in tables.read(unit, columns, uri):
             found = tables.objects(table, unit.paths[0], ()).to_pylist()
-            maps = {row["key"]: row["uri"] for row in found if row["role"] == "instance"}
+            good = [row for row in found if not row["reason"]]
+            maps = {row["key"]: row["uri"] for row in good if row["role"] == "instance"}
             rows = [
                 (row["key"], row["uri"], -1, row["etag"], maps.get(row["key"]), row["reason"] or None)
                 for row in found

@@ -60,7 +60,7 @@ TABLE = pa.schema(
 `<role>_cell` is the URI of an image inside the table. `etag` is the version of a table that holds images.
 """
 
-_WILD = {"{split}": "(?P<split>[^/]+?)", "**": ".*", "*": "[^/]*"}
+_WILD = {"{split}": "(?P<split>[^/]+?)", "*": "[^/]*"}
 _ANY_WILD = re.compile("(" + "|".join(map(re.escape, _WILD)) + ")")
 
 
