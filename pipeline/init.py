@@ -28,7 +28,8 @@ was taken for source (left) and target (right). No file is overwritten."""
 
 LAYOUTS = (
     "init knows two locations with the same names, folders a/1.png and b/1.png, endings 1_a.png and 1_b.png "
-    "or 1_w1.tif and 1_w2.tif, or files of both images side by side; docs/data.md shows how to write others"
+    "or 1_w1.tif and 1_w2.tif, files of both images side by side, or a .parquet with two columns of images; "
+    "docs/data.md shows how to write others"
 )
 PARTS = 64  # of a listing, of each of which one page is read
 PAIRS = 10
@@ -37,8 +38,11 @@ MULTIPLE = 32  # of both sides, as the recipe's networks need
 FEW = 64  # values of a label map, at most
 
 _SPLIT = r"(?i:train(?:ing)?|val(?:id|idation)?|test(?:ing)?)"
-_SOURCE = r"src|source|input|a|labels?|annot\w*|masks?|seg\w*|edges?|sketch\w*|lr|gr[ea]y|gt|maps?|thermal"
-_TARGET = r"tgt|target|output|b|photos?|images?|imgs?|real|hr|rgb|colou?r"
+_SOURCE = (
+    r"src|source|input|condition(?:ing)?|original|a|labels?|annot\w*|masks?|seg\w*|edges?|sketch\w*|lr|gr[ea]y|gt"
+    r"|maps?|thermal"
+)
+_TARGET = r"tgt|target|output|edited|b|photos?|images?|imgs?|real|hr|rgb|colou?r"
 
 ENDINGS = {"ending": r"[A-Za-z]+", "channel": r"[A-Za-z]+\d+"}
 
@@ -160,11 +164,33 @@ def sample(uri: str, number: int) -> Iterator[Name]:
                         yield number, path, found
 
 
+def table_sides(uri: str) -> list[Side]:
+    """Two columns of images of a Parquet table, by what their names say; none if it has no two."""
+    import pyarrow as pa  # noqa: PLC0415
+
+    from stages.objects import cells, tables  # noqa: PLC0415
+    from stages.storage import absolute, located  # noqa: PLC0415
+
+    with located(uri):
+        table = tables.files(absolute(uri))[0][0]
+        with cells.opened(table) as parquet:
+            words = [field.name for field in parquet.schema_arrow if cells.has_images(field)]
+            rows = range(1, parquet.metadata.row_group(0).num_rows + 1 if parquet.num_row_groups else 1)
+    columns = [cells.addresses(table, word, pa.array(rows)).to_pylist() for word in words]
+    sides = [
+        Side(uri, word, "", dict(zip(map(str, rows), column, strict=True)))
+        for word, column in zip(words, columns, strict=True)
+    ]
+    by_names = sorted(combinations(sides, 2), key=lambda two: -abs(two[0].leaning() - two[1].leaning()))
+    return list(by_names[0]) if by_names else []
+
+
 def read(uris: Sequence[str]) -> list[bytes]:
     """The files' contents."""
     from stages.objects.fetch import Object, Reader  # noqa: PLC0415
 
     reader = Reader()
+    reader.expect(map(Object, uris))
     return [reader.read(Object(uri)) for uri in uris]
 
 
@@ -226,10 +252,15 @@ def look(uris: Sequence[str]) -> tuple[str, list[str], list[list[Any]]]:
     from stages.images.geometry import crop_half, resize  # noqa: PLC0415
 
     where = " and ".join(uris)
-    names = [name for number, uri in enumerate(uris) for name in sample(uri, number)]
+    if uris[0].lower().endswith(".parquet"):
+        sides = table_sides(uris[0])
+        names = [(0, key, uri) for side in sides for key, uri in side.images.items()]
+    else:
+        names = [name for number, uri in enumerate(uris) for name in sample(uri, number)]
+        sides = find_sides(names, uris) if names else []
     if len(names) < 2:
         raise UserError(f"{where}: {('no images', 'one image')[len(names)]} there; {LAYOUTS}")
-    if sides := find_sides(names, uris):
+    if sides:
         first, second = (side.images for side in sides)
         shared = sorted(first.keys() & second.keys())
         keys = shared[:: -(-len(shared) // PAIRS)]
@@ -298,6 +329,9 @@ def write(
         f"    - {{uri: {json.dumps(side.uri)}, role: {role}, pattern: {json.dumps(side.pattern)}}}\n"
         for side, role in locations
     )
+    if not locations[0][0].pattern:  # columns of a table
+        columns = json.dumps({role: side.word for side, role in locations})
+        rows = f"    - {{uri: {json.dumps(locations[0][0].uri)}, role: table, columns: {columns}}}\n"
     return (
         f"# yaml-language-server: $schema={configuration.RECIPES / 'pipeline.schema.json'}\n#\n"
         "# What `pixloom init` took for what. The picture beside this file has source left, target right.\n"

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -108,6 +110,19 @@ def test_large_folders_are_each_looked_at() -> None:
         for n in range(1100):
             shutil.copy("x.png", f"data/{folder}/{n}.png")
     assert len(places(written("data"))) == 2
+
+
+def test_a_table_that_holds_images_is_a_location_with_its_columns() -> None:
+    fill("a/{:02}.png")
+    fill("b/{:02}.png")
+    images = {
+        name: [{"bytes": path.read_bytes(), "path": path.name} for path in sorted(Path(folder).iterdir())]
+        for name, folder in (("image", "a"), ("conditioning_image", "b"))
+    }
+    pq.write_table(pa.table({"text": ["x"] * 12} | images), "train-0.parquet", row_group_size=5)
+    (location,) = written("{split}-*.parquet").ingest.locations
+    assert (location.role, Path(location.uri).name) == ("table", "{split}-*.parquet")
+    assert location.columns == {"source": "conditioning_image", "target": "image"}
 
 
 def test_files_with_both_images_side_by_side() -> None:
