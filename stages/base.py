@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Role = Literal["source", "target", "label", "instance", "features"]
 """What an image is to its pair. `label` and `instance` are optional maps that belong to the source;
@@ -183,23 +183,3 @@ class Outcome:
     metrics: Mapping[str, float] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
     """How it was done where the config leaves that open."""
-
-
-__all__ = [
-    "MAX_PIXELS",
-    "Config",
-    "Encoding",
-    "Format",
-    "Fraction",
-    "Kind",
-    "Outcome",
-    "Palette",
-    "Point",
-    "PositiveInt",
-    "Precision",
-    "Range",
-    "Resources",
-    "Role",
-    "Seen",
-    "Split",
-]

@@ -40,12 +40,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from stages import storage
 from stages.base import Outcome, Resources
 from stages.config.evaluate import InceptionConfig, LpipsConfig
-from stages.config.train import (
-    PhaseJob,
-    check_size,
-    check_workers,
-    full_size,
-)
+from stages.config.train import PhaseJob, check_size, check_workers, full_size
 from stages.errors import PixloomError, StageError, UserError, cause
 from stages.models.architecture import Picture, Preprocessing
 from stages.models.fast.process import gpu_environment, tune_process

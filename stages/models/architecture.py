@@ -13,22 +13,6 @@ from pydantic import Field, PositiveInt, model_validator
 
 from stages.base import Config, Kind, Palette, Range
 
-__all__ = [
-    "Architecture",
-    "InputSpec",
-    "Parts",
-    "Picture",
-    "Pix2Pix",
-    "Pix2PixHD",
-    "Preprocessing",
-    "Upsampling",
-    "condition_channels",
-    "discriminator_channels",
-    "generator_channels",
-    "size_multiple",
-    "uses_edges",
-]
-
 Parts = Literal["all", "outermost"]
 """What a phase trains of the generator: all of it, or only the outermost enhancer (the local phase)."""
 

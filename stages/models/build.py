@@ -25,15 +25,6 @@ from stages.models.layers import initialise
 from stages.models.pix2pix import PatchDiscriminator, PixelDiscriminator, UNet
 from stages.models.pix2pixhd import CoarseToFineGenerator, FeatureEncoder, MultiScaleDiscriminator
 
-__all__ = [
-    "build_discriminator",
-    "build_encoder",
-    "build_generator",
-    "grow_discriminator",
-    "grow_generator",
-    "trainable_parts",
-]
-
 
 def build_generator(
     arch: Pix2Pix | Pix2PixHD,
@@ -156,8 +147,11 @@ def trainable_parts(generator: nn.Module, parts: Parts) -> list[nn.Parameter]:
     return [parameter for parameter in generator.parameters() if parameter.requires_grad]
 
 
-def grow_generator(generator: CoarseToFineGenerator, before: CoarseToFineGenerator) -> None:
-    """Copy what the phase before trained: G1 and its enhancers. A new part around them stays new."""
+def grow_generator(generator: nn.Module, before: nn.Module) -> None:
+    """Copy what the phase before trained: G1 and its enhancers, or all. A new part around them stays new."""
+    if not (isinstance(generator, CoarseToFineGenerator) and isinstance(before, CoarseToFineGenerator)):
+        generator.load_state_dict(before.state_dict())
+        return
     generator.coarse.load_state_dict(before.coarse.state_dict())
     if len(before.enhancers) > len(generator.enhancers):
         raise ValueError(
@@ -169,8 +163,13 @@ def grow_generator(generator: CoarseToFineGenerator, before: CoarseToFineGenerat
         generator.head.load_state_dict(before.head.state_dict())
 
 
-def grow_discriminator(discriminator: MultiScaleDiscriminator, before: MultiScaleDiscriminator) -> None:
+def grow_discriminator(discriminator: nn.Module, before: nn.Module) -> None:
     """Copy the trained scales to their absolute resolution: added scales are the finest and start fresh."""
+    if not (
+        isinstance(discriminator, MultiScaleDiscriminator) and isinstance(before, MultiScaleDiscriminator)
+    ):
+        discriminator.load_state_dict(before.state_dict())
+        return
     added = len(discriminator.scales) - len(before.scales)
     if added < 0:
         raise ValueError(

@@ -127,30 +127,26 @@ def set_learning_rate(gan: GanState, rate: float) -> None:
 
 def state_of(gan: GanState) -> dict[str, Any]:
     """All that resuming needs, as nested dicts of tensors and numbers (references, not copies)."""
-    state: dict[str, Any] = {
-        "generator": gan.generator.state_dict(),
-        "generator_optimizer": gan.generator_optimizer.state_dict(),
-    }
-    if gan.discriminator is not None and gan.discriminator_optimizer is not None:
-        state["discriminator"] = gan.discriminator.state_dict()
-        state["discriminator_optimizer"] = gan.discriminator_optimizer.state_dict()
-    if gan.encoder is not None:
-        state["encoder"] = gan.encoder.state_dict()
-    if gan.ema is not None:
-        state["ema"] = gan.ema.network.state_dict()
-        state["ema_updates"] = gan.ema.updates
-    return state
+    state: dict[str, Any] = {name: part.state_dict() for name, part in _parts(gan).items()}
+    return state if gan.ema is None else state | {"ema_updates": gan.ema.updates}
 
 
 def load_state(gan: GanState, state: Mapping[str, Any]) -> None:
     """Restore what `state_of` returned, into a state that was built with the same arguments."""
-    gan.generator.load_state_dict(state["generator"])
-    gan.generator_optimizer.load_state_dict(state["generator_optimizer"])
-    if gan.discriminator is not None and gan.discriminator_optimizer is not None:
-        gan.discriminator.load_state_dict(state["discriminator"])
-        gan.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
-    if gan.encoder is not None:
-        gan.encoder.load_state_dict(state["encoder"])
+    for name, part in _parts(gan).items():
+        part.load_state_dict(state[name])
     if gan.ema is not None:
-        gan.ema.network.load_state_dict(state["ema"])
         gan.ema.updates = state["ema_updates"]
+
+
+def _parts(gan: GanState) -> dict[str, nn.Module | Adam]:
+    """What has a state, by its name in checkpoints."""
+    parts: dict[str, nn.Module | Adam | None] = {
+        "generator": gan.generator,
+        "generator_optimizer": gan.generator_optimizer,
+        "discriminator": gan.discriminator,
+        "discriminator_optimizer": gan.discriminator_optimizer,
+        "encoder": gan.encoder,
+        "ema": None if gan.ema is None else gan.ema.network,
+    }
+    return {name: part for name, part in parts.items() if part is not None}

@@ -183,11 +183,7 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(N, C_in, H, W) -> layers + 2 feature maps, the last one (N, 1, h, w) logits."""
-        features = []
-        for block in self.blocks:
-            x = block(x)
-            features.append(x)
-        return features
+        return _feature_maps(self.blocks, x)
 
 
 class PixelDiscriminator(nn.Module):
@@ -206,11 +202,15 @@ class PixelDiscriminator(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(N, C_in, H, W) -> three feature maps, the last one (N, 1, H, W) logits."""
-        features = []
-        for block in self.blocks:
-            x = block(x)
-            features.append(x)
-        return features
+        return _feature_maps(self.blocks, x)
+
+
+def _feature_maps(blocks: nn.ModuleList, x: Tensor) -> list[Tensor]:
+    features = []
+    for block in blocks:
+        x = block(x)
+        features.append(x)
+    return features
 
 
 class DiscriminatorBlock(nn.Module):

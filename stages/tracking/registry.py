@@ -17,7 +17,6 @@ import time
 from collections.abc import Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import mlflow
@@ -95,22 +94,22 @@ def register_model(
             data=f"{shards.rpartition('/')[2]} {spec.scored_split(config.split, 'evaluate.split')}",
             images=table.of_images(storage.join(metrics, "metrics.parquet"), config.metric),
         )
-    send = partial(
-        register,
-        storage.join(model, "model"),
-        tracking_uri=parent.uri,
-        example=dataset.example(shards, spec),
-        name=config.name,
-        alias=config.alias,
-        promote=config.promote,
-        measured=measured,
-    )
+    example = dataset.example(shards, spec)
     parent.flush()
     if not (run_id := parent.run_id(wait=1.0)):
         raise StageError(f"register: MLflow at {config.server} does not answer; {AGAIN}")
     for wait in (*WAITS, None):
         try:
-            outcome = send(run_id=run_id)
+            outcome = register(
+                storage.join(model, "model"),
+                tracking_uri=parent.uri,
+                run_id=run_id,
+                example=example,
+                name=config.name,
+                alias=config.alias,
+                promote=config.promote,
+                measured=measured,
+            )
             break
         except Exception as error:  # every client library of MLflow has its own
             if wait is None or is_refusal(error):

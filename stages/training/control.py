@@ -21,17 +21,7 @@ from ray.train import UserCallback
 from stages.errors import cause
 from stages.parallel import monitoring
 from stages.progress import Progress
-from stages.training.news import (
-    Advance,
-    Begin,
-    News,
-    Note,
-    Points,
-    Restart,
-    SampleGrid,
-    Saved,
-    Stop,
-)
+from stages.training.news import Advance, Begin, News, Note, Points, Restart, SampleGrid, Saved, Stop
 
 if TYPE_CHECKING:
     from stages.tracking.run import Run

@@ -130,8 +130,7 @@ def to_table(rows: Sequence[Point]) -> pa.Table:
 
 def from_table(table: pa.Table) -> list[Point]:
     """The inverse of `to_table`."""
-    columns = [table[name].to_pylist() for name in SCHEMA.names]
-    return [Point(*row) for row in zip(*columns, strict=True)]
+    return [Point(**row) for row in table.to_pylist()]
 
 
 def balance(losses: Mapping[str, float]) -> dict[str, float]:

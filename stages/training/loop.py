@@ -33,14 +33,7 @@ from stages.models.copies import arrival
 from stages.models.fast.process import best_precision, deterministic
 from stages.models.files.saved import MANIFEST, save_model
 from stages.models.files.vgg import load_vgg
-from stages.models.gan import (
-    GanState,
-    build_gan,
-    learning_rate_at,
-    load_state,
-    set_learning_rate,
-    state_of,
-)
+from stages.models.gan import GanState, build_gan, learning_rate_at, load_state, set_learning_rate, state_of
 from stages.models.layers import synchronise_batch_norms
 from stages.models.pix2pixhd import FeatureEncoder
 from stages.models.step import Batch, Losses, random_source, update
@@ -56,18 +49,7 @@ from stages.training.curves import ClosedWindow, DivergedError, Window
 from stages.training.execution import Execution, Part
 from stages.training.gradients import GradientAverager, Messages, new_group
 from stages.training.graph import GraphedStep, Recorder, Step
-from stages.training.news import (
-    Advance,
-    Begin,
-    Channel,
-    Note,
-    Order,
-    Points,
-    SampleGrid,
-    Save,
-    Saved,
-    Stop,
-)
+from stages.training.news import Advance, Begin, Channel, Note, Order, Points, SampleGrid, Save, Saved, Stop
 from stages.training.start import start_from
 
 PICTURES = 20  # sample grids per phase, at most

@@ -21,13 +21,7 @@ from stages.config.train import PhaseJob, discriminators
 from stages.errors import one_line
 from stages.models.architecture import InputSpec, Parts, Pix2PixHD, discriminator_channels, generator_channels
 from stages.models.build import build_discriminator, build_encoder, build_generator, trainable_parts
-from stages.models.pix2pixhd import (
-    CoarseToFineGenerator,
-    ConvNormReLU,
-    FeatureEncoder,
-    Head,
-    ResidualBlock,
-)
+from stages.models.pix2pixhd import CoarseToFineGenerator, ConvNormReLU, FeatureEncoder, Head, ResidualBlock
 from stages.shards.dataset import DatasetSpec
 
 FLOAT = 4  # bytes

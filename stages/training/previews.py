@@ -67,28 +67,27 @@ Scores = Callable[[Sequence[Array], Sequence[Array]], list[float]]
 Features = Callable[[Sequence[Array]], np.ndarray]
 
 
-def pair_scores(job: PhaseJob, device: str) -> Scores | None:
-    """The metric of `train.select` for single pairs; None if it is none, or the L1. UserError for weights."""
+def scorers(job: PhaseJob, device: str) -> tuple[Scores | None, Features | None]:
+    """The metric of `train.select` for single pairs, or the features whose sets it compares.
+
+    Raises UserError for weights.
+    """
     match job.select:
         case "psnr" | "ssim" | "ms_ssim" as name:
-            return lambda fakes, reals: [
-                row[name] for row in pixel_scores_of(fakes, reals, device) if name in row
-            ]
+
+            def scores(fakes: Sequence[Array], reals: Sequence[Array]) -> list[float]:
+                return [row[name] for row in pixel_scores_of(fakes, reals, device) if name in row]
+
+            return scores, None
         case "lpips":
             assert isinstance(job.scorer, LpipsConfig)
-            return LpipsScorer(job.scorer, device)
-    return None
-
-
-def set_features(job: PhaseJob, device: str) -> Features | None:
-    """The features whose sets `train.select` compares; None if it does not. UserError for weights."""
-    match job.select:
+            return LpipsScorer(job.scorer, device), None
         case "fid":
             assert isinstance(job.scorer, InceptionConfig)
-            return Inception(job.scorer, device)
+            return None, Inception(job.scorer, device)
         case "frechet:efficientnet_lite0":
-            return PerceptualFeatures(device)
-    return None
+            return None, PerceptualFeatures(device)
+    return None, None
 
 
 @dataclass
@@ -105,8 +104,7 @@ class Samples:
     """By the number of their group: the targets are the same each time."""
 
     def __post_init__(self) -> None:
-        self._scores = pair_scores(self.job, self.device.type)
-        self._features = set_features(self.job, self.device.type)
+        self._scores, self._features = scorers(self.job, self.device.type)
 
     def __call__(self, gan: GanState, measure: bool = True) -> tuple[Array | None, dict[str, float]]:
         """A grid, None where no pair is whole; if `measure`, numbers, none without a validation split."""

@@ -12,7 +12,7 @@ from stages import storage
 from stages.config.train import PhaseJob, discriminators
 from stages.errors import StageError, UserError, first_invalid, named
 from stages.inference.model_folder import folder_description, model_folder
-from stages.models.architecture import Architecture, InputSpec, Pix2PixHD
+from stages.models.architecture import Architecture, InputSpec
 from stages.models.build import build_discriminator, build_generator, grow_discriminator, grow_generator
 from stages.models.ema import Ema
 from stages.models.files.saved import (
@@ -26,8 +26,6 @@ from stages.models.files.saved import (
 )
 from stages.models.gan import GanState
 from stages.storage.local import local_folder
-
-__all__ = ["check_start", "start_from"]
 
 
 def check_start(job: PhaseJob, inputs: InputSpec | None = None) -> str:
@@ -85,24 +83,16 @@ def start_from(gan: GanState, model: str, device: torch.device, tell: Callable[[
 
     Raises StageError if the model is damaged.
     """
-    discriminator = None
     with local_folder(model_folder(model), leave_out=[EMA]) as folder:
         try:
             before = load_model(folder, weights="raw", device=device)
+            grow_generator(gan.generator, before.generator)
             if gan.discriminator is not None and read_manifest(folder).discriminators:
-                discriminator = load_discriminator(folder, device=device)
+                grow_discriminator(gan.discriminator, load_discriminator(folder, device=device))
+            elif gan.discriminator is not None:
+                tell(f"{model} has no discriminator: training starts with a new one")
         except ValueError as error:
             raise StageError(f"the model to start from is damaged: {error}") from error
-    if gan.discriminator is not None and discriminator is None:
-        tell(f"{model} has no discriminator: training starts with a new one")
-    if isinstance(gan.arch, Pix2PixHD):
-        grow_generator(gan.generator, before.generator)  # type: ignore[arg-type]
-        if discriminator is not None:
-            grow_discriminator(gan.discriminator, discriminator)  # type: ignore[arg-type]
-    else:
-        gan.generator.load_state_dict(before.generator.state_dict())
-        if gan.discriminator is not None and discriminator is not None:
-            gan.discriminator.load_state_dict(discriminator.state_dict())
     if gan.encoder is not None and before.encoder is not None:
         gan.encoder.load_state_dict(before.encoder.state_dict())
     if gan.ema is not None:
