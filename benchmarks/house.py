@@ -219,7 +219,7 @@ def figures(root: Path = ROOT) -> tuple[Figure, ...]:
         Figure("private names of Ray", len(private), 0, "; ".join(private)),
         Figure("ray.remote, ray.data elsewhere", len(work), 0, "; ".join(work)),
         Figure("lines of stages/models/step.py", lines_of(modules, "stages.models.step"), 459),
-        Figure("lines of stages/tracking/", lines_of(modules, "stages.tracking"), 1_061, goal=549),
+        Figure("lines of stages/tracking/", lines_of(modules, "stages.tracking"), 1_060, goal=549),
     )
 
 
