@@ -16,7 +16,7 @@ from stages.images import decode
 from stages.images.kinds import ImageRejected
 from stages.shards import dataset
 from stages.shards.dataset import RoleSpec
-from tests.support import small
+from tests.support import shards as drawn
 from tests.support.pairs import ids, make_shards, pair_row, photo, photo_pairs, write_image
 
 
@@ -38,7 +38,7 @@ def test_a_description_comes_back_and_a_folder_without_or_with_a_damaged_one_is_
 
 
 def test_a_folder_with_the_older_description_is_read(tmp_path: Path) -> None:
-    spec = small.make_shards(tmp_path, {"train": [7, 2], "test": [3]})
+    spec = drawn.make_shards(tmp_path, {"train": [7, 2], "test": [3]})
     listed = {
         split: [{"name": f.name, "rows": f.rows, "row_groups": f.row_groups} for f in files]
         for split, files in spec.splits.items()
@@ -55,7 +55,7 @@ def test_a_folder_with_the_older_description_is_read(tmp_path: Path) -> None:
 
 
 def test_row_groups_of_a_split_are_found_in_their_files(tmp_path: Path) -> None:
-    files = small.make_shards(tmp_path, {"train": [7, 2, 9]}, row_group=4).splits["train"]
+    files = drawn.make_shards(tmp_path, {"train": [7, 2, 9]}, row_group=4).splits["train"]
     assert files.sizes().tolist() == [4, 3, 2, 4, 4, 1]
     places = [files.place(group) for group in range(6)]
     assert places == [
@@ -65,9 +65,9 @@ def test_row_groups_of_a_split_are_found_in_their_files(tmp_path: Path) -> None:
 
 
 def test_the_digest_follows_files_rows_and_kinds(tmp_path: Path) -> None:
-    spec = small.make_shards(tmp_path, {"train": [3]})
+    spec = drawn.make_shards(tmp_path, {"train": [3]})
     assert spec.digest() == dataset.load(str(tmp_path)).digest()
-    other = small.make_shards(tmp_path / "other", {"train": [4]})
+    other = drawn.make_shards(tmp_path / "other", {"train": [4]})
     assert other.digest() != spec.digest()
 
 
@@ -123,7 +123,7 @@ def test_a_flipped_bit_in_a_shard_is_one_clear_error(tmp_path: Path, encoding: s
 
 
 def test_a_shard_that_is_gone_or_cut_is_named(tmp_path: Path) -> None:
-    spec = small.make_shards(tmp_path, {"train": [3]})
+    spec = drawn.make_shards(tmp_path, {"train": [3]})
     file = tmp_path / "train-00000.parquet"
     file.write_bytes(file.read_bytes()[:-9])
     for _ in range(2):
