@@ -19,7 +19,7 @@ import tifffile
 from PIL import Image
 from pydantic import ValidationError
 
-from stages import ingest, shard
+from stages import ingest, shard, storage
 from stages.base import Resources
 from stages.config.ingest import IngestConfig
 from stages.config.shard import ShardConfig
@@ -31,6 +31,8 @@ from stages.models.architecture import Picture
 from stages.shard import check_shapes, row_group_rows
 from stages.shards import card, dataset
 from stages.tracking.run import NullRun
+from tests.stores.faults import FaultProxy
+from tests.stores.seaweed import SeaweedS3
 from tests.support.pairs import (
     SIZE,
     ids,
@@ -513,3 +515,22 @@ def test_a_damaged_image_inside_a_table_is_quarantined_with_its_key_and_row(tmp_
         "k4": ("target", f"parquet://0000000005/target::{uri}", "truncated"),
         "k5": ("target", f"parquet://0000000006/target::{uri}", "empty"),
     }
+
+
+@pytest.mark.s3
+def test_the_row_groups_of_a_table_in_a_store_are_read_about_once_by_all_parts(
+    tmp_path: Path, s3_store: SeaweedS3, s3_bucket: str, client_options: None
+) -> None:
+    images = [encode.encode_png(photo(n)) for n in range(60)]
+    cells = [{"bytes": data, "path": f"{n * 7919 % 1000}.png"} for n, data in enumerate(images)]
+    pq.write_table(pa.table({"source": cells, "target": cells}), tmp_path / "t.parquet", row_group_size=5)
+    s3_store.client().put_file(str(tmp_path / "t.parquet"), f"{s3_bucket}/t.parquet")
+    location = {"uri": f"s3://{s3_bucket}/*.parquet", "role": "table"}
+    with FaultProxy(s3_store.address) as proxy:
+        storage.configure({"s3": s3_store.options(endpoint=proxy.url)})
+        done = shards_of(IngestConfig.model_validate({"locations": [location]}), tmp_path / "work")
+        gets = sum(count for agent, count in proxy.agents.items() if agent.startswith("GET "))
+    assert (done.rows, dict(done.rejects), len(done.files)) == (60, {}, 3)
+    # 12 row groups of 2 columns, 2 of which two parts share; by the hash of the key all parts would read all
+    print(f"requests: {gets}")
+    assert gets < 2 * 14 + 20

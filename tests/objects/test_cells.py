@@ -17,6 +17,7 @@ from stages.objects import cells, tables
 from stages.objects.fetch import Object, Reader
 from stages.objects.listing import local_etag
 from tests.stores.faults import Fault, FaultProxy
+from tests.stores.files import FileServer
 from tests.stores.seaweed import SeaweedS3
 
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -261,6 +262,14 @@ def test_listing_reads_no_image(tmp_path: Path) -> None:
     destroy(uri)
     assert [(row["key"], row["uri"]) for row in rows_of(uri)] == before
     assert len(before) == 12
+
+
+def test_a_table_on_a_file_server_is_read_in_place(tmp_path: Path) -> None:
+    cell = [image(f"{n}" * 500, f"{n}.png") for n in range(6)]
+    write(tmp_path / "t-0.parquet", {"source": cell, "target": cell})
+    with FileServer(tmp_path) as server:
+        read = contents(objects_of(f"{server.url}/t-{{0..0}}.parquet"))
+    assert read == {(f"{n}", role): f"{n}" * 500 for n in range(6) for role in ("source", "target")}
 
 
 @pytest.fixture
