@@ -18,16 +18,19 @@ from stages.models.copies import to_device
 
 NormKind = Literal["batch", "instance"]
 
+Bias = bool | Literal["inert"]
+"""Whether a convolution has a bias. Inert: an instance norm follows, which would subtract it again.
+
+NVIDIA's weights have an inert bias, so it is kept and saved. It is not added: that would change nothing but
+rounding, and its gradient is rounding noise that Adam would scale up to full-size steps.
+"""
+
 Noise = Sequence[torch.Generator]
 """One random source per sample of a batch: a sample's noise does not depend on its neighbours."""
 
 
 class Conv(nn.Conv2d):
-    """A convolution. With `inert_bias` an instance norm follows, which subtracts the bias again.
-
-    NVIDIA's weights have that bias, so it is kept and saved. It is not added: that would change nothing but
-    rounding, and its gradient is rounding noise that Adam would scale up to full-size steps.
-    """
+    """A convolution, padded with zeros or by reflection."""
 
     def __init__(
         self,
@@ -38,8 +41,7 @@ class Conv(nn.Conv2d):
         stride: int = 1,
         padding: int = 0,
         reflect: bool = False,
-        bias: bool = True,
-        inert_bias: bool = False,
+        bias: Bias = True,
     ) -> None:
         super().__init__(
             in_channels,
@@ -48,10 +50,10 @@ class Conv(nn.Conv2d):
             stride=stride,
             padding=padding,
             padding_mode="reflect" if reflect else "zeros",
-            bias=bias or inert_bias,
+            bias=bool(bias),
         )
-        self.inert_bias = inert_bias
-        if inert_bias and self.bias is not None:
+        self.inert_bias = bias == "inert"
+        if self.inert_bias and self.bias is not None:
             self.bias.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,9 +65,7 @@ class Conv(nn.Conv2d):
 class TransposedConv(nn.ConvTranspose2d):
     """Doubles H and W: kernel 3 (Wang et al.) or 4 (Isola et al.), stride 2, padding 1."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel: int, *, bias: bool = True, inert_bias: bool = False
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, *, bias: Bias = True) -> None:
         super().__init__(
             in_channels,
             out_channels,
@@ -73,10 +73,10 @@ class TransposedConv(nn.ConvTranspose2d):
             stride=2,
             padding=1,
             output_padding=kernel % 2,
-            bias=bias or inert_bias,
+            bias=bool(bias),
         )
-        self.inert_bias = inert_bias
-        if inert_bias and self.bias is not None:
+        self.inert_bias = bias == "inert"
+        if self.inert_bias and self.bias is not None:
             self.bias.requires_grad_(False)
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
@@ -89,12 +89,8 @@ class TransposedConv(nn.ConvTranspose2d):
 class ResizeConv(Conv):
     """Nearest-neighbour doubling, then a 3x3 convolution (Odena et al. 2016, against checkerboards)."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, *, bias: bool = True, inert_bias: bool = False
-    ) -> None:
-        super().__init__(
-            in_channels, out_channels, 3, padding=1, reflect=True, bias=bias, inert_bias=inert_bias
-        )
+    def __init__(self, in_channels: int, out_channels: int, *, bias: Bias = True) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1, reflect=True, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, 2H, 2W)."""
@@ -102,18 +98,12 @@ class ResizeConv(Conv):
 
 
 def up_conv(
-    in_channels: int,
-    out_channels: int,
-    kernel: int,
-    *,
-    upsampling: Upsampling,
-    bias: bool = True,
-    inert_bias: bool = False,
+    in_channels: int, out_channels: int, kernel: int, *, upsampling: Upsampling, bias: Bias = True
 ) -> TransposedConv | ResizeConv:
     """The convolution that doubles the resolution."""
     if upsampling == "resize":
-        return ResizeConv(in_channels, out_channels, bias=bias, inert_bias=inert_bias)
-    return TransposedConv(in_channels, out_channels, kernel, bias=bias, inert_bias=inert_bias)
+        return ResizeConv(in_channels, out_channels, bias=bias)
+    return TransposedConv(in_channels, out_channels, kernel, bias=bias)
 
 
 class BatchNorm(nn.BatchNorm2d):

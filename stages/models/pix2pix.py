@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stages.models.architecture import Upsampling
-from stages.models.layers import Conv, Dropout, Noise, NormKind, make_norm, up_conv
+from stages.models.layers import Bias, Conv, Dropout, Noise, NormKind, make_norm, up_conv
 
 DropoutPlacement = Literal["paper", "common", "none"]
 
@@ -29,15 +29,8 @@ class Down(nn.Module):
     ) -> None:
         super().__init__()
         self.activate = activate
-        self.conv = Conv(
-            in_channels,
-            out_channels,
-            4,
-            stride=2,
-            padding=1,
-            bias=norm == "instance",
-            inert_bias=norm == "instance" and normed,
-        )
+        bias: Bias = norm == "instance" and ("inert" if normed else True)
+        self.conv = Conv(in_channels, out_channels, 4, stride=2, padding=1, bias=bias)
         self.norm = make_norm(norm, out_channels) if normed else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,14 +53,8 @@ class Up(nn.Module):
         upsampling: Upsampling,
     ) -> None:
         super().__init__()
-        self.conv = up_conv(
-            in_channels,
-            out_channels,
-            4,
-            upsampling=upsampling,
-            bias=norm == "instance" or not normed,
-            inert_bias=norm == "instance" and normed,
-        )
+        bias: Bias = not normed or ("inert" if norm == "instance" else False)
+        self.conv = up_conv(in_channels, out_channels, 4, upsampling=upsampling, bias=bias)
         self.norm = make_norm(norm, out_channels) if normed else None
         self.dropout = Dropout() if dropout else None
 
@@ -235,8 +222,7 @@ class DiscriminatorBlock(nn.Module):
             kernel,
             stride=stride,
             padding=padding,
-            bias=bias,
-            inert_bias=norm == "instance",
+            bias="inert" if norm == "instance" else bias,
         )
         self.norm = None if norm is None else make_norm(norm, out_channels)
         self.activate = activate

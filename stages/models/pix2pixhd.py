@@ -40,19 +40,19 @@ class ConvNormReLU(nn.Module):
 
 def stem(in_channels: int, width: int) -> ConvNormReLU:
     """conv7-k: reflection padding, 7x7 convolution, instance norm, ReLU."""
-    conv = Conv(in_channels, width, 7, padding=3, reflect=True, inert_bias=True)
+    conv = Conv(in_channels, width, 7, padding=3, reflect=True, bias="inert")
     return ConvNormReLU(conv, width)
 
 
 def down(in_channels: int) -> ConvNormReLU:
     """dk: halves the resolution and doubles the channels."""
-    conv = Conv(in_channels, 2 * in_channels, 3, stride=2, padding=1, inert_bias=True)
+    conv = Conv(in_channels, 2 * in_channels, 3, stride=2, padding=1, bias="inert")
     return ConvNormReLU(conv, 2 * in_channels)
 
 
 def up(in_channels: int, upsampling: Upsampling) -> ConvNormReLU:
     """uk: doubles the resolution and halves the channels."""
-    conv = up_conv(in_channels, in_channels // 2, 3, upsampling=upsampling, inert_bias=True)
+    conv = up_conv(in_channels, in_channels // 2, 3, upsampling=upsampling, bias="inert")
     return ConvNormReLU(conv, in_channels // 2)
 
 
@@ -61,9 +61,9 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv1 = Conv(channels, channels, 3, padding=1, reflect=True, inert_bias=True)
+        self.conv1 = Conv(channels, channels, 3, padding=1, reflect=True, bias="inert")
         self.norm1 = nn.InstanceNorm2d(channels)
-        self.conv2 = Conv(channels, channels, 3, padding=1, reflect=True, inert_bias=True)
+        self.conv2 = Conv(channels, channels, 3, padding=1, reflect=True, bias="inert")
         self.norm2 = nn.InstanceNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:

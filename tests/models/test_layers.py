@@ -52,7 +52,7 @@ def test_seeded_dropout_is_a_function_of_each_samples_seed() -> None:
 
 
 def test_an_inert_bias_changes_nothing() -> None:
-    conv = Conv(2, 3, 3, padding=1, inert_bias=True)
+    conv = Conv(2, 3, 3, padding=1, bias="inert")
     x = torch.randn(1, 2, 5, 5)
     before = conv(x)
     conv.bias.data.fill_(100)
