@@ -185,13 +185,33 @@ def table_sides(uri: str) -> list[Side]:
     return list(by_names[0]) if by_names else []
 
 
-def read(uris: Sequence[str]) -> list[bytes]:
-    """The files' contents."""
+def read(groups: Sequence[Sequence[str]]) -> tuple[list[list[bytes]], list[str]]:
+    """The contents of each group's files, and why others are left out: an image of theirs cannot be used.
+
+    Raises UserError if no group is left.
+    """
+    from stages.images.decode import decode_image  # noqa: PLC0415
+    from stages.images.kinds import ImageRejected  # noqa: PLC0415
     from stages.objects.fetch import Object, Reader  # noqa: PLC0415
 
     reader = Reader()
-    reader.expect(map(Object, uris))
-    return [reader.read(Object(uri)) for uri in uris]
+    reader.expect(Object(uri) for group in groups for uri in group)
+    good, wrong = [], []
+    for group in groups:
+        try:
+            files = [reader.read(Object(uri)) for uri in group]
+            for data in files:
+                try:
+                    decode_image(data, "labels")
+                except ImageRejected as error:
+                    if error.reason != "label_range":  # it may be a photo
+                        decode_image(data, "rgb")
+            good.append(files)
+        except ImageRejected as error:
+            wrong.append(f"{' and '.join(group)}: {error}")
+    if not good:
+        raise UserError(f"no image of the sample can be used; {wrong[0]}")
+    return good, [f"left out of this look, and later of training: {text}" for text in wrong]
 
 
 def judge(one: Side, files: Sequence[bytes]) -> tuple[Side, list[Any]]:
@@ -264,7 +284,8 @@ def look(uris: Sequence[str]) -> tuple[str, list[str], list[list[Any]]]:
         first, second = (side.images for side in sides)
         shared = sorted(first.keys() & second.keys())
         keys = shared[:: -(-len(shared) // PAIRS)]
-        judged = [judge(side, read([side.images[key] for key in keys])) for side in sides]
+        files, unusable = read([[side.images[key] for side in sides] for key in keys])
+        judged = [judge(side, of_side) for side, of_side in zip(sides, zip(*files, strict=True), strict=True)]
         (source, target), why = order(judged[0][0], judged[1][0])
         ways = judged if judged[0][0] is source else judged[::-1]
         rows = list(zip(*(pictures for _, pictures in ways), strict=True))
@@ -273,6 +294,7 @@ def look(uris: Sequence[str]) -> tuple[str, list[str], list[list[Any]]]:
             f"source: {source.word}, {source.note}",
             f"target: {target.word}, {target.note}",
             f"which is which: {why}",
+            *unusable,
         ]
         kind = target.kind
         if kind == "labels":
@@ -287,15 +309,15 @@ def look(uris: Sequence[str]) -> tuple[str, list[str], list[list[Any]]]:
         if deep := {role: side.settings["range"] for side, role in locations if side.kind == "grey16"}:
             shard["range"] = deep
     else:
-        _, pictures = judge(
-            Side(uris[0], "", "", {}), read([uri for *_, uri in names[:: -(-len(names) // PAIRS)]])
-        )
+        files, unusable = read([[uri] for *_, uri in names[:: -(-len(names) // PAIRS)]])
+        _, pictures = judge(Side(uris[0], "", "", {}), [data for (data,) in files])
         if len(uris) > 1 or any(abs(image.shape[1] / image.shape[0] - 2) > 0.02 for image in pictures):
             raise UserError(f"{where}: {len(names):,} names and no pairs; {LAYOUTS}")
         rows = [(crop_half(image, "left"), crop_half(image, "right")) for image in pictures]
         said = [
             "pairs: every image is twice as wide as high: likely two side by side",
             "source: the left half, a guess; if it is the right one, change `source_half`",
+            *unusable,
         ]
         half, shard = "pair:\n  source_half: left\n", {}
         pattern = f"{_split([path for _, path, _ in names])}{{key}}.*"
@@ -360,18 +382,14 @@ def parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> None:
     """Write the config and the picture. Raises UserError if one exists, or no pairs are found."""
     from stages.images.encode import encode_png  # noqa: PLC0415
-    from stages.images.kinds import ImageRejected  # noqa: PLC0415
     from stages.images.pictures import sheet  # noqa: PLC0415
 
     file, picture = options.output, options.output.with_suffix(".png")
     for one in (file, picture):
         if one.exists():
             raise UserError(f"{one}: exists; name another file by --output")
-    try:
-        with cli.planning():
-            config, said, rows = look([uri for uri in (options.images, options.partners) if uri])
-    except ImageRejected as error:
-        raise UserError(f"{options.images}: an image of the sample cannot be used: {error}") from error
+    with cli.planning():
+        config, said, rows = look([uri for uri in (options.images, options.partners) if uri])
     with file.open("x", encoding="utf-8") as out:
         out.write(config)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -123,6 +124,31 @@ def test_a_table_that_holds_images_is_a_location_with_its_columns() -> None:
     (location,) = written("{split}-*.parquet").ingest.locations
     assert (location.role, Path(location.uri).name) == ("table", "{split}-*.parquet")
     assert location.columns == {"source": "conditioning_image", "target": "image"}
+
+
+def test_images_that_cannot_be_used_are_named_and_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    fill("one/{}.png", count=4)
+    fill("two/{}.png", ids, count=4)
+    Path("one/2.png").write_bytes(Path("one/2.png").read_bytes()[:60])
+    config = written("one", "two")
+    assert config.shard.kinds == {"source": "labels", "target": "rgb"}
+    assert re.search(
+        r"left out of this look, and later of training: \S+one/2.png and \S+two/2.png: ",
+        capsys.readouterr().out,
+    )
+    for n in range(4):
+        Path(f"one/{n}.png").write_bytes(b"no image")
+    assert pixloom.main(["init", "one", "two", "--output", "other.yaml"]) == 2
+    assert "no image of the sample can be used; " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_rows_of_a_table_without_an_image_are_left_out() -> None:
+    fill("a/{}.png", count=4)
+    images = [{"bytes": Path(f"a/{n}.png").read_bytes(), "path": None} for n in range(4)]
+    lacking = [*images[:2], {"bytes": None, "path": None}, images[3]]
+    pq.write_table(pa.table({"source": images, "target": lacking}), "data.parquet")
+    (location,) = written("data.parquet").ingest.locations
+    assert location.columns == {"source": "source", "target": "target"}
 
 
 def test_files_with_both_images_side_by_side() -> None:
