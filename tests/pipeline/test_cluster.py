@@ -15,6 +15,7 @@ import pytest
 from pipeline import config as configuration
 from pipeline.cluster import check_folders, result_folders
 from stages.errors import UserError
+from tests.support import nodes
 
 YAML = str(Path(__file__).resolve().parents[2] / "pipeline.yaml")
 
@@ -116,3 +117,37 @@ def test_a_ray_that_does_not_start_is_tried_again_and_then_named(tmp_path: Path)
     assert process.returncode == 1
     assert re.search(rf"{reason}.*; trying once more\n", process.stdout)
     assert process.stderr.splitlines()[-1].startswith(reason)
+
+
+JOINS = """
+import ray
+from pipeline.cluster import cluster
+from stages.base import Resources
+
+@ray.remote
+def answer():
+    return 42
+
+with cluster(Resources(), {}, {}):
+    print(ray.get(answer.remote()))
+"""
+
+
+@pytest.mark.ray
+def test_a_node_that_could_not_write_a_log_takes_the_next_start() -> None:
+    """Ray itself refuses the environment of a failed start for ten minutes."""
+    with nodes.cluster(1) as ray_nodes:
+        environment = ray_nodes.environment | {"RAY_ADDRESS": ray_nodes.address}
+
+        def start() -> subprocess.CompletedProcess[str]:
+            words = [sys.executable, "-c", JOINS]
+            return subprocess.run(
+                words, env=environment, capture_output=True, text=True, check=False, timeout=90
+            )
+
+        logs = (ray_nodes.folder / "0" / "session_latest").resolve() / "logs"
+        (logs / "runtime_env_setup-01000000.log").mkdir()  # where the first job's log would be
+        failed = start()
+        assert "Failed to set up runtime environment" in failed.stderr
+        done = start()
+        assert done.stdout.strip() == "42", done.stderr
