@@ -17,7 +17,7 @@ run: $(VENV)/run.stamp ## draw sample data, train all three phases on it, write 
 	$(BIN)/python -m pipeline.run
 
 # Of two at a time on two cores, OpenMP's threads of one must not spin while the other computes.
-test: $(VENV)/test.stamp ## the tests, two at a time (21 minutes on 2 cores)
+test: $(VENV)/test.stamp ## the tests, two at a time (12 to 20 minutes on 2 cores, by their kind)
 	OMP_WAIT_POLICY=passive $(PYTEST) -m "not long" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: $(VENV)/test.stamp ## what `make test` leaves out: submitted jobs, every recipe, sweeps, killed drivers
