@@ -41,7 +41,7 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline import sample
 from stages import shard
 from stages.base import Encoding, Resources
-from stages.config.shard import AugmentConfig
+from stages.config.shard import AugmentConfig, ShardConfig
 from stages.images import colour, decode, encode, geometry, kinds
 from stages.models.architecture import InputSpec, Pix2Pix
 from stages.models.fast.process import tune_process
@@ -144,7 +144,7 @@ def make_shards(
     paths: Sequence[Path], folder: Path, encoding: Encoding = "raw", size: int = LOAD
 ) -> DatasetSpec:
     """Shards of the pictures, in this process."""
-    config = shard.ShardConfig(size=(size, size), encoding=encoding, max_reject_fraction=0)
+    config = ShardConfig(size=(size, size), encoding=encoding, max_reject_fraction=0)
     write_parts(pair_rows(paths), folder / "pairs", 128)
     specs = shard.role_specs(config, ["source", "target"])
     done = shard.Summary()
@@ -342,7 +342,7 @@ def measure_shard(
             row |= {f"{role}_size": entry["size"], f"{role}_etag": etag_of(entry)}
         write_parts(rows, scratch / "pairs", 500)
         start_ray()
-        config = shard.ShardConfig(size=(LOAD, LOAD))
+        config = ShardConfig(size=(LOAD, LOAD))
         warm = scratch / "warm"
         write_parts(rows[:2], warm / "pairs", 1)
         shard.run(config, Resources(), output=str(warm), track=NullRun(), pairs=str(warm / "pairs"))
@@ -372,7 +372,7 @@ def measure_shard(
 
 def loop(uris: Sequence[str], output: str, fs: object) -> None:
     """The same work, one object after the other: fetch, decode, halve, resize, checksum, measure, write."""
-    config = shard.ShardConfig(size=(LOAD, LOAD))
+    config = ShardConfig(size=(LOAD, LOAD))
     specs = shard.role_specs(config, ["source", "target"])
     for start in range(0, len(uris), 500):
         pairs = []

@@ -136,7 +136,7 @@ def private_names_of_ray(root: Path) -> list[str]:
                         uses.append((one, f"{node.name}.{one.name}"))
             elif isinstance(node, ast.Constant) and PRIVATE_IN_STRING.fullmatch(str(node.value)):
                 uses.append((node, node.value))
-        found += [f"{path.relative_to(root)}:{node.lineno}: {name}" for node, name in uses]
+        found += [f"{path.relative_to(root)}:{node.lineno}: {name}" for node, name in uses]  # type: ignore[attr-defined]
     return found
 
 

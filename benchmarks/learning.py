@@ -92,7 +92,7 @@ def shuffled(shards: str, folder: Path) -> str:
 @contextmanager
 def sign_error() -> Iterator[None]:
     """Within the context, the generator's L1 grows as its images get better."""
-    right = step.mean_difference
+    right = step.mean_difference  # type: ignore[attr-defined]
     step.mean_difference = lambda x, y: 2 - right(x, y)  # type: ignore[attr-defined]
     try:
         yield
@@ -164,7 +164,7 @@ def by_phase(
 
 def baselines(shards: str, samples: Sequence[Sample], spec: DatasetSpec) -> dict[str, Scores]:
     """The scores of images that need no training."""
-    mean = metrics.MeanImage.empty(spec.size[1], spec.size[0], 3)
+    mean = metrics.MeanImage()
     vectors, targets = [], []
     for sample in dataset.read_split(shards, spec, "train"):
         target = sample.picture(spec, "target")

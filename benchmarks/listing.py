@@ -30,6 +30,7 @@ from fsspec.spec import AbstractFileSystem
 from stages import ingest, pair
 from stages.base import Resources
 from stages.config.ingest import IngestConfig
+from stages.config.pair import PairConfig
 from stages.parallel.cluster import set_up_data
 from stages.tracking.run import NullRun
 
@@ -122,7 +123,7 @@ def measure(size: int, folder: Path) -> dict[str, float]:
         started, cpu = time.perf_counter(), cpu_seconds()
         ingest.run(config, Resources(), output=objects, track=NullRun())
         listed = time.perf_counter()
-        outcome = pair.run(pair.PairConfig(), Resources(), output=pairs, objects=objects, track=NullRun())
+        outcome = pair.run(PairConfig(), Resources(), output=pairs, objects=objects, track=NullRun())
         paired, cpu = time.perf_counter(), cpu_seconds() - cpu
     assert outcome.counts["pairs"] == size // 2
     with PeakMemory() as planner:

@@ -184,7 +184,7 @@ def rows(split: Split, summaries: Sequence[dict[str, Any]], mean_photo: dict[str
 def score_mean_photo(words: Sequence[str], outputs: dict[str, str], folder: Path) -> dict[str, Any]:
     """The summary of evaluation over the mean training target as the answer to every source."""
     spec = dataset.load(outputs["shard"])
-    mean = metrics.MeanImage.empty(spec.size[1], spec.size[0], 3)
+    mean = metrics.MeanImage()
     for sample in dataset.read_split(outputs["shard"], spec, "train"):
         mean.add(sample.picture(spec, "target"))
     images = Path(outputs["infer"]) / "images"

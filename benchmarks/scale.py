@@ -42,9 +42,11 @@ from benchmarks.listing import PeakMemory, register
 from pipeline.cluster import cluster
 from stages import evaluate, infer, ingest, pair, shard, storage
 from stages.base import Outcome, Resources
-from stages.config.evaluate import BaselineConfig
+from stages.config.evaluate import BaselineConfig, EvaluateConfig
+from stages.config.infer import InferConfig
 from stages.config.ingest import IngestConfig
-from stages.config.pair import SplitConfig
+from stages.config.pair import PairConfig, SplitConfig
+from stages.config.shard import ShardConfig
 from stages.shards import dataset
 from stages.shards.card import RoleSums
 from stages.shards.dataset import DatasetSpec, RoleSpec
@@ -255,7 +257,7 @@ def report_sharding(_: Sequence[int], folder: Path) -> None:
                     row |= {f"{role}_uri": uri, f"{role}_crop": crop, f"{role}_derive": ""}
                     row |= {f"{role}_size": file.tell(), f"{role}_etag": ""}
                 rows.append(row)
-            config = shard.ShardConfig(size=(286, 286))
+            config = ShardConfig(size=(286, 286))
             specs = shard.role_specs(config, ["source", "target"])
             parts = [folder / f"{name}-{turn}" / "part-00000.parquet" for turn in range(4)]
             spent = []
@@ -292,10 +294,10 @@ def whole_stages(pairs: int, store: str, model: Path) -> dict[str, tuple[float, 
     root = f"{store}/{pairs}"
     write_pairs(f"{root}/data", pairs)
     location = {"uri": f"{root}/data", "role": "pair", "pattern": "{key}.png"}
-    listing = ingest.IngestConfig.model_validate({"locations": [location]})
-    pairing = pair.PairConfig(source_half="left", split=SplitConfig(val=0, test=0.5))
-    generating = infer.InferConfig(split="test", model=str(model))
-    scoring = evaluate.EvaluateConfig(split="test", baselines=BaselineConfig(untrained=0, nearest=0))
+    listing = IngestConfig.model_validate({"locations": [location]})
+    pairing = PairConfig(source_half="left", split=SplitConfig(val=0, test=0.5))
+    generating = InferConfig(split="test", model=str(model))
+    scoring = EvaluateConfig(split="test", baselines=BaselineConfig(untrained=0, nearest=0))
     how, track = Resources(), NullRun()
     folder = {name: f"{root}/{name}" for name in ("objects", "pairs", "shards", "images", "scores")}
     generate = partial(
@@ -307,7 +309,7 @@ def whole_stages(pairs: int, store: str, model: Path) -> dict[str, tuple[float, 
             pairing, how, output=folder["pairs"], track=track, objects=folder["objects"]
         ),
         "shard": lambda: shard.run(
-            shard.ShardConfig(size=(32, 32)), how, output=folder["shards"], track=track, pairs=folder["pairs"]
+            ShardConfig(size=(32, 32)), how, output=folder["shards"], track=track, pairs=folder["pairs"]
         ),
         "infer": generate,
         "infer, all there": generate,
