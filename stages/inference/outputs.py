@@ -162,10 +162,10 @@ def parts(output: str) -> Iterator[str]:
 def begin(output: str, identity: Mapping[str, Any], extent: Mapping[str, Any]) -> None:
     """Write `infer.json`, or check that the folder holds work of this very run. Raises UserError if not."""
     uri = storage.join(output, MANIFEST)
-    manifest = storage.find_json(uri)
-    if manifest is None:
+    if not storage.exists(uri):
         storage.write_json(uri, {**identity, **extent})
         return
+    manifest = storage.read_json(uri)
     for name, value in identity.items():
         if manifest.get(name) != value:
             raise UserError(
