@@ -128,6 +128,39 @@ def test_a_phase_has_one_model_with_the_values_of_its_step_and_its_data_set(
         assert (loss.dataset_name, loss.dataset_digest) == ("shards", "d")
 
 
+class Interrupted:
+    """A tracking client that is cut off in the first request with curves."""
+
+    def __init__(self, client: Any) -> None:
+        self.client, self.interrupted = client, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.client, name)
+
+    def log_batch(self, run_id: str, metrics: Any = (), **more: Any) -> None:
+        if metrics and not self.interrupted:
+            self.interrupted = True
+            raise ConnectionError("no route")
+        self.client.log_batch(run_id, metrics=metrics, **more)
+
+
+def test_values_of_curves_in_a_request_that_failed_are_sent_again(
+    parent: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sender, "RETRY_S", (0.05,))
+    assert parent.flush()
+    client = Interrupted(parent.sender.client)
+    monkeypatch.setattr(parent.sender, "client", client)
+    write_curves(f"{tmp_path}/metrics.parquet", 9)
+    child = parent.child("train-global")
+    child.curves(str(tmp_path))
+    child.points(live(1, 9))
+    child.end()
+    assert child.flush(wait=20.0)
+    assert client.interrupted
+    assert steps(child, "generator/gan") == list(range(1, 10))
+
+
 class Broken:
     """A tracking client whose artifact store is away."""
 
