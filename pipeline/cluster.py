@@ -63,9 +63,8 @@ def cluster(
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    environment = storage.worker_environment(options) | heap.ENVIRONMENT
     # A node remembers for ten minutes that an environment failed, as on a full disk: each start has its own.
-    environment |= {"PIXLOOM_START": uuid.uuid4().hex}
+    environment = storage.worker_environment(options) | heap.ENVIRONMENT | {"PIXLOOM_START": uuid.uuid4().hex}
     runtime_env = {"env_vars": environment | {name: os.environ[name] for name in QUIET}}
     joined = "RAY_ADDRESS" in os.environ
     if joined:

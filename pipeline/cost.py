@@ -201,7 +201,7 @@ class PlannedRun:
     def fixed_precision(self, p: PlannedStep) -> Precision | None:
         """The precision that a phase began with, or that is configured; None if its start decides."""
         assert isinstance(p.step.config, PhaseJob)
-        begun = execution.read(p.folder)
+        begun = execution.read(p.folder) if p.done or p.resumes else None
         return begun.precision if begun else p.step.config.precision
 
     def precision(self, p: PlannedStep) -> Precision:

@@ -27,7 +27,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -317,9 +317,13 @@ def deal(pairs: pa.Table, roles: Sequence[Role], partitions: Ints) -> Ints:
     Each partition keeps its number of pairs. Neighbours in a table get the same one, so that a task of the
     shard stage reads few row groups, which are the least that can be read of a table.
     """
-    place = pc.coalesce(*(cells.places(pairs[f"{role}_uri"]) for role in roles))
-    inside = np.flatnonzero(place.is_valid().to_numpy())
-    order = inside[pc.sort_indices(place.take(pa.array(inside))).to_numpy()]
+    uris = [pairs[f"{role}_uri"] for role in roles]
+    in_table = [pc.fill_null(pc.starts_with(uri, cells.SCHEME), False) for uri in uris]
+    inside = np.flatnonzero(reduce(pc.or_, in_table).to_numpy())
+    if not len(inside):
+        return partitions
+    place = pc.coalesce(*(cells.places(uri.take(pa.array(inside))) for uri in uris))
+    order = inside[pc.sort_indices(place).to_numpy()]
     dealt = partitions.copy()
     dealt[order] = np.sort(partitions[inside])
     return dealt
@@ -447,7 +451,7 @@ class Layout:
         # Tasks exchange (total / rows) squared files, so large data get larger tasks: up to 300 MB each.
         rows = min(max(total // 64, ROWS_PER_TASK[0]), ROWS_PER_TASK[1])
         if any("inside_tables" in location for location in listing.get("locations", ())):
-            rows = ROWS_PER_TASK[1]  # each task's pairs lie in all row groups, so each reads the whole tables
+            rows = ROWS_PER_TASK[1]  # each task's pairs are in all row groups, so each reads the whole tables
         groups: list[list[str]] = []
         group_rows = 0
         for name, count in sorted(files.items()):

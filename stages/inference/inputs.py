@@ -217,11 +217,12 @@ def _tables(config: InferConfig) -> Iterator[tuple[int, pa.Table]]:
     """For each page of the listing: its number of objects, and those that fit, as rows of the plan."""
     uri = location(config)
     if uri.lower().endswith(".parquet"):
-        with cells.opened(tables.files(uri)[0][0]) as file:
-            schema = file.schema_arrow
+        files = [file for file, _ in tables.files(uri)]
+        with cells.opened(files[0]) as parquet:
+            schema = parquet.schema_arrow
         if "uri" in schema.names or not any(map(cells.has_images, schema)):
-            for table, _ in tables.files(uri):
-                yield from _rows_of_table(table)
+            for file in files:
+                yield from _rows_of_table(file)
         else:
             yield from _images_of_tables(uri, config.columns or _columns(uri, schema))
         return

@@ -166,7 +166,7 @@ class Cells:
         self._wanted: defaultdict[tuple[str, str], dict[int, str]] = defaultdict(dict)  # URIs, by row
         self._kept: dict[str, tuple[int, int] | ImageRejected] = {}  # start and size in the file
         self._footers: dict[str, pq.FileMetaData] = {}
-        self._file = tempfile.TemporaryFile(prefix="pixloom-")  # noqa: SIM115 - closed with this object
+        self._file = tempfile.SpooledTemporaryFile(1, prefix="pixloom-")  # noqa: SIM115 - a file once written
         self._lock = threading.Lock()
         finalize(self, self._file.close)
 

@@ -97,10 +97,10 @@ def units(uri: str) -> list[Unit]:
         FileNotFoundError, PermissionError, OSError, ValueError: missing, not readable, or damaged.
     """
     every = files(uri)
-    (file, split), fs = every[0], filesystem(every[0][0])[0]
+    (file, split), (fs, path) = every[0], filesystem(every[0][0])
     if len(every) == 1 and table_format(file) == "parquet":
         return [Unit("table", (file,), row_groups=run, split=split) for run in retried(lambda: _runs(file))]
-    if len(every) == 1 and not retried(lambda: fs.isfile(filesystem(file)[1])):
+    if len(every) == 1 and not retried(lambda: fs.isfile(path)):
         raise FileNotFoundError(uri)
     return [Unit("table", (file,), split=split) for file, split in every]
 

@@ -122,7 +122,7 @@ class MeanImage:
 
     def merge(self, other: MeanImage) -> None:
         """Add another sum."""
-        self.total = self.total + other.total
+        self.total += other.total
         self.count += other.count
 
     def image(self) -> np.ndarray:
@@ -205,8 +205,8 @@ class Moments:
         """Add vectors (N, D)."""
         wide = features.astype(np.float64)
         self.count += len(wide)
-        self.total = self.total + wide.sum(0)
-        self.outer = self.outer + wide.T @ wide
+        self.total += wide.sum(0)
+        self.outer += wide.T @ wide
 
     def mean_and_covariance(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean (D,) and unbiased covariance (D, D); needs two vectors."""

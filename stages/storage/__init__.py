@@ -25,8 +25,4 @@ from stages.storage.files import (
     write_parquet as write_parquet,
     written as written,
 )
-from stages.storage.retry import (
-    located as located,
-    patiently as patiently,
-    retried as retried,
-)
+from stages.storage.retry import located as located, patiently as patiently, retried as retried
