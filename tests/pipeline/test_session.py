@@ -82,7 +82,8 @@ def test_the_plan_shows_each_phases_precision_as_configured_as_begun_or_as_here(
     config = configuration.load(YAML, ["train.precision=null", "resources.gpu=false"])
     steps_ = [replace(p, folder=str(tmp_path / p.step.name)) for p in planned(config)]
     execution.write(str(tmp_path / "train-global"), Execution(precision="bf16"))
-    lines = plan_table(config, steps_)
+    begun = [replace(p, resumes=p.step.name == "train-global") for p in steps_]
+    lines = plan_table(config, begun)
     assert lines["train-global"].endswith("; precision: bf16")
     here = "; precision: float32 if it begins on a machine like this one"
     assert lines["train-local"].endswith(here)
