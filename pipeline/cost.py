@@ -63,16 +63,16 @@ STORED_SHARE = {"raw": 1.0, "png": 0.6, "jpeg": 0.1, "webp": 0.1}  # of an array
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
 
 ASSUMED = {
-    "ingest": (7.0, 2e-5),  # objects
-    "pair": (0.3, 1e-5),  # pairs
-    "shard": (1.0, 1.2e-7),  # pixels
-    "train": (25.0, 0.0),
-    "infer": (9.0, 0.0),
-    "evaluate": (16.0, 1e-6),  # pixels
-    "report": (0.3, 0.02),  # pictures
-    "register": (3.0, 0.0),
+    "ingest": (3.5, 2e-5),  # objects
+    "pair": (0.2, 1e-5),  # pairs
+    "shard": (0.7, 1.2e-7),  # pixels
+    "train": (12.0, 0.0),
+    "infer": (4.6, 0.0),
+    "evaluate": (9.0, 1e-6),  # pixels
+    "report": (0.15, 0.02),  # pictures
+    "register": (2.0, 0.0),
 }
-"""Seconds of a step's start, and core-seconds of a unit of its work: measured on two shared cores."""
+"""Seconds of a step's start, and core-seconds of a unit of its work: measured on two free cores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
