@@ -1,7 +1,7 @@
 """How well the pair doctor finds what is wrong: clean sets with some pairs made wrong, so the truth is known.
 
     python -m benchmarks.suspects [--sets facades,camvid,edges2shoes,sample] [--turns 5]
-    python -m benchmarks.suspects --cost        # the share of the shard stage's processor time
+    OMP_NUM_THREADS=1 python -m benchmarks.suspects --cost    # its share of the shard stage's processor time
 
 In each turn 5 % of the pairs, chosen at random, are made wrong in one way. Precision is the share of the
 named pairs that are wrong, recall the share of the wrong pairs that are named, both over all turns. "clean"
