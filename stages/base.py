@@ -60,9 +60,9 @@ MAX_PIXELS = 89_478_485
 
 
 class Config(BaseModel):
-    """Base of all configuration: frozen, unknown keys refused."""
+    """Base of all configuration: frozen, unknown keys refused, defaults read as values that are given."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
 class Resources(Config):

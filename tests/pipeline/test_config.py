@@ -104,6 +104,13 @@ def test_variables_in_the_workspace_are_expanded_or_refused(monkeypatch: pytest.
         configuration.load(YAML, ["workspace=$NOWHERE/ws"])
 
 
+def test_the_workspace_of_a_config_that_names_none_is_a_folder_here(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    where = "{uri: /a, role: pair, pattern: '{key}.png'}"
+    file.write_text(f"extends: base/pix2pix.yaml\ningest: {{locations: [{where}]}}\nshard: {{size: [64, 64]}}\n")
+    assert configuration.load(str(file)).workspace == str(Path("workspace").absolute())
+
+
 def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "twice.yaml"
     file.write_text("train: {seed: 1}\ntrain: {seed: 2}\n")
