@@ -129,7 +129,8 @@ def untrained(path: Path) -> LoadedModel:
 def score(images: Sequence[Array], samples: Sequence[Sample], spec: DatasetSpec) -> Scores:
     """Means of the scores over the samples."""
     rows = [
-        metrics.pixel_scores(image, sample.picture(spec, "target")) | {"sharpness": metrics.sharpness(image)}
+        metrics.pixel_scores_of([image], [sample.picture(spec, "target")])[0]
+        | {"sharpness": metrics.sharpness(image)}
         for image, sample in zip(images, samples, strict=True)
     ]
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}

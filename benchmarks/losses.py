@@ -81,7 +81,7 @@ def scores(side: Mapping[str, Any], options: argparse.Namespace, seed: int) -> d
         seconds = time.process_time() - began
         fakes = as_pictures(load_model(model), samples, spec)
     reals = [sample.picture(spec, "target") for sample in samples]
-    rows = [metrics.pixel_scores(fake, real) for fake, real in zip(fakes, reals, strict=True)]
+    rows = [metrics.pixel_scores_of([fake], [real])[0] for fake, real in zip(fakes, reals, strict=True)]
     features = PerceptualFeatures("cpu")
     distance = metrics.KernelDistance(features(fakes), features(reals))()
     return {

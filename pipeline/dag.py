@@ -89,15 +89,14 @@ def steps(config: PipelineConfig) -> tuple[Step, ...]:
             config.infer,
             needs=({} if config.infer.model else {"model": last})
             | ({} if config.infer.input else {"shards": "shard"}),
-            digest=(lambda: Seen(infer.digest(config.infer, config.tracking.place(config.workspace))))
-            if config.infer.input or config.infer.model
-            else None,
+            digest=lambda: Seen(infer.digest(config.infer, config.tracking.place(config.workspace))),
             check=lambda inputs: infer.check(config.infer, inputs.get("shards", "")),
         ),
         _step(
             evaluate,
             scored,
             needs={"shards": "shard"} | ({} if config.evaluate.images else {"images": "infer"}),
+            digest=lambda: Seen(evaluate.digest(scored)),
             check=lambda inputs: evaluate.check(scored, inputs.get("shards", "")),
         ),
         Step(

@@ -29,7 +29,8 @@ import torch
 from stages import storage
 from stages.base import Outcome, Resources, Role, Split
 from stages.config.evaluate import BaselineConfig, EvaluateConfig
-from stages.errors import StageError, UserError
+from stages.config.infer import InferConfig
+from stages.errors import StageError, UserError, named
 from stages.images import colour, decode, encode, geometry, pictures
 from stages.images.kinds import Array, ImageRejected
 from stages.inference import inputs, outputs
@@ -344,16 +345,22 @@ def check(config: EvaluateConfig, shards: str = "") -> None:
     """Raise UserError for what is not there. `shards`: where the targets are; "" if not known yet."""
     if config.perceptual is not None:
         efficientnet.weights()
-    files = {"images": config.images}
-    if config.lpips is not None:
-        files |= {"lpips.backbone": config.lpips.backbone, "lpips.linear": config.lpips.linear}
-    for name, network in {"inception": config.inception, "segmenter": config.segmenter}.items():
-        files |= {} if network is None else {f"{name}.weights": network.weights}
-    for key, uri in files.items():
-        if uri is not None:
-            storage.require(uri, f"evaluate.{key}")
+    for key in ("images", "lpips.backbone", "lpips.linear", "inception.weights", "segmenter.weights"):
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part, None)
+        if value is not None:
+            storage.require(value, f"evaluate.{key}")
     if shards:
         dataset.load(shards).scored_split(config.split, "evaluate.split")
+
+
+def digest(config: EvaluateConfig) -> str:
+    """A digest of the listing of another system's images: scored again if one changes or is added."""
+    if config.images is None:
+        return ""
+    with named("evaluate.images"):
+        return inputs.plan(InferConfig(input=config.images, pattern="{key}"), None).digest
 
 
 def run(
@@ -408,19 +415,16 @@ def make_job(
     generated: str,
     output: str,
 ) -> EvaluateJob:
-    """The workers' job. Raises UserError for weights or a folder that are not there."""
+    """The workers' job. Raises UserError for weights that are not there."""
     if config.segmenter is not None and label_role(spec) is None:
         raise UserError("evaluate.segmenter: the pairs have no label maps to score by")
     folder, suffix, samples, manifest = generated, "", 1, ""
     if config.images is not None:
         folder = storage.absolute(config.images)
-        storage.require(folder, "evaluate.images")
-    elif folder:
+    else:
         infer_config = storage.read_json(storage.join(folder, outputs.MANIFEST))["config"]
         suffix, samples = outputs.SUFFIX[infer_config["format"]], int(infer_config["samples"])
         manifest = storage.read_bytes(storage.join(folder, "model", "model.json")).decode()
-    else:
-        raise UserError("evaluate.images: name a folder of images; none were generated here")
     gpu = uses_gpu(resources)
     return EvaluateJob(
         config=config,

@@ -422,9 +422,7 @@ def _read_style(name: str, uri: str | None, how: Kind | Picture) -> Array:
 
 def check(config: InferConfig, shards: str = "") -> None:
     """Raise UserError for what is not there. `shards`: where the sources are; "" if not known yet."""
-    if config.style.kind == "reference":
-        for name in ("picture", "instances", "labels"):
-            storage.require(getattr(config.style, name), f"infer.style.{name}")
+    style_checksums(config)
     if config.input is not None:
         shards = input_shards(config)
     if shards:
@@ -432,7 +430,7 @@ def check(config: InferConfig, shards: str = "") -> None:
 
 
 def digest(config: InferConfig, tracking_uri: str | None = None) -> str:
-    """A digest of what a run reads from outside the pipeline: the listing of `input`, the model's files."""
+    """A digest of what a run reads from outside: the input's listing, the files of model and style; or ""."""
     texts = []
     if config.input:
         if shards := input_shards(config):
@@ -443,7 +441,19 @@ def digest(config: InferConfig, tracking_uri: str | None = None) -> str:
     if config.model:
         with named("infer.model"):
             texts.append(json.dumps(description(config.model, tracking_uri), sort_keys=True))
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    texts += style_checksums(config)
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest() if texts else ""
+
+
+def style_checksums(config: InferConfig) -> list[str]:
+    """The checksums of a reference style's images. Raises UserError for one that is not there."""
+    checksums = []
+    if config.style.kind == "reference":
+        for name in ("picture", "instances", "labels"):
+            uri = getattr(config.style, name)
+            storage.require(uri, f"infer.style.{name}")
+            checksums.append(hashlib.sha256(storage.read_bytes(storage.absolute(uri))).hexdigest())
+    return checksums
 
 
 def input_shards(config: InferConfig) -> str:
@@ -489,8 +499,6 @@ def prepare(
     Raises UserError as `run` does.
     """
     model = config.model or model
-    if not model:
-        raise UserError(f"{model_key}: name a model; none was trained here")
     with named(model_key):
         manifest = description(model, tracking_uri)
     if config.overwrite:
@@ -512,7 +520,8 @@ def prepare(
         units, rows, source = plan.units, plan.rows, plan.digest
     unseen = {"overwrite", "model", "input", "max_reject_fraction"}
     settings = config.model_dump(mode="json", exclude=unseen)
-    identity = {"model": fingerprint(manifest), "config": settings, "input": source}
+    read = " ".join([source, *style_checksums(config)])
+    identity = {"model": fingerprint(manifest), "config": settings, "input": read}
     outputs.begin(output, identity, {"rows": rows, "units": units})
     storage.write_json(storage.join(output, "model", "model.json"), manifest)
     return Work(

@@ -435,16 +435,9 @@ def test_a_model_with_instances_takes_their_maps_by_key(workers_in_process: None
     assert run(tmp_path / "b", model=model, **settings).counts["error_missing"] == 2
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"model": "nowhere"}, r"infer.model: .*nowhere: there is no model.json"),
-        ({}, "infer.model: name a model"),
-    ],
-)
-def test_a_missing_model_is_named(tmp_path: Path, config: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        run(tmp_path / "out", **config)
+def test_a_missing_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"infer.model: .*nowhere: there is no model.json"):
+        run(tmp_path / "out", model="nowhere")
 
 
 @pytest.mark.parametrize(
@@ -459,6 +452,17 @@ def test_a_missing_or_empty_input_is_named(tmp_path: Path, model: str, make: Any
     make(tmp_path / "in")
     with pytest.raises(UserError, match=f"infer.input: .*{message}"):
         run(tmp_path / "out", model=model, input=str(tmp_path / "in"))
+
+
+def test_another_reference_style_in_its_place_is_another_run(tmp_path: Path) -> None:
+    file = tmp_path / "style.png"
+    file.write_bytes(b"one")
+    names = ("picture", "instances", "labels")
+    config = InferConfig(style={"kind": "reference", **dict.fromkeys(names, str(file))})
+    before = infer.digest(config)
+    file.write_bytes(b"two")
+    assert infer.digest(config) != before
+    assert infer.digest(InferConfig()) == ""
 
 
 def test_the_digest_follows_the_input_and_the_model(tmp_path: Path, model: str) -> None:

@@ -119,7 +119,7 @@ def judged(folder: Path, shards: str, count: int, noise: float = 2) -> tuple[str
             row["error"] = "missing"
         else:
             storage.write_bytes(f"{folder}/images/{name}", encode.encode_png(fake))
-            row |= metrics.pixel_scores(fake, sample.images["target"]) | {"mean_target_l1": 0.3}
+            row |= metrics.pixel_scores_of([fake], [sample.images["target"]])[0] | {"mean_target_l1": 0.3}
         found.append(row)
     storage.write_json(f"{folder}/images/model/model.json", {"architecture": {"kind": "pix2pixhd"}})
     names = ["l1", "psnr", "ssim", "ms_ssim"]

@@ -90,15 +90,13 @@ def mlflow_model(uri: str, tracking_uri: str | None = None) -> Path:
 @contextmanager
 def _fewer_retries() -> Iterator[None]:
     """Let MLflow retry a server that does not answer for half a minute; its default is four minutes."""
-    name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = "4"
+    name, before = "MLFLOW_HTTP_REQUEST_MAX_RETRIES", set(os.environ)
+    os.environ.setdefault(name, "4")
     try:
         yield
     finally:
-        os.environ.pop(name, None)
+        if name not in before:
+            del os.environ[name]
 
 
 @contextmanager

@@ -42,11 +42,6 @@ def to_unit(images: Sequence[np.ndarray], device: str = "cpu") -> Tensor:
     return stacked.permute(0, 3, 1, 2).contiguous().float() / 255
 
 
-def pixel_scores(generated: np.ndarray, target: np.ndarray) -> dict[str, float]:
-    """L1, PSNR, SSIM and MS-SSIM of two uint8 images (H, W, C) of one shape: `pixel_scores_of` one pair."""
-    return pixel_scores_of([generated], [target])[0]
-
-
 def pixel_scores_of(
     generated: Sequence[np.ndarray], targets: Sequence[np.ndarray], device: str = "cpu"
 ) -> list[dict[str, float]]:

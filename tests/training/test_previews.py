@@ -19,7 +19,7 @@ from stages.models.gan import GanState, build_gan
 from stages.models.objective import LossWeights
 from stages.scoring.efficientnet import PerceptualFeatures
 from stages.scoring.lpips import LpipsScorer
-from stages.scoring.metrics import frechet_distance_of, pixel_scores
+from stages.scoring.metrics import frechet_distance_of, pixel_scores_of
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec, Sample
 from stages.training import previews
@@ -103,7 +103,7 @@ def test_the_metric_that_chooses_is_evaluations_own_of_the_pictures(tmp_path: Pa
     each = []
     for sample, drawn, _ in drawn_singly(tmp_path, spec, gan):
         picture = kinds.restore(drawn[0].permute(1, 2, 0).numpy(), "rgb")
-        each.append(pixel_scores(picture, sample.images["target"])["ssim"])
+        each.append(pixel_scores_of([picture], [sample.images["target"]])[0]["ssim"])
     assert values["validation/ssim"] == pytest.approx(np.mean(each), rel=1e-3)
     too_small = chosen.model_copy(update={"select": "ms_ssim"})
     assert set(samples(tmp_path, spec, too_small)(gan)[1]) == {"validation/l1"}
