@@ -381,6 +381,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> None:
     """Write the config and the picture. Raises UserError if one exists, or no pairs are found."""
+    from stages import storage  # noqa: PLC0415
     from stages.images.encode import encode_png  # noqa: PLC0415
     from stages.images.pictures import sheet  # noqa: PLC0415
 
@@ -390,8 +391,7 @@ def run(options: argparse.Namespace) -> None:
             raise UserError(f"{one}: exists; name another file by --output")
     with cli.planning():
         config, said, rows = look([uri for uri in (options.images, options.partners) if uri])
-    with file.open("x", encoding="utf-8") as out:
-        out.write(config)
+    storage.write_bytes(str(file), config.encode())
     try:
         configuration.load(str(file))
     except UserError:

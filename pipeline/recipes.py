@@ -16,6 +16,7 @@ import yaml
 
 from pipeline import cli
 from pipeline.config import RECIPES, located
+from stages import storage
 from stages.errors import UserError
 
 HELP = """\
@@ -62,7 +63,8 @@ def copy(name: str, file: Path | None) -> None:
         for one in ([names] if isinstance(names, str) else names)
     ]
     schema = f"# yaml-language-server: $schema={RECIPES / 'pipeline.schema.json'}\n#\n"
-    target.write_text(schema + re.sub(r"^extends: .*$", f"extends: [{', '.join(inside)}]", text, flags=re.M))
+    text = schema + re.sub(r"^extends: .*$", f"extends: [{', '.join(inside)}]", text, flags=re.M)
+    storage.write_bytes(str(target), text.encode())
     sys.stdout.write(f"{target}\n")
 
 

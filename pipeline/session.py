@@ -26,7 +26,7 @@ from stages.config.train import PhaseJob, full_size
 from stages.models.fast.process import best_precision
 from stages.progress import duration
 from stages.report import notes
-from stages.scoring.table import is_bound, shown
+from stages.scoring.table import BASELINES, is_bound, shown
 from stages.shards import dataset
 from stages.tracking.run import Run, catch_up, open_parent
 from stages.training.memory import advice
@@ -202,9 +202,8 @@ def summary(config: PipelineConfig, chosen: Sequence[PlannedStep], markers: Mark
     lines = ["", f"{'step':<15} {'time':>12}  results"]
     for name, marker in markers.items():
         values = [f"{key} {value:,}" for key, value in marker["counts"].items()]
-        values += [
-            f"{name} {shown(marker['metrics'], name)}" for name in marker["metrics"] if not is_bound(name)
-        ]
+        own = [one for one in marker["metrics"] if not (is_bound(one) or one.startswith(BASELINES))]
+        values += [f"{one} {shown(marker['metrics'], one)}" for one in own]
         values = values[:6] + [f"{key} {text}" for key, text in notes(marker).items()]
         lines.append(f"{name:<15} {duration(marker['seconds']):>12}  {', '.join(values)}")
     folders = {p.step.name: p.folder for p in chosen}

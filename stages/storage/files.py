@@ -26,7 +26,7 @@ from fsspec.spec import AbstractFileSystem
 
 from stages.config.locations import absolute
 from stages.errors import UserError, one_line
-from stages.storage.retry import ATTEMPTS, explain, patiently, unreachable
+from stages.storage.retry import ATTEMPTS, LASTING, explain, patiently, unreachable
 
 Value = TypeVar("Value")
 
@@ -122,7 +122,7 @@ def _names(uri: str, kind: str) -> list[str]:
     fs.invalidate_cache()
     try:
         entries = call_store(lambda: fs.ls(path, detail=True), uri)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         if type(error.__cause__).__name__ == "NoSuchBucket":
             raise UserError(f"{uri}: there is no such bucket ({one_line(error)})") from error
         return []
@@ -263,12 +263,12 @@ def parquet_parts(folder: str, prefix: str) -> Iterator[str]:
 def written(call: Callable[[], Value], uri: str) -> Value:
     """The value of a call that writes to a location, repeated while the store fails.
 
-    Raises as `patiently` does, and UserError if there is no such bucket.
+    Raises as `patiently` does, and UserError if there is no such bucket, or a file where a folder belongs.
     """
     try:
         return call_store(call, uri)
-    except FileNotFoundError as error:
-        lacking = "the folder cannot be made" if is_local(uri) else "there is no such bucket"
+    except LASTING as error:
+        lacking = "it cannot be made" if is_local(uri) else "there is no such bucket"
         raise UserError(f"{uri}: {lacking} ({one_line(error, kind=True)})") from error
 
 

@@ -22,6 +22,7 @@ Value = TypeVar("Value")
 ATTEMPTS = 8
 FIRST_WAIT = 0.25  # seconds; doubled each time, at most LONGEST_WAIT: about 40 s in all
 LONGEST_WAIT = 10.0
+LASTING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)
 CLIENTS = ("botocore", "aiobotocore", "aiohttp", "asyncio", "obstore", "urllib3")
 PATIENCE = 300.0  # seconds after which no new attempt starts: each may take as long as the client's timeouts
 WHEN_BACK = "what was done is kept: start the same command again when the store answers"
@@ -47,8 +48,7 @@ def refusal(error: BaseException) -> bool:
 
 def passing(error: BaseException) -> bool:
     """Whether another attempt may succeed: the network or the store failed, and did not refuse."""
-    lasting = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
-    if lasting or refusal(error) or misconfigured(error):
+    if isinstance(error, LASTING) or refusal(error) or misconfigured(error):
         return False
     return isinstance(error, OSError | EOFError | tarfile.TarError | zlib.error) or _client(error) in CLIENTS
 

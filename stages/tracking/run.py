@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -197,10 +198,14 @@ def probe(config: TrackingConfig, workspace: str) -> str:
 @contextmanager
 def _opened(config: TrackingConfig, workspace: str) -> Iterator[tuple[str, str]]:
     """The server's URI and the experiment's id. Raises UserError for what fails in the block."""
-    uri = _absolute_sqlite(config.place(workspace))
+    uri = config.place(workspace)
     try:
-        with _alone(uri):
-            experiment = _open_experiment(uri, config.experiment)
+        if (file := sqlite_file(uri)) is not None:  # the same one from every working directory
+            file = file.absolute()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            uri = sqlite_uri(file)
+        with _alone(file):
+            experiment = _open_experiment(uri, file, config.experiment)
         yield uri, experiment
     except UserError:
         raise
@@ -209,19 +214,9 @@ def _opened(config: TrackingConfig, workspace: str) -> Iterator[tuple[str, str]]
         raise UserError(f"tracking.uri: cannot use {where}: {one_line(error)}") from error
 
 
-def _absolute_sqlite(uri: str) -> str:
-    """A SQLite URI that means the same file from every working directory; its folder is made."""
-    file = sqlite_file(uri)
-    if file is None:
-        return uri
-    file.absolute().parent.mkdir(parents=True, exist_ok=True)
-    return sqlite_uri(file.absolute())
-
-
 @contextmanager
-def _alone(uri: str) -> Iterator[None]:
+def _alone(file: Path | None) -> Iterator[None]:
     """One process at a time, for a SQLite file: MLflow's migrations of a new one fail beside each other."""
-    file = sqlite_file(uri)
     if file is None:
         yield
         return
@@ -234,16 +229,15 @@ def _alone(uri: str) -> Iterator[None]:
         os.close(folder)
 
 
-def _open_experiment(uri: str, name: str) -> str:
+def _open_experiment(uri: str, file: Path | None, name: str) -> str:
     client = sender.connect(uri)
     experiment = client.get_experiment_by_name(name)
     if experiment is not None:
         if experiment.lifecycle_stage == "deleted":
             raise UserError(f"the experiment {name} was deleted in MLflow; restore it or take another name")
         return str(experiment.experiment_id)
-    location = None  # a server decides where artifacts go
-    if (file := sqlite_file(uri)) is not None:
-        location = (file.parent / ARTIFACTS / name).as_uri()
+    # where artifacts go; a server decides that itself
+    location = None if file is None else (file.parent / ARTIFACTS / name).as_uri()
     return str(client.create_experiment(name, artifact_location=location))
 
 

@@ -92,6 +92,11 @@ def test_a_copied_recipe_is_the_same_run_and_is_never_overwritten(
     assert f"{file}: exists" in capsys.readouterr().err
 
 
+def test_a_recipe_that_cannot_be_written_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert pixloom.main(["recipes", "copy", "facades", "/proc/none.yaml"]) == 2
+    assert "/proc/none.yaml: it cannot be made" in capsys.readouterr().err
+
+
 def test_a_name_that_is_no_recipe_is_refused() -> None:
     with pytest.raises(UserError, match="nosuch: no such recipe"):
         pixloom.module("recipes").copy("nosuch", None)

@@ -17,7 +17,7 @@ from stages.training import execution
 from stages.training.execution import Execution
 
 YAML = str(Path(__file__).resolve().parents[2] / "pipeline.yaml")
-SCORES = {"l1": 0.25, "psnr": 12.0}
+SCORES = {"l1": 0.25, "mean_target_l1": 0.5, "psnr": 12.0, "ssim": 0.5}
 
 
 def planned(config: PipelineConfig) -> list[PlannedStep]:
@@ -107,7 +107,7 @@ def test_the_plan_refuses_weights_that_are_not_there(tmp_path: Path) -> None:
 def test_the_summary_has_times_results_and_where_the_report_is() -> None:
     config = configuration.load(YAML)
     text = session.summary(config, planned(config), {"evaluate": marker(**SCORES), "report": marker()})
-    assert "images 1,200, l1 0.25, psnr 12" in text
+    assert "images 1,200, l1 0.25, psnr 12, ssim 0.5\n" in text  # without the baseline's
     assert "report  /w/report-0/report.html" in text
     assert "mlflow ui --backend-store-uri sqlite:///" in text
 

@@ -17,14 +17,24 @@ def test_a_file_of_this_machine_is_asked_for_once(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         storage.read_bytes(str(tmp_path / "none"))
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(StageError, match="none"):
-        storage.write_bytes(str(tmp_path / "file" / "none"), b"x")
     assert storage.list_names(str(tmp_path / "none")) == []
 
 
 def test_a_folder_that_cannot_be_made_is_the_users_error() -> None:
-    with pytest.raises(UserError, match=r"^/proc/none/x: the folder cannot be made"):
+    with pytest.raises(UserError, match=r"^/proc/none/x: it cannot be made"):
         storage.write_bytes("/proc/none/x", b"x")
+
+
+@pytest.mark.parametrize("place", ["file/below", "file/in/it", "folder"])
+def test_a_file_in_the_place_of_a_folder_or_a_folder_in_that_of_a_file_is_the_users_error(
+    place: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=f"{place}: it cannot be made"):
+        storage.write_bytes(str(tmp_path / place), b"x")
+    assert storage.list_names(str(tmp_path / "file/in/it")) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}
 
 
 def test_damage_in_a_table_is_found(tmp_path: Path) -> None:

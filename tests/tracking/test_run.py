@@ -71,6 +71,8 @@ def test_tracking_switched_off_gives_a_null_run(tmp_path: Path) -> None:
 def test_a_database_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="tracking"):
         open_parent(TrackingConfig(uri="nothing://user:secret@host/db"), "r", None, str(tmp_path))
+    with pytest.raises(UserError, match=r"tracking.uri: cannot use sqlite:////proc/ws/.*No such file"):
+        open_parent(TrackingConfig(), "r", None, "/proc/ws")
 
 
 @pytest.fixture(scope="module")
