@@ -107,7 +107,8 @@ def test_variables_in_the_workspace_are_expanded_or_refused(monkeypatch: pytest.
 def test_the_workspace_of_a_config_that_names_none_is_a_folder_here(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     where = "{uri: /a, role: pair, pattern: '{key}.png'}"
-    file.write_text(f"extends: base/pix2pix.yaml\ningest: {{locations: [{where}]}}\nshard: {{size: [64, 64]}}\n")
+    sections = f"ingest: {{locations: [{where}]}}\nshard: {{size: [64, 64]}}\n"
+    file.write_text(f"extends: base/pix2pix.yaml\n{sections}")
     assert configuration.load(str(file)).workspace == str(Path("workspace").absolute())
 
 
