@@ -27,15 +27,16 @@ images make a pair, what they hold, their size and classes. A picture of up to t
 was taken for source (left) and target (right). No file is overwritten."""
 
 LAYOUTS = (
-    "init knows two locations with the same names, folders a/1.png and b/1.png, endings 1_a.png and 1_b.png "
-    "or 1_w1.tif and 1_w2.tif, files of both images side by side, or a .parquet with two columns of images; "
-    "docs/data.md shows how to write others"
+    "init knows two locations with the same names, folders a/1.png and b/1.png or 1/a.png and 1/b.png, "
+    "endings 1_a.png and 1_b.png or 1_w1.tif and 1_w2.tif, files of both images side by side, or a .parquet "
+    "with two columns of images; docs/data.md shows how to write others"
 )
 PARTS = 64  # of a listing, of each of which one page is read
 PAIRS = 10
 SIDE = 256  # the longer side of the stored images, about
 MULTIPLE = 32  # of both sides, as the recipe's networks need
 FEW = 64  # values of a label map, at most
+WHOLE = 2**23  # float32 has all whole numbers of twice as many
 
 _SPLIT = r"(?i:train(?:ing)?|val(?:id|idation)?|test(?:ing)?)"
 _SOURCE = (
@@ -44,7 +45,7 @@ _SOURCE = (
 )
 _TARGET = r"tgt|target|output|edited|b|photos?|images?|imgs?|real|hr|rgb|colou?r"
 
-ENDINGS = {"ending": r"[A-Za-z]+", "channel": r"[A-Za-z]+\d+"}
+ENDINGS = {"ending": r"[_.-][A-Za-z]+", "channel": r"[_.-][A-Za-z]+\d+", "name": r"/[^/]+"}
 
 Name = tuple[int, str, str]  # the number of the location, the path of an image below it, its URI
 
@@ -74,7 +75,7 @@ class Side:
 def divide(names: Sequence[Name], slot: str) -> dict[str, dict[str, Name]]:
     """The names by marker and key.
 
-    slot   where the marker is: the location, the (sub)folder, or the stem's ending, of letters or a channel's
+    slot   where the marker is: the location, the (sub)folder, the stem, its ending of letters or a channel's
     """
     found: dict[str, dict[str, Name]] = defaultdict(dict)
     for name in names:
@@ -83,7 +84,7 @@ def divide(names: Sequence[Name], slot: str) -> dict[str, dict[str, Name]]:
         if slot == "location":
             marker = str(name[0])
         elif slot in ENDINGS:
-            if match := re.fullmatch(rf"(.*[^/])([_.-]{ENDINGS[slot]})", key):
+            if match := re.fullmatch(rf"(.*[^/])({ENDINGS[slot]})", key):
                 key, marker = match.groups()
         elif len(parts) > at + 1:
             split = re.fullmatch(rf"({_SPLIT})([_-]\w+|[AB]|)", parts[at])
@@ -105,7 +106,7 @@ def find_sides(names: Sequence[Name], uris: Sequence[str]) -> list[Side]:
     most, best = (0, 0), list[Side]()
     for slot in ["location"] if len(uris) > 1 else ["folder", "subfolder", *ENDINGS]:
         groups = divide(names, slot)
-        if slot == "channel" and len(groups) > max(map(len, groups.values()), default=0):
+        if slot in ("channel", "name") and len(groups) > max(map(len, groups.values()), default=0):
             continue  # they are numbers of images
         largest = sorted(groups, key=lambda marker: -len(groups[marker]))[:12]
         sides = [_side(groups[marker], marker, slot, uris) for marker in sorted(largest)]
@@ -124,11 +125,12 @@ def _side(group: Mapping[str, Name], marker: str, slot: str, uris: Sequence[str]
     images = {key.removesuffix(end): name[2] for key, name in group.items()}
     suffixes = {name[1].rpartition(".")[2] for name in group.values()}
     end += (marker if slot in ENDINGS else "") + f".{suffixes.pop() if len(suffixes) == 1 else '*'}"
-    start, word = _split(group), marker
+    start, word = _split(group), marker.strip("/")
     if slot == "location":
         word = uri.rpartition("/")[2]
     elif slot == "subfolder":
-        start = f"{start or '{group}/'}{marker}/"
+        firsts = {key.partition("/")[0] for key in group}
+        start = (start or f"{'{group}' if len(firsts) > 1 else firsts.pop()}/") + f"{marker}/"
     elif slot == "folder" and path.partition("/")[0] != marker:  # train_label
         start = f"{{split}}{marker}/"
     elif slot == "folder" and is_archive(uri):
@@ -176,13 +178,13 @@ def table_sides(uri: str) -> list[Side]:
         with cells.opened(table) as parquet:
             words = [field.name for field in parquet.schema_arrow if cells.has_images(field)]
             rows = range(1, parquet.metadata.row_group(0).num_rows + 1 if parquet.num_row_groups else 1)
-    columns = [cells.addresses(table, word, pa.array(rows)).to_pylist() for word in words]
     sides = [
-        Side(uri, word, "", dict(zip(map(str, rows), column, strict=True)))
-        for word, column in zip(words, columns, strict=True)
+        Side(uri, word, "", dict(zip(map(str, rows), column.to_pylist(), strict=True)))
+        for word in words
+        for column in [cells.addresses(table, word, pa.array(rows))]
     ]
-    by_names = sorted(combinations(sides, 2), key=lambda two: -abs(two[0].leaning() - two[1].leaning()))
-    return list(by_names[0]) if by_names else []
+    two = max(combinations(sides, 2), key=lambda two: abs(two[0].leaning() - two[1].leaning()), default=())
+    return list(two)
 
 
 def read(groups: Sequence[Sequence[str]]) -> tuple[list[list[bytes]], list[str]]:
@@ -190,7 +192,6 @@ def read(groups: Sequence[Sequence[str]]) -> tuple[list[list[bytes]], list[str]]
 
     Raises UserError if no group is left.
     """
-    from stages.images.decode import decode_image  # noqa: PLC0415
     from stages.images.kinds import ImageRejected  # noqa: PLC0415
     from stages.objects.fetch import Object, Reader  # noqa: PLC0415
 
@@ -201,11 +202,7 @@ def read(groups: Sequence[Sequence[str]]) -> tuple[list[list[bytes]], list[str]]
         try:
             files = [reader.read(Object(uri)) for uri in group]
             for data in files:
-                try:
-                    decode_image(data, "labels")
-                except ImageRejected as error:
-                    if error.reason != "label_range":  # it may be a photo
-                        decode_image(data, "rgb")
+                judge(Side("", "", "", {}), [data])
             good.append(files)
         except ImageRejected as error:
             wrong.append(f"{' and '.join(group)}: {error}")
@@ -223,15 +220,15 @@ def judge(one: Side, files: Sequence[bytes]) -> tuple[Side, list[Any]]:
     from stages.images.pictures import picture  # noqa: PLC0415
     from stages.models.architecture import Picture  # noqa: PLC0415
 
+    used = values_used(files)
     try:
         maps = [decode_image(data, "labels") for data in files]
         values = np.unique(np.concatenate([np.unique(ids) for ids in maps])).tolist()
     except ImageRejected as error:
         if error.reason == "label_range":
-            bits = max(int(decode_image(data, "grey16").max()) for data in files).bit_length()
-            values_used = (0, 2**bits - 1)
-            how = Picture(kind="grey16", range=values_used)
-            deep = replace(one, kind="grey16", settings={"range": values_used}, note=f"{bits} bits of grey")
+            how = Picture(kind="grey16", range=used)
+            note = f"grey from {used[0]} to {used[1]}"
+            deep = replace(one, kind="grey16", settings={"range": used}, note=note)
             return deep, [picture(decode_image(data, how), "grey16") for data in files]
         values = []
     pictures = [decode_image(data, "rgb") for data in files]
@@ -246,19 +243,35 @@ def judge(one: Side, files: Sequence[bytes]) -> tuple[Side, list[Any]]:
         note = f"label ids, {len(values)} values from {values[0]} to {values[-1]}"
         shown = [picture(ids, "labels") for ids in maps]
         return replace(one, kind="labels", settings=settings, note=note), shown
+    if max(image.max() for image in pictures) < min(255, used[1]) // 2:  # few bits of a deep file
+        pictures = [decode_image(data, Picture(kind="rgb", range=used)) for data in files]
+        one = replace(one, settings={"range": used}, note=f"colours up to {used[1]}")
     if all((image == image[:, :, :1]).all() for image in pictures):
         return replace(one, kind="grey", note="grey"), pictures
     return one, pictures
 
 
-def order(one: Side, other: Side) -> tuple[list[Side], str]:
-    """Source and target, and why."""
+def values_used(files: Sequence[bytes]) -> tuple[int, int]:
+    """Powers of two around the values of files: black and white."""
+    from stages.images.decode import decode_image  # noqa: PLC0415
+    from stages.models.architecture import Picture  # noqa: PLC0415
+
+    how, low, top = Picture(kind="channels", range=(-WHOLE, WHOLE)), 0.0, 0.0
+    for values in (decode_image(data, how) * WHOLE for data in files):
+        known = values[values > -WHOLE]  # others are missing: NaN, the file's nodata
+        low, top = min(low, known.min(initial=0)), max(top, abs(known).max(initial=0))
+    end = 2 ** max(1, int(top).bit_length())
+    return -end if low < 0 else 0, end - 1
+
+
+def is_reversed(one: Side, other: Side) -> tuple[bool, str]:
+    """Whether `other` is the source, and why."""
     if one.leaning() != other.leaning():
         sure = "sure" if one.leaning() and other.leaning() else "likely"
-        return sorted((one, other), key=Side.leaning), f"{sure}, by their names"
+        return one.leaning() > other.leaning(), f"{sure}, by their names"
     if (one.kind == "labels") != (other.kind == "labels"):
-        return sorted((one, other), key=lambda side: side.kind != "labels"), "likely, as source has label ids"
-    return [one, other], "a guess; if they are the wrong way round, swap `role`"
+        return other.kind == "labels", "likely, as source has label ids"
+    return False, "a guess; if they are the wrong way round, swap `role`"
 
 
 # -- the config ----------------------------------------------------------------
@@ -286,9 +299,9 @@ def look(uris: Sequence[str]) -> tuple[str, list[str], list[list[Any]]]:
         keys = shared[:: -(-len(shared) // PAIRS)]
         files, unusable = read([[side.images[key] for side in sides] for key in keys])
         judged = [judge(side, of_side) for side, of_side in zip(sides, zip(*files, strict=True), strict=True)]
-        (source, target), why = order(judged[0][0], judged[1][0])
-        ways = judged if judged[0][0] is source else judged[::-1]
-        rows = list(zip(*(pictures for _, pictures in ways), strict=True))
+        turned, why = is_reversed(judged[0][0], judged[1][0])
+        (source, sources), (target, targets) = judged[::-1] if turned else judged
+        rows = list(zip(sources, targets, strict=True))
         said = [
             f"pairs: {len(shared):,}; {len(names) - 2 * len(shared):,} other images",
             f"source: {source.word}, {source.note}",
@@ -296,21 +309,21 @@ def look(uris: Sequence[str]) -> tuple[str, list[str], list[list[Any]]]:
             f"which is which: {why}",
             *unusable,
         ]
-        kind = target.kind
-        if kind == "labels":
-            kind = "rgb"
+        if target.kind == "labels":
+            target = replace(target, kind="rgb", settings={})
             said.append(
                 "the target's ids are read as colours, which is what networks generate (infer.palette)"
             )
         locations = [(source, "source"), (target, "target")]
-        half, shard = "", {"kinds": {"source": source.kind, "target": kind}}
+        half, shard = "", {"kinds": {role: side.kind for side, role in locations}}
         if source.kind == "labels":
             shard |= source.settings
-        if deep := {role: side.settings["range"] for side, role in locations if side.kind == "grey16"}:
+        if deep := {role: side.settings["range"] for side, role in locations if "range" in side.settings}:
             shard["range"] = deep
     else:
         files, unusable = read([[uri] for *_, uri in names[:: -(-len(names) // PAIRS)]])
-        _, pictures = judge(Side(uris[0], "", "", {}), [data for (data,) in files])
+        pattern = f"{_split([path for _, path, _ in names])}{{key}}.*"
+        halves, pictures = judge(Side(uris[0], "", pattern, {}), [data for (data,) in files])
         if len(uris) > 1 or any(abs(image.shape[1] / image.shape[0] - 2) > 0.02 for image in pictures):
             raise UserError(f"{where}: {len(names):,} names and no pairs; {LAYOUTS}")
         rows = [(crop_half(image, "left"), crop_half(image, "right")) for image in pictures]
@@ -319,9 +332,8 @@ def look(uris: Sequence[str]) -> tuple[str, list[str], list[list[Any]]]:
             "source: the left half, a guess; if it is the right one, change `source_half`",
             *unusable,
         ]
-        half, shard = "pair:\n  source_half: left\n", {}
-        pattern = f"{_split([path for _, path, _ in names])}{{key}}.*"
-        locations = [(Side(uris[0], "", pattern, {}), "pair")]
+        half, locations = "pair:\n  source_half: left\n", [(halves, "pair")]
+        shard = {"range": halves.settings["range"]} if "range" in halves.settings else {}
     size, fit = shape(rows)
     high, wide = rows[0][1].shape[:2]
     said = [f"names looked at: {len(names):,}", *said]

@@ -215,8 +215,10 @@ def join_roles(
         row_of[role] = np.full(len(order), -1, np.int64)
         row_of[role][key_of_row[rows]] = rows
         twice = np.bincount(key_of_row[rows], minlength=len(order)) > 1
-        if twice.any() and (distinct := _distinct(objects)).num_rows < objects.num_rows:
-            return join_roles(distinct, roles, config, cuts, excluded)
+        if twice.any():  # a table may hold a row twice
+            distinct = objects.group_by(objects.column_names, use_threads=False).aggregate([])
+            if distinct.num_rows < objects.num_rows:
+                return join_roles(distinct, roles, config, cuts, excluded)
         reasons[twice & (reasons == "")] = f"duplicate_{role}"
     lacking = np.zeros(len(order), bool)
     for role in roles:
@@ -245,11 +247,6 @@ def join_roles(
             columns[f"{role}_{name}"] = table[name].take(take)
     details = np.where(unknown & ~placed, split.to_numpy(zero_copy_only=False), "")
     return pa.table(columns), _rejects(table, key_of_row, reasons, details)
-
-
-def _distinct(objects: pa.Table) -> pa.Table:
-    """Objects without exact repetitions, as of a row that a table holds twice."""
-    return objects.group_by(objects.column_names, use_threads=False).aggregate([])
 
 
 def _case_twins(names: pa.Array) -> Mask:

@@ -355,6 +355,19 @@ def test_a_table_of_uris_is_generated(workers_in_process: None, tmp_path: Path, 
     assert whole(tmp_path / "out")
 
 
+def test_a_table_of_uris_may_lack_one_and_names_files_beside_it(
+    workers_in_process: None, tmp_path: Path, model: str
+) -> None:
+    data = encode.encode_image(scene(0, 32, 32)["source"], "png")
+    (tmp_path / "x.png").write_bytes(data)
+    listed = {"key": [1, 2], "uri": ["x.png", None], "thumbnail": [data, data]}
+    pq.write_table(pa.table(listed), tmp_path / "list.parquet")
+    outcome = run(tmp_path / "out", model=model, input=f"{tmp_path}/list.parquet", max_reject_fraction=1)
+    assert outcome.counts == {"images": 1, "errors": 1, "error_missing": 1}
+    pq.write_table(pa.table({"photo": [data], "uri": ["https://elsewhere"]}), tmp_path / "photos.parquet")
+    assert run(tmp_path / "two", model=model, input=f"{tmp_path}/photos.parquet").counts["images"] == 1
+
+
 def test_the_images_inside_a_table_are_generated(
     workers_in_process: None, tmp_path: Path, model: str
 ) -> None:

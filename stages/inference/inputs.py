@@ -18,7 +18,7 @@ from weakref import finalize
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
 from stages import storage
 from stages.base import Role, Split
@@ -217,14 +217,13 @@ def _tables(config: InferConfig) -> Iterator[tuple[int, pa.Table]]:
     """For each page of the listing: its number of objects, and those that fit, as rows of the plan."""
     uri = location(config)
     if uri.lower().endswith(".parquet"):
-        files = [file for file, _ in tables.files(uri)]
-        with cells.opened(files[0]) as parquet:
+        with cells.opened(tables.files(uri)[0][0]) as parquet:
             schema = parquet.schema_arrow
-        if "uri" in schema.names or not any(map(cells.has_images, schema)):
-            for file in files:
-                yield from _rows_of_table(file)
-        else:
+        images = any(map(cells.has_images, schema)) and not {"key", "uri"} <= set(schema.names)
+        if images or config.columns:
             yield from _images_of_tables(uri, config.columns or _columns(uri, schema))
+        else:
+            yield from _rows_of_tables(uri, schema)
         return
     pattern, instances = compile_pattern(config.pattern), None
     if config.instance_pattern:
@@ -292,29 +291,23 @@ def _images_of_tables(uri: str, columns: Columns) -> Iterator[tuple[int, pa.Tabl
             yield table.num_rows, _planned(rows)
 
 
-def _rows_of_table(uri: str) -> Iterator[tuple[int, pa.Table]]:
-    fs, path = storage.filesystem(uri)
-    with fs.open(path, "rb") as handle:
-        file = pq.ParquetFile(handle)
-        missing = {"key", "uri"} - set(file.schema_arrow.names)
-        if missing:
-            raise UserError(f"{uri}: the table has no column {sorted(missing)[0]!r}")
-        names = [n for n in ("key", "uri", "instance") if n in file.schema_arrow.names]
-        for batch in file.iter_batches(batch_size=UNIT_ROWS * 16, columns=names):
-            count = batch.num_rows
-            keys = batch["key"].cast(pa.string())
-            bad = patterns.bad_keys(keys).to_pylist()
-            columns = {
-                "key": keys,
-                "uri": batch["uri"].cast(pa.string()),
-                "size": pa.array([-1] * count, pa.int64()),
-                "etag": pa.array([""] * count),
-                "instance": batch["instance"].cast(pa.string())
-                if "instance" in names
-                else pa.nulls(count, pa.string()),
-                "error": pa.array(["bad_key" if b or b is None else None for b in bad], pa.string()),
-            }
-            yield count, pa.table(columns, schema=PLAN)
+def _rows_of_tables(uri: str, schema: pa.Schema) -> Iterator[tuple[int, pa.Table]]:
+    columns: dict[Column, str | None] = {"source": "uri", "key": "key"}
+    columns |= {"instance": "instance"} if "instance" in schema.names else {}
+    for unit in tables.units(uri):
+        for table, _ in tables.read(unit, columns, uri):
+            folder = tables.folder_of(unit.paths[0]) + "/"
+            lacks = pc.if_else(pc.is_null(table["source"]), "missing: the row has no uri", None)
+            bad = pc.fill_null(patterns.bad_keys(table["key"]), True)
+            rows = [table["key"], _located(table["source"], folder), np.full(len(bad), -1)]
+            rows += [pc.coalesce(table["etag"], ""), _located(table["instance"], folder)]
+            yield len(bad), pa.table([*rows, pc.if_else(bad, "bad_key", lacks)], schema=PLAN)
+
+
+def _located(uris: pa.ChunkedArray, folder: str) -> pa.ChunkedArray:
+    """URIs of a table, in whose folder those without a scheme are."""
+    absolute = pc.match_substring_regex(uris, r"\A(?:/|[A-Za-z0-9+.-]+:)")
+    return pc.if_else(absolute, uris, pc.binary_join_element_wise(folder, uris, ""))
 
 
 def _valid(text: str) -> str:

@@ -13,7 +13,7 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_plus
@@ -90,7 +90,7 @@ def pages(uri: str, unit: Unit, location: str) -> Iterator[Page]:
         read = _READERS[manifest["fileFormat"].lower()]
         for table in read(path, manifest.get("fileSchema", "")):
             for start in range(0, table.num_rows, ROWS):
-                page = _page(_named(table.slice(start, ROWS)), location)
+                page = _page(table.slice(start, ROWS), location)
                 if len(page):
                     yield page
 
@@ -139,25 +139,21 @@ def _spelt(name: str) -> str:
     return re.sub("_", "", name).lower()
 
 
-def _named(table: pa.Table) -> Mapping[str, pa.ChunkedArray]:
-    """The columns key, size, etag, latest and deleted, as far as they are there."""
-    return {_COLUMNS[_spelt(name)]: table[name] for name in table.column_names if _spelt(name) in _COLUMNS}
-
-
-def _page(columns: Mapping[str, pa.ChunkedArray], location: str) -> Page:
+def _page(rows: pa.Table, location: str) -> Page:
     """The objects below a location: the newest versions that are not deleted."""
     bucket, _, prefix = location.removeprefix("s3://").rstrip("/").partition("/")
     prefix = f"{prefix}/" if prefix else ""
-    table = pa.table(dict(columns))
+    names = {_COLUMNS[_spelt(name)]: name for name in rows.column_names if _spelt(name) in _COLUMNS}
+    table = pa.table({name: rows[written] for name, written in names.items()})
     keep = pc.and_(pc.starts_with(table["key"], prefix), pc.invert(pc.ends_with(table["key"], "/")))
     for name, wanted in (("latest", "true"), ("deleted", "false")):
-        if name in columns:
+        if name in names:
             said = pc.utf8_lower(table[name].cast(pa.string()))
             keep = pc.and_(keep, pc.fill_null(pc.equal(said, wanted), True))
     table = table.filter(keep)
     keys: Sequence[str] = table["key"].to_pylist()
-    sizes = table["size"].to_pylist() if "size" in columns else [-1] * len(keys)
-    etags = table["etag"].to_pylist() if "etag" in columns else [""] * len(keys)
+    sizes = table["size"].to_pylist() if "size" in names else [-1] * len(keys)
+    etags = table["etag"].to_pylist() if "etag" in names else [""] * len(keys)
     return Page(
         [key[len(prefix) :] for key in keys],
         [f"s3://{bucket}/{key}" for key in keys],

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tifffile
 from PIL import Image
 
 from pipeline import __main__ as pixloom, config as configuration
@@ -70,6 +71,9 @@ def test_endings_of_two_folders_and_unequal_counts_are_seen(capsys: pytest.Captu
         ("data/{}_A.png", "data/{}_B.png", ["data"] * 2, ["{key}_A.png", "{key}_B.png"]),
         ("data/s{}_w1.tif", "data/s{}_w2.TIF", ["data"] * 2, ["{key}_w1.tif", "{key}_w2.TIF"]),
         ("data/{}_source.png", "data/{}_target.png", ["data"] * 2, ["{key}_source.png", "{key}_target.png"]),
+        ("data/{}/mask.png", "data/{}/photo.png", ["data"] * 2, ["{key}/mask.png", "{key}/photo.png"]),
+        # a group that is always the same would put all pairs into one split
+        ("data/set/a/{}.png", "data/set/b/{}.png", ["data"] * 2, ["set/a/{key}.png", "set/b/{key}.png"]),
     ],
 )
 def test_images_of_one_folder_are_told_apart(
@@ -176,6 +180,39 @@ def test_a_microscopes_channels_have_the_values_that_they_use() -> None:
     assert config.shard.range == {"source": (0, 4095), "target": (0, 1023)}
     with Image.open("pixloom.png") as sheet:
         assert sheet.getpixel((20, 20))[0] > 200  # no black sheet of what is in the lower bits
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "dtype", "bits", "kind", "expected"),
+    [
+        (0, 4000, np.uint16, 12, "grey16", (0, 4095)),  # 12 bits, packed
+        (-500, 2500, np.int16, 16, "grey16", (-4096, 4095)),
+        (-9000, -5000, np.int16, 16, "grey16", (-16384, 16383)),
+        (0, 300_000, np.int32, 32, "grey16", (0, 524_287)),
+        (0, 250, np.uint16, 16, "grey", (0, 255)),
+    ],
+)
+def test_values_of_deep_files_are_between_black_and_white(
+    low: int, high: int, dtype: type, bits: int, kind: str, expected: tuple[int, int]
+) -> None:
+    fill("b/{}.png")
+    Path("a").mkdir()
+    for n in range(12):
+        values = np.linspace(low, high, 24 * 16).reshape(16, 24).astype(dtype)
+        tifffile.imwrite(f"a/{n}.tif", values, bitspersample=bits, photometric="minisblack")
+    config = written("a", "b")
+    assert config.shard.kinds["source"] == kind
+    assert config.shard.range == {"source": expected}
+
+
+def test_colours_of_few_bits_in_deep_files_are_not_black() -> None:
+    fill("a/{}.png", lambda n, w: photo(n, w).astype(np.uint16) * 16)
+    fill("b/{}.png", lambda n, w: np.zeros((16, w, 3), np.uint8) if n % 2 else photo(n, w) // 3)
+    config = written("a", "b")
+    assert config.shard.range == {"source": (0, 4095)}
+    fill("halves/{}.png", lambda n, w: photo(n, 32).astype(np.uint16) * 16)
+    assert pixloom.main(["init", "halves", "--output", "halves.yaml"]) == 0
+    assert configuration.load("halves.yaml").shard.range == (0, 4095)
 
 
 def test_numbers_of_images_are_no_channels(capsys: pytest.CaptureFixture[str]) -> None:
