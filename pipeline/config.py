@@ -11,6 +11,7 @@ This module imports neither Ray nor torch, so that a mistake is reported at once
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -164,6 +165,12 @@ def read(path: str, profile: str | None = None) -> dict[str, Any]:
         names = f"there are {', '.join(map(str, profiles))}" if profiles else "there are none"
         place = f"{path}: profile" if profile is None else f"--profile {name}: {path}"
         raise UserError(f"{place}: no such profile, {names}")
+    stated = {} if RECIPES in Path(path).resolve().parents else dict(_leaves(parse(Path(path))))
+    for key, value in _leaves(profiles[name]):
+        own = isinstance(value, dict) or f"profiles.{name}.{key}" in stated
+        if not own and stated.get(key, value) != value:
+            text = "%s: %s: the profile %s says %s, and that counts; write yours below `profiles: {%s: ...}`"
+            logging.getLogger(__name__).warning(text, path, key, name, value, name)
     try:
         return cast(dict[str, Any], _merge(values, profiles[name]))
     except LookupError as error:
@@ -194,11 +201,9 @@ def validated(values: Mapping[str, Any], path: str, overrides: Sequence[str] = (
     except ValidationError as error:
         text = first_invalid(error)
         key = text.partition(":")[0]
-        for dotted in (one.partition("=")[0] for one in overrides):
-            if f"{dotted}.".startswith(f"{key}.") or key.startswith(f"{dotted}."):
-                text += f" (by --set {dotted})"
-                break
-        raise UserError(f"{path}: {text}") from error
+        names = (one.partition("=")[0] for one in overrides)
+        by = [name for name in names if f"{name}.".startswith(f"{key}.") or key.startswith(f"{name}.")]
+        raise UserError(f"{path}: {text}{f' (by --set {by[0]})' if by else ''}") from error
 
 
 def refuse_renamed(values: Mapping[str, Any], path: str) -> None:
@@ -316,10 +321,7 @@ def assign(values: dict[str, Any], dotted: str, value: Any, *, said: str) -> Non
         place[last] = value
         return
     _item(place, last, said)
-    if value is None:
-        del place[int(last)]
-    else:
-        place[int(last)] = value
+    place[int(last) : int(last) + 1] = [] if value is None else [value]
 
 
 def _item(place: Any, part: str, said: str) -> Any:

@@ -22,7 +22,7 @@ from stages.images.geometry import upright
 from stages.images.kinds import IDS, Array, ImageRejected
 from stages.images.raw import Alpha, RawImage
 
-MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # Pillow does not read the last, a BigTIFF
 
 MAX_PAGES = 1024  # 512 channels and their overviews
 ORIENTATION, NODATA = 274, 42113
@@ -57,7 +57,7 @@ def read(data: bytes, kind: Kind, limit: int) -> RawImage | None:
         for page in found:
             if page.shape != first.shape or page.dtype != first.dtype:
                 raise ImageRejected("wrong_kind", "its pages differ in size or depth")
-        if len(found) == 1 and _for_pillow(first, kind):
+        if len(found) == 1 and _for_pillow(first, kind) and not data.startswith(MAGIC[3]):
             return None
         _check(first, len(found), limit)
         for page in found:

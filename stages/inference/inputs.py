@@ -260,8 +260,7 @@ def _fitting(page: listing.Page, pattern: Pattern, instances: str | None) -> pa.
 
 
 def _planned(rows: Sequence[tuple[Any, ...]]) -> pa.Table:
-    columns = [[row[i] for row in rows] for i in range(len(PLAN))]
-    return pa.table([pa.array(c, f.type) for c, f in zip(columns, PLAN, strict=True)], schema=PLAN)
+    return pa.Table.from_pylist([dict(zip(PLAN.names, row, strict=True)) for row in rows], schema=PLAN)
 
 
 def _columns(uri: str, schema: pa.Schema) -> Columns:

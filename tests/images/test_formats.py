@@ -154,6 +154,13 @@ def test_bands_are_read_in_every_layout(options: dict[str, Any]):
     assert "use kind channels" in rejected(data, "rgb").detail
 
 
+@pytest.mark.parametrize("byteorder", "<>")
+def test_colours_of_a_bigtiff_are_read_in_both_orders(byteorder: str):
+    photo = RNG.integers(0, 256, (48, 80, 3), np.uint8)
+    data = tiff(photo, photometric="rgb", bigtiff=True, byteorder=byteorder)
+    assert np.array_equal(decode.decode_image(data, "rgb"), photo)
+
+
 def test_overviews_and_masks_are_no_pages():
     out = io.BytesIO()
     photo = RNG.integers(0, 256, (64, 96, 3), np.uint8)

@@ -299,6 +299,21 @@ def test_a_place_that_a_list_lacks_is_named(tmp_path: Path) -> None:
     assert refused(path=str(file)) == f"{file}: 7 is not a place in a list of 3"
 
 
+def test_a_value_that_an_inherited_profile_replaces_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine = tmp_path / "mine.yaml"
+    locations = "ingest: {locations: [{uri: a, role: pair}]}"
+    mine.write_text(f"extends: base/pix2pix.yaml\n{locations}\nshard: {{size: [512, 512]}}\n")
+    assert configuration.load(str(mine)).shard.size == (143, 143)
+    (said,) = caplog.messages
+    assert "mine.yaml: shard.size: the profile cpu says [143, 143]" in said
+    with mine.open("a") as file:
+        file.write("profiles: {cpu: {shard: {size: [512, 512]}, augment: {crop: null}}}\n")
+    assert configuration.load(str(mine)).shard.size == (512, 512)
+    assert len(caplog.messages) == 1
+
+
 def test_an_unknown_profile_is_refused_with_the_names_of_the_others(tmp_path: Path) -> None:
     path = profiled(tmp_path)
     with pytest.raises(UserError, match=r"--profile big: .*no such profile, there are small, large"):
