@@ -15,7 +15,7 @@ import re
 import tempfile
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote, unquote
@@ -70,12 +70,12 @@ def leaves(field: pa.Field) -> tuple[Leaf | None, Leaf | None]:
     """Where a column has paths, and where it has images; None where it has none. Raises ValueError."""
     if pa.types.is_struct(field.type):
         inner = {one.name: one.type for one in field.type}
-        if _is_binary(inner.get("bytes")):
-            path = (field.name, "path") if _is_text(inner.get("path")) else None
+        if _is_one_of(_BINARY, inner.get("bytes")):
+            path = (field.name, "path") if _is_one_of(_TEXT, inner.get("path")) else None
             return path, (field.name, "bytes")
-    elif _is_binary(field.type):
+    elif _is_one_of(_BINARY, field.type):
         return None, (field.name,)
-    elif _is_text(field.type):
+    elif _is_one_of(_TEXT, field.type):
         return (field.name,), None
     raise ValueError(
         f"column {field.name}: it holds {field.type}, and neither paths nor images "
@@ -96,17 +96,13 @@ def described(schema: pa.Schema) -> list[str]:
     return [f"{field.name!r} (images)" if has_images(field) else repr(field.name) for field in schema]
 
 
-def _is_binary(kind: pa.DataType | None) -> bool:
-    types = pa.types
-    tests = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view)
-    return kind is not None and any(test(kind) for test in tests)
+_BINARY = pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view
+_TEXT = pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null
 
 
-def _is_text(kind: pa.DataType | None) -> bool:
-    types = pa.types
-    if kind is not None and types.is_dictionary(kind):
+def _is_one_of(tests: Iterable[Callable[[pa.DataType], bool]], kind: pa.DataType | None) -> bool:
+    if kind is not None and pa.types.is_dictionary(kind):
         kind = kind.value_type
-    tests = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
     return kind is not None and any(test(kind) for test in tests)
 
 
@@ -123,8 +119,8 @@ def opened(uri: str, footer: pq.FileMetaData | None = None) -> Iterator[pq.Parqu
 
 def values(table: pa.Table | pa.RecordBatch, leaf: Leaf) -> Any:
     """The values of a leaf."""
-    column = table[leaf[0]]
-    return pc.struct_field(column, list(leaf[1:])) if leaf[1:] else column
+    column = pc.struct_field(table[leaf[0]], list(leaf[1:])) if leaf[1:] else table[leaf[0]]
+    return pc.dictionary_decode(column) if pa.types.is_dictionary(column.type) else column
 
 
 def filled(parquet: pq.ParquetFile, groups: Iterable[int], leaf: Leaf) -> pa.Array:

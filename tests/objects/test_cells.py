@@ -69,14 +69,16 @@ def test_bytes_of_every_type_are_named_by_row_and_read(tmp_path: Path) -> None:
             "plain/x": pa.array([text.encode() for text in texts], pa.binary()),
             "large": pa.array([text.encode() for text in texts], pa.large_binary()),
             "view": pa.array([text.encode() for text in texts], pa.binary_view()),
+            "dictionary": pa.array([text.encode() for text in texts]).dictionary_encode(),
         },
     )
-    columns = {"source": "struct", "target": "plain/x", "label": "large", "instance": "view", "key": "id"}
+    roles = {"source": "struct", "target": "plain/x", "label": "large", "instance": "view"}
+    columns = {**roles, "features": "dictionary", "key": "id"}
     listed = objects_of(uri, columns)
     assert listed["k2", "target"].uri == f"parquet://0000000003/plain%2Fx::{uri}"
     assert listed["k2", "target"].etag == local_etag(Path(uri).stat())
     assert contents(listed) == {
-        (f"k{n}", role): texts[n] for n in range(5) for role in ("source", "target", "label", "instance")
+        (f"k{n}", role): texts[n] for n in range(5) for role in columns if role != "key"
     }
 
 
