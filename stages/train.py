@@ -47,6 +47,7 @@ from stages.models.fast.process import gpu_environment, tune_process
 from stages.parallel.cluster import service, uses_gpu
 from stages.parallel.threads import own_cores
 from stages.scoring import efficientnet
+from stages.seeding import number
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec
 from stages.shards.feed import Feed, read_here
@@ -54,7 +55,7 @@ from stages.shards.readers import read_with_ray
 from stages.training.checkpoints import Position
 from stages.training.control import Courier, LostWorkers, NewsRecorder, reading
 from stages.training.graph import CudaGraphs
-from stages.training.loop import Ending, Preview, Task, Worker, phase_seed, train_phase
+from stages.training.loop import Ending, Preview, Task, Worker, train_phase
 from stages.training.machine import machine_metrics
 from stages.training.memory import estimate_memory, out_of_memory, shortage
 from stages.training.news import Channel, Mailbox, Note
@@ -317,7 +318,7 @@ def _train(setup: Setup) -> Ending:
         setup.shards,
         spec,
         split="train",
-        seed=phase_seed(job.seed, job.phase.name),
+        seed=number(job.seed, job.phase.name),  # of order and augmentation: phases differ
         batch=job.phase.batch,
         rank=worker.rank,
         world=worker.world,

@@ -17,8 +17,8 @@ import queue
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -81,7 +81,7 @@ class Checkpoint:
     state    nested dicts and lists of tensors, numbers, texts; keys are texts or integers
     curves   columns step, images, epoch, name, value, time_ms
     run_id   the phase's run in MLflow, for people who read `checkpoint.json`
-    best     name of the best checkpoint so far, which is kept whatever its age
+    best     names of measured checkpoints, the best first: the first that is there is kept whatever its age
     arrived  an event of the GPU after which the tensors hold the state; None: they do
     """
 
@@ -90,7 +90,7 @@ class Checkpoint:
     state: Mapping[str, Any]
     curves: pa.Table
     run_id: str = ""
-    best: str = ""
+    best: Sequence[str] = ()
     arrived: torch.cuda.Event | None = None
 
 
@@ -195,7 +195,8 @@ def save(folder: str, checkpoint: Checkpoint, *, keep: int) -> None:
     writers: dict[FileName, Callable[[Path], None]] = {TENSORS: write_tensors, CURVES: write_curves}
     with new_folder(storage.join(folder, folder_name(checkpoint.position)), last=MANIFEST) as local:
         write_folder(local, MANIFEST, writers, manifest)
-    for name in outdated(names(folder), keep, checkpoint.best):
+    whole = (name for name in checkpoint.best if storage.exists(storage.join(folder, name, MANIFEST)))
+    for name in outdated(names(folder), keep, next(whole, "")):
         remove(storage.join(folder, name))
 
 
@@ -274,6 +275,8 @@ class Writer:
     tell: Callable[[str], None] = logger.warning
     saved: Callable[[float], None] = lambda _: None
     """Called after each checkpoint with the seconds that writing it took."""
+    keeps_best: bool = False
+    """Whether no newer one replaces the best: training waits for it."""
     failure: str = ""
     """Why the last checkpoint was not written, or ""."""
     _queue: queue.Queue[Checkpoint] = field(default_factory=lambda: queue.Queue(maxsize=1))
@@ -284,11 +287,11 @@ class Writer:
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="checkpoint-writer", daemon=True)
             self._thread.start()
-        try:
-            self._queue.get_nowait()  # a waiting one is outdated now
+        with suppress(queue.Empty):
+            waiting = self._queue.get_nowait()
+            if self.keeps_best and folder_name(waiting.position) in checkpoint.best[:1]:
+                self._queue.put(waiting)
             self._queue.task_done()
-        except queue.Empty:
-            pass
         self._queue.put(checkpoint)
 
     def wait(self) -> None:

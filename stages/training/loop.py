@@ -135,16 +135,6 @@ def advance(position: Position, *, rows: int, batch: int) -> Position:
     )
 
 
-def noise_seed(seed: int, phase: str, steps: int, rank: int) -> int:
-    """The seed of a step's dropout on one worker: a function of these alone, so no random state is kept."""
-    return number(seed, phase, steps, rank)
-
-
-def phase_seed(seed: int, phase: str) -> int:
-    """The seed of a phase's order and augmentation: phases differ."""
-    return number(seed, phase)
-
-
 def may_checkpoint(before: Position, after: Position, every: int | None) -> bool:
     """Whether a checkpoint may follow a step: at an end of epoch, or when `every` more images are full."""
     return after.epoch > before.epoch or (
@@ -162,24 +152,27 @@ def is_pictured(epoch: int, epochs: int) -> bool:
     return epoch == epochs or epoch % epochs_a_picture(epochs) == 0
 
 
+def measured_epochs(epochs: int, every: int) -> set[int]:
+    """After which epochs `train.select` is measured: every so many, the first with samples and the last."""
+    return {epochs_a_picture(epochs), *range(every, epochs + 1, every), epochs}
+
+
 def epochs_a_measurement(epochs: int, *, epoch_seconds: float, seconds: float) -> int:
     """How often to measure what `train.select` chooses by, in epochs: as samples are drawn, or more rarely.
 
     seconds   that one measurement takes
     """
-    affordable = max(1, int(SELECTING_SHARE * epochs * epoch_seconds / max(1e-9, seconds)))
-    pictured = epochs_a_picture(epochs)
-    return pictured * math.ceil(epochs / pictured / affordable)
+    most = SELECTING_SHARE * epochs * epoch_seconds / max(1e-9, seconds)
+    first = epochs_a_picture(epochs)
+    return next((n for n in range(first, epochs, first) if len(measured_epochs(epochs, n)) <= most), epochs)
 
 
-def best_checkpoint(points: Sequence[Point], metric: str) -> str:
-    """Name of the checkpoint with the best validation metric so far; "" if none was measured."""
+def best_checkpoints(points: Sequence[Point], metric: str) -> list[str]:
+    """Names of the checkpoints whose validation metric was measured, the best first."""
     metric = metric.replace(":", "_")
-    measured = [point for point in points if point.name == f"validation/{metric}"]
-    if not measured:
-        return ""
-    best = (min if lower_is_better(metric) else max)(measured, key=lambda point: point.value)
-    return checkpoints.folder_name(Position(steps=best.step))
+    measured = [p for p in points if p.name == f"validation/{metric}" and math.isfinite(p.value)]
+    measured.sort(key=lambda point: point.value, reverse=not lower_is_better(metric))
+    return [checkpoints.folder_name(Position(steps=point.step)) for point in measured]
 
 
 # -- the loop -----------------------------------------------------------------
@@ -310,7 +303,11 @@ class Loop:
         self.stopped: Stop | None = None
         folder = storage.join(task.output, "checkpoints")
         self.writer = Writer(
-            folder, task.resources.keep_checkpoints, self._note, lambda seconds: channel.post(Saved(seconds))
+            folder,
+            task.resources.keep_checkpoints,
+            self._note,
+            lambda seconds: channel.post(Saved(seconds)),
+            keeps_best=task.job.select is not None,
         )
         checkpoint, position = self._newest(folder)
         self.execution = cast(
@@ -413,7 +410,8 @@ class Loop:
             decay_epochs=phase.decay_epochs,
         )
         set_learning_rate(self.gan, rate)
-        seed = noise_seed(job.seed, phase.name, self.position.steps, self.worker.rank)
+        # Dropout's noise is a function of these alone, so no random state is kept.
+        seed = number(job.seed, phase.name, self.position.steps, self.worker.rank)
         random_source(self.worker.device).manual_seed(seed)
         batch = batch.to(self.worker.device, non_blocking=True)
         if job.synchronised_norms and self.worker.world > 1:
@@ -466,9 +464,7 @@ class Loop:
     def _is_checkpoint_old(self) -> bool:
         """Whether the last checkpoint is `checkpoint_seconds` old, by the clock of the worker that leads."""
         seconds, leads = self.task.resources.checkpoint_seconds, self.worker.leads
-        if seconds == 0:
-            return True
-        return self.messages.any(leads and time.monotonic() - self._checkpointed >= seconds)
+        return seconds == 0 or self.messages.any(leads and time.monotonic() - self._checkpointed >= seconds)
 
     def _close_window(self, epoch: int, rate: float) -> None:
         """Start one point of every curve. A GPU's losses are read when they are there, a window later."""
@@ -528,7 +524,7 @@ class Loop:
             checkpoints.copied(state_of(self.gan)),
             curves.to_table(self.points),
             self.task.run_id,
-            best_checkpoint(self.points, self.task.job.select or "l1"),
+            best_checkpoints(self.points, self.task.job.select or "l1"),
             arrival(self.worker.device),
         )
         self.writer.submit(checkpoint)
@@ -539,8 +535,8 @@ class Loop:
         if not self.worker.leads:
             return
         every = next((int(point.value) for point in self.points if point.name == SELECTING_EVERY), None)
-        chooses, finished = self.task.job.select is not None, self.position.epoch
-        due = not chooses or every is None or finished % every == 0 or finished == self.task.job.phase.epochs
+        chooses, epochs = self.task.job.select is not None, self.task.job.phase.epochs
+        due = not chooses or every is None or self.position.epoch in measured_epochs(epochs, every)
         started = time.monotonic()
         grid, values = self.preview(self.gan, due)
         if chooses and every is None:
@@ -556,7 +552,7 @@ class Loop:
         rates = [point.value for point in self.points if point.name == "throughput/images_per_second"]
         epochs, epoch_seconds = self.task.job.phase.epochs, self.task.rows / float(np.median(rates))
         every = epochs_a_measurement(epochs, epoch_seconds=epoch_seconds, seconds=seconds)
-        times = len({epochs_a_picture(epochs), *range(every, epochs + 1, every), epochs})
+        times = len(measured_epochs(epochs, every))
         self._note(
             f"train.select: {self.task.job.select} takes {seconds:.1f} s, an epoch {epoch_seconds:.1f} s; "
             f"measured after every {every} epochs, {times} times in all, for at most "
@@ -566,21 +562,21 @@ class Loop:
         return every
 
     def _select(self) -> int:
-        """Go back to the state that `train.select` chooses; returns its step. StageError if it is damaged."""
+        """Go back to the state that `train.select` chooses, the best that was kept; returns its step."""
         if (metric := self.task.job.select) is None:
             return self.position.steps
-        name = best_checkpoint(self.points, metric)
-        if not name:
-            self._note(f"train.select: {metric} was not measured; the model is that of the last epoch")
-            return self.position.steps
-        place = storage.join(self.task.output, "checkpoints", name)
-        try:
-            chosen = checkpoints.load(place, job=self.task.name)
+        for name in best_checkpoints(self.points, metric):
+            place = storage.join(self.task.output, "checkpoints", name)
+            try:
+                chosen = checkpoints.load(place, job=self.task.name)
+            except checkpoints.DamagedError as damage:
+                self._note(f"train.select: {place} cannot be used: {damage}; trying the next best")
+                continue
             load_state(self.gan, chosen.state)
-        except checkpoints.DamagedError as damage:
-            raise StageError(f"the best checkpoint {place} cannot be used: {damage}") from damage
-        self._note(f"train.select: the model is that of {name}, the best by {metric}")
-        return chosen.position.steps
+            self._note(f"train.select: the model is that of {name}, the best by {metric}")
+            return chosen.position.steps
+        self._note(f"train.select: {metric} was not measured; the model is that of the last epoch")
+        return self.position.steps
 
     def write_outputs(self, batches: Iterator[Batch]) -> int:
         """Write the phase's outputs: the model, the styles in these batches, the curves. The model's step."""

@@ -14,10 +14,11 @@ import torch.multiprocessing
 from stages import storage, train
 from stages.base import Resources
 from stages.config.train import PhaseJob
+from stages.seeding import number
 from stages.shards import dataset
 from stages.shards.feed import Feed
 from stages.training import curves
-from stages.training.loop import Ending, Preview, Task, Worker, phase_seed, train_phase
+from stages.training.loop import Ending, Preview, Task, Worker, train_phase
 from stages.training.news import Channel, Mailbox
 
 Losses = dict[tuple[int, str], float]
@@ -85,7 +86,7 @@ def train_here(
     feed = feed_type(
         shards,
         spec,
-        seed=phase_seed(job.seed, job.phase.name),
+        seed=number(job.seed, job.phase.name),
         batch=job.phase.batch,
         rank=worker.rank,
         world=worker.world,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -193,3 +195,38 @@ def test_a_store_that_stays_away_fails_the_end_of_the_phase_and_no_step(
     writer.submit(checkpoint(8))
     writer.finish()
     assert checkpoints.load_newest(failing, job="job") is not None
+
+
+@pytest.mark.parametrize(("keeps_best", "steps"), [(True, [1, 2, 3]), (False, [1, 3])])
+def test_the_best_checkpoint_is_written_also_when_a_newer_one_comes_before(
+    tmp_path: Path, keeps_best: bool, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the first is written the second waits, which is the best when the third comes."""
+    begun, go_on, save = threading.Event(), threading.Event(), checkpoints.save
+
+    def slow(*args: Any, **named: Any) -> None:
+        begun.set()
+        assert go_on.wait(30)
+        save(*args, **named)
+
+    monkeypatch.setattr(checkpoints, "save", slow)
+    writer = Writer(str(tmp_path), keep=9, keeps_best=keeps_best)
+    writer.submit(checkpoint(1))
+    assert begun.wait(30)
+    writer.submit(checkpoint(2))
+    third = threading.Thread(target=writer.submit, args=[replace(checkpoint(3), best=["step-00000002"])])
+    third.start()
+    third.join(0.2)
+    assert third.is_alive() == keeps_best
+    go_on.set()
+    third.join(30)
+    writer.finish()
+    assert checkpoints.names(str(tmp_path)) == [checkpoints.folder_name(Position(steps=n)) for n in steps]
+
+
+def test_of_the_best_the_first_that_was_written_whole_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "step-00000002").mkdir()  # begun, and never finished
+    for steps in (1, 3, 4):
+        best = ["step-00000002", "step-00000001"]
+        checkpoints.save(str(tmp_path), replace(checkpoint(steps), best=best), keep=1)
+    assert checkpoints.names(str(tmp_path)) == ["step-00000001", "step-00000004"]

@@ -22,7 +22,7 @@ from stages.models.gan import GanState
 from stages.models.step import Batch
 from stages.shards.order import num_steps
 from stages.training import checkpoints, curves, loop
-from stages.training.checkpoints import Position
+from stages.training.checkpoints import Checkpoint, Position
 from stages.training.loop import Ending, Task, Worker, train_phase
 from stages.training.news import Advance, Begin, Channel, Mailbox, Note, Points, SampleGrid, Saved
 
@@ -133,7 +133,21 @@ def test_checkpoints_come_at_epoch_ends_and_after_so_many_images() -> None:
     assert due == list(zip(by_images, by_epoch, strict=True))
 
 
-def test_checkpoints_are_some_time_apart_but_follow_sample_images_and_the_end(tmp_path: Path) -> None:
+@pytest.fixture
+def written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training waits for each checkpoint, so that no newer one replaces it."""
+    submit = checkpoints.Writer.submit
+
+    def submit_and_wait(writer: checkpoints.Writer, checkpoint: Checkpoint) -> None:
+        submit(writer, checkpoint)
+        writer.wait()
+
+    monkeypatch.setattr(checkpoints.Writer, "submit", submit_and_wait)
+
+
+def test_checkpoints_are_some_time_apart_but_follow_sample_images_and_the_end(
+    tmp_path: Path, written_at_once: None
+) -> None:
     """Of 22 epochs every second has samples; at 1000 s apart, no other checkpoint is written."""
     job = phase_jobs(phases=[{**PHASES[0], "epochs": 22}, *PHASES[1:]])[0]
     for seconds, count in ((0.0, 22), (1000.0, 11)):
@@ -149,12 +163,6 @@ def test_pictures_are_few_and_one_is_of_the_last_epoch(epochs: int) -> None:
     drawn = [epoch for epoch in range(1, epochs + 1) if loop.is_pictured(epoch, epochs)]
     assert drawn[-1] == epochs
     assert min(epochs, 10) <= len(drawn) <= loop.PICTURES + 1
-
-
-def test_noise_differs_by_step_worker_phase_and_seed_only() -> None:
-    seeds = {loop.noise_seed(s, p, k, r) for s in (0, 1) for p in ("a", "b") for k in (0, 1) for r in (0, 1)}
-    assert len(seeds) == 16
-    assert loop.noise_seed(1, "a", 2, 3) == loop.noise_seed(1, "a", 2, 3)
 
 
 def test_a_phase_leaves_a_model_its_curves_and_checkpoints(tmp_path: Path) -> None:
@@ -298,7 +306,9 @@ def test_samples_are_drawn_into_the_phases_folder(tmp_path: Path) -> None:
     assert [news.images for news in mailbox.take() if isinstance(news, SampleGrid)] == [10, 20, 30]
 
 
-def test_the_best_checkpoint_by_validation_stays_whatever_its_age(tmp_path: Path) -> None:
+def test_the_best_checkpoint_by_validation_stays_whatever_its_age(
+    tmp_path: Path, written_at_once: None
+) -> None:
     measured = iter([0.2, 0.1, 0.3, 0.4, 0.5])
     job = phase_jobs(phases=[{**PHASES[0], "epochs": 5}, *PHASES[1:]])[0]
     train(
@@ -351,20 +361,38 @@ def test_the_model_is_that_of_the_epoch_that_is_chosen(
     assert all(("was not measured" in text) == (name == "ssim" != select) for text in messages[1:])
 
 
+def test_a_best_checkpoint_that_is_damaged_gives_way_to_the_next_best(tmp_path: Path) -> None:
+    measured = iter([0.1, 0.2, 0.3])
+    damaged = tmp_path / "checkpoints/step-00000003/tensors.safetensors"
+
+    def preview(gan: GanState, measure: bool) -> tuple[None, dict[str, float]]:
+        value = next(measured)
+        if value == 0.3:
+            damaged.write_bytes(b"torn")
+        return None, {"validation/l1": value}
+
+    job = phase_jobs(phases=[{**PHASES[0], "epochs": 3}, *PHASES[1:]], select="l1")[0]
+    _, mailbox = train(task(tmp_path, job, checkpoint_seconds=0, keep_checkpoints=9), Rows(16), preview)
+    texts = [news.text for news in mailbox.take() if isinstance(news, Note) and "train.select" in news.text]
+    assert "step-00000003 cannot be used" in texts[-2]
+    assert texts[-1] == "train.select: the model is that of step-00000006, the best by l1"
+
+
 def test_what_chooses_is_measured_as_often_as_its_share_of_the_time_allows() -> None:
     def every(epochs: int, seconds: float) -> int:
         return loop.epochs_a_measurement(epochs, epoch_seconds=10, seconds=seconds)
 
     assert every(20, 0.2) == 1
     assert every(20, 0.3) == 1  # 20 times 0.3 s are 3 % of 200 s
-    assert every(20, 0.6) == 2
+    assert every(20, 0.6) == 3  # after 1, 3, 6 ... 18 and 20
     assert every(200, 0.3) == 10  # never more often than samples are drawn
-    assert every(200, 30) == 100
+    assert every(60, 4.0) == 21  # after 3, 21, 42 and 60
+    assert every(200, 30) == 200
     assert every(3, 100) == 3
-    for epochs in (7, 30, 200):
-        for seconds in (0.01, 0.1, 1, 3):
-            times = epochs // every(epochs, seconds)
-            assert times * seconds <= 0.03 * epochs * 10 or times == 1
+    for epochs in (7, 30, 60, 200):
+        for seconds in (0.01, 0.1, 1, 3, 4):
+            times = len(loop.measured_epochs(epochs, every(epochs, seconds)))
+            assert times * seconds <= 0.03 * epochs * 10 or times == 2
 
 
 def test_a_resumed_phase_keeps_the_pace_that_it_began_with(
