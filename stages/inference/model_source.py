@@ -11,6 +11,7 @@ with the location; the caller puts its config key or option before it.
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,18 +28,17 @@ from stages.storage.local import download
 
 _SERVER = threading.RLock()
 
-MLFLOW_SCHEMES = ("models", "runs", "mlflow-artifacts")
-
 
 def is_mlflow(uri: str) -> bool:
     """Whether a location is one that MLflow resolves."""
-    return urlsplit(uri).scheme in MLFLOW_SCHEMES
+    return urlsplit(uri).scheme in ("models", "runs", "mlflow-artifacts")
 
 
 def description(uri: str, tracking_uri: str | None = None) -> dict[str, Any]:
     """The content of a model's `model.json`. Raises UserError if there is no model or the file is damaged."""
     if is_mlflow(uri):
-        return parsed((mlflow_model(uri, tracking_uri) / MANIFEST).read_bytes(), uri)
+        with tempfile.TemporaryDirectory(prefix="pixloom-model-") as temp:
+            return parsed((mlflow_model(uri, Path(temp), tracking_uri) / MANIFEST).read_bytes(), uri)
     return folder_description(uri)
 
 
@@ -47,7 +47,7 @@ def local_model(
 ) -> Path:
     """A folder on this machine with the model: its own folder if it is local, else a copy in `temp`."""
     if is_mlflow(uri):
-        return mlflow_model(uri, tracking_uri)
+        return mlflow_model(uri, temp, tracking_uri)
     folder = model_folder(uri)
     if storage.is_local(folder):
         return Path(storage.filesystem(folder)[1])
@@ -60,15 +60,15 @@ def local_model(
     return temp
 
 
-def mlflow_model(uri: str, tracking_uri: str | None = None) -> Path:
-    """Let MLflow download a model; returns the folder in it that holds `model.json`. Raises UserError."""
+def mlflow_model(uri: str, temp: Path, tracking_uri: str | None = None) -> Path:
+    """Let MLflow download a model to `temp`; returns the folder that holds `model.json`. Raises UserError."""
     # Imported here: it takes 2-3 s, which a model in a folder need not pay.
     import mlflow.artifacts  # noqa: PLC0415
     from mlflow.exceptions import MlflowException  # noqa: PLC0415
     from mlflow.tracking import MlflowClient  # noqa: PLC0415
 
-    database = sqlite_file(tracking_uri or "")
-    if database is not None and not database.exists():
+    temp.mkdir(parents=True, exist_ok=True)  # MLflow would make one that nobody removes
+    if (database := sqlite_file(tracking_uri or "")) is not None and not database.exists():
         raise UserError(f"{uri}: there is no MLflow database {database}; set tracking.uri")
     try:
         # MLflow's argument `tracking_uri` reaches the run store, but not the model registry.
@@ -78,7 +78,7 @@ def mlflow_model(uri: str, tracking_uri: str | None = None) -> Path:
                 if not outputs:
                     raise UserError(f"{uri}: this run has logged no model")
                 uri = f"models:/{outputs[-1].model_id}"
-            local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+            local = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(temp)))
     except (MlflowException, OSError) as error:
         raise UserError(f"{uri}: {one_line(error)}") from error
     manifests = sorted(local.rglob(MANIFEST), key=lambda path: len(path.parts))

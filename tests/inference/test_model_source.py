@@ -109,7 +109,7 @@ def test_a_missing_mlflow_database_is_named_and_not_created(tmp_path: Path) -> N
     with pytest.raises(
         UserError, match=rf"^runs:/abc: there is no MLflow database {re.escape(str(database))}"
     ):
-        mlflow_model("runs:/abc", f"sqlite:///{database}")
+        mlflow_model("runs:/abc", tmp_path, f"sqlite:///{database}")
     assert not database.exists()
 
 
@@ -122,7 +122,7 @@ def test_mlflows_errors_are_one_line_and_a_run_without_a_model_is_named(
     run = client.create_run(experiment).info.run_id
     for name in ("models:/street@champion", "models:/street/7", "runs:/abc"):
         with pytest.raises(UserError) as caught:
-            mlflow_model(name, uri)
+            mlflow_model(name, tmp_path / "temp", uri)
         assert str(caught.value).startswith(name)
         assert "\n" not in str(caught.value)
     client.log_text(run, "no model", "model/notes.txt")
@@ -132,7 +132,9 @@ def test_mlflows_errors_are_one_line_and_a_run_without_a_model_is_named(
         description(f"runs:/{run}/model", uri)
     client.log_artifacts(run, str(model), "model/artifacts/model")
     assert description(f"runs:/{run}/model", uri) == description(str(model))
-    assert load_model(local_model(f"runs:/{run}/model", tmp_path, tracking_uri=uri))
+    folder = local_model(f"runs:/{run}/model", tmp_path / "temp", tracking_uri=uri)
+    assert load_model(folder)
+    assert folder.is_relative_to(tmp_path / "temp")  # MLflow's own temporary folders stay
     assert mlflow.get_tracking_uri() == former_server
 
 
