@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -281,12 +281,11 @@ def child(parent: Run, trial: Trial, sweep: SweepConfig) -> Run:
 
 def _value(values: Any, key: str) -> Any:
     """The value of a dotted key, or None."""
-    for part in key.split("."):
-        try:
+    with suppress(LookupError, TypeError, ValueError):
+        for part in key.split("."):
             values = values[int(part) if isinstance(values, list) else part]
-        except (LookupError, TypeError, ValueError):
-            return None
-    return values
+        return values
+    return None
 
 
 def outcomes(

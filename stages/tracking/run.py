@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from PIL import Image
@@ -33,7 +34,7 @@ from stages.config.tracking import ARTIFACTS, TrackingConfig, sqlite_file, sqlit
 from stages.errors import UserError, one_line
 from stages.images import encode
 from stages.tracking import sender
-from stages.tracking.sender import Fact, Sender, shown
+from stages.tracking.sender import Fact, Sender, shown, without_password
 
 LONGEST_VALUE = 6000  # characters; MLflow refuses longer parameter values
 
@@ -192,7 +193,7 @@ def probe(config: TrackingConfig, workspace: str) -> str:
     with _opened(config, workspace) as (uri, experiment):
         client = sender.connect(uri)
         client.delete_run(client.create_run(experiment, run_name="probe").info.run_id)
-    return sender.without_password(uri)
+    return without_password(uri)
 
 
 @contextmanager
@@ -210,8 +211,7 @@ def _opened(config: TrackingConfig, workspace: str) -> Iterator[tuple[str, str]]
     except UserError:
         raise
     except Exception as error:  # MLflow, SQLAlchemy and requests each have their own
-        where = sender.without_password(uri)
-        raise UserError(f"tracking.uri: cannot use {where}: {one_line(error)}") from error
+        raise UserError(f"tracking.uri: cannot use {without_password(uri)}: {one_line(error)}") from error
 
 
 @contextmanager
@@ -231,14 +231,16 @@ def _alone(file: Path | None) -> Iterator[None]:
 
 def _open_experiment(uri: str, file: Path | None, name: str) -> str:
     client = sender.connect(uri)
+    folder = file and file.parent / ARTIFACTS / name  # where artifacts go; a server decides that itself
     experiment = client.get_experiment_by_name(name)
-    if experiment is not None:
-        if experiment.lifecycle_stage == "deleted":
-            raise UserError(f"the experiment {name} was deleted in MLflow; restore it or take another name")
-        return str(experiment.experiment_id)
-    # where artifacts go; a server decides that itself
-    location = None if file is None else (file.parent / ARTIFACTS / name).as_uri()
-    return str(client.create_experiment(name, artifact_location=location))
+    if experiment is None:
+        return str(client.create_experiment(name, artifact_location=folder and folder.as_uri()))
+    if experiment.lifecycle_stage == "deleted":
+        raise UserError(f"the experiment {name} was deleted in MLflow; restore it or take another name")
+    there = Path(unquote(urlsplit(experiment.artifact_location).path))
+    if folder and folder.is_dir() and there.resolve() != folder.resolve():
+        sender.logger.warning("%s was moved: files go to %s, or name a new tracking.experiment", file, there)
+    return str(experiment.experiment_id)
 
 
 def _now_ms() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -270,6 +271,19 @@ sys.stdout.write("ready\\n"); sys.stdout.flush(); sys.stdin.readline()
 with open_parent(TrackingConfig(), "beside", {}, sys.argv[1]) as parent:
     assert parent.run_id()
 """
+
+
+def test_a_workspace_that_was_moved_says_where_its_runs_put_their_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new #1"
+    for folder in (old, old, new):
+        open_parent(TrackingConfig(), "r", None, str(folder)).artifact("a.txt", b"a")
+        assert ("was moved" in caplog.text) == (folder == new)
+        if folder == old:
+            (old / "mlflow" / "artifacts" / "pixloom").mkdir(parents=True, exist_ok=True)
+            shutil.copytree(old, new, dirs_exist_ok=True)
+    assert f"go to {old}/mlflow/artifacts/pixloom" in caplog.text
 
 
 def test_two_runs_may_begin_in_a_new_workspace_at_the_same_time(tmp_path: Path) -> None:
