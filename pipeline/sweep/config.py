@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue, PositiveInt, ValidationError, model_validator
 
@@ -31,19 +32,19 @@ class Range(Config):
         return self
 
 
+def _better(data: dict[str, Any]) -> Best:
+    """The better end of a metric by its name: scores of likeness grow, errors, distances and losses fall."""
+    return "max" if re.search("psnr|ssim|accuracy|iou", data.get("metric", "")) else "min"
+
+
 class EarlyStop(Config):
     """Asynchronous successive halving (ASHA): at each rung only the best trials continue."""
 
     metric: Annotated[str, Field(description="A training curve, e.g. validation/l1.")]
-    best: Annotated[Best, Field(description="Whether a small or a large value is better.")] = "min"
+    best: Annotated[Best, Field(default_factory=_better, description="Which is better; else by its name.")]
     grace_epochs: Annotated[PositiveInt, Field(description="Stop no trial before this many epochs.")] = 1
     factor: Annotated[
-        int,
-        Field(
-            ge=2,
-            description="Keep 1/factor of the trials at each rung; each rung has factor times the epochs of "
-            "the one before.",
-        ),
+        int, Field(ge=2, description="Keep 1/factor of the trials at each rung, of factor times the epochs.")
     ] = 3
 
 
@@ -73,7 +74,7 @@ class SweepConfig(Config):
         Split, Field(description="The split that trials are evaluated on; keep test for the best one.")
     ] = "val"
     metric: Annotated[str, Field(description="The metric of evaluate that decides the best trial.")] = "l1"
-    best: Annotated[Best, Field(description="Whether a small or a large value is better.")] = "min"
+    best: Annotated[Best, Field(default_factory=_better, description="Which is better; else by its name.")]
     stop_early: Annotated[
         EarlyStop | None, Field(description="Stop bad trials early. null: run every trial to its end.")
     ] = None

@@ -49,7 +49,7 @@ from pipeline.sweep.trials import (
 )
 from stages import storage
 from stages.base import Seen
-from stages.errors import StageError, cause
+from stages.errors import StageError, UserError, cause
 from stages.scoring.table import shown
 from stages.tracking.run import Run, open_parent
 
@@ -150,6 +150,8 @@ def run(options: argparse.Namespace, *, command: str) -> None:
         sys.stdout.write(table(results, best, sweep))
     if failed:
         raise StageError(f"{len(failed)} of {len(trials)} trials failed; what they did so far is kept")
+    if best is None:
+        raise UserError(f"{options.sweep}: metric: no trial has a value of {sweep.metric}; all else is kept")
 
 
 # -- trials on Ray Tune -------------------------------------------------------
@@ -371,8 +373,6 @@ def table(results: Sequence[TrialResult], best: TrialResult | None, sweep: Sweep
             for name, one in not_clearly_worse(results, best, sweep.metric).items()
         ]
         lines += [f"  --set {key}={json.dumps(value)}" for key, value in best.trial.values.items()]
-    else:
-        lines.append(f"\nno trial has a value of {sweep.metric}")
     config = results[0].trial.config
     lines.append(f"runs    {config.tracking.page_command(config.workspace)}")
     return "\n".join(lines) + "\n"

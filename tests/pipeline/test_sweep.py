@@ -178,6 +178,21 @@ def test_the_best_trial_is_the_best_of_those_that_were_judged() -> None:
     assert best_of(results, "fid", "min") is None
 
 
+@pytest.mark.parametrize(
+    ("metric", "better"),
+    [("l1", "min"), ("lpips_alex", "min"), ("psnr", "max"), ("ms_ssim", "max"), ("mean_iou", "max")],
+)
+def test_whether_more_is_better_follows_from_the_metric_if_the_file_does_not_say(
+    metric: str, better: str
+) -> None:
+    grid = {"train.seed": [1, 2]}
+    stop_early = {"metric": f"validation/{metric}"}
+    sweep = config(grid=grid, metric=metric, stop_early=stop_early)
+    assert sweep.stop_early is not None
+    assert (sweep.best, sweep.stop_early.best) == (better, better)
+    assert config(grid=grid, metric=metric, best="min").best == "min"
+
+
 def test_the_table_begins_with_the_best_and_says_why_one_failed() -> None:
     results = [
         result("worse", "done", l1=0.3),
