@@ -442,10 +442,14 @@ def test_a_model_with_instances_takes_their_maps_by_key(workers_in_process: None
         (folder / f"{index}_inst.png").write_bytes(encode.encode_image(drawn["instance"], "png"))
     model = str(make_model(tmp_path / "model", styles=True))
     settings = {"input": str(folder), "pattern": "{key}_label.png", "max_reject_fraction": 1}
-    assert (
-        run(tmp_path / "a", model=model, instance_pattern="{key}_inst.png", **settings).counts["images"] == 2
-    )
     assert run(tmp_path / "b", model=model, **settings).counts["error_missing"] == 2
+    settings |= {"model": model, "instance_pattern": "{key}_inst.png"}
+    assert run(tmp_path / "a", **settings).counts["images"] == 2
+    before = infer.digest(InferConfig.model_validate(settings))
+    (folder / "1_inst.png").write_bytes(encode.encode_image(scene(2, 32, 32)["instance"], "png"))
+    assert infer.digest(InferConfig.model_validate(settings)) != before
+    with pytest.raises(UserError, match="holds images of another input"):
+        run(tmp_path / "a", **settings)
 
 
 def test_a_missing_model_is_named(tmp_path: Path) -> None:

@@ -187,9 +187,13 @@ def plan(config: InferConfig, output: str | None) -> InputPlan:
         raise UserError(f"{uri}: nothing is in it")
     keys, counts = np.unique(np.concatenate(hashes), return_counts=True)
     duplicates = keys[counts > 1]
+    digest = spell(sums, rows)
+    if config.instance_pattern:  # maps that change are other inputs too
+        maps = {"input": config.instance or config.input, "pattern": "{key}", "instance_pattern": None}
+        digest += plan(config.model_copy(update=maps), None).digest
     return InputPlan(
         rows,
-        spell(sums, rows),
+        digest,
         tuple(duplicates.tolist()),
         _refused(config, keys, duplicates) if len(duplicates) else (),
     )
