@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -12,6 +11,7 @@ from pydantic import Field, JsonValue, PositiveInt, ValidationError, model_valid
 from pipeline import config as configuration
 from stages.base import Config, Split
 from stages.errors import UserError, first_invalid
+from stages.scoring.metrics import lower_is_better
 
 Best = Literal["min", "max"]
 
@@ -33,8 +33,9 @@ class Range(Config):
 
 
 def _better(data: dict[str, Any]) -> Best:
-    """The better end of a metric by its name: scores of likeness grow, errors, distances and losses fall."""
-    return "max" if re.search("psnr|ssim|accuracy|iou", data.get("metric", "")) else "min"
+    """The better end of a score by its name; of a curve that is no score, the lower."""
+    area, _, name = data.get("metric", "").rpartition("/")
+    return "min" if area not in ("", "validation") or lower_is_better(name) else "max"
 
 
 class EarlyStop(Config):

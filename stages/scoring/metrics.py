@@ -19,8 +19,6 @@ from stages.models.copies import to_device
 
 PIXEL_METRICS = ("l1", "psnr", "ssim", "ms_ssim")
 SET_DISTANCES = ("fid", "kid", "frechet", "kernel")  # of a set of images, not of one
-LOWER_IS_BETTER = frozenset({"l1", "lpips", *SET_DISTANCES})
-
 PSNR_OF_IDENTICAL = 100.0
 """The PSNR, in decibels, of two equal images: it is infinite, and would make every mean infinite."""
 
@@ -30,7 +28,7 @@ MS_SSIM_MIN_SIDE = 176  # five scales of an 11 pixel window: side // 16 > 10
 
 def lower_is_better(metric: str) -> bool:
     """Whether a smaller value of this metric is the better one."""
-    return metric.split("_", maxsplit=1)[0] in LOWER_IS_BETTER
+    return metric.split("_", maxsplit=1)[0] in ("l1", "lpips", *SET_DISTANCES)
 
 
 # -- scores of one pair of images --------------------------------------------------------------------------
