@@ -58,8 +58,7 @@ def settings(client: Any, run: Any) -> dict[str, str]:
 
 def data(run: Any) -> dict[str, str]:
     """The data sets of a run: their name, and their digest with the pairs of each split."""
-    sets = [one.dataset for one in run.inputs.dataset_inputs]
-    return {one.name: f"{one.digest} {one.profile}" for one in sets}
+    return {d.dataset.name: f"{d.dataset.digest} {d.dataset.profile}" for d in run.inputs.dataset_inputs}
 
 
 def differing(one: Mapping[str, str], other: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
@@ -76,18 +75,15 @@ def results(client: Any, one: Any, other: Any) -> Iterator[tuple[str, str, str, 
     from stages.scoring.metrics import lower_is_better  # noqa: PLC0415
 
     mine, theirs = one.data.metrics, other.data.metrics
-    scores = [scores_of_images(client, run) for run in (one, other)]
+    uri, other_uri = (scores_of_images(client, run) for run in (one, other))
     for name in sorted({*mine, *theirs}):
         if table.is_bound(name) or mine.get(name) == theirs.get(name):
             continue
-        verdict = ""
-        uri, other_uri = scores
-        if uri and other_uri and name in mine and name in theirs:
-            apart = table.difference_of(other_uri, uri, name)
-            if apart is not None:
-                better = "second" if (apart.mean < 0) == lower_is_better(name) else "first"
-                said = f"the {better} is better" if apart.excludes_zero else "no clear difference"
-                verdict = f"{said}: {apart.mean:+.4g} ({apart.low:+.4g} to {apart.high:+.4g})"
+        verdict, both = "", uri and other_uri and name in mine and name in theirs
+        if both and (apart := table.difference_of(other_uri, uri, name)) is not None:
+            better = "second" if (apart.mean < 0) == lower_is_better(name) else "first"
+            said = f"the {better} is better" if apart.excludes_zero else "no clear difference"
+            verdict = f"{said}: {apart.mean:+.4g} ({apart.low:+.4g} to {apart.high:+.4g})"
         yield name, table.shown(mine, name) or "-", table.shown(theirs, name) or "-", verdict
 
 
@@ -110,7 +106,10 @@ def scores_of_images(client: Any, run: Any) -> str:
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
     """Rows as text, in columns."""
-    cut = [[text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..." for text in row] for row in rows]
+    half = LONGEST // 2 - 2  # both ends are shown, since either may be what differs
+    cut = [
+        [text if len(text) <= LONGEST else f"{text[:half]}...{text[-half:]}" for text in row] for row in rows
+    ]
     widths = [max(map(len, column)) for column in zip(*cut, strict=True)]
     lines = ("  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)) for row in cut)
     return "\n".join(f"  {line}".rstrip() for line in lines)
@@ -140,8 +139,7 @@ def run(options: argparse.Namespace) -> None:
 
     storage.configure(config.storage)
     uri = config.tracking.place(config.workspace)
-    file = sqlite_file(uri)
-    if file is not None and not file.exists():
+    if (file := sqlite_file(uri)) is not None and not file.exists():
         raise UserError(f"tracking.uri: there is no {file}: nothing ran in {config.workspace} yet")
     try:
         client = connect(uri)

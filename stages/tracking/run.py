@@ -40,9 +40,11 @@ LONGEST_VALUE = 6000  # characters; MLflow refuses longer parameter values
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as MLflow parameters: dotted names, text values no longer than MLflow takes."""
+    """Settings as MLflow parameters: dotted names (sections in lists by number), text that MLflow takes."""
     flat: dict[str, str] = {}
     for name, value in values.items():
+        if isinstance(value, list | tuple) and any(isinstance(one, Mapping) for one in value):
+            value = {str(number): one for number, one in enumerate(value)}  # noqa: PLW2901
         if isinstance(value, Mapping):
             flat.update(flatten(value, f"{prefix}{name}."))
         else:

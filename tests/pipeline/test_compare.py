@@ -40,7 +40,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def record(folder: Path, name: str, *, seed: int, digest: str, l1: np.ndarray, ssim: np.ndarray) -> None:
     """What a pipeline run leaves in MLflow and in the workspace."""
     config = configuration.load(
-        str(configuration.located("pipeline.yaml")), settings(folder, f"train.seed={seed}")
+        str(configuration.located("pipeline.yaml")),
+        settings(folder, f"train.seed={seed}", f"train.phases.0.batch={seed}"),
     )
     fingerprint = f"{name}-{digest}"
     with open_parent(config.tracking, name, {"pixloom.workspace": str(folder)}, str(folder)) as parent:
@@ -69,11 +70,21 @@ def test_settings_data_and_results_that_differ_are_shown(
 ) -> None:
     code, text = said(place, ["first", "second"], capsys)
     assert code == 0, text
-    assert re.search(r"\nsettings\n  train\.seed +1 +2\n\ndata\n  scenes +aa .* +bb .*\n\nresults\n", text)
+    assert re.search(
+        r"\nsettings\n  train\.phases\.0\.batch +1 +2\n  train\.seed +1 +2\n"
+        r"\ndata\n  scenes +aa .* +bb .*\n\nresults\n",
+        text,
+    )
     assert re.search(
         r"\n  l1 +0\.2\d* \(0\.1 to 0\.3\) .* the second is better: -0\.01 \(-0\.01 to -0\.01\)\n", text
     )
     assert re.search(r"\n  ssim .* no clear difference: ", text)
+
+
+def test_of_long_values_both_ends_are_shown() -> None:
+    first, second = (f"s3://{'x' * 90}/{name}" for name in ("a", "b"))
+    assert compare.columns([("uri", first, second)]).endswith("x/b")
+    assert "x/a " in compare.columns([("uri", first, second)])
 
 
 def test_equal_runs_are_the_same_and_a_name_of_two_asks_for_an_id(

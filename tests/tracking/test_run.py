@@ -32,7 +32,11 @@ def point(name: str, value: float, step: int) -> Point:
 
 
 def test_settings_become_dotted_names_and_fit_the_server() -> None:
-    flat = tracking.flatten({"model": {"kind": "pix2pix", "size": [1, 2]}, "text": "x" * 9000})
+    phases = [{"name": "global", "epochs": 1}, {"name": "joint", "epochs": 2}]
+    flat = tracking.flatten(
+        {"model": {"kind": "pix2pix", "size": [1, 2]}, "text": "x" * 9000, "phases": phases}
+    )
+    assert flat["phases.1.epochs"] == "2"
     assert flat["model.kind"] == "pix2pix"
     assert flat["model.size"] == "[1, 2]"
     assert len(flat["text"]) == 6000
