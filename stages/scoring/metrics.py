@@ -143,7 +143,7 @@ def confusion(
         counted &= actual != ignore
     actual, predicted = actual[counted], predicted[counted]
     outside = (predicted < 0) | (predicted >= classes)
-    if outside.any():
+    if outside.any():  # any class but the right one: the pixel stays in its row's sum and is never a hit
         predicted = np.where(outside, (actual + 1) % classes, predicted)
     return np.bincount(actual * classes + predicted, minlength=classes * classes).reshape(classes, classes)
 
