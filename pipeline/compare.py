@@ -107,9 +107,7 @@ def scores_of_images(client: Any, run: Any) -> str:
 def columns(rows: Sequence[Sequence[str]]) -> str:
     """Rows as text, in columns."""
     half = LONGEST // 2 - 2  # both ends are shown, since either may be what differs
-    cut = [
-        [text if len(text) <= LONGEST else f"{text[:half]}...{text[-half:]}" for text in row] for row in rows
-    ]
+    cut = [[t if len(t) <= LONGEST else f"{t[:half]}...{t[-half:]}" for t in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cut, strict=True)]
     lines = ("  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)) for row in cut)
     return "\n".join(f"  {line}".rstrip() for line in lines)

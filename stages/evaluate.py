@@ -29,7 +29,6 @@ import torch
 from stages import storage
 from stages.base import Outcome, Resources, Role, Split
 from stages.config.evaluate import BaselineConfig, EvaluateConfig
-from stages.config.infer import InferConfig
 from stages.errors import StageError, UserError, named
 from stages.images import colour, decode, encode, geometry, pictures
 from stages.images.kinds import Array, ImageRejected
@@ -360,7 +359,7 @@ def digest(config: EvaluateConfig) -> str:
     if config.images is None:
         return ""
     with named("evaluate.images"):
-        return inputs.plan(InferConfig(input=config.images, pattern="{key}"), None).digest
+        return inputs.listing_digest(config.images)
 
 
 def run(

@@ -42,10 +42,10 @@ class EarlyStop(Config):
     """Asynchronous successive halving (ASHA): at each rung only the best trials continue."""
 
     metric: Annotated[str, Field(description="A training curve, e.g. validation/l1.")]
-    best: Annotated[Best, Field(default_factory=_better, description="Which is better; else by its name.")]
+    best: Annotated[Best, Field(default_factory=_better, description="The better end. Default: by metric.")]
     grace_epochs: Annotated[PositiveInt, Field(description="Stop no trial before this many epochs.")] = 1
     factor: Annotated[
-        int, Field(ge=2, description="Keep 1/factor of the trials at each rung, of factor times the epochs.")
+        int, Field(ge=2, description="Each rung keeps 1/factor of the trials, for factor times the epochs.")
     ] = 3
 
 
@@ -75,7 +75,7 @@ class SweepConfig(Config):
         Split, Field(description="The split that trials are evaluated on; keep test for the best one.")
     ] = "val"
     metric: Annotated[str, Field(description="The metric of evaluate that decides the best trial.")] = "l1"
-    best: Annotated[Best, Field(default_factory=_better, description="Which is better; else by its name.")]
+    best: Annotated[Best, Field(default_factory=_better, description="The better end. Default: by metric.")]
     stop_early: Annotated[
         EarlyStop | None, Field(description="Stop bad trials early. null: run every trial to its end.")
     ] = None

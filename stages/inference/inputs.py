@@ -188,15 +188,19 @@ def plan(config: InferConfig, output: str | None) -> InputPlan:
     keys, counts = np.unique(np.concatenate(hashes), return_counts=True)
     duplicates = keys[counts > 1]
     digest = spell(sums, rows)
-    if config.instance_pattern:  # maps that change are other inputs too
-        maps = {"input": config.instance or config.input, "pattern": "{key}", "instance_pattern": None}
-        digest += plan(config.model_copy(update=maps), None).digest
+    if config.instance_pattern and not config.columns:  # maps that change are other inputs too
+        digest += listing_digest(config.instance or uri)
     return InputPlan(
         rows,
         digest,
         tuple(duplicates.tolist()),
         _refused(config, keys, duplicates) if len(duplicates) else (),
     )
+
+
+def listing_digest(uri: str) -> str:
+    """A digest of all that is at a location, in any order. Raises as `plan` does."""
+    return plan(InferConfig(input=uri, pattern="{key}"), None).digest
 
 
 def _refused(config: InferConfig, keys: Uint64s, duplicates: Uint64s) -> tuple[int, ...]:

@@ -239,9 +239,9 @@ def _open_experiment(uri: str, file: Path | None, name: str) -> str:
         return str(client.create_experiment(name, artifact_location=folder and folder.as_uri()))
     if experiment.lifecycle_stage == "deleted":
         raise UserError(f"the experiment {name} was deleted in MLflow; restore it or take another name")
-    there = Path(unquote(urlsplit(experiment.artifact_location).path))
-    if folder and folder.is_dir() and there.resolve() != folder.resolve():
-        sender.logger.warning("%s was moved: files go to %s, or name a new tracking.experiment", file, there)
+    old = Path(unquote(urlsplit(experiment.artifact_location).path))
+    if folder and folder.is_dir() and old.resolve() != folder.resolve():
+        sender.logger.warning("%s was moved, files still go to %s: name a new tracking.experiment", file, old)
     return str(experiment.experiment_id)
 
 
