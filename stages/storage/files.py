@@ -174,8 +174,8 @@ def write_bytes(uri: str, data: bytes) -> None:
 def create(uri: str) -> Iterator[Any]:
     """A binary file to write, which appears under its name if the block ends without an error.
 
-    On this machine a temporary file in the same folder is renamed. To a store the bytes are sent in parts
-    while they are written; the parts become an object in the end, and an error drops them.
+    On this machine a temporary file in the same folder is renamed. To a store fewer than UPLOAD_BYTES go by
+    one request, more in parts while they are written; parts become an object in the end, an error drops them.
 
     Raises:
         Exception: the client's own. Nothing is retried here; a caller may repeat the block with `written`.
@@ -194,18 +194,16 @@ def create(uri: str) -> Iterator[Any]:
         finally:
             partial.unlink(missing_ok=True)
         return
-    upload = fs.open(path, "wb", block_size=UPLOAD_BYTES, autocommit=False)
+    upload = fs.open(path, "wb", block_size=UPLOAD_BYTES)
     try:
         yield upload
         upload.close()
-        try:
-            upload.commit()
-        except FileNotFoundError as error:  # no such upload: an attempt whose answer was lost completed it
-            raise OSError(f"{uri}: may or may not be written ({one_line(error, kind=True)})") from error
-    except BaseException:
+    except BaseException as error:
         with suppress(Exception):  # the first error is the one to report
             upload.discard()
         upload.closed = True  # to close it would send the rest
+        if type(error.__cause__).__name__ == "NoSuchUpload":  # an attempt whose answer was lost completed it
+            raise OSError(f"{uri}: may or may not be written ({one_line(error, kind=True)})") from error
         raise
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from stages import storage
 from stages.images.kinds import ImageRejected
@@ -98,6 +100,19 @@ def test_keys_are_a_column_or_the_paths_or_the_numbers_of_the_rows(tmp_path: Pat
     assert sorted({key for key, _ in chosen}) == ["etc/pass wd", "n1", "y/2"]
     write(tmp_path / "u.parquet", {"source": [image("a")], "target": [image("b", "")]})
     assert {key for key, _ in objects_of(f"{tmp_path}/u.parquet")} == {"u/000001"}
+
+
+def test_a_file_that_the_library_of_hugging_face_wrote_is_read() -> None:
+    """The file is of `datasets` 5.2.0 (`embed_table_storage`, then `to_parquet`), its images are drawn."""
+    uri = str(Path(__file__).with_name("huggingface.parquet"))
+    listed = objects_of(uri, {"source": "edges", "target": "photo"})
+    expected = {(f"{n}_edges", role) for n in range(3) for role in ("source", "target")}
+    assert listed.keys() == expected
+    reader = Reader(attempts=1, first_wait=0.0)
+    reader.expect(listed.values())
+    for (_, role), one in listed.items():
+        with Image.open(io.BytesIO(reader.read(one))) as decoded:
+            assert (decoded.format, decoded.size) == ("PNG" if role == "source" else "JPEG", (24, 16))
 
 
 def test_tables_of_a_location_have_the_split_of_their_names(tmp_path: Path) -> None:

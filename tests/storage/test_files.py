@@ -10,6 +10,7 @@ import pytest
 from stages import storage
 from stages.errors import StageError, UserError
 from stages.storage import files
+from tests.stores.faults import Fault, FaultProxy
 from tests.stores.seaweed import SeaweedS3
 
 
@@ -77,8 +78,31 @@ def test_an_object_appears_whole_and_a_dropped_one_leaves_no_upload(
     with storage.create(f"s3://{s3_bucket}/whole-{size}") as file:
         file.write(data)
     assert client.cat_file(f"{s3_bucket}/whole-{size}") == data
+    sent_in_parts = file.mpu is not None
+    assert sent_in_parts == (size >= files.UPLOAD_BYTES)  # one request leaves nothing if it is cut off
     with pytest.raises(ZeroDivisionError):
         begin(f"s3://{s3_bucket}/half-{size}", data)
     assert not client.exists(f"{s3_bucket}/half-{size}")
+    assert client.list_multipart_uploads(s3_bucket) == []
+    storage.configure({"s3": {}})
+
+
+@pytest.mark.s3
+def test_an_upload_that_a_lost_attempt_completed_is_written_again(
+    s3_store: SeaweedS3, s3_bucket: str
+) -> None:
+    uri, data = f"s3://{s3_bucket}/lost", bytes(files.UPLOAD_BYTES + 3)
+    lost = Fault("status_after", times=1, method="POST", path="uploadId=", code=404, error="NoSuchUpload")
+
+    def send() -> None:
+        with storage.create(uri) as file:
+            file.write(data)
+
+    with FaultProxy(s3_store.address, [lost]) as proxy:
+        storage.configure({"s3": s3_store.options(endpoint=proxy.url)})
+        files.written(send, uri)
+    client = s3_store.client(skip_instance_cache=True)
+    assert lost.done == 1
+    assert client.cat_file(f"{s3_bucket}/lost") == data
     assert client.list_multipart_uploads(s3_bucket) == []
     storage.configure({"s3": {}})
