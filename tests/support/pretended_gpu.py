@@ -34,6 +34,7 @@ from stages.models.files.vgg import VGG19Features
 from stages.models.gan import build_gan
 from stages.models.objective import paper_weights
 from stages.models.step import Batch, all_finite, step
+from stages.scoring.lpips import LAYERS, Lpips
 from stages.training.previews import generate
 
 NAME = "pretended"
@@ -271,6 +272,23 @@ def _mean(parameters: Sequence[nn.Parameter], *, during_backward: bool) -> Itera
     return [parameters]
 
 
+def alexnet() -> Lpips:
+    """LPIPS over AlexNet, with weights of its shapes."""
+    backbone, channels = {}, 3
+    layers = [
+        layer for block in LAYERS["alex"][0] for layer in ([block] if block == "M3" else [block, "ReLU"])
+    ]
+    for number, layer in enumerate(layers):
+        if isinstance(layer, tuple):
+            out, kernel = layer[:2]
+            backbone[f"features.{number}.weight"] = torch.empty(out, channels, kernel, kernel)
+            backbone[f"features.{number}.bias"] = torch.empty(out)
+            channels = out
+    widths = [layer[0] for layer in layers if isinstance(layer, tuple)]
+    linear = {f"lin{n}.model.1.weight": torch.empty(1, width, 1, 1) for n, width in enumerate(widths)}
+    return Lpips("alex", backbone, linear)
+
+
 def run(case: Case, precision: Precision) -> Counts:
     """The counts of a phase's second step. Raises what the device would not do, or would wait for."""
     weights = paper_weights(case.arch)
@@ -288,6 +306,7 @@ def run(case: Case, precision: Precision) -> Counts:
         precision=precision,
         ema_decay=case.ema,
         perceptual=VGG19Features().to(DEVICE) if case.perceptual else None,
+        lpips=alexnet().to(DEVICE) if weights.lpips else None,
         checkpointing=case.checkpointing,
         device=DEVICE,
     )
@@ -351,6 +370,7 @@ CASES = {
     "pix2pixHD, encoder, perceptual": Case(
         **ON_HD | {"arch": ENCODED}, enhancers=1, rows=2, perceptual=True, averaged=True, ema=0.99
     ),
+    "pix2pix, LPIPS, batch 2": Case(**ON_UNET, rows=2, losses={"lpips": 10.0}),
     "pix2pix, R1, augmented": Case(**ON_UNET, rows=2, losses=OTHERS),
     "pix2pixHD, spectral norm, R1, augmented": Case(
         **ON_HD | {"arch": HD.model_copy(update={"discriminator_spectral_norm": True})},
