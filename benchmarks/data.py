@@ -56,7 +56,7 @@ from stages.shards import card, dataset
 from stages.shards.dataset import DatasetSpec
 from stages.shards.feed import Feed, read_here
 from stages.shards.readers import read_with_ray
-from stages.tracking.run import NullRun
+from stages.tracking.run import Run
 
 LOAD, CROP = 286, 256
 SCENES = 200  # drawn where there are no photos
@@ -347,7 +347,7 @@ def measure_shard(
         config = ShardConfig(size=(LOAD, LOAD))
         warm = scratch / "warm"
         write_parts(rows[:2], warm / "pairs", 1)
-        shard.run(config, Resources(), output=str(warm), track=NullRun(), pairs=str(warm / "pairs"))
+        shard.run(config, Resources(), output=str(warm), track=Run(), pairs=str(warm / "pairs"))
         found: dict[str, list[float]] = {"one process, s3fs and Pillow": [], "shard stage": []}
         for turn in range(turns):
             start = time.perf_counter()
@@ -359,7 +359,7 @@ def measure_shard(
                 config,
                 Resources(),
                 output=f"s3://bench/out{turn}",
-                track=NullRun(),
+                track=Run(),
                 pairs=str(scratch / "pairs"),
             )
             found["shard stage"].append(count / (time.perf_counter() - start))

@@ -59,7 +59,7 @@ from stages.models.step import Batch, step
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec, RoleSpec
 from stages.shards.manifest import ShardFile, ShardFiles
-from stages.tracking.run import NullRun
+from stages.tracking.run import Run
 from stages.training import checkpoints, curves, gradients
 from stages.training.checkpoints import Checkpoint, Position
 from stages.training.loop import Worker
@@ -282,7 +282,7 @@ def trained(given: PhaseJob, shards: str, output: Path, workers: int) -> dict[st
     account.start()
     started = time.monotonic()
     resources = Resources(train_workers=workers, threads_per_worker=1)
-    train.run(given, resources, output=str(output), track=NullRun(), shards=shards)
+    train.run(given, resources, output=str(output), track=Run(), shards=shards)
     seconds = time.monotonic() - started
     rows = curves.from_table(pq.read_table(output / "metrics.parquet"))
     times = {row.images: row.time_ms / 1000 for row in rows}

@@ -54,7 +54,7 @@ from stages.models.fast.heap import keep_freed_memory, return_freed_memory
 from stages.models.files.saved import load_model, save_model
 from stages.parallel.threads import own_cores
 from stages.storage import join, write_bytes
-from stages.tracking.run import NullRun
+from stages.tracking.run import Run
 from tests.reference.published_step import PlainUnet, copy_weights
 from tests.stores.seaweed import SeaweedS3
 
@@ -177,7 +177,7 @@ def whole(
     watch.start()
     config = InferConfig(input=source, model=str(model), precision=precision)
     started = time.perf_counter()
-    outcome = infer.run(config, Resources(gpu=False), output=output, track=NullRun())
+    outcome = infer.run(config, Resources(gpu=False), output=output, track=Run())
     seconds = time.perf_counter() - started
     watch.stop.set()
     assert outcome.counts["images"] == count

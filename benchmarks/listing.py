@@ -32,7 +32,7 @@ from stages.base import Resources
 from stages.config.ingest import IngestConfig
 from stages.config.pair import PairConfig
 from stages.parallel.cluster import set_up_data
-from stages.tracking.run import NullRun
+from stages.tracking.run import Run
 
 CITIES = 500
 WALL = ("list_seconds", "pair_seconds")
@@ -121,9 +121,9 @@ def measure(size: int, folder: Path) -> dict[str, float]:
     objects, pairs = str(folder / f"{size}" / "objects"), str(folder / f"{size}" / "pairs")
     with PeakMemory() as memory:
         started, cpu = time.perf_counter(), cpu_seconds()
-        ingest.run(config, Resources(), output=objects, track=NullRun())
+        ingest.run(config, Resources(), output=objects, track=Run())
         listed = time.perf_counter()
-        outcome = pair.run(PairConfig(), Resources(), output=pairs, objects=objects, track=NullRun())
+        outcome = pair.run(PairConfig(), Resources(), output=pairs, objects=objects, track=Run())
         paired, cpu = time.perf_counter(), cpu_seconds() - cpu
     assert outcome.counts["pairs"] == size // 2
     with PeakMemory() as planner:

@@ -53,7 +53,7 @@ from stages.shards.dataset import DatasetSpec, RoleSpec
 from stages.shards.manifest import ShardFile, ShardFiles
 from stages.shards.order import plan_epoch
 from stages.storage.finished import GROUP, Finished
-from stages.tracking.run import NullRun
+from stages.tracking.run import Run
 from tests.stores.faults import Fault, FaultProxy
 from tests.stores.seaweed import SeaweedS3
 from tests.support.models import make_model
@@ -298,7 +298,7 @@ def whole_stages(pairs: int, store: str, model: Path) -> dict[str, tuple[float, 
     pairing = PairConfig(source_half="left", split=SplitConfig(val=0, test=0.5))
     generating = InferConfig(split="test", model=str(model))
     scoring = EvaluateConfig(split="test", baselines=BaselineConfig(untrained=0, nearest=0))
-    how, track = Resources(), NullRun()
+    how, track = Resources(), Run()
     folder = {name: f"{root}/{name}" for name in ("objects", "pairs", "shards", "images", "scores")}
     generate = partial(
         infer.run, generating, how, output=folder["images"], track=track, shards=folder["shards"]

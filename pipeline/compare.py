@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from pipeline import cli, config as configuration
-from stages.config.tracking import sqlite_file
+from stages.config.tracking import sqlite_file, without_password
 from stages.errors import PixloomError, UserError, one_line
 
 HELP = """\
@@ -133,7 +133,7 @@ def run(options: argparse.Namespace) -> None:
     """Print the comparison. Raises UserError for a run that is not there and for MLflow that is away."""
     config = configuration.load(options.config, options.set, options.profile)
     from stages import storage  # noqa: PLC0415
-    from stages.tracking.sender import connect, without_password  # noqa: PLC0415
+    from stages.tracking.sender import connect  # noqa: PLC0415
 
     storage.configure(config.storage)
     uri = config.tracking.place(config.workspace)

@@ -522,11 +522,7 @@ def report(run: PlannedRun, chosen: Sequence[PlannedStep], prices: Prices, machi
         "",
         f"{'left':<15} {'time':>12}  {'limit':<8} {'operations':>10} {'requests':>9} {'bytes':>9}  known by",
     ]
-    why = (
-        "its pairs are not counted yet"
-        if run.pairs is None
-        else "of other inputs, or too large for this memory"
-    )
+    why = "of other inputs, or too large for this memory" if run.pairs else "its pairs are not counted yet"
     for name in (p.step.name for p in chosen if not p.done):
         lines.append(row(found[name]) if name in found else f"{name:<15} {'unknown':>12}  {why}")
     total = sum(one.seconds for one in found.values())

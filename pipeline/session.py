@@ -105,7 +105,7 @@ def do_planned(
             markers = run_steps(work)
         log_results(config, planned, markers, parent)
         markers |= run_steps([p for p in chosen if p.step.stage == "register"])
-    return summary(config, chosen, markers)
+    return summary(config, chosen, markers, parent.page())
 
 
 def run_cluster(config: PipelineConfig) -> AbstractContextManager[None]:
@@ -197,8 +197,8 @@ def table(run: cost.PlannedRun) -> str:
     return "\n".join(lines) + "\n"
 
 
-def summary(config: PipelineConfig, chosen: Sequence[PlannedStep], markers: Markers) -> str:
-    """The results of each step, where the report is, and the command that opens MLflow."""
+def summary(config: PipelineConfig, chosen: Sequence[PlannedStep], markers: Markers, page: str = "") -> str:
+    """The results of each step, where the report is, and MLflow's page or the command that opens it."""
     lines = ["", f"{'step':<15} {'time':>12}  results"]
     for name, marker in markers.items():
         values = [f"{key} {value:,}" for key, value in marker["counts"].items()]
@@ -212,5 +212,5 @@ def summary(config: PipelineConfig, chosen: Sequence[PlannedStep], markers: Mark
         lines.append(f"scores  {folders['evaluate']}")
     if "report" in markers:
         lines.append(f"report  {storage.join(folders['report'], 'report.html')}")
-    lines.append(f"runs    {config.tracking.page_command(config.workspace)}")
+    lines.append(f"runs    {page or config.tracking.page_command(config.workspace)}")
     return "\n".join(lines) + "\n"

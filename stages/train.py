@@ -88,8 +88,9 @@ class Setup:
 
 
 def job_name(job: PhaseJob, shards: str, before: str) -> str:
-    """A digest of the phase's settings and inputs: checkpoints with another digest are ignored."""
-    text = "\n".join([job.model_dump_json(), shards.rstrip("/"), before.rstrip("/")])
+    """A digest of settings and inputs' names (a workspace may move): checkpoints of others are ignored."""
+    inputs = [folder.rstrip("/").rpartition("/")[2] for folder in (shards, before)]
+    text = "\n".join([job.model_dump_json(), *inputs])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -38,7 +38,7 @@ from stages.images import geometry
 from stages.inference import outputs
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec, Sample
-from stages.tracking.run import NullRun
+from stages.tracking.run import Run
 from tests.support.here import tasks_here, workers_here
 from tests.support.models import make_model
 
@@ -92,7 +92,7 @@ def shards(path: Path, *settings: str) -> Shards:
     config = configuration.load(str(path), list(settings), None)
     chosen = select(plan(steps(config), config.workspace), only=None, until="shard")
     with tasks_here():
-        execute(chosen, config.resources, parent=NullRun(), view=run_view(config, chosen, ""))
+        execute(chosen, config.resources, parent=Run(), view=run_view(config, chosen, ""))
     return Shards(chosen[-1].folder)
 
 
@@ -205,7 +205,7 @@ def test_every_picture_of_a_folder_becomes_an_image(cases: Path, tmp_path: Path)
     out = str(tmp_path / "out")
     with workers_here(infer), pytest.MonkeyPatch.context() as patch:
         patch.setattr(infer, "uses_gpu", lambda _: False)
-        outcome = infer.run(config, resources, output=out, track=NullRun(), model=str(model))
+        outcome = infer.run(config, resources, output=out, track=Run(), model=str(model))
     rows = [row for uri in outputs.parts(out) for row in pq.read_table(uri).to_pylist()]
     assert sorted(Path(row["source"]).name for row in rows) == sorted(
         path.name for path in (cases / "e10" / "in").iterdir()

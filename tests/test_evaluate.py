@@ -29,7 +29,7 @@ from stages.scoring import metrics
 from stages.scoring.efficientnet import PerceptualFeatures
 from stages.scoring.lpips import LpipsScorer, lpips_name
 from stages.shards import dataset
-from stages.tracking.run import NullRun
+from stages.tracking.run import Run
 from tests.scoring.test_lpips import alexnet
 from tests.scoring.test_networks import script
 from tests.support.here import workers_here
@@ -45,7 +45,7 @@ def score(output: Path, resources: Resources, generated: str, shards: str, **con
         EvaluateConfig(**config),
         resources,
         output=str(output),
-        track=NullRun(),
+        track=Run(),
         images=generated,
         shards=shards,
     )

@@ -28,7 +28,7 @@ from stages.inference import inputs, outputs
 from stages.inference.inputs import InputImages, Item
 from stages.inference.translator import Translator
 from stages.models.files.saved import load_model
-from stages.tracking.run import NullRun
+from stages.tracking.run import Run
 from tests.support.here import workers_here
 from tests.support.models import CLASSES, make_model, scene
 from tests.support.shards import make_shards
@@ -40,7 +40,7 @@ def run(
     output: Path, resources: Resources = RESOURCES, model: str = "", shards: str = "", **config: Any
 ) -> Outcome:
     return infer.run(
-        InferConfig(**config), resources, output=str(output), track=NullRun(), model=model, shards=shards
+        InferConfig(**config), resources, output=str(output), track=Run(), model=model, shards=shards
     )
 
 

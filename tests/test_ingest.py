@@ -20,7 +20,7 @@ from stages.errors import UserError
 from stages.ingest import LocationUnit
 from stages.objects.digest import spell
 from stages.objects.listing import Page, Unit
-from stages.tracking.run import NullRun
+from stages.tracking.run import Run
 from tests.stores.faults import Fault, FaultProxy
 from tests.stores.files import FileServer
 from tests.stores.seaweed import SeaweedS3
@@ -336,7 +336,7 @@ def test_a_place_that_cannot_be_written_is_an_error_not_a_loss(
 
 
 def run(listed: IngestConfig, output: Path) -> Any:
-    return ingest.run(listed, Resources(), output=str(output), track=NullRun())
+    return ingest.run(listed, Resources(), output=str(output), track=Run())
 
 
 @pytest.mark.ray

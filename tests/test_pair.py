@@ -24,7 +24,7 @@ from stages.base import Resources
 from stages.config.pair import PairConfig, SplitConfig
 from stages.errors import StageError, UserError
 from stages.ingest import OBJECTS
-from stages.tracking.run import NullRun
+from stages.tracking.run import Run
 
 BOTH = ("source", "target")
 NOW = int(time.time())
@@ -393,7 +393,7 @@ def test_whole_groups_meet_whatever_file_they_came_in(ray_local: None, tmp_path:
     )
     folder = write_listing(tmp_path / "objects", sources.slice(0, 300), targets, sources.slice(300))
     config = PairConfig(pairs_per_shard=100, split={"val": 0.2, "test": 0.0})
-    run = lambda output: pair.run(config, Resources(), output=str(output), objects=folder, track=NullRun())  # noqa: E731
+    run = lambda output: pair.run(config, Resources(), output=str(output), objects=folder, track=Run())  # noqa: E731
     outcome = run(tmp_path / "pairs")
     assert outcome.counts == {
         "pairs": 898, "train": 718, "val": 180, "test": 0, "rejected": 2, "reject_no_target": 2, "buffer": 0,
@@ -424,7 +424,7 @@ def test_whole_groups_meet_whatever_file_they_came_in(ray_local: None, tmp_path:
 def test_two_drivers_at_once_come_to_the_same_pairs(ray_local: None, tmp_path: Path) -> None:
     folder = write_listing(tmp_path / "objects", objects(*(row for n in range(200) for row in both(f"{n}"))))
     config = PairConfig(pairs_per_shard=50, split={"val": 0.2, "test": 0.0})
-    run = lambda output: pair.run(config, Resources(), output=str(output), objects=folder, track=NullRun())  # noqa: E731
+    run = lambda output: pair.run(config, Resources(), output=str(output), objects=folder, track=Run())  # noqa: E731
     alone = run(tmp_path / "alone")
     with ThreadPoolExecutor(2) as threads:
         outcomes = list(threads.map(run, [tmp_path / "shared"] * 2))

@@ -37,7 +37,7 @@ from stages.models.files.saved import load_model
 from stages.scoring import baselines
 from stages.shards import dataset
 from stages.shards.feed import Feed
-from stages.tracking.run import NullRun
+from stages.tracking.run import Run
 from stages.tracking.served import Served
 from stages.train import preprocessing
 from stages.training.loop import Task, Worker, train_phase
@@ -168,7 +168,7 @@ def shards_of(folder: Path, settings: dict[str, Any], suffix: str, source: Calla
     config = configuration.load(str(file), [], None)
     chosen = select(plan(steps(config), config.workspace), only=None, until="shard")
     with tasks_here():
-        execute(chosen, config.resources, parent=NullRun(), view=run_view(config, chosen, ""))
+        execute(chosen, config.resources, parent=Run(), view=run_view(config, chosen, ""))
     return str(chosen[-1].folder)
 
 
@@ -222,9 +222,7 @@ def test_every_stage_reads_a_file_as_training_did(
         ("rows", InferConfig(**files, tile=64, format="tiff")),
     ):
         with workers_here(infer):
-            infer.run(
-                config, HERE, output=str(tmp_path / out), track=NullRun(), model=str(folder), shards=shards
-            )
+            infer.run(config, HERE, output=str(tmp_path / out), track=Run(), model=str(folder), shards=shards)
         images = generated(tmp_path / out)
         assert images.keys() == wanted.keys()
         for key, image in images.items():
@@ -254,7 +252,7 @@ def test_every_stage_reads_a_file_as_training_did(
     )
     with workers_here(evaluate):
         evaluate.run(
-            scoring, HERE, output=str(tmp_path / "scores"), track=NullRun(),
+            scoring, HERE, output=str(tmp_path / "scores"), track=Run(),
             images=str(tmp_path / "shards"), shards=shards,
         )  # fmt: skip
     scores = pq.read_table(tmp_path / "scores" / "metrics.parquet").to_pylist()

@@ -24,7 +24,7 @@ from stages.reporting.page import data_uri
 from stages.scoring import metrics
 from stages.scoring.table import summarise
 from stages.shards import dataset, suspects
-from stages.tracking.run import NullRun
+from stages.tracking.run import Run
 from tests.support.shards import make_shards
 
 HOSTILE = "<script>window.pwned=1</script>"
@@ -167,7 +167,7 @@ def test_a_run_makes_one_page_within_its_size(tmp_path: Path) -> None:
         ReportConfig(max_images=9, max_megabytes=1),
         Resources(io_threads=2),
         output=str(tmp_path / "report"),
-        track=NullRun(),
+        track=Run(),
         shards=str(tmp_path / "shards"),
         images=generated,
         metrics=judged_folder,
@@ -198,7 +198,7 @@ def test_another_systems_pictures_and_its_difference_are_on_the_page(tmp_path: P
         config,
         Resources(io_threads=2),
         output=str(tmp_path / "report"),
-        track=NullRun(),
+        track=Run(),
         shards=str(tmp_path / "shards"),
         images=generated,
         metrics=own,
@@ -222,7 +222,7 @@ def test_a_run_that_was_not_evaluated_is_named(tmp_path: Path) -> None:
             ReportConfig(),
             Resources(),
             output=str(tmp_path),
-            track=NullRun(),
+            track=Run(),
             shards="",
             images="",
             metrics=str(tmp_path),

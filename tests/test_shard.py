@@ -30,7 +30,7 @@ from stages.images.kinds import ImageRejected
 from stages.models.architecture import Picture
 from stages.shard import check_shapes, row_group_rows
 from stages.shards import card, dataset
-from stages.tracking.run import NullRun
+from stages.tracking.run import Run
 from tests.stores.faults import FaultProxy
 from tests.stores.seaweed import SeaweedS3
 from tests.support.pairs import (
@@ -302,7 +302,7 @@ def test_the_stage_writes_shards_card_and_counts(tmp_path: Path, ray_local: None
     pairs = write_parts(tmp_path / "pairs", rows, 3)
     output = str(tmp_path / "shards")
     config = ShardConfig(size=SIZE, classes=5, max_reject_fraction=0.1, row_group_rows=4)
-    outcome = shard.run(config, Resources(), output=output, track=NullRun(), pairs=pairs)
+    outcome = shard.run(config, Resources(), output=output, track=Run(), pairs=pairs)
     counts = dict(outcome.counts)
     assert (counts["pairs"], counts["train"], counts["test"], counts["rejected_missing"]) == (17, 10, 4, 1)
     spec = dataset.load(output)
@@ -317,7 +317,7 @@ def test_the_stage_writes_shards_card_and_counts(tmp_path: Path, ray_local: None
     assert "Near-duplicates" in (tmp_path / "shards" / "card.md").read_text()
     sheet = decode.decode_image((tmp_path / "shards" / "samples.png").read_bytes(), "rgb")
     assert sheet.shape == (4 * 20 + 4, 3 * 28 + 4, 3)
-    again = shard.run(config, Resources(), output=output, track=NullRun(), pairs=pairs)
+    again = shard.run(config, Resources(), output=output, track=Run(), pairs=pairs)
     assert again == outcome
 
 
@@ -328,14 +328,10 @@ def test_too_many_rejects_fail_the_stage_and_name_the_reasons(tmp_path: Path, ra
     pairs = write_parts(tmp_path / "pairs", rows)
     message = r"1 of 5 .*20\.0%.*shard\.max_reject_fraction allows.*missing 1; 'gone' \(source\): "
     with pytest.raises(StageError, match=message):
-        shard.run(
-            ShardConfig(size=SIZE), Resources(), output=str(tmp_path / "out"), track=NullRun(), pairs=pairs
-        )
+        shard.run(ShardConfig(size=SIZE), Resources(), output=str(tmp_path / "out"), track=Run(), pairs=pairs)
     assert not (tmp_path / "out" / "dataset.parquet").exists()
     with pytest.raises(UserError, match="no pairs"):
-        shard.run(
-            ShardConfig(), Resources(), output=str(tmp_path), track=NullRun(), pairs=str(tmp_path / "x")
-        )
+        shard.run(ShardConfig(), Resources(), output=str(tmp_path), track=Run(), pairs=str(tmp_path / "x"))
 
 
 def test_deep_images_that_use_little_of_their_range_and_pixels_without_a_value_are_said(tmp_path: Path):

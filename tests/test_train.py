@@ -22,7 +22,7 @@ from stages.config.tracking import TrackingConfig
 from stages.config.train import PhaseJob, TrainConfig, jobs
 from stages.errors import StageError, UserError
 from stages.models.files.saved import load_model
-from stages.tracking.run import NullRun, open_parent
+from stages.tracking.run import Run, open_parent
 from stages.tracking.sender import connect
 from stages.training import checkpoints
 from tests.support.shards import make_shards
@@ -111,7 +111,7 @@ def test_a_killed_worker_changes_no_loss(
     output = tmp_path / "killed"
     killer = Killer(output, steps=30)
     killer.start()
-    outcome = train.run(job, ONE, output=str(output), track=NullRun(), shards=shards)
+    outcome = train.run(job, ONE, output=str(output), track=Run(), shards=shards)
     killer.over.set()
     assert killer.killed
     assert outcome.counts == {"images": 550, "steps": 150}
@@ -126,13 +126,13 @@ import sys
 import ray
 from stages import train
 from stages.base import Resources
-from stages.tracking.run import NullRun
+from stages.tracking.run import Run
 from stages.config.train import PhaseJob
 
 job, shards, output = sys.argv[1:]
 ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20)
 one = Resources(threads_per_worker=1)
-train.run(PhaseJob.model_validate_json(job), one, output=output, track=NullRun(), shards=shards)
+train.run(PhaseJob.model_validate_json(job), one, output=output, track=Run(), shards=shards)
 """
 
 
@@ -164,13 +164,13 @@ def test_a_phase_that_diverges_fails_at_once_naming_step_and_rate(
 ) -> None:
     job = phase_jobs(losses={"l1": 1e39})[0]
     with pytest.raises(StageError, match=r"train-global: training diverged at step \d+: .*learning rate"):
-        train.run(job, ONE, output=str(tmp_path / "out"), track=NullRun(), shards=shards)
+        train.run(job, ONE, output=str(tmp_path / "out"), track=Run(), shards=shards)
 
 
 def test_a_split_without_pairs_is_refused(tmp_path: Path) -> None:
     make_shards(tmp_path, {"val": [2]}, instances=True)
     with pytest.raises(UserError, match="no pair is in the train split"):
-        train.run(phase_jobs()[0], ONE, output=str(tmp_path / "o"), track=NullRun(), shards=str(tmp_path))
+        train.run(phase_jobs()[0], ONE, output=str(tmp_path / "o"), track=Run(), shards=str(tmp_path))
 
 
 def test_more_workers_than_a_batch_has_pairs_are_refused(shards: str, tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_more_workers_than_a_batch_has_pairs_are_refused(shards: str, tmp_path: 
             phase_jobs()[0],
             ONE.model_copy(update={"train_workers": 5}),
             output=str(tmp_path / "o"),
-            track=NullRun(),
+            track=Run(),
             shards=shards,
         )
 
@@ -220,7 +220,7 @@ def test_what_cannot_choose_a_model_is_refused_before_training(tmp_path: Path) -
     with pytest.raises(
         UserError, match=r"train\.select: frechet:efficientnet_lite0 needs 50 pairs .* has 9; r"
     ):
-        train.run(job, ONE, output=str(tmp_path / "o"), track=NullRun(), shards=str(tmp_path))
+        train.run(job, ONE, output=str(tmp_path / "o"), track=Run(), shards=str(tmp_path))
 
 
 def test_threads_are_a_workers_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,6 +239,7 @@ def test_another_config_or_input_has_another_name() -> None:
         train.job_name(first, "others", ""),
         train.job_name(first, "shards", "before"),
         train.job_name(first, "shards/", ""),
+        train.job_name(first, "s3://moved/shards", ""),
     }
     assert len(names) == 4
 

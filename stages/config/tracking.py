@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import re
 import shlex
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -42,6 +43,11 @@ class Registration(Config):
     metric: str
     promote: Promotion
     split: Split | None
+
+
+def without_password(uri: str) -> str:
+    """The URI as it may be printed."""
+    return re.sub(r"(?<=://)[^/]*@", "", uri)
 
 
 class TrackingConfig(Config):
@@ -95,7 +101,7 @@ class TrackingConfig(Config):
     def registration(self, workspace: str, split: Split | None) -> Registration:
         """What the register step does in a workspace, with scores on this split."""
         return Registration(
-            server=self.place(workspace).rpartition("@")[2],
+            server=without_password(self.place(workspace)),
             experiment=self.experiment,
             name=self.model or self.experiment,
             alias=self.alias,
@@ -116,5 +122,5 @@ class TrackingConfig(Config):
         """The command that shows the runs, or the address that shows them."""
         if not self.enabled:
             return "not tracked (tracking.enabled: false)"
-        place = self.place(workspace)
+        place = without_password(self.place(workspace))
         return place if place.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(place)}"

@@ -30,11 +30,11 @@ from PIL import Image
 
 from stages import storage
 from stages.base import Point
-from stages.config.tracking import ARTIFACTS, TrackingConfig, sqlite_file, sqlite_uri
+from stages.config.tracking import ARTIFACTS, TrackingConfig, sqlite_file, sqlite_uri, without_password
 from stages.errors import UserError, one_line
 from stages.images import encode
 from stages.tracking import sender
-from stages.tracking.sender import Fact, Sender, shown, without_password
+from stages.tracking.sender import Fact, Sender, shown
 
 LONGEST_VALUE = 6000  # characters; MLflow refuses longer parameter values
 
@@ -62,11 +62,12 @@ def allowed_name(text: str) -> str:
 class Run:
     """A run to write to, from any process; leaving its context ends it (FINISHED, FAILED or KILLED).
 
-    `key` is our name of the run, in its tag `pixloom.key`.
+    `key` is our name of the run, in its tag `pixloom.key`. Without a sender it is not recorded: tracking is
+    off, or this is a test.
     """
 
-    sender: Sender | None
-    key: str
+    sender: Sender | None = None
+    key: str = ""
 
     @property
     def uri(self) -> str:
@@ -134,6 +135,12 @@ class Run:
         """MLflow's id of this run; "" if the server did not answer within `wait` seconds."""
         return self.sender.run_id(self.key, wait) if self.sender else ""
 
+    def page(self) -> str:
+        """The address of this run on its server; "" if it is in a database, or the server is away."""
+        if self.sender is None or not self.uri.startswith("http") or not (run_id := self.run_id(0.0)):
+            return ""
+        return f"{without_password(self.uri)}/#/experiments/{self.sender.experiment}/runs/{run_id}"
+
     def flush(self, wait: float | None = None) -> bool:
         """Wait until MLflow holds everything; False if it does not after `wait` seconds."""
         return self.sender.flush(wait) if self.sender else True
@@ -155,20 +162,13 @@ class Run:
         self.flush()
 
 
-class NullRun(Run):
-    """A run that is not recorded: tracking is off, or this is a test."""
-
-    def __init__(self) -> None:
-        super().__init__(sender=None, key="")
-
-
 def open_parent(config: TrackingConfig, run_name: str, tags: Mapping[str, str] | None, workspace: str) -> Run:
     """The run of one pipeline run. Creates database and experiment, completes the runs of ended processes.
 
     Raises UserError if the server cannot be used: at this point nothing is lost by stopping; later on,
     training goes on without it.
     """
-    return _create(_sender(config, workspace), run_name, tags or {}) if config.enabled else NullRun()
+    return _create(_sender(config, workspace), run_name, tags or {}) if config.enabled else Run()
 
 
 def catch_up(config: TrackingConfig, workspace: str) -> bool:

@@ -25,6 +25,7 @@ import psutil
 
 from stages import storage
 from stages.base import Point
+from stages.config.tracking import without_password
 from stages.errors import PixloomError, one_line
 
 logger = logging.getLogger(__name__)
@@ -148,11 +149,13 @@ def connect(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # at the end of every child
     # imported here: it takes 2-3 s, which workers, --help and a run with nothing to do need not pay
     from mlflow.tracking import MlflowClient  # noqa: PLC0415
 
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # of each retry; the sender says what comes of it
     return MlflowClient(tracking_uri=uri)
 
 
@@ -170,12 +173,6 @@ def is_gone(process: str) -> bool:
         return f"{psutil.Process(int(pid)).create_time():.0f}" != started
     except psutil.NoSuchProcess:
         return True
-
-
-def without_password(uri: str) -> str:
-    """The URI as it may be printed."""
-    head, _, tail = uri.partition("://")
-    return f"{head}://{tail.rsplit('@', 1)[-1]}" if tail else uri
 
 
 class Sender:

@@ -12,7 +12,7 @@ from pipeline.runner import MARKER, PREDICTED, PlannedStep, check, execute, plan
 from stages import storage
 from stages.base import Config, Outcome, Resources, Seen
 from stages.errors import StageError, UserError
-from stages.tracking.run import NullRun
+from stages.tracking.run import Run
 
 
 class NumberConfig(Config):
@@ -69,7 +69,7 @@ class Line:
 
     def run(self, planned: tuple[PlannedStep, ...]) -> dict[str, Any]:
         self.ran.clear()
-        return execute(planned, Resources(), parent=NullRun(), view=RunView(command="run"))
+        return execute(planned, Resources(), parent=Run(), view=RunView(command="run"))
 
 
 @pytest.fixture

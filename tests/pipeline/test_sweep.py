@@ -35,7 +35,7 @@ from pipeline.sweep.trials import (
 )
 from stages.base import Point, Seen
 from stages.errors import UserError
-from stages.tracking.run import NullRun
+from stages.tracking.run import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 YAML = str(ROOT / "pipeline.yaml")
@@ -220,7 +220,7 @@ def test_the_table_says_which_trials_are_not_clearly_worse_than_the_best(tmp_pat
     assert "from it: worse" not in messages
 
 
-class Record(NullRun):
+class Record(Run):
     """A run that keeps the points it is sent."""
 
     def __init__(self) -> None:
@@ -252,7 +252,7 @@ def test_a_curve_reaches_tune_as_its_mean_when_an_epoch_is_over() -> None:
 
 def test_only_training_phases_report_epochs() -> None:
     (trial,) = trials(settings={"as it is": {}})
-    run = NullRun()
+    run = Run()
     assert reporting(run, "evaluate", trial.config, "loss", lambda report: None) is run
 
 

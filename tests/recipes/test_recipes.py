@@ -20,7 +20,7 @@ from stages.base import Resources
 from stages.config.train import jobs
 from stages.models.files.saved import load_model
 from stages.shards import dataset
-from stages.tracking.run import NullRun
+from stages.tracking.run import Run
 from tests.support.recipes import HEIGHT, WIDTH, draw, picture, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -221,7 +221,7 @@ def prepared(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Calla
         key = config.infer.split + "".join(section.model_dump_json() for section in sections)
         if key not in made:
             folder = tmp_path_factory.mktemp("recipe")
-            here, track, resources = placed(config, folder), NullRun(), Resources(io_threads=2)
+            here, track, resources = placed(config, folder), Run(), Resources(io_threads=2)
             objects, pairs, shards = (str(folder / name) for name in ("objects", "pairs", "shards"))
             ingest.run(here.ingest, resources, output=objects, track=track)
             pair.run(here.pair, resources, output=pairs, track=track, objects=objects)
@@ -259,9 +259,9 @@ def test_what_a_recipe_trained_generates_and_is_scored(name: str, prepared: Prep
     model, _ = learning.trained(jobs(config.train, config.augment), shards, tmp_path)
     resources = Resources(io_threads=2, infer_actors=1)
     images, scores = (str(tmp_path / folder) for folder in ("images", "scores"))
-    infer.run(config.infer, resources, output=images, track=NullRun(), model=str(model), shards=shards)
+    infer.run(config.infer, resources, output=images, track=Run(), model=str(model), shards=shards)
     outcome = evaluate.run(
-        config.evaluate, resources, output=scores, track=NullRun(), shards=shards, images=images
+        config.evaluate, resources, output=scores, track=Run(), shards=shards, images=images
     )
     assert outcome.counts == {"images": dataset.load(shards).rows(config.evaluate.split), "missing": 0}
     assert 0 <= outcome.metrics["l1"] <= 1

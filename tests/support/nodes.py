@@ -39,7 +39,7 @@ from pipeline.cluster import cluster
 from pipeline.cli import exit_code, log_to_stdout, stop_on_sigterm
 from stages import storage, train
 from stages.base import Resources
-from stages.tracking.run import NullRun
+from stages.tracking.run import Run
 from stages.config.train import PhaseJob
 
 given = json.loads(sys.argv[1])
@@ -51,7 +51,7 @@ def work():
     with cluster(resources, given["storage"], {}):
         stop_on_sigterm()
         job = PhaseJob.model_validate(given["job"])
-        train.run(job, resources, output=given["output"], track=NullRun(), shards=given["shards"])
+        train.run(job, resources, output=given["output"], track=Run(), shards=given["shards"])
 
 log_to_stdout()
 sys.exit(exit_code(work))

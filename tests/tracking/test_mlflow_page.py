@@ -65,16 +65,21 @@ def runs(server: str, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     config = {**CONFIG, "ingest": {"locations": locations}, "workspace": str(folder / "workspace")}
     (folder / "page.yaml").write_text(yaml.safe_dump(config))
     model = [f"train.model={json.dumps(MODEL)}", "tracking.promote=mean"]
+    pages = []
     for weight in (100, 1):
         words = [sys.executable, "-m", "pipeline.run", "-c", str(folder / "page.yaml")]
         for setting in (*model, f"train.losses={{l1: {weight}}}", f"tracking.uri={server}"):
             words += ["--set", setting]
         text = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=400)
         assert text.returncode == 0, text.stdout + text.stderr
+        assert "View run" not in text.stdout + text.stderr
+        pages.append(text.stdout.splitlines()[-1].rpartition(" ")[2])
     client = MlflowClient(tracking_uri=server)
     experiment = client.get_experiment_by_name("street-sample").experiment_id
     found = client.search_runs([experiment], order_by=["attributes.start_time ASC"])
-    return [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+    parents = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+    assert pages == [f"{server}/#/experiments/{experiment}/runs/{run.info.run_id}" for run in parents]
+    return parents
 
 
 def test_two_runs_compared_tell_what_was_changed_and_what_it_did(

@@ -23,7 +23,7 @@ from stages.base import Point
 from stages.config.tracking import TrackingConfig, sqlite_file, sqlite_uri
 from stages.errors import UserError
 from stages.tracking import run as tracking, sender
-from stages.tracking.run import NullRun, Run, open_parent
+from stages.tracking.run import Run, open_parent
 from stages.tracking.sender import KEY_TAG, PROCESS_TAG
 
 
@@ -63,14 +63,14 @@ def test_a_plain_folder_is_refused_as_tracking_uri(uri: str) -> None:
         TrackingConfig(uri=uri)
 
 
-def test_a_null_run_records_nothing_and_is_its_own_child() -> None:
-    with NullRun() as run:
+def test_a_run_without_a_sender_records_nothing_and_is_its_own_child() -> None:
+    with Run() as run:
         run.metrics({"a": 1.0})
         assert run.child("x") is run
 
 
 def test_tracking_switched_off_gives_a_null_run(tmp_path: Path) -> None:
-    assert isinstance(open_parent(TrackingConfig(enabled=False), "r", None, str(tmp_path)), NullRun)
+    assert open_parent(TrackingConfig(enabled=False), "r", None, str(tmp_path)) == Run()
 
 
 def test_a_database_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
@@ -239,6 +239,14 @@ def test_the_page_of_a_local_run_is_one_command_away(tmp_path: Path) -> None:
     command = TrackingConfig().page_command(str(tmp_path))
     assert command == f"mlflow ui --backend-store-uri sqlite:///{tmp_path}/mlflow/mlflow.db"
     assert TrackingConfig(uri="http://host:5000").page_command(str(tmp_path)) == "http://host:5000"
+
+
+@pytest.mark.parametrize("uri", ["https://me:pa@ss@host/x@y", "postgresql://me:pass@host:5432/runs"])
+def test_no_password_is_printed(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    shown = TrackingConfig().page_command(str(tmp_path))
+    assert "pa" not in shown
+    assert shown.endswith(("https://host/x@y", "postgresql://host:5432/runs"))
 
 
 def test_the_command_can_be_pasted_whatever_the_workspace_is_called(tmp_path: Path) -> None:
