@@ -67,7 +67,7 @@ LESS = {
     "pipeline.sample": ["--pairs", "20", "--size", "64x32"],
     "pipeline.sweep": ["--trials", "2", "--concurrent", "1"],
     "chaos": ["--count", "1", "--minutes", "0"],
-    "benchmarks.losses": shlex.split("--epochs 1 --levels 5 --width 4 --seeds 1"),
+    "benchmarks.losses": shlex.split("--epochs 1 --levels 2 --width 4 --seeds 1"),
     "benchmarks.results": ["--seeds", "1"],
 }
 """Words for a program that make its work small."""

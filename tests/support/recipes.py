@@ -63,7 +63,8 @@ def draw(config: PipelineConfig) -> None:
             data = io.BytesIO()
             form = "JPEG" if name.endswith("jpg") else "PNG"
             picture(kind, role, seed, config.shard.classes or 2).save(data, form)
-            file.write_bytes(data.getvalue())
+            if not file.exists() or file.read_bytes() != data.getvalue():  # else it would be another version
+                file.write_bytes(data.getvalue())
     if config.infer.input:
         Path(config.infer.input).mkdir(parents=True, exist_ok=True)
         picture("grey", "source", 0, 2).save(Path(config.infer.input) / "drawn.png")
