@@ -40,7 +40,7 @@ from PIL import Image
 
 from pipeline import config as configuration
 from stages.base import Split
-from stages.config.train import PhaseJob, jobs
+from stages.config.train import PhaseJob, check_size, full_size, jobs
 from stages.images import geometry, pictures
 from stages.images.kinds import Array
 from stages.inference.translator import Translator
@@ -63,6 +63,10 @@ def trained(jobs: Sequence[PhaseJob], shards: str, folder: Path) -> tuple[Path, 
     spec = dataset.load(shards)
     before, steps = "", 0
     for job in jobs:
+        try:
+            check_size(job.model, job.phase, full_size(spec.size, job.augment), key=f"--shards {shards}")
+        except ValueError as error:
+            sys.exit(str(error))
         output = str(folder / job.phase.name)
         samples = Samples(shards, spec, job, torch.device("cpu"))
         ending = train_here(

@@ -24,7 +24,7 @@ import torch
 from benchmarks.learning import as_pictures, trained
 from stages.base import Split
 from stages.config.shard import AugmentConfig
-from stages.config.train import TrainConfig, check_size, jobs
+from stages.config.train import TrainConfig, jobs
 from stages.models.fast.process import tune_process
 from stages.models.files.saved import load_model
 from stages.scoring import metrics
@@ -124,13 +124,6 @@ def main() -> int:
     p.add_argument("--seconds", type=float, default=float("inf"), help="start no run after so long")
     p.add_argument("--lpips", metavar="FILE", help="AlexNet's weights, for LPIPS as a loss")
     options = p.parse_args()
-    training = config({}, options, 0)
-    try:
-        check_size(
-            training.model, training.phases[0], dataset.load(options.shards).size, key="--levels, --shards"
-        )
-    except ValueError as error:
-        p.error(str(error))
     sides, output, began = dict(SIDES), Path(options.output), time.monotonic()
     if options.lpips:
         sides[LPIPS] = {"losses": {"lpips": 10}, "lpips": {"backbone": options.lpips}}

@@ -253,8 +253,7 @@ def small(clone: Clone, words: Sequence[str]) -> list[str]:
         chosen, recipe = sweep.configured(options)
         settings = shrunk(clone, recipe, options.set, chosen.profile)
     elif module == "benchmarks.learning" and "-c" in words:
-        config = configuration.load(rest[rest.index("-c") + 1])
-        settings = tiny(config)
+        settings = tiny(configuration.load(results.RUNS["camvid"].recipe))  # of which the shards are
     elif module == "benchmarks.results":
         names = [word for word in rest if word in results.RUNS] or ["facades", "camvid", "edges"]
         words = [*words, *names] if rest[-1] not in results.RUNS else words
