@@ -6,20 +6,32 @@ python -m pipeline.init FOLDER_OR_BUCKET [FOLDER]     -> pixloom.yaml, pixloom.p
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pipeline import cli, config as configuration
 from stages.config.ingest import LocationConfig
 from stages.config.locations import is_archive
 from stages.errors import UserError
+from stages.images.decode import decode_image
+from stages.images.encode import encode_png
+from stages.images.geometry import crop_half, resize
+from stages.images.kinds import ImageRejected
+from stages.images.pictures import picture, sheet
+from stages.models.architecture import Picture
+from stages.objects.fetch import Object, Reader
 
 HELP = """\
 Look at a sample of the images in a folder or bucket, or in two, and write a commented config for them: which
@@ -46,6 +58,8 @@ _SOURCE = (
 _TARGET = r"tgt|target|output|edited|b|photos?|images?|imgs?|real|hr|rgb|colou?r"
 
 ENDINGS = {"ending": r"[_.-][A-Za-z]+", "channel": r"[_.-][A-Za-z]+\d+", "name": r"/[^/]+"}
+
+decoded = lru_cache(2 * PAIRS)(decode_image)
 
 Name = tuple[int, str, str]  # the number of the location, the path of an image below it, its URI
 
@@ -192,9 +206,6 @@ def read(groups: Sequence[Sequence[str]]) -> tuple[list[list[bytes]], list[str]]
 
     Raises UserError if no group is left.
     """
-    from stages.images.kinds import ImageRejected  # noqa: PLC0415
-    from stages.objects.fetch import Object, Reader  # noqa: PLC0415
-
     reader = Reader()
     reader.expect(Object(uri) for group in groups for uri in group)
     good, wrong = [], []
@@ -213,25 +224,17 @@ def read(groups: Sequence[Sequence[str]]) -> tuple[list[list[bytes]], list[str]]
 
 def judge(one: Side, files: Sequence[bytes]) -> tuple[Side, list[Any]]:
     """What the files of a side hold, and the files as pictures."""
-    import numpy as np  # noqa: PLC0415
-
-    from stages.images.decode import decode_image  # noqa: PLC0415
-    from stages.images.kinds import ImageRejected  # noqa: PLC0415
-    from stages.images.pictures import picture  # noqa: PLC0415
-    from stages.models.architecture import Picture  # noqa: PLC0415
-
-    used = values_used(files)
     try:
         maps = [decode_image(data, "labels") for data in files]
         values = np.unique(np.concatenate([np.unique(ids) for ids in maps])).tolist()
     except ImageRejected as error:
         if error.reason == "label_range":
-            how = Picture(kind="grey16", range=used)
+            how = Picture(kind="grey16", range=(used := values_used(files)))
             note = f"grey from {used[0]} to {used[1]}"
             deep = replace(one, kind="grey16", settings={"range": used}, note=note)
             return deep, [picture(decode_image(data, how), "grey16") for data in files]
         values = []
-    pictures = [decode_image(data, "rgb") for data in files]
+    pictures = [decoded(data, "rgb") for data in files]
     if 1 < len(values) <= FEW:
         named = [value for value in values if value != 255]
         same = all((image == ids).all() for image, ids in zip(pictures, maps, strict=True))
@@ -243,7 +246,8 @@ def judge(one: Side, files: Sequence[bytes]) -> tuple[Side, list[Any]]:
         note = f"label ids, {len(values)} values from {values[0]} to {values[-1]}"
         shown = [picture(ids, "labels") for ids in maps]
         return replace(one, kind="labels", settings=settings, note=note), shown
-    if max(image.max() for image in pictures) < min(255, used[1]) // 2:  # few bits of a deep file
+    brightest = max(image.max() for image in pictures)
+    if brightest < 127 and brightest < min(255, (used := values_used(files))[1]) // 2:  # deep, of few bits
         pictures = [decode_image(data, Picture(kind="rgb", range=used)) for data in files]
         one = replace(one, settings={"range": used}, note=f"colours up to {used[1]}")
     if all((image == image[:, :, :1]).all() for image in pictures):
@@ -253,9 +257,6 @@ def judge(one: Side, files: Sequence[bytes]) -> tuple[Side, list[Any]]:
 
 def values_used(files: Sequence[bytes]) -> tuple[int, int]:
     """Powers of two around the values of files: black and white."""
-    from stages.images.decode import decode_image  # noqa: PLC0415
-    from stages.models.architecture import Picture  # noqa: PLC0415
-
     how, low, top = Picture(kind="channels", range=(-WHOLE, WHOLE)), 0.0, 0.0
     for values in (decode_image(data, how) * WHOLE for data in files):
         known = values[values > -WHOLE]  # others are missing: NaN, the file's nodata
@@ -282,8 +283,6 @@ def look(uris: Sequence[str]) -> tuple[str, list[str], list[list[Any]]]:
 
     Raises UserError if the images are in no known layout.
     """
-    from stages.images.geometry import crop_half, resize  # noqa: PLC0415
-
     where = " and ".join(uris)
     if uris[0].lower().endswith(".parquet"):
         sides = table_sides(uris[0])
@@ -393,24 +392,23 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> None:
     """Write the config and the picture. Raises UserError if one exists, or no pairs are found."""
-    from stages import storage  # noqa: PLC0415
-    from stages.images.encode import encode_png  # noqa: PLC0415
-    from stages.images.pictures import sheet  # noqa: PLC0415
-
-    file, picture = options.output, options.output.with_suffix(".png")
-    for one in (file, picture):
-        if one.exists():
-            raise UserError(f"{one}: exists; name another file by --output")
-    with cli.planning():
-        config, said, rows = look([uri for uri in (options.images, options.partners) if uri])
-    storage.write_bytes(str(file), config.encode())
+    file, drawn = options.output, options.output.with_suffix(".png")
     try:
-        configuration.load(str(file))
-    except UserError:
-        file.unlink()
-        raise
-    picture.write_bytes(encode_png(sheet(rows)))
-    lines = [*said, f"look at {picture}, source left, target right; then: pixloom plan -c {file}"]
+        for one in filter(Path.exists, (file, drawn)):
+            raise FileExistsError(errno.EEXIST, "", one)
+        with cli.planning():
+            config, said, rows = look([uri for uri in (options.images, options.partners) if uri])
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as kept:
+            for one, data in (file, config.encode()), (drawn, encode_png(sheet(rows))):
+                with one.open("xb") as opened:  # listing takes long: another process may have made it
+                    kept.callback(one.unlink)
+                    opened.write(data)
+            configuration.load(str(file))
+            kept.pop_all()
+    except FileExistsError as error:
+        raise UserError(f"{error.filename}: exists; name another file by --output") from None
+    lines = [*said, f"look at {drawn}, source left, target right; then: pixloom plan -c {file}"]
     sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
+import threading
 from collections.abc import Callable
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -250,6 +252,33 @@ def test_no_file_is_overwritten(name: str, capsys: pytest.CaptureFixture[str]) -
     assert pixloom.main(["init", "a", "b"]) == 2
     assert f"{name}: exists" in capsys.readouterr().err
     assert Path(name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["pixloom.yaml", "pixloom.png"])
+def test_a_file_that_another_process_made_meanwhile_is_kept(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill("data/a/{}.png", count=2)
+    fill("data/b/{}.png", count=2)
+
+    class Server(SimpleHTTPRequestHandler):
+        """A file server at whose first page the other process writes."""
+
+        def do_GET(self) -> None:
+            Path(name).write_text("theirs")
+            super().do_GET()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever).start()
+        root = f"http://127.0.0.1:{server.server_port}/data"
+        assert pixloom.main(["init", f"{root}/a/", f"{root}/b/"]) == 2
+        server.shutdown()
+    assert f"{name}: exists" in capsys.readouterr().err
+    assert Path(name).read_text() == "theirs"
+    assert [file.name for file in Path().glob("pixloom.*")] == [name]  # nothing of ours is left
 
 
 @pytest.mark.s3
