@@ -459,10 +459,14 @@ def test_an_exchange_that_was_removed_is_an_error_and_no_loss(tmp_path: Path) ->
 # -- pairs that a person leaves out ---------------------------------------------
 
 
+@pytest.mark.parametrize("first", ["", "sep=;\r\n"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_the_keys_of_an_edited_table_are_left_out_and_are_no_faults(tmp_path: Path, encoding: str) -> None:
+def test_the_keys_of_an_edited_table_are_left_out_and_are_no_faults(
+    tmp_path: Path, encoding: str, first: str
+) -> None:
     odd = 'd,"1"\n;é'
     file = io.StringIO(newline="")
+    file.write(first)
     writer = csv.writer(file, delimiter=";")
     writer.writerows(
         [["kind", "Key", "score"], ["shifted", "b", "2"], ["shifted", odd, "1"], ["", "gone", "1"]]

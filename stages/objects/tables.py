@@ -242,13 +242,7 @@ def _lines(file: Iterable[str]) -> Iterator[str]:
 
 def _csv(file: IO[str], columns: Columns) -> Iterator[tuple[pa.Table, list[str]]]:
     lines = _lines(file)
-    header, number = next(lines, "")[:100_000], 1
-    if header.lower().startswith("sep="):  # Excel's own line
-        header, number = next(lines, "")[:100_000], 2
-    separator, header_cells = max(
-        ((mark, next(csv.reader([header], delimiter=mark), [])) for mark in SEPARATORS),
-        key=lambda choice: len(set(map(_name, choice[1])) & _own(columns).keys()),
-    )
+    separator, header_cells, number = _header(lines, _own(columns))
     names = _columns(header_cells, columns, f"line {number}: ")
     places = {name: header_cells.index(written) for name, written in names.items()}
     numbered = _csv_rows(lines, separator, number + 1)
@@ -269,13 +263,20 @@ def keys_of(uri: str) -> list[str]:
     """The cells of the column `key` of a CSV, as they are. Raises OSError; ValueError: no such column."""
     with local_file(uri) as path, _text(path) as file:
         lines = _lines(file)
-        header = next(lines, "")
-        for separator in SEPARATORS:
-            cells = [_name(cell) for cell in next(csv.reader([header], delimiter=separator), [])]
-            if "key" in cells:
-                place = cells.index("key")
-                return [row[place] for _, row in _csv_rows(lines, separator, 2) if len(row) > place]
-    raise ValueError("line 1: there is no column `key`")
+        separator, header, number = _header(lines, ("key",))
+        if "key" not in map(_name, header):
+            raise ValueError(f"line {number}: there is no column `key`")
+        place = [*map(_name, header)].index("key")
+        return [row[place] for _, row in _csv_rows(lines, separator, number + 1) if len(row) > place]
+
+
+def _header(lines: Iterator[str], wanted: Iterable[str]) -> tuple[str, list[str], int]:
+    """The separator of a CSV's cells, the header, and its line. More `wanted` columns mean the separator."""
+    header, number = next(lines, "")[:100_000], 1
+    if header.lower().startswith("sep="):  # Excel's own line
+        header, number = next(lines, "")[:100_000], 2
+    choices = ((mark, next(csv.reader([header], delimiter=mark), [])) for mark in SEPARATORS)
+    return *max(choices, key=lambda choice: len({*map(_name, choice[1])} & {*wanted})), number
 
 
 def _csv_rows(lines: Iterator[str], separator: str, first: int) -> Iterator[tuple[int, list[str]]]:
@@ -385,8 +386,8 @@ def objects(table: pa.Table, uri: str, within: Sequence[str]) -> pa.Table:
     addresses = {role: _address(table[role], roots) for role in ROLES}
     key = table["key"]
     for role in ("source", "target"):  # a table without keys: the image's path, without its suffix
-        below = reduce(_without_prefix, roots, addresses[role])
-        key = pc.coalesce(key, pc.replace_substring_regex(below, r"\.[^./]*\z", ""))
+        affixes = rf"\A(?:{'|'.join(map(re.escape, roots))})|\.[^./]*\z"
+        key = pc.coalesce(key, pc.replace_substring_regex(addresses[role], affixes, ""))
     key = compose(pc.coalesce(key, ""))
     bad = bad_keys(key)
     version = pc.coalesce(table["etag"], "")
@@ -444,8 +445,3 @@ def _tidy(uri: str) -> str:
         elif segment not in ("", ".") or not segments:
             segments.append(segment)
     return scheme + mark + "/".join(segments)
-
-
-def _without_prefix(addresses: pa.Array, root: str) -> pa.Array:
-    length = len(root)
-    return pc.if_else(pc.starts_with(addresses, root), pc.utf8_slice_codeunits(addresses, length), addresses)
