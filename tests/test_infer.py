@@ -471,6 +471,13 @@ def test_a_missing_or_empty_input_is_named(tmp_path: Path, model: str, make: Any
         run(tmp_path / "out", model=model, input=str(tmp_path / "in"))
 
 
+@pytest.mark.parametrize("name", ["x.csv", "x.txt", "x.jsonl.gz"])
+def test_an_input_that_is_a_list_says_which_tables_are_read(tmp_path: Path, model: str, name: str) -> None:
+    (tmp_path / name).write_text("key,uri\na,a.png\n")
+    with pytest.raises(UserError, match=f"{name}: none of .*; of tables only Parquet is read"):
+        run(tmp_path / "out", model=model, input=str(tmp_path / name))
+
+
 def test_another_reference_style_in_its_place_is_another_run(tmp_path: Path) -> None:
     file = tmp_path / "style.png"
     file.write_bytes(b"one")

@@ -99,7 +99,12 @@ def _decoded(data: bytes, how: Picture, limit: int) -> Decoded:
     if how.kind == "labels" and how.palette is not None:
         colours = _read(data, Picture(kind="rgb"), limit, profiles=False).array
         lossy = data.startswith(b"\xff\xd8") or data[4:12] == b"ftypavif"
-        return Decoded(colour.class_ids(colours, how, exact=not lossy))
+        try:
+            return Decoded(colour.class_ids(colours, how, exact=not lossy))
+        except ImageRejected as error:
+            if data[8:12] != b"WEBP" or b"VP8 " not in data[12:64]:
+                raise
+            raise ImageRejected(error.reason, f"{error.detail}; lossy WebP changes them: use PNG") from error
     decoded = _read(data, how, limit, profiles=how.range == "full")
     return Decoded(colour.class_ids(decoded.array, how)) if how.kind == "labels" else decoded
 
@@ -132,6 +137,9 @@ def _from_pillow(data: bytes, how: Picture, limit: int, *, profiles: bool) -> Ra
             raise ImageRejected("animated", f"{frames} frames")
         if kind in IDS and image.format in ("JPEG", "MPO", "AVIF"):
             raise ImageRejected("wrong_kind", f"{image.format} is lossy, it cannot hold ids")
+        if kind in IDS and image.mode not in _ID_MODES:
+            text = f"ids need one channel of integers, the image is {image.mode}"
+            raise ImageRejected("wrong_kind", f"{text}; shard.palette reads colours")
         if image.format == "PNG":
             _verify_png(data)
             if data[24] == 16:  # bits; Pillow keeps 8 of those of colours and of images with alpha
@@ -139,9 +147,6 @@ def _from_pillow(data: bytes, how: Picture, limit: int, *, profiles: bool) -> Ra
         top, scaled = _scale(image)
         ImageOps.exif_transpose(image, in_place=True)
         if kind in IDS:
-            if image.mode not in _ID_MODES:
-                text = f"ids need one channel of integers, the image is {image.mode}"
-                raise ImageRejected("wrong_kind", f"{text}; shard.palette reads colours")
             ids = np.asarray(image)[:, :, None]
             return RawImage(ids if top == scaled else (ids * (top / scaled)).round().astype(ids.dtype))
         if image.mode in _DEEP_MODES:

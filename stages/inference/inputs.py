@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from stages import storage
 from stages.base import Role, Split
 from stages.config.infer import InferConfig
-from stages.config.locations import Column, Pattern, compile_pattern
+from stages.config.locations import FORMATS, Column, Pattern, compile_pattern
 from stages.errors import UserError
 from stages.images import decode, geometry, geotiff
 from stages.images.geotiff import Tags, TiffRows
@@ -182,7 +182,10 @@ def plan(config: InferConfig, output: str | None) -> InputPlan:
         if waiting.num_rows:
             write_chunk()
     if not rows and objects:
-        raise UserError(f"{uri}: none of its {objects:,} objects fits infer.pattern {config.pattern!r}")
+        table = "; of tables only Parquet is read" if uri.lower().endswith((*FORMATS, ".txt", ".gz")) else ""
+        raise UserError(
+            f"{uri}: none of its {objects:,} objects fits infer.pattern {config.pattern!r}{table}"
+        )
     if not rows:
         raise UserError(f"{uri}: nothing is in it")
     keys, counts = np.unique(np.concatenate(hashes), return_counts=True)

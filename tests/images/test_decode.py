@@ -105,6 +105,15 @@ def test_labels_of_a_palette_image_are_its_indices():
     assert np.array_equal(decode.decode_image(file_of(image), "labels")[:, :, 0], ids)
 
 
+def test_a_label_map_in_a_lossy_webp_is_refused_with_the_reason():
+    colours = ((0, 0, 0), (220, 20, 60), (0, 0, 142))
+    image = Image.fromarray(np.array(colours, np.uint8)[RNG.integers(0, 3, (16, 16))])
+    how = Picture(kind="labels", classes=3, palette=colours)
+    with pytest.raises(kinds.ImageRejected, match=r"label_range: .* lossy WebP .* PNG"):
+        decode.decode_image(file_of(image, "WEBP"), how)
+    assert decode.decode_image(file_of(image, "WEBP", lossless=True), how).max() == 2
+
+
 @pytest.mark.parametrize("format", ["AVIF", "JPEG2000"])
 def test_newer_formats_are_read(format: str):  # noqa: A002
     image = np.full((24, 32, 3), (200, 40, 90), np.uint8)
