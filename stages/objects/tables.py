@@ -281,7 +281,7 @@ def _header(lines: Iterator[str], wanted: Iterable[str]) -> tuple[str, list[str]
 
 def _csv_rows(lines: Iterator[str], separator: str, first: int) -> Iterator[tuple[int, list[str]]]:
     """The rows below the header, each with the line it begins in. `first`: the line after the header."""
-    reader = csv.reader(lines, delimiter=separator)
+    reader = csv.reader(lines, delimiter=separator, strict=True)  # else an open quote takes all that follows
     line = first
     try:
         for row in reader:

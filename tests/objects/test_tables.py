@@ -168,6 +168,7 @@ def test_what_spreadsheets_write_is_read(tmp_path: Path, data: bytes) -> None:
         ("t.csv", b"source,target,Source\na,b,c\n", "line 1: the column `source` is there twice"),
         ("t.csv", b"source,target\n\xfc.png,b.png\n", "save the table as UTF-8"),
         ("t.csv", b'source,target\na,b\n"' + b"x\n" * 100_000, "line 3.*: field larger"),
+        ("t.csv", b'source,target\na,b\n"c,d\ne,f\n', "line 3: unexpected end of data"),
         ("t.jsonl", b'{"image": "a.png"}\n', "line 1: .* only 'image'"),
         (
             "t.jsonl",
