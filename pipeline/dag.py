@@ -80,7 +80,6 @@ def steps(config: PipelineConfig) -> tuple[Step, ...]:
             config.pair,
             needs={"objects": "ingest"},
             digest=(lambda: Seen(pair.digest(config.pair))) if config.pair.exclude else None,
-            check=lambda _: pair.check(config.pair),
         ),
         _step(shard, config.shard, needs={"pairs": "pair"}),
         *(_phase(job, before) for job, before in zip(phases, [None, *phases], strict=False)),

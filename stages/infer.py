@@ -421,8 +421,7 @@ def _read_style(name: str, uri: str | None, how: Kind | Picture) -> Array:
 
 
 def check(config: InferConfig, shards: str = "") -> None:
-    """Raise UserError for what is not there. `shards`: where the sources are; "" if not known yet."""
-    style_checksums(config)
+    """Raise UserError for what `digest` does not see. `shards`: their folder; "" if not known yet."""
     if config.input is not None:
         shards = input_shards(config)
     if shards:

@@ -475,11 +475,6 @@ def excluded_keys(config: PairConfig) -> list[str]:
         return sorted(set(keys_of(absolute(config.exclude))))
 
 
-def check(config: PairConfig) -> None:
-    """Raise UserError for a table that is not there or has no keys."""
-    excluded_keys(config)
-
-
 def digest(config: PairConfig) -> str:
     """A digest of the keys that are left out."""
     return hashlib.sha256("\n".join(map(repr, excluded_keys(config))).encode()).hexdigest()

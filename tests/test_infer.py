@@ -7,7 +7,9 @@ import unicodedata
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -125,7 +127,34 @@ def test_what_is_not_there_is_named_before_training(tmp_path: Path) -> None:
         infer.check(InferConfig(input=str(tmp_path / "shards"), split="val"))
     style = {"kind": "reference", "picture": "/no.png", "instances": "/no.png", "labels": "/no.png"}
     with pytest.raises(UserError, match=r"infer.style.picture: /no.png: there is no such file"):
-        infer.check(InferConfig(style=style))
+        infer.digest(InferConfig(style=style))
+
+
+def test_a_plan_reads_the_images_of_a_reference_style_once(tmp_path: Path) -> None:
+    read = []
+
+    class Server(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            read.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", "3")
+            self.end_headers()
+            self.wfile.write(b"one")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        Thread(target=server.serve_forever).start()
+        uri = f"http://127.0.0.1:{server.server_port}"
+        roles = {name: f"{uri}/{name}.png" for name in ("picture", "instances", "labels")}
+        config = InferConfig(style={"kind": "reference", **roles})
+        infer.digest(config)  # as a plan calls them
+        before = list(read)
+        infer.check(config)
+        server.shutdown()
+    assert "/picture.png" in before
+    assert read == before
 
 
 # -- runs ---------------------------------------------------------------------------------------
