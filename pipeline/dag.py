@@ -105,6 +105,9 @@ def steps(config: PipelineConfig) -> tuple[Step, ...]:
             config=config.report,
             needs={"shards": "shard", "images": "infer", "metrics": "evaluate"},
             digest=(lambda: Seen(report.digest(config.report))) if config.report.others else None,
+            check=lambda _: evaluate.check_metric(
+                scored, config.report.order_by, "report.order_by", of_images=True
+            ),
             work=lambda at: report.run(
                 config.report,
                 at.resources,
@@ -163,6 +166,7 @@ def registration(config: PipelineConfig) -> tuple[Step, ...]:
             version=1,
             config=settings,
             needs=model | ({"metrics": "evaluate"} if own_images else {}),
+            check=lambda _: evaluate.check_metric(config.evaluate, settings.metric, "tracking.metric"),
             work=work,
         ),
     )

@@ -235,7 +235,7 @@ def examine(config: PipelineConfig) -> Report:
     writable = check_rights(config.workspace, report)
     for step in steps(config):
         if step.check is not None:
-            report.check(step.name, partial(_check_step, step.check))
+            report.check(step.name, partial(_check_step, step))
     if config.tracking.enabled:
         report.check("tracking", lambda: f"{probe(config.tracking, config.workspace)} can be written")
     if writable:
@@ -243,8 +243,10 @@ def examine(config: PipelineConfig) -> Report:
     return report
 
 
-def _check_step(check: Callable[[Mapping[str, str]], None]) -> str:
-    check({})
+def _check_step(step: Any) -> str:
+    if step.digest is not None:
+        step.digest()
+    step.check({})
     return "the weights and files it names are there"
 
 

@@ -77,7 +77,7 @@ def settings(options: argparse.Namespace) -> Settings:
 def run(options: argparse.Namespace) -> None:
     """Check the settings, then import what generates images: Ray and torch take seconds to load."""
     config = settings(options)
-    from pipeline.cluster import cluster  # noqa: PLC0415
+    from pipeline.cluster import alone, cluster  # noqa: PLC0415
     from stages import infer, storage  # noqa: PLC0415
 
     storage.configure(config.storage)
@@ -87,17 +87,18 @@ def run(options: argparse.Namespace) -> None:
             f"--output: {output} is in --input {options.input}, so its images would be read as inputs; "
             "name a folder outside of it"
         )
-    with cli.planning(), storage.located(f"--output {options.output}"):
-        storage.check_reachable({"--output": output, "--input": options.input})
-        work = infer.prepare(
-            config.infer,
-            output=output,
-            tracking_uri=config.tracking.place("workspace"),
-            model_key="--model",
-            input_key="--input",
-        )
-    with cluster(config.resources, config.storage, {}) if work.left else nullcontext():
-        outcome = infer.finish(config.infer, config.resources, work, output)
+    with alone(output):
+        with cli.planning(), storage.located(f"--output {options.output}"):
+            storage.check_reachable({"--output": output, "--input": options.input})
+            work = infer.prepare(
+                config.infer,
+                output=output,
+                tracking_uri=config.tracking.place("workspace"),
+                model_key="--model",
+                input_key="--input",
+            )
+        with cluster(config.resources, config.storage, {}) if work.left else nullcontext():
+            outcome = infer.finish(config.infer, config.resources, work, output)
     counts = ", ".join(f"{name} {count:,}" for name, count in outcome.counts.items())
     sys.stdout.write(f"{counts}\n{output}\n")
 

@@ -10,15 +10,17 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from pipeline.cluster import alone
 from pipeline.dag import RunView, Step, StepContext, fingerprint
 from stages import storage
 from stages.base import Outcome, Resources, Seen
 from stages.errors import PixloomError, StageError, UserError, cause
 from stages.progress import duration
-from stages.tracking.run import Run
+from stages.tracking.run import Run, flatten
 
 MARKER = "_SUCCESS.json"
 PREDICTED = "cost.json"
@@ -142,45 +144,47 @@ def execute(
     """
     markers: dict[str, Mapping[str, Any]] = {}
     for p in planned:
-        if p.marker is not None:
-            markers[p.step.name] = p.marker
-            logger.info("%-13s done before", p.step.name)
-            continue
-        logger.info("%-13s starts (%s)", p.step.name, p.why)
-        started = time.monotonic()
-        tags = {"pixloom.step": p.step.name, "pixloom.fingerprint": p.fingerprint}
-        with parent.child(p.step.name, tags) as run:
-            context = StepContext(
-                resources=resources,
-                output=p.folder,
-                track=observe(p.step, run),
-                parent=parent,
-                inputs=p.inputs,
-                view=replace(view, markers=list(markers.values())),
-            )
-            outcome = _run(p, context)
-            seconds = time.monotonic() - started
-            # A phase has logged its losses as curves already; a last point at step 0 would spoil them.
-            metrics = {} if p.step.stage == "train" else outcome.metrics
-            run.metrics({**metrics, **outcome.counts, "seconds": seconds}, step=0)
-        marker = {
-            "step": p.step.name,
-            "fingerprint": p.fingerprint,
-            "version": p.step.version,
-            "config": p.step.config.model_dump(mode="json"),
-            "inputs": {name: uri.rpartition("/")[2] for name, uri in p.inputs.items()},
-            "counts": dict(outcome.counts),
-            "metrics": dict(outcome.metrics),
-            "notes": dict(outcome.notes),
-            "seconds": round(seconds, 3),
-            "predicted": None if p.resumes else p.predicted,
-            "resumed": p.resumes,
-        }
-        storage.write_json(storage.join(p.folder, MARKER), marker)
-        markers[p.step.name] = marker
-        counts = ", ".join(f"{name} {value:,}" for name, value in outcome.counts.items())
-        logger.info("%-13s done in %s%s", p.step.name, duration(seconds), f": {counts}" if counts else "")
-        check(q for q in planned if q.step.name not in markers and p.step.name in q.step.needs.values())
+        with alone(p.folder) if p.marker is None else nullcontext():
+            done = p.marker or read_marker(p.folder)  # of another run, meanwhile
+            if done is not None:
+                markers[p.step.name] = done
+                logger.info("%-13s done before", p.step.name)
+                continue
+            logger.info("%-13s starts (%s)", p.step.name, p.why)
+            started = time.monotonic()
+            tags = {"pixloom.step": p.step.name, "pixloom.fingerprint": p.fingerprint}
+            with parent.child(p.step.name, tags) as run:
+                context = StepContext(
+                    resources=resources,
+                    output=p.folder,
+                    track=observe(p.step, run),
+                    parent=parent,
+                    inputs=p.inputs,
+                    view=replace(view, markers=list(markers.values())),
+                )
+                outcome = _run(p, context)
+                seconds = time.monotonic() - started
+                # A phase has logged its losses as curves already; a last point at step 0 would spoil them.
+                metrics = {} if p.step.stage == "train" else outcome.metrics
+                run.metrics({**metrics, **outcome.counts, "seconds": seconds}, step=0)
+            marker = {
+                "step": p.step.name,
+                "fingerprint": p.fingerprint,
+                "version": p.step.version,
+                "config": p.step.config.model_dump(mode="json"),
+                "inputs": {name: uri.rpartition("/")[2] for name, uri in p.inputs.items()},
+                "counts": dict(outcome.counts),
+                "metrics": dict(outcome.metrics),
+                "notes": dict(outcome.notes),
+                "seconds": round(seconds, 3),
+                "predicted": None if p.resumes else p.predicted,
+                "resumed": p.resumes,
+            }
+            storage.write_json(storage.join(p.folder, MARKER), marker)
+            markers[p.step.name] = marker
+            counts = ", ".join(f"{name} {value:,}" for name, value in outcome.counts.items())
+            logger.info("%-13s done in %s%s", p.step.name, duration(seconds), f": {counts}" if counts else "")
+            check(q for q in planned if q.step.name not in markers and p.step.name in q.step.needs.values())
     return markers
 
 
@@ -229,8 +233,8 @@ def _why(
 
 def changes(marker: Mapping[str, Any], step: Step, inputs: Mapping[str, PlannedStep]) -> list[str]:
     """Dotted keys in which a finished run's config and inputs differ from the step's."""
-    new = dict(_flat(step.config.model_dump(mode="json")))
-    old = dict(_flat(marker["config"]))
+    new = flatten(step.config.model_dump(mode="json"))
+    old = flatten(marker["config"])
     changed = [key for key in sorted(new.keys() | old.keys()) if new.get(key) != old.get(key)]
     for name, source in inputs.items():
         if marker["inputs"].get(name) != source.folder.rpartition("/")[2]:
@@ -238,11 +242,3 @@ def changes(marker: Mapping[str, Any], step: Step, inputs: Mapping[str, PlannedS
     if marker["version"] != step.version:
         changed.append("the stage's code version")
     return changed
-
-
-def _flat(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    if isinstance(value, dict | list):
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _flat(inner, f"{prefix}{key}.")
-    else:
-        yield prefix.rstrip("."), value

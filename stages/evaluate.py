@@ -19,7 +19,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -403,6 +403,23 @@ def distance_names(config: EvaluateConfig) -> dict[str, tuple[str, str]]:
         efficientnet.weights()
         names[config.perceptual] = (f"frechet_{config.perceptual}", f"kernel_{config.perceptual}")
     return names
+
+
+def check_metric(config: EvaluateConfig, name: str, key: str, *, of_images: bool = False) -> None:
+    """Raise UserError, naming the setting, for a metric that is not measured.
+
+    of_images   accept only what is measured of single images
+    """
+    measured = [*metrics.PIXEL_METRICS, "sharpness", "target_sharpness", "diversity"]
+    if name in measured:  # no weights are read
+        return
+    if config.lpips is not None:
+        measured += [distance := lpips_name(config.lpips), f"diversity_{distance}"]
+    if not of_images:
+        measured += chain.from_iterable(distance_names(config).values())
+        measured += metrics.SEGMENTATION_SCORES if config.segmenter or config.palette else ()
+    if name not in measured:
+        raise UserError(f"{key}: {name} is not measured; evaluate measures {', '.join(measured)}")
 
 
 def make_job(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -302,3 +303,20 @@ def test_what_is_absent_is_named_and_gives_no_number(
     with pytest.raises(UserError, match=message):
         score(tmp_path / "out", ONE, "", shards, **config)
     assert not (tmp_path / "out/summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "of_images", "values", "known"),
+    [
+        ("l1", True, {}, True),
+        ("lpips", False, {}, False),
+        ("mean_iou", False, {}, False),
+        ("mean_iou", False, {"palette": [0, 255]}, True),
+        ("mean_iou", True, {"palette": [0, 255]}, False),
+    ],
+)
+def test_a_metric_that_is_not_measured_is_named(
+    name: str, of_images: bool, values: dict[str, Any], known: bool
+) -> None:
+    with nullcontext() if known else pytest.raises(UserError, match=f"order_by: {name} is not measured"):
+        evaluate.check_metric(EvaluateConfig(**values), name, "order_by", of_images=of_images)

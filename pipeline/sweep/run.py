@@ -47,7 +47,7 @@ from pipeline.sweep.trials import (
     reporting,
     shared,
 )
-from stages import storage
+from stages import evaluate, storage
 from stages.base import Seen
 from stages.errors import StageError, UserError, cause
 from stages.scoring.table import shown
@@ -122,7 +122,8 @@ def run(options: argparse.Namespace, *, command: str) -> None:
     with cli.planning():
         storage.check_reachable({"workspace": config.workspace} | config.inputs())
         plans = [plan(steps(trial.config), trial.config.workspace, digests) for trial in trials]
-        for planned in plans:
+        for trial, planned in zip(trials, plans, strict=True):
+            evaluate.check_metric(trial.config.evaluate, sweep.metric, f"{options.sweep}: metric")
             check(planned)
     if options.plan:
         sys.stdout.write(plan_table(trials, plans))

@@ -60,7 +60,9 @@ def variants(sweep: SweepConfig) -> list[tuple[str, dict[str, JsonValue]]]:
         {key: _draw(space, generator) for key, space in sweep.random.items()}
         for _ in range(sweep.trials if sweep.random else 1)
     ]
-    short = short_names([*sweep.grid, *sweep.random])
+    keys = [*sweep.grid, *sweep.random]
+    last = Counter(key.rpartition(".")[2] for key in keys)  # parts; a key with that of another is shown whole
+    short = {key: tail if last[tail := key.rpartition(".")[2]] == 1 else key for key in keys}
     trials: list[tuple[str, dict[str, JsonValue]]] = []
     for (setting, fixed), cell, draw in itertools.product(sweep.settings.items() or [("", {})], grid, draws):
         varied = cell | draw
@@ -74,12 +76,6 @@ def _draw(space: Range | tuple[JsonValue, ...], generator: np.random.RandomState
         return space[generator.randint(len(space))]
     distribution = tune.loguniform if space.log else tune.uniform
     return float(distribution(space.low, space.high).sample(random_state=generator))
-
-
-def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Each key's last part, or the whole key if two keys have the same last part."""
-    last = Counter(key.rpartition(".")[2] for key in keys)
-    return {key: tail if last[tail := key.rpartition(".")[2]] == 1 else key for key in keys}
 
 
 def _shown(value: Any) -> str:

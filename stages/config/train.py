@@ -255,11 +255,6 @@ class PhaseJob(Recipe):
         return self.phase.batch > 1 and self.has_batch_norm and not self.synchronised_norms
 
 
-def _default_phases(data: dict[str, Any]) -> tuple[PhaseConfig, ...]:
-    """The phases of a config that names none; `data` holds what was read before them."""
-    return default_phases(data["model"]) if "model" in data else ()
-
-
 class TrainConfig(Recipe):
     """The train section of the config."""
 
@@ -267,7 +262,7 @@ class TrainConfig(Recipe):
         tuple[PhaseConfig, ...],
         Field(
             min_length=1,
-            default_factory=_default_phases,
+            default_factory=lambda data: default_phases(data["model"]) if "model" in data else (),
             description="The phases, in order. null: those of the model's paper.",
         ),
     ]

@@ -94,7 +94,8 @@ class UNet(nn.Module):
             )
             for level in range(levels)
         )
-        noisy = _dropout_levels(levels, dropout)
+        wide = list(range(levels - 1, 3, -1))  # the levels with a 512-wide output, from the bottleneck
+        noisy = {"paper": wide[:3], "common": wide[1:], "none": []}[dropout]
         self.decoder = nn.ModuleList(
             Up(
                 widths[level] * (2 if skips and level < levels - 1 else 1),
@@ -124,12 +125,6 @@ class UNet(nn.Module):
             if self.skips and level > 0:
                 x = torch.cat([skips.pop(), x], 1)
         return torch.tanh(x)
-
-
-def _dropout_levels(levels: int, placement: DropoutPlacement) -> set[int]:
-    """Decoder levels with dropout, of those with a 512-wide output (from the bottleneck: levels-1 ... 4)."""
-    wide = list(range(levels - 1, 3, -1))
-    return set({"paper": wide[:3], "common": wide[1:], "none": []}[placement])
 
 
 class PatchDiscriminator(nn.Module):

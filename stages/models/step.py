@@ -141,7 +141,9 @@ def update(
                   norm and dropout, which see each micro-batch apart
     """
     if batch.source.shape[0] == 0:
-        _empty_step(gan, average)
+        for optimizer in (gan.discriminator_optimizer, gan.generator_optimizer):  # the others' order
+            if optimizer is not None and average is not None:
+                _update(optimizer, average)
         return {}
     of_arch = _step_pix2pixhd if isinstance(gan.arch, Pix2PixHD) else _step_pix2pix
     return of_arch(gan, batch.split(micro_batch), weights, average)
@@ -264,13 +266,6 @@ def _finish(
             waiting.update(parameters)
         for parameters in of_generator:
             optimizer.update(parameters)
-
-
-def _empty_step(gan: GanState, average: Average | None) -> None:
-    """A worker without rows only joins the exchange, in the same order as the others."""
-    for optimizer in (gan.discriminator_optimizer, gan.generator_optimizer):
-        if optimizer is not None and average is not None:
-            _update(optimizer, average)
 
 
 def _update(optimizer: Adam, average: Average | None) -> None:

@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -160,17 +159,11 @@ def _folders(fs: AbstractFileSystem, base: str, want: int) -> list[Unit]:
     while closed and len(opened) + len(closed) < want:
         path = closed.popleft()
         opened.append(path)
-        closed.extend(sorted(_subfolders(fs, base, path)))
+        closed.extend(sorted(entry.path for entry in _entries(fs, base, path) if entry.is_folder))
     trees = list(closed)
     size = max(1, -(-len(trees) // want))
     units = [Unit("tree", tuple(trees[start : start + size])) for start in range(0, len(trees), size)]
     return ([Unit("folder", tuple(opened))] if opened else []) + units
-
-
-def _subfolders(fs: AbstractFileSystem, base: str, path: str) -> Iterator[str]:
-    for entry in _entries(fs, base, path):
-        if entry.is_folder:
-            yield entry.path
 
 
 def _key_ranges(fs: Any, base: str, want: int) -> list[Unit]:
@@ -352,15 +345,11 @@ def _index_pages(fs: Any, base: str, requests: int) -> Iterator[Page]:
             for start in range(0, len(files), PAGE):
                 chunk = files[start : start + PAGE]
                 page = Page()
-                for url, info in zip(chunk, threads.map(partial(_http_info, fs), chunk), strict=True):
+                infos = threads.map(lambda url: retried(lambda: fs.info(url)), chunk)
+                for url, info in zip(chunk, infos, strict=True):
                     size = -1 if info.get("size") is None else int(info["size"])
                     page.add(unquote(url[len(base) :]), url, size, etag_of(info))
                 yield page
-
-
-def _http_info(fs: Any, url: str) -> dict[str, Any]:
-    info: dict[str, Any] = retried(lambda: fs.info(url))
-    return info
 
 
 def _below(url: str, base: str) -> bool:

@@ -301,7 +301,10 @@ def page(data: ReportData) -> str:
         "duration": duration,
         "source_hash": _source_hash,
     }
-    environment.tests |= {"finite": _is_finite, "lower_better": lower_is_better}
+    environment.tests |= {
+        "finite": lambda value: value is not None and math.isfinite(value),
+        "lower_better": lower_is_better,
+    }
     return environment.get_template("report.html.j2").render(
         data=data,
         style=_asset("report.css"),
@@ -341,10 +344,6 @@ def _difference_cells(row: Mapping[str, Any], data: ReportData) -> list[str]:
 def between(interval: Sequence[float] | None) -> str:
     """The ends of an interval, in brackets; "" for none."""
     return f" ({number(interval[0])} to {number(interval[1])})" if interval else ""
-
-
-def _is_finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 def _asset(name: str) -> Markup:

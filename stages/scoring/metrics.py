@@ -18,6 +18,7 @@ from torch import Tensor
 from stages.models.copies import to_device
 
 PIXEL_METRICS = ("l1", "psnr", "ssim", "ms_ssim")
+SEGMENTATION_SCORES = ("pixel_accuracy", "class_accuracy", "mean_iou")
 SET_DISTANCES = ("fid", "kid", "frechet", "kernel")  # of a set of images, not of one
 PSNR_OF_IDENTICAL = 100.0
 """The PSNR, in decibels, of two equal images: it is infinite, and would make every mean infinite."""

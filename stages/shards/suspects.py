@@ -231,12 +231,6 @@ class Explanation:
         return np.asarray(total, np.float32)
 
 
-def better_mirrored(ours: Floats, target: Floats) -> Floats:
-    """How far the mirrored source explains the target better, as a difference of correlations."""
-    mirrored = ours.reshape(-1, GRID, GRID, FEATURES)[:, :, ::-1].reshape(ours.shape)
-    return np.asarray(((mirrored - ours) * target).sum(axis=1), np.float32)
-
-
 def _deviations(cells: Floats) -> Floats:
     centred: Floats = (cells - cells.mean(axis=(1, 2), keepdims=True)).std(axis=(0, 1, 2)) + 1e-6
     return centred
@@ -432,12 +426,14 @@ def judge(table: pa.Table, split: Split, shard: str, explanation: Explanation) -
     level = np.min([np.ptp(_stored_cells(table, r)[..., :3], axis=(1, 2)).max(axis=1) for r in ROLES], axis=0)
     usual = explanation.usual
     ours, theirs = explanation.views(table)
-    standing = np.full(len(level), np.inf)
-    if usual >= EXPLAINED:
-        standing = explanation.standing(table, ours, theirs)
+    known = usual >= EXPLAINED
+    standing = explanation.standing(table, ours, theirs) if known else np.full(len(level), np.inf)
+    sides = ours.reshape(-1, GRID, GRID, FEATURES)[:, :, ::-1].reshape(ours.shape)
+    # how far the mirrored source explains the target better, as a difference of correlations
+    better_mirrored = np.asarray(((sides - ours) * theirs).sum(axis=1), np.float32)
     scores = {
         "constant": np.where(level < LEVELS, 1.0 + LEVELS - level, 0),
-        "mirrored": np.where(better_mirrored(ours, theirs) > 0, (mirrored - center) / MIRRORED, 0),
+        "mirrored": np.where(better_mirrored > 0, (mirrored - center) / MIRRORED, 0),
         "shifted": np.where(
             (np.hypot(dx, dy) > SHIFT) & (peak > SHARP * explanation.sharp), (peak - center) / GAIN, 0
         ),

@@ -157,7 +157,9 @@ def register(
             return f"logged as models:/{model_id}"
         version = _version(client, name, model_id, identity)
         if measured is not None and measured.images is not None:
-            _log_images(client, client.get_model_version(name, version), measured)
+            with tempfile.TemporaryDirectory(prefix="pixloom-scores-") as temp:  # for later versions
+                pq.write_table(measured.images, file := Path(temp) / measured.file)
+                client.log_artifact(client.get_model_version(name, version).run_id, str(file), SCORES)
     if measured is None:
         return f"registered as models:/{name}/{version}"
     client.set_model_version_tag(name, version, measured.metric, f"{measured.value:.9g}")
@@ -196,13 +198,6 @@ def _promote(
         before = f", before: {other}"
     client.set_registered_model_alias(name, alias, version)
     return f"now {alias} ({metric} {value:.4g}{before})"
-
-
-def _log_images(client: MlflowClient, version: ModelVersion, measured: Measurement) -> None:
-    """Keep the scores of single images with the run of a version, for later versions to compare with."""
-    with tempfile.TemporaryDirectory(prefix="pixloom-scores-") as temp:
-        pq.write_table(measured.images, Path(temp) / measured.file)
-        client.log_artifact(version.run_id, str(Path(temp) / measured.file), SCORES)
 
 
 def _difference(client: MlflowClient, champion: ModelVersion, measured: Measurement) -> Interval | None:

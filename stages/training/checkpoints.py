@@ -154,12 +154,6 @@ def copied(state: Any) -> Any:
     return state
 
 
-def outdated(names: list[str], keep: int, best: str = "") -> list[str]:
-    """Which of the checkpoints in a folder to delete so that the newest `keep` and the best one stay."""
-    ours = sorted(name for name in names if name.startswith("step-"))
-    return [name for name in ours[:-keep] if name != best]
-
-
 # -- folders ------------------------------------------------------------------
 
 
@@ -196,7 +190,7 @@ def save(folder: str, checkpoint: Checkpoint, *, keep: int) -> None:
     with new_folder(storage.join(folder, folder_name(checkpoint.position)), last=MANIFEST) as local:
         write_folder(local, MANIFEST, writers, manifest)
     whole = (name for name in checkpoint.best if storage.exists(storage.join(folder, name, MANIFEST)))
-    for name in outdated(names(folder), keep, next(whole, "")):
+    for name in sorted({*names(folder)[:-keep]} - {next(whole, "")}):  # the newest and the best one stay
         remove(storage.join(folder, name))
 
 

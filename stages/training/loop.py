@@ -416,7 +416,10 @@ class Loop:
         batch = batch.to(self.worker.device, non_blocking=True)
         if job.synchronised_norms and self.worker.world > 1:
             self._has_rows = batch.source.shape[0] > 0
-            batch = batch if self._has_rows else blank_batch(batch)
+            if not self._has_rows:  # synchronised norms need every worker: one blank pair with weight 0
+                batch = replace(
+                    batch.each(lambda images: images.new_zeros((1, *images.shape[1:]))), share=0.0
+                )
         measured = (self.position.steps + 1) % job.log_every == 0
         with self._compilation(batch):
             losses, self._norms = self.update(batch, measured)
@@ -605,11 +608,6 @@ class Loop:
             )
         storage.write_parquet(storage.join(task.output, "metrics.parquet"), curves.to_table(self.points))
         return model_step
-
-
-def blank_batch(batch: Batch) -> Batch:
-    """One blank pair with weight 0, for a worker without rows: synchronised norms need every worker."""
-    return replace(batch.each(lambda images: images.new_zeros((1, *images.shape[1:]))), share=0.0)
 
 
 def all_finite(network: nn.Module | None) -> bool:

@@ -36,6 +36,9 @@ def check_start(job: PhaseJob, inputs: InputSpec | None = None) -> str:
     Raises UserError, naming the key, where there is no model, or where the phase cannot take its networks.
     """
     assert job.start_from is not None
+    if job.start_from.startswith(("models:/", "runs:/", "mlflow-artifacts:/")):
+        advice = "first: mlflow artifacts download --dst-path FOLDER --artifact-uri"
+        raise UserError(f"train.start_from: name a folder; {advice} {job.start_from}")
     with named("train.start_from"), storage.located(job.start_from):
         content = folder_description(model_folder(job.start_from))
         try:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from pipeline import doctor
+from pipeline import config as configuration, doctor
+from pipeline.dag import steps
 from stages import storage
 from stages.config.ingest import LocationConfig
 from stages.errors import UserError
@@ -82,6 +83,13 @@ def test_a_machine_is_judged_by_what_it_has(tmp_path: Path) -> None:
             doctor.judge(found | change, VERSIONS, gpu=False)
     with pytest.raises(UserError, match="no GPU that nvidia-smi shows"):
         doctor.judge(found | {"gpu": ""}, VERSIONS, gpu=True)
+
+
+def test_a_model_that_is_not_there_is_found(tmp_path: Path) -> None:
+    config = configuration.load("pipeline.yaml", [f"infer.model={tmp_path}/none"])
+    (infer,) = (step for step in steps(config) if step.name == "infer")
+    with pytest.raises(UserError, match=r"infer\.model: .*none: there is no model\.json"):
+        doctor._check_step(infer)
 
 
 def test_a_failed_check_is_exit_code_2(

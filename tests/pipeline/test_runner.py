@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.cluster import alone
 from pipeline.dag import RunView, Step, StepContext, needed
 from pipeline.runner import MARKER, PREDICTED, PlannedStep, check, execute, plan, select
 from stages import storage
@@ -112,6 +114,22 @@ def test_a_rerun_does_nothing(line: Line) -> None:
     assert all(p.done for p in again)
     assert line.run(again)["double"]["metrics"] == {"value": 2.0}
     assert line.ran == []
+
+
+def test_of_two_runs_at_once_one_does_a_step_and_the_other_waits_for_it(
+    line: Line, caplog: pytest.LogCaptureFixture
+) -> None:
+    planned, others = line.plan(), line.plan()
+    with ThreadPoolExecutor(1) as thread:
+        with alone(planned[0].folder):
+            other = thread.submit(line.run, others)
+            while f"another run works in {planned[0].folder}" not in caplog.text:
+                assert not other.done()
+            storage.write_json(storage.join(planned[0].folder, "number.json"), 1)
+            storage.write_json(storage.join(planned[0].folder, MARKER), {"counts": {"numbers": 1}})
+        markers = other.result()
+    assert line.ran == ["double"]
+    assert markers["make"]["counts"] == {"numbers": 1}
 
 
 def test_a_config_change_moves_only_what_is_downstream(line: Line) -> None:

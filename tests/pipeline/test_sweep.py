@@ -22,7 +22,7 @@ from pipeline import sample
 from pipeline.dag import steps
 from pipeline.runner import PlannedStep, plan
 from pipeline.sweep.config import SweepConfig, load
-from pipeline.sweep.run import table
+from pipeline.sweep.run import main, table
 from pipeline.sweep.trials import (
     State,
     Trial,
@@ -315,3 +315,20 @@ def test_a_sweep_runs_its_trials_names_the_best_and_does_nothing_twice(
         [*command, "--plan"], cwd=ROOT, capture_output=True, text=True, timeout=200, check=True
     )
     assert plan.stdout.count("all done") == 3, plan.stdout
+
+
+def test_a_metric_that_is_not_measured_is_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, workspace = tmp_path / "sweep.yaml", tmp_path / "workspace"
+    settings = {"recipe": YAML, "grid": {"train.seed": [0, 1]}, "metric": "lq"}
+    file.write_text(json.dumps(settings))
+    sample.main([str(tmp_path / "sample"), "--pairs", "2", "--size", "32x32"])
+    found = [
+        f"ingest.locations.{n}.uri={tmp_path}/sample/{r}"
+        for n, r in enumerate(("label", "photo", "instance"))
+    ]
+    sets = [word for text in [f"workspace={workspace}", *found] for word in ("--set", text)]
+    assert main([str(file), *sets]) == 2
+    assert "sweep.yaml: metric: lq is not measured; evaluate measures l1," in capsys.readouterr().err
+    assert not workspace.exists()

@@ -154,6 +154,10 @@ def test_what_is_no_model_is_named(tmp_path: Path) -> None:
     config = job(tmp_path, UNET, WHOLE)
     with pytest.raises(UserError, match=r"^train\.start_from: .*: there is no model\.json, so this is no m"):
         check_start(config)
+    with pytest.raises(
+        UserError, match=r"name a folder; first: mlflow artifacts download .* models:/street/1"
+    ):
+        check_start(config.model_copy(update={"start_from": "models:/street/1"}))
     saved(tmp_path, UNET)
     manifest = tmp_path / "model" / "model.json"
     whole = manifest.read_text()
