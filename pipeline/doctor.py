@@ -233,8 +233,8 @@ def examine(config: PipelineConfig) -> Report:
     for index, location in enumerate(config.ingest.locations):
         report.check(f"ingest.locations.{index}: {location.uri}", partial(read_location, location))
     writable = check_rights(config.workspace, report)
-    for step in steps(config):
-        if step.check is not None:
+    for step in steps(config)[1:]:  # what ingest reads is looked at above
+        if step.check is not None or step.digest is not None:
             report.check(step.name, partial(_check_step, step))
     if config.tracking.enabled:
         report.check("tracking", lambda: f"{probe(config.tracking, config.workspace)} can be written")
@@ -246,7 +246,8 @@ def examine(config: PipelineConfig) -> Report:
 def _check_step(step: Any) -> str:
     if step.digest is not None:
         step.digest()
-    step.check({})
+    if step.check is not None:
+        step.check({})
     return "the weights and files it names are there"
 
 

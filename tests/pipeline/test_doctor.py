@@ -90,6 +90,9 @@ def test_a_model_that_is_not_there_is_found(tmp_path: Path) -> None:
     (infer,) = (step for step in steps(config) if step.name == "infer")
     with pytest.raises(UserError, match=r"infer\.model: .*none: there is no model\.json"):
         doctor._check_step(infer)
+    config = configuration.load("pipeline.yaml", [f"pair.exclude={tmp_path}/none.csv"])
+    with pytest.raises(UserError, match=r"pair\.exclude: "):
+        doctor._check_step(steps(config)[1])
 
 
 def test_a_failed_check_is_exit_code_2(
