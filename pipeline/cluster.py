@@ -62,20 +62,18 @@ def cluster(
 
     `options`: the config's `storage` section, for every worker. `folders`: see `result_folders`.
     """
-    for name, value in QUIET.items():
+    joined = "RAY_ADDRESS" in os.environ
+    for name, value in (QUIET if joined else QUIET | UNWATCHED).items():
         os.environ.setdefault(name, value)
     # A node remembers for ten minutes that an environment failed, as on a full disk: each start has its own.
     environment = storage.worker_environment(options) | heap.ENVIRONMENT | {"PIXLOOM_START": uuid.uuid4().hex}
     runtime_env = {"env_vars": environment | {name: os.environ[name] for name in QUIET}}
-    joined = "RAY_ADDRESS" in os.environ
     if joined:
         _join(os.environ["RAY_ADDRESS"], runtime_env)
         machines = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
         for key, folder in folders.items() if len(machines) > 1 else ():
             logger.warning("%s: all %d machines of the cluster must see %s", key, len(machines), folder)
     else:
-        for name, value in UNWATCHED.items():
-            os.environ.setdefault(name, value)
         others = set(psutil.Process().children())
         # Logical CPUs: training and the tasks that read for it must fit, also on a small machine.
         session = _start(others, max(4, own_cores() + resources.train_workers), runtime_env)
@@ -108,6 +106,8 @@ def alone(uri: str) -> Iterator[None]:
                 fcntl.flock(held, fcntl.LOCK_EX)
         yield
     finally:
+        with suppress(OSError):  # it stays if there is anything in it
+            path.rmdir()
         os.close(held)
 
 

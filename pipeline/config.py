@@ -109,6 +109,8 @@ class PipelineConfig(Config):
         self.train.check_data(self.shard, self.augment)
         self.train.check_resources(self.resources)
         self.train.scorer(self.evaluate)
+        if self.infer.model is None:
+            self.infer.check_model(self.train.model.model_dump())
         return self
 
     def inputs(self) -> dict[str, str]:

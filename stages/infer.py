@@ -500,6 +500,10 @@ def prepare(
     model = config.model or model
     with named(model_key):
         manifest = description(model, tracking_uri)
+    try:
+        config.check_model(manifest.get("architecture") or {})
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if config.overwrite:
         outputs.clear(output)
     plan = None
@@ -517,8 +521,7 @@ def prepare(
         source = spec.digest()[:16]
     else:
         units, rows, source = plan.units, plan.rows, plan.digest
-    unseen = {"overwrite", "model", "input", "max_reject_fraction"}
-    settings = config.model_dump(mode="json", exclude=unseen)
+    settings = config.model_dump(mode="json", exclude={"overwrite", "model", "input", "max_reject_fraction"})
     read = " ".join([source, *style_checksums(config)])
     identity = {"model": fingerprint(manifest), "config": settings, "input": read}
     outputs.begin(output, identity, {"rows": rows, "units": units})

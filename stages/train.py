@@ -89,8 +89,8 @@ class Setup:
 
 def job_name(job: PhaseJob, shards: str, before: str) -> str:
     """A digest of settings and inputs' names (a workspace may move): checkpoints of others are ignored."""
-    inputs = [folder.rstrip("/").rpartition("/")[2] for folder in (shards, before)]
-    text = "\n".join([job.model_dump_json(), *inputs])
+    names = (folder.rstrip("/").rpartition("/")[2] for folder in (shards, before))
+    text = "\n".join([job.model_dump_json(), *names])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

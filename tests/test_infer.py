@@ -7,6 +7,7 @@ import unicodedata
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -106,7 +107,6 @@ def test_samples_of_few_sources_fill_a_batch_and_those_of_many_are_cut() -> None
         ({"pattern": "{nokey}"}, "pattern"),
         ({"instance_pattern": "x.png"}, "instance_pattern"),
         ({"style": {"kind": "reference"}}, "style"),
-        ({"samples": 2, "style": {"kind": "cluster"}}, "samples"),
         ({"tile": 8}, "tile"),
         ({"palette": [[0, 0, 0], [255, 0, 0]], "format": "jpeg"}, "class ids are written as png"),
         ({"palette": [[0, 0, 256], [255, 0, 0]]}, "palette"),
@@ -116,6 +116,26 @@ def test_samples_of_few_sources_fill_a_batch_and_those_of_many_are_cut() -> None
 def test_a_wrong_setting_is_named(values: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         InferConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "model", "named"),
+    [
+        ({"samples": 2}, {"dropout": "paper"}, "infer.samples"),
+        ({"samples": 2, "stochastic": True}, {"dropout": "none"}, "infer.samples"),
+        ({"samples": 2, "stochastic": True}, {"feature_encoder": False}, "infer.samples"),
+        ({"samples": 2, "style": {"kind": "cluster"}}, {"feature_encoder": True}, "infer.samples"),
+        ({"style": {"kind": "cluster"}}, {"dropout": "paper"}, "infer.style.kind"),
+        ({"samples": 2, "stochastic": True}, {"dropout": "paper"}, ""),
+        ({"samples": 2}, {"feature_encoder": True}, ""),
+        ({"style": {"kind": "cluster"}}, {"feature_encoder": True}, ""),
+    ],
+)
+def test_samples_that_would_be_the_same_are_refused_and_styles_that_no_model_has(
+    values: dict[str, Any], model: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ValueError, match=named) if named else nullcontext():
+        InferConfig(**values).check_model(model)
 
 
 def test_what_is_not_there_is_named_before_training(tmp_path: Path) -> None:

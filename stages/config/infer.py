@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from operator import not_
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
@@ -144,8 +145,11 @@ class InferConfig(Config):
             raise ValueError(f"palette: class ids are written as png, not {self.format}")
         return self
 
-    @model_validator(mode="after")
-    def _samples_differ(self) -> InferConfig:
-        if self.samples > 1 and not self.stochastic and self.style.kind != "random":
-            raise ValueError("samples: without `stochastic` or random styles all samples would be the same")
-        return self
+    def check_model(self, architecture: Mapping[str, Any]) -> None:
+        """Raise ValueError, naming the key, for a style or samples that such a model cannot have."""
+        kind, encoder = self.style.kind, architecture.get("feature_encoder", False)
+        if kind != "random" and not encoder:
+            raise ValueError(f"infer.style.kind: {kind} needs a model with a feature encoder")
+        noisy = self.stochastic and architecture.get("dropout", "none") != "none"
+        if self.samples > 1 and not noisy and not (encoder and kind == "random"):
+            raise ValueError("infer.samples: all are the same without `stochastic` dropout or random styles")

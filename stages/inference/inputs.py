@@ -182,10 +182,8 @@ def plan(config: InferConfig, output: str | None) -> InputPlan:
         if waiting.num_rows:
             write_chunk()
     if not rows and objects:
-        table = "; of tables only Parquet is read" if uri.lower().endswith((*FORMATS, ".txt", ".gz")) else ""
-        raise UserError(
-            f"{uri}: none of its {objects:,} objects fits infer.pattern {config.pattern!r}{table}"
-        )
+        more = "; of tables only Parquet is read" if uri.lower().endswith((*FORMATS, ".txt", ".gz")) else ""
+        raise UserError(f"{uri}: none of its {objects:,} objects fits infer.pattern {config.pattern!r}{more}")
     if not rows:
         raise UserError(f"{uri}: nothing is in it")
     keys, counts = np.unique(np.concatenate(hashes), return_counts=True)

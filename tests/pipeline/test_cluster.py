@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from pipeline import config as configuration
-from pipeline.cluster import check_folders, result_folders
+from pipeline.cluster import alone, check_folders, result_folders
 from stages.errors import UserError
 from tests.support import nodes
 
@@ -38,6 +38,14 @@ def test_results_in_a_jobs_uploaded_folder_are_refused() -> None:
     with pytest.raises(UserError, match=r"run.yaml: workspace: .* name a bucket"):
         check_folders({"workspace": uploaded}, "run.yaml")
     check_folders({"workspace": "/data/workspace"}, "run.yaml")
+
+
+def test_a_folder_is_left_only_with_something_in_it(tmp_path: Path) -> None:
+    with alone(str(tmp_path / "new" / "failed")):
+        pass
+    with alone(str(tmp_path / "new" / "done")):
+        (tmp_path / "new" / "done" / "x").touch()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["done"]
 
 
 def test_a_workspace_that_is_a_file_is_refused(tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ def prepared(ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
     def prepare(config: PipelineConfig) -> str:
         sections = (config.ingest, config.pair, config.shard)
-        key = config.infer.split + "".join(section.model_dump_json() for section in sections)
+        key = str(config.infer.split) + "".join(section.model_dump_json() for section in sections)
         if key not in made:
             folder = tmp_path_factory.mktemp("recipe")
             here, track, resources = placed(config, folder), Run(), Resources(io_threads=2)
@@ -243,9 +243,10 @@ def test_a_recipe_trains_two_steps_a_phase_and_generates(
     spec = dataset.load(shards)
     model, num_steps = learning.trained(jobs(config.train, config.augment), shards, tmp_path)
     assert num_steps >= 2 * len(config.train.phases)
-    samples = list(dataset.read_split(shards, spec, config.infer.split))
+    split = spec.scored_split(config.infer.split, "infer.split")
+    samples = list(dataset.read_split(shards, spec, split))
     images = learning.translated(load_model(model), samples, stochastic=config.infer.stochastic)
-    assert len(images) == spec.rows(config.infer.split) > 0
+    assert len(images) == spec.rows(split) > 0
     for image in images:
         assert image.shape == (spec.size[1], spec.size[0], spec.roles["target"].channels)
 
@@ -263,5 +264,7 @@ def test_what_a_recipe_trained_generates_and_is_scored(name: str, prepared: Prep
     outcome = evaluate.run(
         config.evaluate, resources, output=scores, track=Run(), shards=shards, images=images
     )
-    assert outcome.counts == {"images": dataset.load(shards).rows(config.evaluate.split), "missing": 0}
+    spec = dataset.load(shards)
+    rows = spec.rows(spec.scored_split(config.evaluate.split, "evaluate.split"))
+    assert outcome.counts == {"images": rows, "missing": 0}
     assert 0 <= outcome.metrics["l1"] <= 1
