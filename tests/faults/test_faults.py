@@ -7,6 +7,7 @@ and how many of them were spoiled.
 
 from __future__ import annotations
 
+import random
 import socket
 import tempfile
 import threading
@@ -28,7 +29,7 @@ from stages.errors import StageError, UserError
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec
 from stages.shards.feed import Feed, read_here
-from stages.storage import retry
+from stages.storage import files, retry
 from tests.stores.ceph import CephS3, missing
 from tests.stores.faults import Fault, FaultProxy
 from tests.stores.seaweed import SeaweedS3
@@ -174,7 +175,6 @@ PASSING = {
     "reset": Fault("reset", share=0.1),
     "reset after": Fault("reset_after", share=0.1),
     "500 after a write": Fault("status_after", share=0.3, method="PUT", code=500, error="InternalError"),
-    "500 after a post": Fault("status_after", share=0.5, times=3, method="POST", code=500),
     "truncated": Fault("truncate", share=0.1, method="GET"),
     "flipped": Fault("flip", share=0.1, method="GET", path=r"\.(png|parquet)"),
     "latency": Fault("delay", seconds=0.05),
@@ -199,6 +199,24 @@ def test_trouble_that_passes_changes_nothing(
         assert proxy.counts[fault.action]
     assert contents(store, output.removeprefix("s3://") + "/") == wanted[0]
     assert same_batches(read, wanted[1])
+
+
+@pytest.mark.parametrize("request_", ["uploads", "uploadId="])
+def test_a_file_in_parts_is_whole_though_an_answer_about_it_is_lost(
+    store: Store, bucket: str, request_: str
+) -> None:
+    uri, data = f"s3://{bucket}/parts-{request_}", random.Random(0).randbytes(files.UPLOAD_BYTES + 3)
+    lost = Fault("status_after", times=1, method="POST", path=request_, code=500)
+
+    def send() -> None:
+        with storage.create(uri) as file:
+            file.write(data)
+
+    with FaultProxy(store.address, [lost], seed=5) as proxy:
+        storage.configure({"s3": store.options(endpoint=proxy.url)})
+        files.written(send, uri)
+        assert proxy.counts["status_after"] == 1, dict(proxy.counts)
+    assert store.client().cat_file(uri) == data
 
 
 def test_a_store_that_is_killed_and_comes_back_after_seconds_is_waited_for(
