@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shutil
@@ -86,29 +85,6 @@ def cluster(
         else:
             _end(others)
             shutil.rmtree(session, ignore_errors=True)
-
-
-@contextmanager
-def alone(uri: str) -> Iterator[None]:
-    """Wait until no other run works in a folder of this machine. A process that ends frees it."""
-    if not storage.is_local(uri):
-        yield
-        return
-    path = Path(storage.filesystem(uri)[1])
-    storage.written(lambda: path.mkdir(parents=True, exist_ok=True), uri)
-    held = os.open(path, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # not every network file system can
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logger.warning("another run works in %s; waiting until it ends", uri)
-                fcntl.flock(held, fcntl.LOCK_EX)
-        yield
-    finally:
-        with suppress(OSError):  # it stays if there is anything in it
-            path.rmdir()
-        os.close(held)
 
 
 def _start(

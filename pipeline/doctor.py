@@ -18,12 +18,15 @@ from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from functools import partial
 from itertools import chain, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import cli, config as configuration
 from pipeline.config import PipelineConfig
 from stages.config.ingest import LocationConfig
 from stages.errors import PixloomError, UserError, one_line
+
+if TYPE_CHECKING:
+    from pipeline.dag import Step
 
 HELP = """\
 Check, a line each, what a run with this config needs: every location can be listed and read; the workspace
@@ -243,7 +246,7 @@ def examine(config: PipelineConfig) -> Report:
     return report
 
 
-def _check_step(step: Any) -> str:
+def _check_step(step: Step) -> str:
     if step.digest is not None:
         step.digest()
     if step.check is not None:

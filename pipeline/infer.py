@@ -77,8 +77,9 @@ def settings(options: argparse.Namespace) -> Settings:
 def run(options: argparse.Namespace) -> None:
     """Check the settings, then import what generates images: Ray and torch take seconds to load."""
     config = settings(options)
-    from pipeline.cluster import alone, cluster  # noqa: PLC0415
+    from pipeline.cluster import cluster  # noqa: PLC0415
     from stages import infer, storage  # noqa: PLC0415
+    from stages.storage.local import alone  # noqa: PLC0415
 
     storage.configure(config.storage)
     output = storage.absolute(options.output)

@@ -14,12 +14,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipeline.cluster import alone
 from pipeline.dag import RunView, Step, StepContext, fingerprint
 from stages import storage
 from stages.base import Outcome, Resources, Seen
 from stages.errors import PixloomError, StageError, UserError, cause
 from stages.progress import duration
+from stages.storage.local import alone
 from stages.tracking.run import Run, flatten
 
 MARKER = "_SUCCESS.json"

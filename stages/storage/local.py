@@ -6,10 +6,13 @@ whole.
 
 from __future__ import annotations
 
+import fcntl
+import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -26,6 +29,8 @@ from stages.storage.files import (
     write_bytes,
     written,
 )
+
+logger = logging.getLogger(__name__)
 
 NAME_BYTES = 240  # in a local file name: file systems take 255, and a temporary name is longer
 
@@ -111,3 +116,30 @@ def upload_folder(path: Path, uri: str, *, last: str) -> None:
         if file.name != last:
             upload(file, join(uri, file.name))
     write_bytes(marker, (path / last).read_bytes())
+
+
+@contextmanager
+def alone(uri: str, *, quiet: bool = False) -> Iterator[None]:
+    """Wait until no other process works in a folder of this machine. A process that ends frees it.
+
+    quiet   do not log that it is waited for
+    """
+    if not is_local(uri):
+        yield
+        return
+    path = Path(filesystem(uri)[1])
+    written(lambda: path.mkdir(parents=True, exist_ok=True), uri)
+    held = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # not every network file system can
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not quiet:
+                    logger.warning("another run works in %s; waiting until it ends", uri)
+                fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        with suppress(OSError):  # it stays if there is anything in it
+            path.rmdir()
+        os.close(held)

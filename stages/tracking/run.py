@@ -10,15 +10,13 @@ Even creating a run does not wait for the server: runs are looked up by a key of
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
-import os
 import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +31,7 @@ from stages.base import Point
 from stages.config.tracking import ARTIFACTS, TrackingConfig, sqlite_file, sqlite_uri, without_password
 from stages.errors import UserError, one_line
 from stages.images import encode
+from stages.storage.local import alone
 from stages.tracking import sender
 from stages.tracking.sender import Fact, Sender, shown
 
@@ -207,28 +206,14 @@ def _opened(config: TrackingConfig, workspace: str) -> Iterator[tuple[str, str]]
             file = file.absolute()
             file.parent.mkdir(parents=True, exist_ok=True)
             uri = sqlite_uri(file)
-        with _alone(file):
+        # one process at a time: MLflow's migrations of a new SQLite file fail beside each other
+        with alone(str(file.parent), quiet=True) if file else nullcontext():
             experiment = _open_experiment(uri, file, config.experiment)
         yield uri, experiment
     except UserError:
         raise
     except Exception as error:  # MLflow, SQLAlchemy and requests each have their own
         raise UserError(f"tracking.uri: cannot use {without_password(uri)}: {one_line(error)}") from error
-
-
-@contextmanager
-def _alone(file: Path | None) -> Iterator[None]:
-    """One process at a time, for a SQLite file: MLflow's migrations of a new one fail beside each other."""
-    if file is None:
-        yield
-        return
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a network's file system may have no locks
-            fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
 
 
 def _open_experiment(uri: str, file: Path | None, name: str) -> str:

@@ -13,8 +13,9 @@ import psutil
 import pytest
 
 from pipeline import config as configuration
-from pipeline.cluster import alone, check_folders, result_folders
+from pipeline.cluster import check_folders, result_folders
 from stages.errors import UserError
+from stages.storage.local import alone
 from tests.support import nodes
 
 YAML = str(Path(__file__).resolve().parents[2] / "pipeline.yaml")

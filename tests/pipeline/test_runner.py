@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from pipeline.cluster import alone
 from pipeline.dag import RunView, Step, StepContext, needed
 from pipeline.runner import MARKER, PREDICTED, PlannedStep, check, execute, plan, select
 from stages import storage
 from stages.base import Config, Outcome, Resources, Seen
 from stages.errors import StageError, UserError
+from stages.storage.local import alone
 from stages.tracking.run import Run
 
 
