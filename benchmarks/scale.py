@@ -11,7 +11,7 @@ plan          the plan of an epoch for one of 64 workers
 inventory     ingest of an S3 Inventory, and of the synthetic listing, in one process: 50 objects a shard
 sharding      processor time of a pair from S3 to a raw shard, of two objects and of halves of one; one size
 stages        whole stages from and to a real S3 server: list, pair and shard images of 64x32 with both sides
-              (half as many as `--shards`), generate from half of them by a tiny network, twice, and score
+              (half as many as `--shards`), generate from a tenth of them by a tiny network, twice, and score
 
 A shard has 512 pairs in row groups of 17. Stated are seconds, and by how much the process's memory grew at
 most.
@@ -58,7 +58,8 @@ from tests.stores.faults import Fault, FaultProxy
 from tests.stores.seaweed import SeaweedS3
 from tests.support.models import make_model
 
-PAIRS = 200
+PAIRS = 200  # of `sharding`
+HELD_OUT = 0.1  # of `stages`, for which images are generated
 OPEN = """
 import json, sys, time
 from pathlib import Path
@@ -295,7 +296,7 @@ def whole_stages(pairs: int, store: str, model: Path) -> dict[str, tuple[float, 
     write_pairs(f"{root}/data", pairs)
     location = {"uri": f"{root}/data", "role": "pair", "pattern": "{key}.png"}
     listing = IngestConfig.model_validate({"locations": [location]})
-    pairing = PairConfig(source_half="left", split=SplitConfig(val=0, test=0.5))
+    pairing = PairConfig(source_half="left", split=SplitConfig(val=0, test=HELD_OUT))
     generating = InferConfig(split="test", model=str(model))
     scoring = EvaluateConfig(split="test", baselines=BaselineConfig(untrained=0, nearest=0))
     how, track = Resources(), Run()
@@ -339,10 +340,10 @@ def report_stages(sizes: Sequence[int], folder: Path) -> None:
         options = {"s3": server.options()}
         storage.configure(options)
         with cluster(Resources(), options, {}):
-            whole_stages(8, "s3://stages/start", model)  # starts what starts once
+            whole_stages(100, "s3://stages/start", model)  # starts what starts once
             for size in sizes:
                 for name, (seconds, growth) in whole_stages(size // 2, "s3://stages", model).items():
-                    images = size // 2 if name in ("ingest", "pair", "shard") else size // 4
+                    images = size // 2 if name in ("ingest", "pair", "shard") else int(size // 2 * HELD_OUT)
                     print(
                         f"{name:>16}, {images:>7,} images: {seconds:7.1f} s, {images / seconds:8,.0f} a "
                         f"second, driver +{growth:.0f} MB",

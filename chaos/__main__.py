@@ -22,6 +22,9 @@ from chaos.schedule import Fault
 from chaos.world import World
 
 NOTICED = r"(?i)warning|error|again|restart|lost|stopped|does not answer|retry|killed|failed|ends?ed with"
+AGAIN = r"([\d,]+) images are done again"
+RECOVERY_S = 60.0
+"""Images that are done again within so many seconds of a fault are counted as its own."""
 GOES_ON = r"\d+/\d+ |\d/s|done in|starts \("
 
 
@@ -134,6 +137,7 @@ def one_run(world: World, calm: Remains, name: str, faults: Sequence[Fault]) -> 
         entry["noticed"] = None if noticed is None else noticed - entry["seconds"]
         on = world.log.first(GOES_ON, noticed or entry["seconds"])
         entry["goes_on"] = None if on is None else on - entry["seconds"]
+        entry["again"] = world.log.number(AGAIN, entry["seconds"], entry["seconds"] + RECOVERY_S)
         world.history.write("what it cost", **entry)
     world.history.write("the run ended", starts=result.starts, problems=result.problems)
     (world.out / f"{name}.log").write_text("\n".join(f"{t:8.2f} {line}" for t, line in world.log.lines))
@@ -207,16 +211,18 @@ def say(seed: int, result: Result, command: str) -> None:
 
 
 def table(results: Sequence[Result]) -> str:
-    """By kind: how often, seconds until it was noticed and until work went on, median and worst."""
+    """By kind: how often; seconds until it was noticed and until work went on, and training images that the
+    same start of the command did again, median and worst."""
     kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for result in results:
         for entry in result.struck:
             kinds[entry["kind"]].append(entry)
-    lines = [f"{'fault':<42} {'times':>5} {'noticed, s':>14} {'goes on, s':>14}"]
+    lines = [f"{'fault':<42} {'times':>5} {'noticed, s':>14} {'goes on, s':>14} {'done again':>12}"]
     for kind in catalogue.CATALOGUE:
         if entries := kinds.get(kind):
             lines.append(
                 f"{kind:<42} {len(entries):>5} {_two(entries, 'noticed'):>14} {_two(entries, 'goes_on'):>14}"
+                f" {_two(entries, 'again'):>12}"
             )
     struck = sum(len(r.struck) for r in results)
     wrong = sum(bool(r.problems) for r in results)

@@ -51,6 +51,7 @@ CONFIG: dict[str, Any] = {
     "pair": {"split": {"val": 0.1, "test": 0.3, "seed": 0}, "pairs_per_shard": 4},
     "shard": {"size": [64, 32], "row_group_rows": 2, "max_reject_fraction": 0.1},
     "train": {
+        "log_every": 1,
         "model": {
             "kind": "pix2pixhd",
             "width": 4,
@@ -130,6 +131,11 @@ class Log:
         """When the first line that matches came, at or after a time."""
         found = re.compile(pattern)
         return next((t for t, line in list(self.lines) if t >= since and found.search(line)), None)
+
+    def number(self, pattern: str, since: float, until: float) -> int | None:
+        """The number in the first line that matches between two times."""
+        found = [re.search(pattern, line) for t, line in list(self.lines) if since <= t <= until]
+        return next((int(match[1].replace(",", "")) for match in found if match), None)
 
     @property
     def last(self) -> str:

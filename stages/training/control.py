@@ -97,8 +97,7 @@ class NewsRecorder:
     track: Run
     _pictured: int = -1
     _progress: Progress | None = None
-    _text: str = ""
-    """The end of the next progress line, until it is written."""
+    _text: str = ""  # the end of the newest progress line
 
     def __post_init__(self) -> None:
         self._phase = {"phase": self.label.removeprefix("train-")}
@@ -114,11 +113,10 @@ class NewsRecorder:
                             monitoring.CURVES[point.name].set(point.value, self._phase)
                 case Advance(images, text):
                     self._advance(images, text)
-                case Note(text):
+                case Note(text) | Restart(text):
                     logger.warning("%-13s %s", self.label, text)
-                case Restart(text):
-                    logger.warning("%-13s %s", self.label, text)
-                    monitoring.TRAIN_RESTARTS.inc(1, self._phase)
+                    if isinstance(one, Restart):
+                        monitoring.TRAIN_RESTARTS.inc(1, self._phase)
                 case Saved(seconds):
                     monitoring.TRAIN_CHECKPOINT_SECONDS.set(seconds, self._phase)
                 case Begin(notes):
@@ -133,14 +131,16 @@ class NewsRecorder:
         """Write the last progress line if it was not written yet; nothing flows any more."""
         for gauge in monitoring.CURVES.values():
             gauge.set(0, self._phase)
-        if self._progress is not None and self._text:
+        if self._progress is not None and self._progress.said != self._progress.done:
             self._progress.say(self._text)
 
     def _advance(self, images: int, text: str) -> None:
-        if self._progress is None or images < self._progress.done:
+        if self._progress is not None and (again := self._progress.done - images) > 0:
+            logger.info("%-13s %s images are done again", self.label, f"{again:,}")
+            self._progress = None
+        if self._progress is None:
             self._progress = Progress(self.label, total=self.total_images, unit="images", done=images)
-        spoken = self._progress.spoken
         if images > self._progress.done:
             monitoring.TRAIN_IMAGES.inc(images - self._progress.done, self._phase)
         self._progress.advance(images - self._progress.done, text)
-        self._text = text if self._progress.spoken == spoken else ""
+        self._text = text

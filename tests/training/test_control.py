@@ -105,6 +105,15 @@ def test_a_restart_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
+def test_images_that_a_restart_repeats_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    recorder = NewsRecorder("train-global", 2000, Recorded())
+    recorder.handle([Advance(images, "") for images in (1200, 1500, 200, 1500)])
+    assert [record.message for record in caplog.records if "again" in record.message] == [
+        "train-global  1,300 images are done again"
+    ]
+
+
 def test_pictures_that_a_restart_repeats_are_recorded_once() -> None:
     run = Recorded()
     grids = [SampleGrid(images, images // 4, np.zeros((2, 2, 3), np.uint8)) for images in (4, 8, 4, 8, 12)]
