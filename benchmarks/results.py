@@ -105,7 +105,6 @@ RUNS = {
             "pair.split={val: 0, test: 0}",
             "shard.size=[512, 256]",
             "augment.mirror=false",
-            "evaluate.baselines.nearest=0",  # it would find the scene itself
             "train.phases.0.batch=1",
             "train.phases.0.epochs=100",
             "train.phases.0.decay_epochs=40",

@@ -287,7 +287,8 @@ def write_pairs(uri: str, pairs: int) -> None:
         storage.write_bytes(f"{uri}/{number:07d}.png", file.getvalue())
 
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(write, range(pairs)))
+        for first in range(0, pairs, 10_000):  # so that this process stays small
+            list(pool.map(write, range(first, min(first + 10_000, pairs))))
 
 
 def whole_stages(pairs: int, store: str, model: Path) -> dict[str, tuple[float, float]]:

@@ -54,7 +54,7 @@ from stages.shards.row_groups import read_unit
 if TYPE_CHECKING:
     from stages.tracking.run import Run
 
-VERSION = 5
+VERSION = 6
 
 READ_AHEAD = 8
 AT_ONCE = {"cpu": 1, "cuda": 16}
@@ -280,9 +280,12 @@ class EvaluationWorker:
             images["mean_target"] = self.mean_target
         if unit < self.job.untrained and self.job.manifest:
             images["untrained"] = self._untrained_image(sample, pair.target, generated)
-        if unit < self.job.nearest and data is not None and data.places:
+        places = data.places if data is not None and unit < self.job.nearest else []
+        own = tuple(pair.record[name] for name in ("file", "row_group", "row"))  # of a training pair: no answer
+        if data is not None and (others := [number for number, place in enumerate(places) if place != own]):
             vector = baselines.thumbnail(sample.picture(self.spec, "source"))
-            images["nearest"] = self._stored_target(data.places[baselines.nearest(vector, data.vectors)])
+            closest = others[baselines.nearest(vector, data.vectors[others])]
+            images["nearest"] = self._stored_target(data.places[closest])
         size = (generated.shape[1], generated.shape[0])
         return {name: geometry.resize(image, size, "rgb") for name, image in images.items()}
 

@@ -195,6 +195,21 @@ def test_images_in_another_systems_folder_have_the_same_row_and_intervals_as_our
     assert set(own.metrics) - set(theirs.metrics) == {"diversity", "diversity_low", "diversity_high"}
 
 
+def test_the_nearest_source_of_a_training_pair_is_another_pairs(
+    workers_in_process: None, tmp_path: Path, shards: str
+) -> None:
+    train = list(dataset.read_split(shards, dataset.load(shards), "train"))
+    (tmp_path / "theirs").mkdir()
+    for sample in train:
+        picture = encode.encode_png(sample.images["target"])
+        (tmp_path / f"theirs/{sample.key.rpartition('/')[2]}.png").write_bytes(picture)
+    settings: dict[str, Any] = {"split": "train", "images": str(tmp_path / "theirs"), "names": "{name}.png"}
+    score(tmp_path / "out", ONE, "", shards, **settings)
+    rows = pq.read_table(tmp_path / "out/metrics.parquet", columns=["l1", "nearest_l1"]).to_pylist()
+    assert len(rows) == len(train)
+    assert all(row["l1"] == 0 < row["nearest_l1"] for row in rows)
+
+
 class Corner(nn.Module):
     """Two features: the means of red and blue in the corner that is at the top and at the left."""
 
