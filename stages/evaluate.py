@@ -281,7 +281,8 @@ class EvaluationWorker:
         if unit < self.job.untrained and self.job.manifest:
             images["untrained"] = self._untrained_image(sample, pair.target, generated)
         places = data.places if data is not None and unit < self.job.nearest else []
-        own = tuple(pair.record[name] for name in ("file", "row_group", "row"))  # of a training pair: no answer
+        # A training pair finds itself: that is no answer.
+        own = tuple(pair.record[name] for name in ("file", "row_group", "row"))
         if data is not None and (others := [number for number, place in enumerate(places) if place != own]):
             vector = baselines.thumbnail(sample.picture(self.spec, "source"))
             closest = others[baselines.nearest(vector, data.vectors[others])]
@@ -488,11 +489,10 @@ def summarise_units(
 
     distances   as `distance_names` gives them
     """
-    config = job.config
     parts = [outputs.part_uri(job.output, unit) for unit in range(count)]
     summary, groups = table.merge_parts(parts, storage.join(job.output, "metrics.parquet"))
     summary["images"] = job.images
-    if distances or config.segmenter or config.palette:
+    if distances or job.config.segmenter or job.config.palette:
         whole = table.merge_sums(parts, distances, groups)
         if whole.matrices:
             lists = {name: matrix.tolist() for name, matrix in whole.matrices.items()}
