@@ -77,12 +77,9 @@ def parser() -> argparse.ArgumentParser:
     p = cli.parser("pipeline.convert", HELP, EXAMPLES)
     commands = p.add_subparsers(dest="command", required=True, metavar="import|export")
 
-    i = commands.add_parser(
-        "import",
-        help="a published checkpoint -> a model folder",
-        description=IMPORT_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    text = "a published checkpoint -> a model folder"
+    i = commands.add_parser("import", help=text, description=IMPORT_HELP, formatter_class=raw)
     i.add_argument("--generator", required=True, metavar="FILE", help="latest_net_G.pth")
     i.add_argument("--discriminator", metavar="FILE", help="latest_net_D.pth: kept with the model")
     i.add_argument("--encoder", metavar="FILE", help="latest_net_E.pth: pix2pixHD's feature encoder")
@@ -99,12 +96,8 @@ def parser() -> argparse.ArgumentParser:
         help="whether the last input channel is instance edges (pix2pixHD only)",
     )
 
-    e = commands.add_parser(
-        "export",
-        help="a model folder -> ONNX or a torch.export program",
-        description=EXPORT_HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    text = "a model folder -> ONNX or a torch.export program"
+    e = commands.add_parser("export", help=text, description=EXPORT_HELP, formatter_class=raw)
     e.add_argument(
         "--model", required=True, metavar="FOLDER", help="a model folder, a training step's, or models:/..."
     )

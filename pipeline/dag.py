@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.config import PipelineConfig
 from stages import evaluate, infer, ingest, pair, report, shard, train
 from stages.base import Config, Outcome, Resources, Seen
-from stages.config.train import PhaseJob, jobs
+from stages.config.train import PhaseJob, full_size, jobs
 from stages.tracking.run import Run
 from stages.training.start import check_start
 
@@ -105,9 +105,7 @@ def steps(config: PipelineConfig) -> tuple[Step, ...]:
             config=config.report,
             needs={"shards": "shard", "images": "infer", "metrics": "evaluate"},
             digest=(lambda: Seen(report.digest(config.report))) if config.report.others else None,
-            check=lambda _: evaluate.check_metric(
-                scored, config.report.order_by, "report.order_by", of_images=True
-            ),
+            check=lambda _: check_metric(config, config.report.order_by, "report.order_by", of_images=True),
             work=lambda at: report.run(
                 config.report,
                 at.resources,
@@ -121,6 +119,15 @@ def steps(config: PipelineConfig) -> tuple[Step, ...]:
             ),
         ),
     )
+
+
+def check_metric(config: PipelineConfig, name: str, key: str, *, of_images: bool = False) -> None:
+    """Raise UserError, naming the setting, for a metric that evaluation does not measure in such a run."""
+    load, own = config.shard.size, not (config.infer.model or config.infer.input)
+    made = infer.source_size(load, full_size(load, config.augment) if own else None, config.infer.size)
+    samples = 1 if config.evaluate.images else config.infer.samples
+    side = min(*load, *(load if made is None or config.evaluate.images else made))
+    evaluate.check_metric(config.evaluate, name, key, samples=samples, side=side, of_images=of_images)
 
 
 def _phase(job: PhaseJob, before: PhaseJob | None) -> Step:
@@ -166,7 +173,7 @@ def registration(config: PipelineConfig) -> tuple[Step, ...]:
             version=1,
             config=settings,
             needs=model | ({"metrics": "evaluate"} if own_images else {}),
-            check=lambda _: evaluate.check_metric(config.evaluate, settings.metric, "tracking.metric"),
+            check=lambda _: check_metric(config, settings.metric, "tracking.metric"),
             work=work,
         ),
     )

@@ -213,11 +213,9 @@ def check_machines(config: PipelineConfig, report: Report) -> None:
     storage.write_bytes(probe, b"probe")
     try:
         with cluster(config.resources, config.storage, result_folders(config)):
+            gpu = bool(config.resources.gpu)
             for name, answer in on_every_node(machine, probe, timeout_s=120):
-                report.check(
-                    f"machine {name}",
-                    lambda answer=answer: judge(answer(), versions, gpu=bool(config.resources.gpu)),  # type: ignore[misc]
-                )
+                report.check(f"machine {name}", lambda one=answer: judge(one(), versions, gpu=gpu))  # type: ignore[misc]
     finally:
         storage.remove(probe)
 

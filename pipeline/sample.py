@@ -171,14 +171,11 @@ class _Canvas:
         top = foot - high
         cabin = self.ellipse(x, top + high * 0.45, wide * 0.34, high * 0.45)
         body = self.box(x - wide / 2, top + high * 0.4, x + wide / 2, foot - high * 0.12)
-        wheels = [
-            self.ellipse(x + side * wide * 0.3, foot - high * 0.14, high * 0.17, high * 0.17)
-            for side in (-1, 1)
-        ]
         shine = 1.15 - 0.5 * np.clip((self.rows - top) / high, 0, 1)[..., None]
         self.paint(cabin | body, CAR, paint * shine, number)
         self.colour(self.ellipse(x, top + high * 0.42, wide * 0.27, high * 0.3) & ~body, rgb([70, 92, 112]))
-        for wheel in wheels:
+        for side in (-1, 1):
+            wheel = self.ellipse(x + side * wide * 0.3, foot - high * 0.14, high * 0.17, high * 0.17)
             self.paint(wheel, CAR, rgb([24, 24, 26]), number)
         lamp = self.box(x - wide / 2, top + high * 0.5, x - wide * 0.42, top + high * 0.64)
         self.colour(lamp & body, rgb([250, 226, 140]))
@@ -193,12 +190,8 @@ class _Canvas:
         gap = self.box(x - wide * 0.08, top + high * 0.66, x + wide * 0.08, foot)
         self.paint(legs & ~gap, PERSON, rgb([38, 42, 62]), number)
         self.paint(self.ellipse(x, top + high * 0.4, wide * 0.5, high * 0.24), PERSON, coat, number)
-        self.paint(
-            self.ellipse(x, top + high * 0.1, wide * 0.3, high * 0.1),
-            PERSON,
-            rgb([222, 176, 142]),
-            number,
-        )
+        head = self.ellipse(x, top + high * 0.1, wide * 0.3, high * 0.1)
+        self.paint(head, PERSON, rgb([222, 176, 142]), number)
 
 
 def write(folder: str, *, pairs: int, width: int, height: int, seed: int) -> None:
@@ -208,9 +201,8 @@ def write(folder: str, *, pairs: int, width: int, height: int, seed: int) -> Non
     def one(number: int) -> None:
         scene, name = draw(seed, number, width, height), f"scene_{number:05d}.png"
         for layer in ("photo", "label", "instance"):  # the instance map last: it marks the scene as complete
-            storage.write_bytes(
-                storage.join(folder, layer, name), encode.encode_png(np.atleast_3d(getattr(scene, layer)))
-            )
+            png = encode.encode_png(np.atleast_3d(getattr(scene, layer)))
+            storage.write_bytes(storage.join(folder, layer, name), png)
 
     todo = [number for number in range(pairs) if f"scene_{number:05d}.png" not in existing]
     progress = Progress("sample", total=pairs, unit="scenes", done=pairs - len(todo))

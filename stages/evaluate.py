@@ -409,16 +409,21 @@ def distance_names(config: EvaluateConfig) -> dict[str, tuple[str, str]]:
     return names
 
 
-def check_metric(config: EvaluateConfig, name: str, key: str, *, of_images: bool = False) -> None:
+def check_metric(
+    config: EvaluateConfig, name: str, key: str, *, samples: int, side: int, of_images: bool = False
+) -> None:
     """Raise UserError, naming the setting, for a metric that is not measured.
 
-    of_images   accept only what is measured of single images
+    samples, side   images per source; the largest that the shorter side of one can be
+    of_images       accept only what is measured of single images
     """
-    measured = [*metrics.PIXEL_METRICS, "sharpness", "target_sharpness", "diversity"]
+    measured = [one for one in metrics.PIXEL_METRICS if side >= metrics.SMALLEST_SIDE.get(one, 0)]
+    measured += ["sharpness", "target_sharpness", *(["diversity"] if samples > 1 else [])]
     if name in measured:  # no weights are read
         return
     if config.lpips is not None:
-        measured += [distance := lpips_name(config.lpips), f"diversity_{distance}"]
+        measured += [distance := lpips_name(config.lpips)]
+        measured += [f"diversity_{distance}"] if samples > 1 else []
     if not of_images:
         measured += chain.from_iterable(distance_names(config).values())
         measured += metrics.SEGMENTATION_SCORES if config.segmenter or config.palette else ()

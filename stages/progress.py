@@ -48,12 +48,10 @@ class Progress:
     def line(self, elapsed: float, note: str = "") -> str:
         """The line after `elapsed` seconds."""
         rate = (self.done - self.start_done) / elapsed if elapsed > 0 else 0.0
-        parts = []
-        if self.total is None:
-            parts.append(f"{self.done:,} {self.unit}")
-        else:
+        parts = [f"{self.done:,} {self.unit}"]
+        if self.total is not None:
             share = 100 * self.done / self.total if self.total else 100.0
-            parts.append(f"{self.done:,}/{self.total:,} {self.unit}  {share:.0f} %")
+            parts = [f"{self.done:,}/{self.total:,} {self.unit}  {share:.0f} %"]
         if rate:
             parts.append(f"{rate:,.1f}/s")
             if self.total is not None and self.done < self.total:

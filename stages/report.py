@@ -227,10 +227,7 @@ def draw_suspects(shards: str, uri_of: Callable[[Array], str]) -> dict[str, list
 
 
 def _card(
-    sample: Sample,
-    spec: DatasetSpec,
-    others: Mapping[str, Array | None],
-    uri_of: Callable[[Array], str],
+    sample: Sample, spec: DatasetSpec, others: Mapping[str, Array | None], uri_of: Callable[[Array], str]
 ) -> PictureCard:
     """Source and target of a sample, and other pictures by role."""
     images = {role: sample.picture(spec, role) for role in suspects.ROLES} | dict(others)

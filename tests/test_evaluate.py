@@ -321,17 +321,22 @@ def test_what_is_absent_is_named_and_gives_no_number(
 
 
 @pytest.mark.parametrize(
-    ("name", "of_images", "values", "known"),
+    ("name", "run", "values", "known"),
     [
-        ("l1", True, {}, True),
-        ("lpips", False, {}, False),
-        ("mean_iou", False, {}, False),
-        ("mean_iou", False, {"palette": [0, 255]}, True),
-        ("mean_iou", True, {"palette": [0, 255]}, False),
+        ("l1", {"of_images": True}, {}, True),
+        ("lpips", {}, {}, False),
+        ("mean_iou", {}, {}, False),
+        ("mean_iou", {}, {"palette": [0, 255]}, True),
+        ("mean_iou", {"of_images": True}, {"palette": [0, 255]}, False),
+        ("diversity", {}, {}, False),
+        ("diversity", {"samples": 2}, {}, True),
+        ("ms_ssim", {"side": 175}, {}, False),
+        ("ms_ssim", {"side": 176}, {}, True),
     ],
 )
 def test_a_metric_that_is_not_measured_is_named(
-    name: str, of_images: bool, values: dict[str, Any], known: bool
+    name: str, run: dict[str, Any], values: dict[str, Any], known: bool
 ) -> None:
+    of_run = {"samples": 1, "side": 64} | run
     with nullcontext() if known else pytest.raises(UserError, match=f"order_by: {name} is not measured"):
-        evaluate.check_metric(EvaluateConfig(**values), name, "order_by", of_images=of_images)
+        evaluate.check_metric(EvaluateConfig(**values), name, "order_by", **of_run)

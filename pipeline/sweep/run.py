@@ -33,7 +33,7 @@ from ray.util.queue import Queue
 from pipeline import cli
 from pipeline.cluster import check_folders, cluster, result_folders
 from pipeline.config import located
-from pipeline.dag import steps
+from pipeline.dag import check_metric, steps
 from pipeline.runner import PlannedStep, check, execute, plan
 from pipeline.session import run_tags, run_view
 from pipeline.sweep.config import EarlyStop, SweepConfig, load
@@ -42,12 +42,13 @@ from pipeline.sweep.trials import (
     Trial,
     TrialResult,
     best_of,
+    check_curve,
     make_trials,
     not_clearly_worse,
     reporting,
     shared,
 )
-from stages import evaluate, storage
+from stages import storage
 from stages.base import Seen
 from stages.errors import StageError, UserError, cause
 from stages.scoring.table import shown
@@ -103,17 +104,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return cli.exit_code(lambda: run(options, command=command))
 
 
-def configured(options: argparse.Namespace) -> tuple[SweepConfig, str]:
-    """The sweep with the command line's changes, and the recipe's path."""
+def run(options: argparse.Namespace, *, command: str) -> None:
+    """Plan the trials, run the steps they share, run the rest of each, record and print the results."""
     sweep = load(options.sweep)
     recipe = options.config or str(Path(options.sweep).parent / sweep.recipe)
     changes = {"profile": options.profile, "trials": options.trials}
-    return sweep.model_copy(update={k: v for k, v in changes.items() if v is not None}), recipe
-
-
-def run(options: argparse.Namespace, *, command: str) -> None:
-    """Plan the trials, run the steps they share, run the rest of each, record and print the results."""
-    sweep, recipe = configured(options)
+    sweep = sweep.model_copy(update={name: value for name, value in changes.items() if value is not None})
     trials = make_trials(sweep, options.sweep, recipe, options.set)
     config = trials[0].config
     check_folders(result_folders(config), recipe)
@@ -123,7 +119,10 @@ def run(options: argparse.Namespace, *, command: str) -> None:
         storage.check_reachable({"workspace": config.workspace} | config.inputs())
         plans = [plan(steps(trial.config), trial.config.workspace, digests) for trial in trials]
         for trial, planned in zip(trials, plans, strict=True):
-            evaluate.check_metric(trial.config.evaluate, sweep.metric, f"{options.sweep}: metric")
+            check_metric(trial.config, sweep.metric, f"{options.sweep}: metric")
+            if sweep.stop_early is not None:
+                key = f"{options.sweep}: {trial.name}: stop_early.metric"
+                check_curve(trial.config, sweep.stop_early.metric, key)
             check(planned)
     if options.plan:
         sys.stdout.write(plan_table(trials, plans))
@@ -164,7 +163,7 @@ def run_trial(
     trials: Sequence[Trial],
     runs: Sequence[Run],
     digests: dict[str, Seen],
-    stop_early: EarlyStop | None,
+    curve: str | None,
     log: Queue,
     command: str,
 ) -> None:
@@ -183,11 +182,7 @@ def run_trial(
             trial.config.resources,
             parent=run,
             view=run_view(trial.config, planned, command),
-            observe=lambda step, child: (
-                child
-                if stop_early is None
-                else reporting(child, step.name, trial.config, stop_early.metric, tune.report)
-            ),
+            observe=lambda step, child: reporting(child, step.name, trial.config, curve, tune.report),
         )
     logger.info("is done")
 
@@ -234,7 +229,7 @@ def run_with_tune(
             trials=trials,
             runs=runs,
             digests=digests,
-            stop_early=sweep.stop_early,
+            curve=sweep.stop_early and sweep.stop_early.metric,
             log=log,
             command=command,
         )
@@ -328,14 +323,9 @@ def record(
         run.tags({name: text for name, text in tags.items() if text})
         run.end(status.get(result.state, "KILLED"))  # type: ignore[arg-type]
     rows = [
-        {
-            "trial": result.trial.name,
-            "state": result.state,
-            "values": result.trial.values,
-            "metrics": result.metrics,
-            "why": result.reason,
-        }
-        for result in results
+        {"trial": one.trial.name, "state": one.state, "values": one.trial.values, "metrics": one.metrics}
+        | {"why": one.reason}
+        for one in results
     ]
     parent.artifact("trials.json", json.dumps(rows, indent=1).encode())
     if best is not None:

@@ -24,6 +24,7 @@ from pipeline.runner import PlannedStep
 from pipeline.sweep.config import Best, Range, SweepConfig
 from stages import storage
 from stages.base import Point
+from stages.errors import UserError
 from stages.scoring.intervals import Interval
 from stages.scoring.table import difference_of
 from stages.tracking.run import Run
@@ -124,6 +125,20 @@ def not_clearly_worse(results: Sequence[TrialResult], best: TrialResult, metric:
     return found
 
 
+def check_curve(config: PipelineConfig, curve: str, key: str) -> None:
+    """Raise UserError, naming the setting, for a curve that training lacks: it would stop no trial."""
+    losses, select = config.train.losses, config.train.select
+    weights = losses.model_dump() | {"gan": losses.gan_weight}
+    terms = [name for name in ("gan", "feature_matching", "l1", "perceptual", "lpips") if weights[name]]
+    there = ["validation/l1", *([f"validation/{select.replace(':', '_')}"] if select else [])]
+    there += [f"generator/{term}" for term in terms]
+    there += ["discriminator/real", "discriminator/fake"] if losses.uses_discriminator else []
+    there += ["health/discriminator_over_generator"] if losses.gan_weight else []
+    there += ["discriminator/r1"] if losses.r1 else []
+    if "/".join(curve.split("/")[:2]) not in there:  # the third word is a scale or a layer
+        raise UserError(f"{key}: {curve} is no curve of its training; there are {', '.join(there)}")
+
+
 class EpochReports:
     """A phase's MLflow run that also reports one curve's mean over each epoch, e.g. to Tune.
 
@@ -152,12 +167,12 @@ class EpochReports:
 
 
 def reporting(
-    run: Run, step: str, trial: PipelineConfig, curve: str, report: Callable[[dict[str, Any]], None]
+    run: Run, step: str, trial: PipelineConfig, curve: str | None, report: Callable[[dict[str, Any]], None]
 ) -> Run:
-    """The run of a trial's step; a training phase's run also reports its epochs."""
+    """The run of a trial's step; with a curve, a training phase's run also reports its epochs."""
     before = 0
     for phase in trial.train.phases:
-        if step == f"train-{phase.name}":
+        if curve and step == f"train-{phase.name}":
             return cast(Run, EpochReports(run, curve, before, report))
         before += phase.epochs
     return run

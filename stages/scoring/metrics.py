@@ -23,8 +23,8 @@ SET_DISTANCES = ("fid", "kid", "frechet", "kernel")  # of a set of images, not o
 PSNR_OF_IDENTICAL = 100.0
 """The PSNR, in decibels, of two equal images: it is infinite, and would make every mean infinite."""
 
-SSIM_MIN_SIDE = 6  # torchmetrics mirrors 5 pixels at each border
-MS_SSIM_MIN_SIDE = 176  # five scales of an 11 pixel window: side // 16 > 10
+SMALLEST_SIDE = {"ssim": 6, "ms_ssim": 176}
+"""SSIM mirrors 5 pixels at each border; the five scales of an 11 pixel window need side // 16 > 10."""
 
 
 def lower_is_better(metric: str) -> bool:
@@ -64,11 +64,11 @@ def pixel_scores_of(
         "psnr": psnr.clamp(max=PSNR_OF_IDENTICAL),
     }
     side = min(fake.shape[2:])
-    if side >= SSIM_MIN_SIDE:
+    if side >= SMALLEST_SIDE["ssim"]:
         columns["ssim"] = tmi.structural_similarity_index_measure(
             fake, real, data_range=1.0, reduction="none"
         )
-    if side >= MS_SSIM_MIN_SIDE:
+    if side >= SMALLEST_SIDE["ms_ssim"]:
         columns["ms_ssim"] = tmi.multiscale_structural_similarity_index_measure(
             fake, real, data_range=1.0, reduction="none"
         )

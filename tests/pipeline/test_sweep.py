@@ -263,7 +263,7 @@ recipe: {recipe}
 settings:
   first: {{train.losses.l1: 10}}
   second: {{train.losses.l1: 1}}
-  broken: {{train.losses.perceptual: 1, train.vgg_weights: /nowhere/vgg.safetensors}}
+  broken: {{train.losses.l1: 1.0e+39}}
 """
 NETWORKS = [
     "pair.split.val=0.3",
@@ -317,12 +317,24 @@ def test_a_sweep_runs_its_trials_names_the_best_and_does_nothing_twice(
     assert plan.stdout.count("all done") == 3, plan.stdout
 
 
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"metric": "lq"}, "metric: lq is not measured; evaluate measures l1,"),
+        ({"metric": "diversity"}, "metric: diversity is not measured"),
+        ({"metric": "ms_ssim"}, "metric: ms_ssim is not measured"),
+        (
+            {"stop_early": {"metric": "validation/lq"}},
+            "seed=0: stop_early.metric: validation/lq is no curve of its training; there are validation/l1,",
+        ),
+        ({"stop_early": {"metric": "generator/lpips"}}, "generator/lpips is no curve"),
+    ],
+)
 def test_a_metric_that_is_not_measured_is_refused_before_anything_runs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    choice: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, workspace = tmp_path / "sweep.yaml", tmp_path / "workspace"
-    settings = {"recipe": YAML, "grid": {"train.seed": [0, 1]}, "metric": "lq"}
-    file.write_text(json.dumps(settings))
+    file.write_text(json.dumps({"recipe": YAML, "grid": {"train.seed": [0, 1]}} | choice))
     sample.main([str(tmp_path / "sample"), "--pairs", "2", "--size", "32x32"])
     found = [
         f"ingest.locations.{n}.uri={tmp_path}/sample/{r}"
@@ -330,5 +342,5 @@ def test_a_metric_that_is_not_measured_is_refused_before_anything_runs(
     ]
     sets = [word for text in [f"workspace={workspace}", *found] for word in ("--set", text)]
     assert main([str(file), *sets]) == 2
-    assert "sweep.yaml: metric: lq is not measured; evaluate measures l1," in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not workspace.exists()
