@@ -206,6 +206,9 @@ def export(options: argparse.Namespace) -> None:
     width, height = options.size
     serialise, load = FORMATS[options.format]
     output = storage.absolute(options.output)
+    if options.output.endswith("/") or Path(options.output).is_dir():
+        raise UserError(f"--output: {options.output} is a folder; name the file to write")
+    storage.check_reachable({"--output": output})
     with tempfile.TemporaryDirectory(prefix="pixloom-") as temp:
         try:
             with cli.planning(), storage.located(options.model):

@@ -183,7 +183,7 @@ class EvaluationWorker:
     def __init__(self, job: EvaluateJob) -> None:
         torch.set_num_threads(max(1, job.threads // UNITS_AT_ONCE))  # units are scored side by side
         keep_freed_memory()
-        self.job, self.config = job, job.config
+        self.job, self.config = job, (config := job.config)
         self.spec = dataset.load(job.shards)
         self.units = inputs.shard_units(self.spec, job.split)
         data: BaselineData | None = None if job.baseline_data is None else ray.get(job.baseline_data)
@@ -191,7 +191,6 @@ class EvaluationWorker:
         self.mean_target = data.mean.image() if data is not None and data.mean.count else None
         self.reader = Reader()
         self.pool = ThreadPoolExecutor(job.io_threads, thread_name_prefix="evaluate-io")
-        config = job.config
         self.lpips = LpipsScorer(config.lpips, job.device) if config.lpips else None
         self.features: dict[str, Callable[[Sequence[Array]], np.ndarray]] = {}
         if config.inception:

@@ -395,11 +395,15 @@ class InferenceWorker:
         style = self.config.style
         if style.kind != "reference":
             return None
-        return (
+        images = (
             _read_style("picture", style.picture, self.translator.target),
             _read_style("instances", style.instances, "instances"),
             _read_style("labels", style.labels, self.translator.source),
         )
+        if len({image.shape[:2] for image in images}) > 1:
+            sizes = ", ".join(f"{image.shape[1]}x{image.shape[0]}" for image in images)
+            raise UserError(f"infer.style: picture, instances and labels differ in size: {sizes}")
+        return images
 
 
 def _begin_thread(device: str, threads: int) -> None:

@@ -359,11 +359,12 @@ def run(
     most = budget(config, len(picks) + sum(map(len, shown.values())))
     uri_of = partial(data_uri, max_side=config.max_side, max_bytes=most)
     drawn = draw_pictures(picks, shards, generated, names, others, uri_of, resources.io_threads)
-    model = storage.find_json(storage.join(images, "model", "model.json")) or {}
+    model = ("model" in summary and storage.find_json(storage.join(images, "model", "model.json"))) or {}
     data = ReportData(
         title=config.title or title(model, spec),
-        lede=lede(summary, spec, phases),
+        lede=lede(summary, spec, phases if model else ()),
         created=time.strftime("%Y-%m-%d %H:%M"),
+        system="this model" if model else "these images",
         scores=headline(summary),
         intervals=summary.get("intervals", {}),
         baselines=summary.get("baselines", {}),

@@ -527,6 +527,22 @@ def test_an_input_that_is_a_list_says_which_tables_are_read(tmp_path: Path, mode
         run(tmp_path / "out", model=model, input=str(tmp_path / name))
 
 
+def test_a_reference_style_whose_images_differ_in_size_is_refused(
+    workers_in_process: None, tmp_path: Path
+) -> None:
+    model = str(make_model(tmp_path / "model", styles=True))
+    style = {"kind": "reference"}
+    for name, role, width in (
+        ("picture", "target", 48),
+        ("instances", "instance", 48),
+        ("labels", "source", 40),
+    ):
+        style[name] = str(tmp_path / f"{name}.png")
+        Image.fromarray(scene(0, width, 32)[role].squeeze()).save(style[name])
+    with pytest.raises(UserError, match=r"infer\.style: .* differ in size: 48x32, 48x32, 40x32"):
+        run(tmp_path / "out", model=model, input=style["labels"], style=style)
+
+
 def test_another_reference_style_in_its_place_is_another_run(tmp_path: Path) -> None:
     file = tmp_path / "style.png"
     file.write_bytes(b"one")

@@ -130,7 +130,7 @@ def judged(folder: Path, shards: str, count: int, noise: float = 2) -> tuple[str
             + [(name, pa.float64()) for name in (*names, "mean_target_l1")]
         ),
     )
-    summary = summarise(table, names) | {"images": f"{folder}/images"}
+    summary = summarise(table, names) | {"images": f"{folder}/images", "model": "0123"}
     storage.write_json(f"{folder}/metrics/summary.json", summary)
     storage.write_parquet(f"{folder}/metrics/metrics.parquet", table)
     return f"{folder}/images", f"{folder}/metrics"
@@ -214,6 +214,27 @@ def test_another_systems_pictures_and_its_difference_are_on_the_page(tmp_path: P
         report.digest(ReportConfig(others={"theirs": f"{tmp_path}/nowhere"}))
     with pytest.raises(ValueError, match="target is what a picture of this model is called"):
         ReportConfig(others={"target": worse})
+
+
+def test_another_systems_images_are_not_said_to_be_of_this_runs_model(tmp_path: Path) -> None:
+    make_shards(tmp_path / "shards", {"train": [4], "test": [12]}, size=(64, 48))
+    generated, own = judged(tmp_path, str(tmp_path / "shards"), 12)
+    summary = storage.read_json(f"{own}/summary.json")
+    storage.write_json(f"{own}/summary.json", {n: v for n, v in summary.items() if n != "model"})
+    report.run(
+        ReportConfig(max_images=3),
+        Resources(io_threads=2),
+        output=str(tmp_path / "report"),
+        track=Run(),
+        shards=str(tmp_path / "shards"),
+        images=generated,
+        metrics=own,
+        phases=[str(tmp_path / "train-global-0123456789ab")],
+    )
+    made = (tmp_path / "report/report.html").read_text()
+    assert "Image translation: labels to photo" in made
+    assert "these images" in made
+    assert not re.search("this model|a model trained|Pix2PixHD", made)
 
 
 def test_a_run_that_was_not_evaluated_is_named(tmp_path: Path) -> None:

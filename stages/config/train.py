@@ -288,8 +288,10 @@ class TrainConfig(Recipe):
 
     def check_data(self, shard: ShardConfig, augment: AugmentConfig) -> None:
         """Raises ValueError, naming the key, where the networks cannot take the shards' images."""
-        if "instance" not in shard.kinds and isinstance(self.model, Pix2PixHD) and self.model.feature_encoder:
-            raise ValueError("train.model.feature_encoder: needs instance maps, shard.kinds has none")
+        needed = {"instance": "instances", "source": "labels"}  # styles are of the source's classes
+        styled = isinstance(self.model, Pix2PixHD) and self.model.feature_encoder
+        if styled and not needed.items() <= shard.kinds.items():
+            raise ValueError(f"train.model.feature_encoder: needs shard.kinds with {needed}")
         full = full_size(shard.size, augment)
         if full[0] > shard.size[0] or full[1] > shard.size[1]:
             raise ValueError(

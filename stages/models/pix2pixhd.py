@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from stages.models.architecture import Upsampling
+from stages.models.inputs import padded_size, reflect_to
 from stages.models.layers import Conv, Noise, half_resolution, instance_mean, up_conv
 from stages.models.pix2pix import PatchDiscriminator
 
@@ -258,10 +259,13 @@ class FeatureEncoder(nn.Module):
         self.head = Head(width, out_channels)
 
     def features(self, image: Tensor) -> Tensor:
-        """(N, C_in, H, W) -> (N, C_out, H, W) in [-1, 1], before pooling."""
+        """(N, C_in, H, W) -> (N, C_out, H, W) in [-1, 1], before pooling. Any size: padded and cropped."""
+        height, width = image.shape[2:]
+        sides = (padded_size(side, multiple=2 ** len(self.down), minimum=4) for side in (height, width))
+        image = reflect_to(image, *sides)
         for layer in (self.stem, *self.down, *self.up, self.head):
             image = layer(image)
-        return image
+        return image[:, :, :height, :width]
 
     def forward(self, image: Tensor, instance: Tensor) -> Tensor:
         """Image (N, C_in, H, W) and ids (N, 1, H, W) -> (N, C_out, H, W), constant over each instance."""

@@ -15,7 +15,7 @@ The published step computes more; what does not change the result is left out he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from operator import itemgetter
@@ -134,8 +134,8 @@ def update(
 ) -> Losses:
     """One update of both networks. Returns named, detached losses, each as it enters the sum.
 
-    Never waits for the device. The caller looks at `all_finite(losses)` as often as it can afford to. A batch
-    without rows (a worker past the end of the data) joins the exchange with zero gradients and has no losses.
+    Never waits for the device. A batch without rows (a worker past the end of the data) joins the exchange
+    with zero gradients and has no losses.
 
     micro_batch   pairs in memory at a time; None: the whole batch. The update is the same except for batch
                   norm and dropout, which see each micro-batch apart
@@ -156,11 +156,6 @@ def random_source(device: torch.device) -> torch.Generator:
     return torch.cuda.default_generators[
         torch.cuda.current_device() if device.index is None else device.index
     ]
-
-
-def all_finite(losses: Mapping[str, Tensor]) -> Tensor:
-    """A boolean on the losses' device: reading it waits, so on a GPU do that every few steps."""
-    return torch.stack([value.float() for value in losses.values()]).isfinite().all()
 
 
 # -- the order of updates, once an architecture ---------------------------------

@@ -98,10 +98,6 @@ class Styles:
             raise ValueError(f"no styles: centers {tuple(centers.shape)}, counts {tuple(counts.shape)}")
         return cls(centers=centers.float(), counts=counts)
 
-    def to(self, device: torch.device | str) -> Styles:
-        """The same on another device."""
-        return Styles(centers=self.centers.to(device), counts=self.counts.to(device))
-
     def choose(self, instances: Instances, cluster: int) -> Tensor:
         """(M,F): every instance takes cluster `cluster` of its class (modulo the clusters the class has)."""
         return self._take(instances, torch.full_like(instances.number, cluster))
@@ -142,17 +138,6 @@ def from_reference(
 
 
 @torch.no_grad()
-def instance_styles(
-    encoder: FeatureEncoder, image: Tensor, instance: Tensor, label: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Vectors (M,F) and classes (M,) of a batch's instances, on the CPU, as `fit_styles` takes them.
-
-    `image` (N,C,H,W) in [-1, 1], `instance` and `label` (N,1,H,W) integers.
-    """
-    instances = find_instances(instance, label)
-    return mean_features(encoder.features(image), instances).cpu(), instances.classes.cpu()
-
-
 def collect_styles(
     encoder: FeatureEncoder,
     batches: Iterable[Batch],
@@ -165,24 +150,20 @@ def collect_styles(
     """The styles of a trained encoder over (a sample of) its training set, for `save_model`.
 
     Reads batches until `limit` instances are seen: more of them move the clusters little, and memory stays
-    bounded. A batch's classes are its label map or, for a labels source, the source. Batches must be on the
-    encoder's device and carry instances. Raises ValueError if there are none.
+    bounded. Batches must be on the encoder's device, with a labels source and instances. Raises ValueError if
+    there are none.
     """
-    was_training = encoder.training
-    encoder.eval()
-    features, classes, seen = [], [], 0
+    features, classes = [], []
     for batch in batches:
-        if batch.source.shape[0] == 0:
-            continue
         assert batch.instance is not None, "an encoder is trained on pairs with instances"
-        label = batch.source if batch.label is None else batch.label
-        vectors, of_vectors = instance_styles(encoder, unit_range(batch.target), batch.instance, label)
-        features.append(vectors)
-        classes.append(of_vectors)
-        seen += len(vectors)
-        if seen >= limit:
+        for row in range(len(batch.source)):  # one by one: a batch of all workers may not fit
+            roles = (batch.target, batch.instance, batch.source)
+            target, instance, source = (role[row : row + 1] for role in roles)
+            instances = find_instances(instance, source)
+            features.append(mean_features(encoder.features(unit_range(target)), instances).cpu())
+            classes.append(instances.classes.cpu())
+        if sum(map(len, classes)) >= limit:
             break
-    encoder.train(was_training)
     if not features:
         raise ValueError("no pairs to take styles from")
     return fit_styles(

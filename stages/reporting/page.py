@@ -99,6 +99,8 @@ class ReportData:
 
     title: str
     lede: str = ""
+    system: str = "this model"
+    """What the page calls what made the images."""
     created: str = ""
     scores: Mapping[str, float] = field(default_factory=dict)
     """The model's mean per metric, the headline ones first."""
@@ -217,7 +219,7 @@ def tile(name: str, value: float, data: ReportData) -> Tile:
     shown = {baseline_name(base): rival for base, rival in rivals.items()}
     shown |= {other: row[name] for other, row in data.others.items() if name in row}
     longest = max(abs(value), *(abs(rival) for rival in shown.values()), 0) or 1
-    rows = [("this model", value, "model"), *((label, rival, "base") for label, rival in shown.items())]
+    rows = [(data.system, value, "model"), *((label, rival, "base") for label, rival in shown.items())]
     bars = [(label, v, css, max(0.5, 100 * abs(v) / longest)) for label, v, css in rows]
     return Tile(metric_name(name), lower, value, data.intervals.get(name), kind, verdict, bars)
 
@@ -316,7 +318,7 @@ def page(data: ReportData) -> str:
         groups=sorted({p.group for p in data.pictures if p.group}),
         picks=sorted({pick for p in data.pictures for pick in p.picks}),
         names=[metric_name(name) for name in data.scores],
-        comparison=[[name, *_cells(row, data)] for name, row in {"this model": own, **rivals}.items()],
+        comparison=[[name, *_cells(row, data)] for name, row in {data.system: own, **rivals}.items()],
         differences=[
             [name, *_difference_cells(row, data)] for name, row in rivals.items() if row.get("differences")
         ],

@@ -10,6 +10,7 @@ until they are on the device.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -130,6 +131,13 @@ class Feed:
             last = step + 1 == self.steps_per_epoch
             self._next = (epoch + 1, 0) if last else (epoch, step + 1)
             yield batch if sent is None else _arrived(batch, sent)
+
+    def whole_epoch(self, epoch: int) -> Iterator[Batch]:
+        """The batches of an epoch with the pairs of all ranks."""
+        alone = copy.copy(self)
+        alone.rank, alone.world, alone._stream = 0, 1, None
+        with alone:
+            yield from alone.epoch(epoch)
 
     def close(self) -> None:
         """Stop reading ahead. Only needed before the process ends: its threads end with it."""

@@ -102,6 +102,9 @@ class BatchSource(Protocol):
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from a step on."""
 
+    def whole_epoch(self, epoch: int) -> Iterator[Batch]:
+        """The batches of an epoch with the pairs of all workers."""
+
 
 Preview = Callable[[GanState, bool], tuple[np.ndarray | None, dict[str, float]]]
 """Draws samples, and measures them if it is true: a grid (H, W, 3) uint8, None where no pair is; numbers."""
@@ -203,7 +206,7 @@ def train_phase(
                     loop.step(batch)
                     if loop.stopped is not None:
                         return Ending(loop.position, loop.losses, stopped=loop.stopped.reason)
-            model_step = loop.write_outputs(batches.epoch(epochs - 1))
+            model_step = loop.write_outputs(batches.whole_epoch(epochs - 1))
         except DivergedError as error:
             return Ending(loop.position, loop.losses, failure=StageError(f"training diverged at {error}"))
         finally:

@@ -6,19 +6,21 @@ from collections.abc import Callable
 
 import torch
 from pydantic import ValidationError
-from torch import nn
 
 from stages import storage
 from stages.config.train import PhaseJob, discriminators
 from stages.errors import StageError, UserError, first_invalid, named
 from stages.inference.model_folder import folder_description, model_folder
-from stages.models.architecture import Architecture, InputSpec
-from stages.models.build import build_discriminator, build_generator, grow_discriminator, grow_generator
+from stages.models.architecture import InputSpec
+from stages.models.build import grow_discriminator, grow_generator
 from stages.models.ema import Ema
 from stages.models.files.saved import (
     EMA,
     MANIFEST,
+    STYLES,
+    FileName,
     Manifest,
+    empty_network,
     fingerprint,
     load_discriminator,
     load_model,
@@ -61,21 +63,20 @@ def _misfit(there: Manifest, job: PhaseJob, inputs: InputSpec) -> str:
     scales = discriminators(ours, phase)
     if there.discriminators > scales:
         return f"the model has {there.discriminators} discriminators, the phase '{phase.name}' has {scales}"
-    if _shapes(theirs, there.inputs, there) == _shapes(ours, inputs, there):
-        return ""
     has = theirs.model_dump() | there.inputs.model_dump()
     wanted = ours.model_dump() | inputs.model_dump()
+    mine = there.model_copy(update={"architecture": ours, "inputs": inputs})
+    if has.get("feature_encoder") == wanted.get("feature_encoder") and all(
+        _shapes(there, name) == _shapes(mine, name) for name in there.files if name != STYLES
+    ):
+        return ""
     differ = [f"{name} is {has[name]}, not {wanted[name]}" for name in has if has[name] != wanted[name]]
     return f"its networks have other shapes: {', '.join(differ)}"
 
 
-def _shapes(arch: Architecture, inputs: InputSpec, like: Manifest) -> list[dict[str, torch.Size]]:
-    """The tensors' shapes of an architecture's networks, with as many parts as a model has."""
-    with torch.device("meta"):
-        networks: list[nn.Module] = [build_generator(arch, inputs, enhancers=like.enhancers)]
-        if like.discriminators:
-            networks.append(build_discriminator(arch, inputs, discriminators=like.discriminators))
-    return [{name: tensor.shape for name, tensor in network.state_dict().items()} for network in networks]
+def _shapes(model: Manifest, name: FileName) -> dict[str, torch.Size]:
+    """The shapes of the tensors in a model's file."""
+    return {key: tensor.shape for key, tensor in empty_network(model, name).state_dict().items()}
 
 
 def start_from(gan: GanState, model: str, device: torch.device, tell: Callable[[str], None]) -> None:

@@ -151,6 +151,7 @@ def test_styles_are_drawn_chosen_or_taken_from_a_reference(tmp_path: Path) -> No
 
     assert np.array_equal(out(seeds=[1]), out(seeds=[1]))
     assert not np.array_equal(out(style="cluster", cluster=0), out(style="cluster", cluster=1))
-    other = scene(1, 48, 32)
-    reference = (other["target"], other["instance"], other["source"])
-    assert out(style="reference", reference=reference).shape == (32, 32, 3)
+    for width, height in ((48, 32), (49, 35)):  # an encoder's multiple, and not
+        other = scene(1, width, height)
+        reference = (other["target"], other["instance"], other["source"])
+        assert out(style="reference", reference=reference).shape == (32, 32, 3)

@@ -21,7 +21,7 @@ from stages.models.inputs import make_condition
 from stages.models.losses import gan_loss
 from stages.models.objective import LossWeights, paper_weights
 from stages.models.pix2pixhd import CoarseToFineGenerator, MultiScaleDiscriminator
-from stages.models.step import Batch, all_finite, step
+from stages.models.step import Batch, step
 from stages.scoring.lpips import Lpips
 from tests.reference.published_step import (
     Plain,
@@ -399,7 +399,7 @@ def trains(
     gan = build_gan(arch, inputs, weights=weights, **options)
     before = [parameter.detach().clone() for parameter in gan.generator.parameters()]
     losses = step(gan, batch, weights=weights)
-    assert all_finite(losses)
+    assert all(value.isfinite() for value in losses.values())
     assert not any(value.requires_grad for value in losses.values())
     changed = [not torch.equal(a, b) for a, b in zip(before, gan.generator.parameters(), strict=True)]
     assert any(changed)
@@ -603,14 +603,6 @@ def test_bf16_stays_close_to_float32() -> None:
     rough = trains(HD, HD_INPUTS, hd_batch(), LossWeights(), precision="bf16")
     for name, value in exact.items():
         assert rough[name].item() == pytest.approx(value.item(), rel=0.05, abs=0.02), name
-
-
-def test_a_loss_that_is_not_finite_is_seen() -> None:
-    weights = LossWeights()
-    gan = build_gan(HD, HD_INPUTS, weights=weights)
-    assert bool(all_finite(step(gan, hd_batch(), weights=weights)))
-    next(gan.generator.parameters()).data.fill_(float("nan"))
-    assert not bool(all_finite(step(gan, hd_batch(), weights=weights)))
 
 
 # -- refactoring -----------------------------------------------------------------------

@@ -189,6 +189,15 @@ def test_an_export_that_fails_its_check_is_not_written(
     assert not output.exists()
 
 
+def test_an_export_into_a_folder_is_refused_before_the_work(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (model / "weights.safetensors").write_bytes(b"damaged, and not looked at")
+    for output in (tmp_path, f"{tmp_path}/new/"):
+        arguments = ("--model", model, "--format", "onnx", "--size", "8x8", "--output", output)
+        ends(capsys, 2, f"--output: {output} is a folder; name the file to write", "export", *arguments)
+
+
 def test_a_folder_that_is_no_model_is_named(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

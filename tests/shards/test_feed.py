@@ -70,6 +70,8 @@ def test_the_global_batch_is_the_same_for_any_number_of_workers(shards, world):
     for rank in range(world):
         with Feed(folder, spec, rank=rank, world=world, **options) as feed:
             each.append(epoch_of(feed, 1))
+            alike = zip(feed.whole_epoch(1), whole, strict=True)  # all ranks' pairs, for one that needs them
+            assert all(same(*batches) for batches in alike)
     for step, batch in enumerate(whole):
         parts = [ranks[step] for ranks in each]
         assert [k for part in parts for k in part.keys] == list(batch.keys)

@@ -74,6 +74,9 @@ class Rows:
             self.served += 1
             yield Batch(source=source, target=target)
 
+    def whole_epoch(self, epoch: int) -> Iterator[Batch]:
+        return self.epoch(epoch)
+
 
 def task(output: Path, job: PhaseJob, *, before: str = "", name: str = "name", **resources: Any) -> Task:
     return Task(

@@ -120,9 +120,15 @@ def test_a_discriminator_that_would_see_too_few_pixels_is_refused() -> None:
         given.check_data(Shards(32, 32), AugmentConfig(crop=None))
 
 
-def test_a_feature_encoder_needs_instances() -> None:
+def test_a_feature_encoder_needs_instances_and_a_labels_source() -> None:
+    given, shards = config(GLOBAL, enhancers=0, feature_encoder=True), Shards(64, 64)
     with pytest.raises(ValueError, match="feature_encoder"):
-        config(GLOBAL, enhancers=0, feature_encoder=True).check_data(Shards(64, 64), AugmentConfig())
+        given.check_data(shards, AugmentConfig())
+    shards.kinds |= {"instance": "instances"}
+    given.check_data(shards, AugmentConfig())
+    shards.kinds |= {"source": "rgb"}
+    with pytest.raises(ValueError, match=r"feature_encoder: needs shard\.kinds with .*'source': 'labels'"):
+        given.check_data(shards, AugmentConfig())
 
 
 def test_more_workers_than_a_batch_has_pairs_are_refused() -> None:

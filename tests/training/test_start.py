@@ -14,7 +14,7 @@ from stages.config.shard import AugmentConfig
 from stages.config.train import PhaseJob, TrainConfig, jobs
 from stages.errors import StageError, UserError
 from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD
-from stages.models.build import build_discriminator, build_generator
+from stages.models.build import build_discriminator, build_encoder, build_generator
 from stages.models.files.saved import save_model
 from stages.models.gan import GanState
 from stages.training.loop import build
@@ -29,6 +29,7 @@ HD = Pix2PixHD(
     discriminator_width=2,
     discriminator_layers=1,
 )
+INSTANCES = InputSpec(source="labels", classes=3, instances=True)
 UNET = Pix2Pix(levels=2, width=2, discriminator_width=2, discriminator_layers=1)
 GLOBAL = {"kind": "global", "epochs": 1, "discriminators": 1}
 LOCAL = {"kind": "local", "enhancers": 1, "epochs": 1}
@@ -142,6 +143,18 @@ def test_a_model_that_does_not_fit_is_refused_before_training(
     with pytest.raises(UserError) as caught:
         check_start(job(tmp_path, ours, *phases))
     assert str(caught.value) == f"train.start_from: {tmp_path}: {says}"
+
+
+@pytest.mark.parametrize("theirs", [{"feature_width": 4}, {"feature_encoder": False}])
+def test_a_model_with_another_feature_encoder_is_refused(tmp_path: Path, theirs: dict[str, Any]) -> None:
+    ours, inputs = HD.model_copy(update={"feature_encoder": True, "feature_width": 2}), INSTANCES
+    other = ours.model_copy(update=theirs)
+    generator, encoder = build_generator(other, inputs, enhancers=0), build_encoder(other, inputs)
+    folder = tmp_path / "model"
+    save_model(folder, generator, architecture=other, inputs=inputs, encoder=encoder)
+    name, value = next(iter(theirs.items()))
+    with pytest.raises(UserError, match=f"other shapes: {name} is {value}, not "):
+        check_start(job(tmp_path, ours, GLOBAL, LOCAL, JOINT), inputs)
 
 
 def test_data_of_another_shape_is_refused(tmp_path: Path) -> None:

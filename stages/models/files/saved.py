@@ -149,7 +149,7 @@ def save_model(
     for name, values in tensors.items():
         if name != STYLES:
             _check_shapes(
-                name, _empty(draft, name), {key: list(value.shape) for key, value in values.items()}
+                name, empty_network(draft, name), {key: list(value.shape) for key, value in values.items()}
             )
 
     writers = {name: partial(save_file, values) for name, values in tensors.items()}
@@ -230,7 +230,7 @@ def load_discriminator(folder: Path, *, device: torch.device | str = "cpu") -> D
     return discriminator
 
 
-def _empty(manifest: Manifest, name: FileName) -> nn.Module:
+def empty_network(manifest: Manifest, name: FileName) -> nn.Module:
     """The network a file's tensors belong to, without memory for its weights."""
     arch, inputs = manifest.architecture, manifest.inputs
     network: nn.Module | None
@@ -255,7 +255,7 @@ def _load(folder: Path, manifest: Manifest, name: FileName, device: torch.device
             blocks = arch.blocks + manifest.enhancers * arch.enhancer_blocks
             if 4 * blocks > len(shapes):  # two convolutions a block; before building millions of them
                 raise ValueError(f"{len(shapes)} tensors are too few for {blocks} residual blocks")
-        network = _empty(manifest, name)
+        network = empty_network(manifest, name)
         _check_shapes(name, network, shapes)
     except (ValueError, RuntimeError, OverflowError, TypeError) as error:  # sizes that overflow in torch
         raise ValueError(f"{path}: {one_line(error, limit=160)}") from error
@@ -268,7 +268,7 @@ def _load_styles(folder: Path, manifest: Manifest, device: torch.device | str) -
     path = verified(folder, STYLES, manifest.files[STYLES], manifest_name=MANIFEST)
     _header(path)
     try:
-        return Styles.from_tensors(load(path.read_bytes())).to(device)
+        return Styles.from_tensors({k: t.to(device) for k, t in load(path.read_bytes()).items()})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
