@@ -199,7 +199,7 @@ def report_inventory(sizes: Sequence[int], folder: Path) -> None:
             config = IngestConfig.model_validate({"locations": [location | {"role": "source"}]})
             started = time.perf_counter()
             with PeakMemory() as memory:
-                task = ingest.ListingTask(ingest.units(config))
+                task = ingest.units(config)
                 total = ingest.list_units(task, config=config, output=str(folder / name), requests=8).total
             assert total["objects"] == objects
             rates[name] = (

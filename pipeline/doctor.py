@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import cli, config as configuration
 from pipeline.config import PipelineConfig
-from stages.config.ingest import LocationConfig
+from stages.config.ingest import IngestConfig, LocationConfig
 from stages.errors import PixloomError, UserError, one_line
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ def read_location(location: LocationConfig) -> str:
     from stages import ingest  # noqa: PLC0415
     from stages.objects.fetch import Object, Reader  # noqa: PLC0415
 
-    units = ingest.cut_location(location)
-    found = (ingest.unit_rows(location, 0, unit, requests=1) for unit in units)
+    units, config = ingest.cut_location(location), IngestConfig(locations=(location,))
+    found = (ingest.unit_rows(config, 0, unit, requests=1) for unit in units)
     for objects, _, _ in islice(chain.from_iterable(found), BATCHES):
         for row in objects.slice(0, 1).to_pylist():
             data = Reader().read(Object(row["uri"], row["size"], row["etag"]))

@@ -8,8 +8,11 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import math
 import re
+import shlex
 import sys
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -39,11 +42,13 @@ images make a pair, what they hold, their size and classes. A picture of up to t
 was taken for source (left) and target (right). No file is overwritten."""
 
 LAYOUTS = (
-    "init knows two locations with the same names, folders a/1.png and b/1.png or 1/a.png and 1/b.png, "
-    "endings 1_a.png and 1_b.png or 1_w1.tif and 1_w2.tif, files of both images side by side, or a .parquet "
-    "with two columns of images; docs/data.md shows how to write others"
+    "init knows two locations with the same names, folders a/1.png and b/1.png or 1/a.png and 1/b.png, words "
+    "in names (1_a.png and 1_b.png, a_1.png and b_1.png, 1.png and 1_mask.png), files of both images side by "
+    "side, an archive of these (x.zip), or tables with two columns of images ('data/{split}-*.parquet'); "
+    "docs/data.md shows how to write others"
 )
-PARTS = 64  # of a listing, of each of which one page is read
+PARTS = 64  # of a listing, of each of which one page is read; of few parts as many as make `PAGES`
+PAGES = 16
 PAIRS = 10
 SIDE = 256  # the longer side of the stored images, about
 MULTIPLE = 32  # of both sides, as the recipe's networks need
@@ -52,12 +57,16 @@ WHOLE = 2**23  # float32 has all whole numbers of twice as many
 
 _SPLIT = r"(?i:train(?:ing)?|val(?:id|idation)?|test(?:ing)?)"
 _SOURCE = (
-    r"src|source|input|condition(?:ing)?|original|a|labels?|annot\w*|masks?|seg\w*|edges?|sketch\w*|lr|gr[ea]y|gt"
-    r"|maps?|thermal"
+    r"src|source|input|condition(?:ing)?|original|a|label\w*|annot\w*|masks?|seg\w*|edges?|sketch\w*|lr|gr[ea]y"
+    r"|gt\w*|maps?|thermal"
 )
-_TARGET = r"tgt|target|output|edited|b|photos?|images?|imgs?|real|hr|rgb|colou?r"
+_TARGET = r"tgt|target|output|edited|b|photos?|images?|imgs?|leftimg|real|hr|rgb|colou?r"
 
-ENDINGS = {"ending": r"[_.-][A-Za-z]+", "channel": r"[_.-][A-Za-z]+\d+", "name": r"/[^/]+"}
+AROUND = {  # the words before a number, those after a key, the name in a folder that is the key
+    "before": r"((?:[^/]+/)?)([A-Za-z][A-Za-z_.-]*)(\d.*)",
+    "after": r"(.*?[^/])((?:[_.-][A-Za-z][^\W_]*)*)()",
+    "name": r"(.*[^/])(/[^/]+)()",
+}
 
 decoded = lru_cache(2 * PAIRS)(decode_image)
 
@@ -77,10 +86,9 @@ class Side:
     note: str = "colours"
 
     def leaning(self) -> int:
-        """Whether the name is one of a source (-1), of a target (1), or says nothing (0)."""
+        """How many of the name's words are a target's, less those of a source."""
         words = re.split(r"[^a-z]+", self.word.lower())
-        is_source, is_target = (any(re.fullmatch(t, word) for word in words) for t in (_SOURCE, _TARGET))
-        return is_target - is_source
+        return sum(bool(re.fullmatch(_TARGET, one)) - bool(re.fullmatch(_SOURCE, one)) for one in words)
 
 
 # -- names: plain values in, plain values out ----------------------------------
@@ -89,69 +97,74 @@ class Side:
 def divide(names: Sequence[Name], slot: str) -> dict[str, dict[str, Name]]:
     """The names by marker and key.
 
-    slot   where the marker is: the location, the (sub)folder, the stem, its ending of letters or a channel's
+    slot   where the marker is: the location, the (sub)folder; "": there is none
     """
     found: dict[str, dict[str, Name]] = defaultdict(dict)
     for name in names:
-        key = name[1].rpartition(".")[0]
-        parts, at, marker = key.split("/"), int(slot == "subfolder"), ""
-        if slot == "location":
-            marker = str(name[0])
-        elif slot in ENDINGS:
-            if match := re.fullmatch(rf"(.*[^/])({ENDINGS[slot]})", key):
-                key, marker = match.groups()
-        elif len(parts) > at + 1:
+        key = unicodedata.normalize("NFC", name[1].rpartition(".")[0])  # as ingest does
+        folders, parts, at = name[1].split("/"), key.split("/"), int(slot == "subfolder")
+        marker = str(name[0]) if slot == "location" else ""
+        if "folder" in slot and len(parts) > at + 1:
             split = re.fullmatch(rf"({_SPLIT})([_-]\w+|[AB]|)", parts[at])
-            marker = split[2] if split else parts[at]
+            marker = split[2] if split else folders[at]
             key = "/".join([*parts[:at], *([split[1]] if split else []), *parts[at + 1 :]])
-        if marker:
+        if marker or not slot:
             found[marker][key] = name
     return found
-
-
-def ending(keys: Sequence[str]) -> str:
-    """The ending that all keys have, such as `_leftImg8bit`; "" if they have none."""
-    match = re.search(r"[_.-][A-Za-z][^\W_]*\Z", keys[0])
-    return match[0] if match and len(keys) > 1 and all(key.endswith(match[0]) for key in keys) else ""
 
 
 def find_sides(names: Sequence[Name], uris: Sequence[str]) -> list[Side]:
     """The two groups of names that share most keys, and whose names say most; none if no two share half."""
     most, best = (0, 0), list[Side]()
-    for slot in ["location"] if len(uris) > 1 else ["folder", "subfolder", *ENDINGS]:
+    for slot in ["location"] if len(uris) > 1 else ["folder", "subfolder", ""]:
         groups = divide(names, slot)
-        if slot in ("channel", "name") and len(groups) > max(map(len, groups.values()), default=0):
-            continue  # they are numbers of images
         largest = sorted(groups, key=lambda marker: -len(groups[marker]))[:12]
-        sides = [_side(groups[marker], marker, slot, uris) for marker in sorted(largest)]
+        sides = [side for marker in sorted(largest) for side in _sides(groups[marker], marker, slot, uris)]
         for one, other in combinations(sides, 2):
-            shared = len(one.images.keys() & other.images.keys())
+            first, second = one.images, other.images
+            shared = len(first.keys() & second.keys()) - len(first.items() & second.items())
             rank = shared, abs(one.leaning() - other.leaning())
-            if rank > most and 2 * shared >= min(len(one.images), len(other.images)):
+            if rank > most and 2 * shared >= min(len(first), len(second)):
                 most, best = rank, [one, other]
     return best
 
 
-def _side(group: Mapping[str, Name], marker: str, slot: str, uris: Sequence[str]) -> Side:
+def _sides(group: Mapping[str, Name], marker: str, slot: str, uris: Sequence[str]) -> Iterator[Side]:
+    """A group of names, and its parts with one word around their keys; many words are numbers of images."""
+    yield _side(group, marker, slot, uris)
+    for place, pattern in AROUND.items():
+        parts: dict[str, dict[str, Name]] = defaultdict(dict)
+        for key, name in group.items():
+            if match := re.fullmatch(pattern, key):
+                parts[match[2]][match[1] + match[3]] = name
+        for word in sorted(parts, key=lambda word: (-len(parts[word]), word))[:8]:
+            part, words = parts[word], (word, "") if place == "before" else ("", word)
+            if len(part) >= max(2, len(parts)) and (not words[0] or _split(part) or "/" not in "".join(part)):
+                yield _side(part, marker, slot, uris, *words)
+
+
+def _side(
+    group: Mapping[str, Name], marker: str, slot: str, uris: Sequence[str], before: str = "", after: str = ""
+) -> Side:
     """A group of names as a location and a pattern."""
     number, path, _ = next(iter(group.values()))
-    uri, end = uris[number].rstrip("/"), ending(list(group))
-    images = {key.removesuffix(end): name[2] for key, name in group.items()}
     suffixes = {name[1].rpartition(".")[2] for name in group.values()}
-    end += (marker if slot in ENDINGS else "") + f".{suffixes.pop() if len(suffixes) == 1 else '*'}"
-    start, word = _split(group), marker.strip("/")
-    if slot == "location":
+    uri, suffix = uris[number].rstrip("/"), suffixes.pop() if len(suffixes) == 1 else "*"
+    start, word = _split(group), marker
+    if slot in ("location", ""):
         word = uri.rpartition("/")[2]
     elif slot == "subfolder":
         firsts = {key.partition("/")[0] for key in group}
         start = (start or f"{'{group}' if len(firsts) > 1 else firsts.pop()}/") + f"{marker}/"
-    elif slot == "folder" and path.partition("/")[0] != marker:  # train_label
+    elif path.partition("/")[0] != marker:  # train_label
         start = f"{{split}}{marker}/"
-    elif slot == "folder" and is_archive(uri):
+    elif is_archive(uri):
         start = f"{marker}/{start}"
-    elif slot == "folder":
+    else:
         uri = f"{uri}/{marker}"
-    return Side(uri, word, f"{start}{{key}}{end}", images)
+    images = {key: name[2] for key, name in group.items()}
+    pattern = f"{start}{before}{{key}}{after}.{suffix}"
+    return Side(uri, " ".join(filter(None, (word, before, after.strip("/")))), pattern, images)
 
 
 def _split(keys: Iterable[str]) -> str:
@@ -173,8 +186,9 @@ def sample(uri: str, number: int) -> Iterator[Name]:
     with located(uri):
         cut = ingest.cut_location(location)
         units = [replace(unit, paths=(path,)) for unit in cut for path in unit.paths]
-        for unit in units[:: -(-len(units) // PARTS)]:
-            for page in islice(listing.pages(ingest.root(location), unit, requests=1), 1):
+        units = units[:: -(-len(units) // PARTS)]
+        for unit in units:
+            for page in islice(listing.pages(ingest.root(location), unit), -(-PAGES // len(units))):
                 for path, found, *_ in page.rows():
                     if patterns.is_image(path) and not re.search(r"(?:\A|/)\.", path):
                         yield number, path, found
@@ -228,7 +242,7 @@ def judge(one: Side, files: Sequence[bytes]) -> tuple[Side, list[Any]]:
         maps = [decode_image(data, "labels") for data in files]
         values = np.unique(np.concatenate([np.unique(ids) for ids in maps])).tolist()
     except ImageRejected as error:
-        if error.reason == "label_range":
+        if error.reason == "label_range" or "has 1 of float" in error.detail:
             how = Picture(kind="grey16", range=(used := values_used(files)))
             note = f"grey from {used[0]} to {used[1]}"
             deep = replace(one, kind="grey16", settings={"range": used}, note=note)
@@ -255,14 +269,15 @@ def judge(one: Side, files: Sequence[bytes]) -> tuple[Side, list[Any]]:
     return one, pictures
 
 
-def values_used(files: Sequence[bytes]) -> tuple[int, int]:
-    """Powers of two around the values of files: black and white."""
-    how, low, top = Picture(kind="channels", range=(-WHOLE, WHOLE)), 0.0, 0.0
+def values_used(files: Sequence[bytes]) -> tuple[float, float]:
+    """Powers of two around the values of files: black and white. White of whole numbers is 1 less."""
+    how, low, top, whole = Picture(kind="channels", range=(-WHOLE, WHOLE)), 0.0, 0.0, True
     for values in (decode_image(data, how) * WHOLE for data in files):
         known = values[values > -WHOLE]  # others are missing: NaN, the file's nodata
         low, top = min(low, known.min(initial=0)), max(top, abs(known).max(initial=0))
-    end = 2 ** max(1, int(top).bit_length())
-    return -end if low < 0 else 0, end - 1
+        whole = whole and not (known % 1).any()
+    end = 2 ** max(1, int(top).bit_length()) if whole else 2 ** math.ceil(math.log2(top))
+    return -end if low < 0 else 0, end - whole
 
 
 def is_reversed(one: Side, other: Side) -> tuple[bool, str]:
@@ -408,7 +423,10 @@ def run(options: argparse.Namespace) -> None:
             kept.pop_all()
     except FileExistsError as error:
         raise UserError(f"{error.filename}: exists; name another file by --output") from None
-    lines = [*said, f"look at {drawn}, source left, target right; then: pixloom plan -c {file}"]
+    lines = [
+        *said,
+        f"look at {drawn}, source left, target right; then: pixloom plan -c {shlex.quote(str(file))}",
+    ]
     sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 

@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -75,50 +75,40 @@ OBJECTS = pa.schema(
 # -- rules: a page of objects in, rows out ------------------------------------
 
 
-def rows(location: LocationConfig, index: int, page: Page) -> tuple[pa.Table, pa.Table, int]:
-    """Objects and rejects of a page, and how many objects the pattern does not match."""
-    page = escape(page)
-    captured = match(compile_pattern(location.pattern), pa.array(page.paths, pa.string()))
-    count = len(page)
+def rows(
+    location: LocationConfig, index: int, page: Page, others: Iterable[str] = ()
+) -> tuple[pa.Table, pa.Table, int]:
+    """Objects and rejects of a page, and how many are neither.
+
+    others   patterns of the same folder, whose objects are not the location's
+    """
+    page = page.escaped()
+    count, paths, uris = len(page), pa.array(page.paths, pa.string()), pa.array(page.uris, pa.string())
+    captured = match(compile_pattern(location.pattern), paths)
+    taken = [pc.is_valid(match(compile_pattern(other), paths)["key"]) for other in others]
+    bad = bad_keys(captured["key"])
+    if not page.chained:
+        bad = pc.or_(bad, pc.match_substring(uris, "::"))
+    faults = pa.array(page.faults, pa.string())
     table = pa.table(
         {
             "key": captured["key"],
-            "role": pa.array([location.role], pa.string()).take(np.zeros(count, np.int64)),
+            "role": pa.repeat(location.role, count),
             "split": canonical_splits(captured["split"]),
             "group": captured["group"],
             "x": captured["x"],
             "y": captured["y"],
-            "uri": pa.array(page.uris, pa.string()),
+            "uri": uris,
             "size": pa.array(page.sizes, pa.int64()),
             "etag": pa.array(page.etags, pa.string()),
             "location": pa.array(np.full(count, index, np.int32)),
-        },
-        schema=OBJECTS,
-    ).append_column("reason", pa.array(page.faults, pa.string()))
-    table = table.append_column("detail", pa.array(np.full(count, "", object), pa.string()))
-    table = table.filter(pc.is_valid(table["key"]))
-    bad = bad_keys(table["key"])
-    if not page.chained:
-        bad = pc.or_(bad, pc.match_substring(table["uri"], "::"))
-    reason = pc.if_else(pc.not_equal(table["reason"], ""), table["reason"], pc.if_else(bad, "bad_key", ""))
-    table = table.set_column(table.schema.get_field_index("reason"), "reason", reason)
-    good = pc.equal(reason, "")
+            "reason": pc.if_else(pc.not_equal(faults, ""), faults, pc.if_else(bad, "bad_key", "")),
+            "detail": pa.repeat("", count),
+        }
+    ).filter(reduce(pc.and_not, taken, pc.is_valid(captured["key"])))
+    good = pc.equal(table["reason"], "")
     objects, rejects = table.filter(good), table.filter(pc.invert(good))
     return objects.select(OBJECTS.names), rejects.select(REJECTS.names), count - table.num_rows
-
-
-def escape(page: Page) -> Page:
-    """The same page in valid Unicode: bytes of a name that are not become backslash escapes."""
-    try:
-        "".join(page.paths).encode()
-    except UnicodeEncodeError:
-        clean = Page(chained=page.chained)
-        for path, uri, size, etag, fault in page.rows():
-            escaped = path.encode(errors="backslashreplace").decode()
-            address = uri.encode(errors="backslashreplace").decode()
-            clean.add(escaped, address, size, etag, fault if escaped == path else "bad_key")
-        return clean
-    return page
 
 
 def table_rows(
@@ -138,13 +128,8 @@ def table_rows(
     objects = pa.table({**dict(zip(good.column_names, good.columns, strict=True)), **unknown})
     rejects = candidates.filter(pc.not_equal(candidates["reason"], "")).select(REJECTS.names)
     name = shown(location, uri)
-    no_rows = pa.Table.from_pylist(
-        [
-            {"key": "", "role": "table", "uri": name, "reason": "bad_row", "detail": text[:200]}
-            for text in broken
-        ],
-        schema=REJECTS,
-    )
+    wrong = {"key": "", "role": "table", "uri": name, "reason": "bad_row"}
+    no_rows = pa.Table.from_pylist([wrong | {"detail": text[:200]} for text in broken], schema=REJECTS)
     return objects.select(OBJECTS.names), pa.concat_tables([rejects, no_rows])
 
 
@@ -181,13 +166,6 @@ class LocationUnit:
     number: int
     location: int
     unit: Unit
-
-
-@dataclass(frozen=True, slots=True)
-class ListingTask:
-    """The units that one task lists."""
-
-    units: Sequence[LocationUnit]
 
 
 @dataclass(slots=True)
@@ -276,10 +254,25 @@ def units(config: IngestConfig, *, inventories: bool = True) -> list[LocationUni
     return numbered
 
 
+def narrower(config: IngestConfig, index: int) -> list[str]:
+    """Patterns of the location's folder that match fewer names: {key}_mask.png next to {key}.png.
+
+    What they match is not the location's: else every mask would be a photo without a mask, too.
+    """
+    location = config.locations[index]
+    patterns = {one.pattern for one in config.locations if one.uri == location.uri} - {location.pattern}
+    names = pa.array(
+        [f"{one[:-1]}png" if one.endswith("*") else one for one in sorted(patterns)], pa.string()
+    )
+    fit = match(compile_pattern(location.pattern), names)["key"].is_valid().to_pylist()
+    return [one for one, fits in zip(sorted(patterns), fit, strict=True) if fits]
+
+
 def unit_rows(
-    location: LocationConfig, index: int, unit: Unit, *, requests: int
+    config: IngestConfig, index: int, unit: Unit, *, requests: int
 ) -> Iterator[tuple[pa.Table, pa.Table, int]]:
     """Objects, rejects and the number of ignored objects of a unit, batch by batch."""
+    location = config.locations[index]
     if unit.kind == "table":
         (uri,) = unit.paths
         with located(f"ingest.locations.{index}.uri: {shown(location, uri)}"):
@@ -290,8 +283,9 @@ def unit_rows(
             listed = inventory.pages(location.inventory, unit, root(location))
         else:
             listed = pages(root(location), unit, requests=requests)
+        others = narrower(config, index)
         for batch in batches(listed):
-            yield rows(location, index, batch)
+            yield rows(location, index, batch, others)
 
 
 def survey(config: IngestConfig) -> Seen:
@@ -313,10 +307,7 @@ def survey(config: IngestConfig) -> Seen:
                 total += row_sums(pa.array([location.uri]), pa.array([inventory.version(location.inventory)]))
                 total_counts["unread"] += 1
     items, call = units(config, inventories=False), partial(sum_units, config=config)
-    if ray.is_initialized():
-        added = each(call, tasks_of(items), stage="changes")
-    else:
-        added = iter([call(ListingTask(items))])
+    added = each(call, tasks_of(items), stage="changes") if ray.is_initialized() else iter([call(items)])
     for sums, counts in added:
         total += sums
         total_counts.update(counts)
@@ -324,30 +315,30 @@ def survey(config: IngestConfig) -> Seen:
     return Seen(spell(total, count), total_counts)
 
 
-def tasks_of(items: Sequence[LocationUnit]) -> list[ListingTask]:
+def tasks_of(items: Sequence[LocationUnit]) -> list[Sequence[LocationUnit]]:
     """Tasks of as many units as a task has threads."""
-    return [ListingTask(items[n : n + LISTING_THREADS]) for n in range(0, len(items), LISTING_THREADS)]
+    return [items[n : n + LISTING_THREADS] for n in range(0, len(items), LISTING_THREADS)]
 
 
-def sum_units(task: ListingTask, *, config: IngestConfig) -> tuple[Uint64s, Counter[str]]:
+def sum_units(task: Sequence[LocationUnit], *, config: IngestConfig) -> tuple[Uint64s, Counter[str]]:
     """The sums and the counts of the rows of a task's units."""
 
     def of_unit(item: LocationUnit) -> tuple[Uint64s, Counter[str]]:
-        index, location = item.location, config.locations[item.location]
+        index = item.location
         sums, counts = no_rows(), Counter[str]()
         with located(place(config, index)):
             if item.unit.kind == "table":  # its rows change only if the file does
                 first, stop = item.unit.row_groups
                 count = 1 if stop is None else stop - first
                 return table_sums(item.unit.paths[0]) * np.uint64(count), Counter(unread=count)
-            for objects, rejects, _ in unit_rows(location, index, item.unit, requests=LISTING_THREADS):
+            for objects, rejects, _ in unit_rows(config, index, item.unit, requests=LISTING_THREADS):
                 sums += sums_of(objects, rejects)
                 counts.update(counts_of(objects, rejects, 0))
         return sums, counts
 
     total, total_counts = no_rows(), Counter[str]()
     with ThreadPoolExecutor(LISTING_THREADS) as threads:
-        for sums, counts in threads.map(of_unit, task.units):
+        for sums, counts in threads.map(of_unit, task):
             total += sums
             total_counts.update(counts)
     return total, total_counts
@@ -367,7 +358,7 @@ def list_unit(item: LocationUnit, *, config: IngestConfig, output: str, requests
     Raises:
         UserError: the location cannot be read, or the output not be written.
     """
-    index, location = item.location, config.locations[item.location]
+    index = item.location
     listing = Listing()
     waiting = {"objects": [OBJECTS.empty_table()], "rejects": [REJECTS.empty_table()]}
     written = Counter[str]()
@@ -383,7 +374,7 @@ def list_unit(item: LocationUnit, *, config: IngestConfig, output: str, requests
             del waiting[kind][1:]
 
     with located(place(config, index)):
-        for objects, rejects, ignored in unit_rows(location, index, item.unit, requests=requests):
+        for objects, rejects, ignored in unit_rows(config, index, item.unit, requests=requests):
             listing.sums[index] += sums_of(objects, rejects)
             listing.counts[index].update(counts_of(objects, rejects, ignored))
             listing.add_examples(index, map(reject_text, rejects.slice(0, EXAMPLES).to_pylist()))
@@ -395,7 +386,7 @@ def list_unit(item: LocationUnit, *, config: IngestConfig, output: str, requests
     return listing
 
 
-def list_units(task: ListingTask, *, config: IngestConfig, output: str, requests: int) -> Listing:
+def list_units(task: Sequence[LocationUnit], *, config: IngestConfig, output: str, requests: int) -> Listing:
     """List the units of one task in threads.
 
     Threads, since tasks of a fraction of a core made Ray start more workers than the machine has cores and
@@ -404,7 +395,7 @@ def list_units(task: ListingTask, *, config: IngestConfig, output: str, requests
     total = Listing()
     with ThreadPoolExecutor(LISTING_THREADS) as threads:
         call = partial(list_unit, config=config, output=output, requests=requests)
-        for listing in threads.map(call, task.units):
+        for listing in threads.map(call, task):
             total.add(listing)
     return total
 

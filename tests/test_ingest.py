@@ -217,7 +217,7 @@ def test_a_location_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def list_all(listed: IngestConfig, output: str) -> ingest.Listing:
     """What the tasks do, in this process."""
-    task = ingest.ListingTask(ingest.units(listed))
+    task = ingest.units(listed)
     return ingest.list_units(task, config=listed, output=output, requests=4)
 
 
@@ -242,7 +242,7 @@ def test_a_unit_writes_files_of_bounded_length(tmp_path: Path, monkeypatch: pyte
 def test_a_location_of_which_nothing_can_be_used_says_why(tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text("source,target\n/x/a.png,b.png,c\n/x/a.png,../b.png\n")
     listed = config({"uri": f"{tmp_path}/pairs.csv", "role": "table"})
-    task = ingest.ListingTask(ingest.units(listed))
+    task = ingest.units(listed)
     listing = ingest.list_units(task, config=listed, output=f"{tmp_path}/out", requests=1)
     with pytest.raises(
         UserError, match=r"none of its 3 .*/x/a.png \(outside, line 3, column source\); .*b.png \("
@@ -367,7 +367,7 @@ def test_locations_are_listed_and_again_to_the_same_end(ray_local: None, tmp_pat
     (output / "objects-00099-0000.parquet").write_bytes(b"left by a killed run of another cut")
     run(listed, output)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == first
-    sums, counts = ingest.sum_units(ingest.ListingTask(ingest.units(listed)), config=listed)
+    sums, counts = ingest.sum_units(ingest.units(listed), config=listed)
     seen = ingest.survey(listed)
     assert seen.digest == spell(sums, 23)  # in tasks, and in this process
     assert seen.counts == counts
@@ -395,3 +395,23 @@ def test_a_location_that_gives_nothing_is_the_users_error(
     (tmp_path / "data" / "x").unlink()
     with pytest.raises(UserError, match=complaint):
         run(config({"uri": f"{tmp_path}/data", "role": "target", "pattern": pattern}), tmp_path / "objects")
+
+
+@pytest.mark.parametrize(("wide", "narrow"), [("{key}.png", "{key}_mask.png"), ("{key}.*", "{key}_mask.*")])
+def test_what_a_narrower_pattern_of_the_folder_matches_is_not_the_wider_locations(
+    wide: str, narrow: str, tmp_path: Path
+) -> None:
+    for name in ("1.png", "1_mask.png", "2.png", "2_mask.png", "3.png"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(b"x")
+    uri = str(tmp_path / "in")
+    listed = config(
+        {"uri": uri, "role": "target", "pattern": wide}, {"uri": uri, "role": "source", "pattern": narrow}
+    )
+    list_all(listed, f"{tmp_path}/out")
+    found = [
+        row for table in (tmp_path / "out").glob("objects-*") for row in pq.read_table(table).to_pylist()
+    ]
+    assert sorted((row["role"], row["key"]) for row in found) == [
+        ("source", "1"), ("source", "2"), ("target", "1"), ("target", "2"), ("target", "3")
+    ]  # fmt: skip

@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from stages import storage
 from stages.base import Role, Split
 from stages.config.infer import InferConfig
-from stages.config.locations import FORMATS, Column, Pattern, compile_pattern
+from stages.config.locations import FORMATS, Column, compile_pattern
 from stages.errors import UserError
 from stages.images import decode, geometry, geotiff
 from stages.images.geotiff import Tags, TiffRows
@@ -240,32 +240,21 @@ def _tables(config: InferConfig) -> Iterator[tuple[int, pa.Table]]:
         instances = storage.join(folder, config.instance_pattern)
 
     def fitting(unit: listing.Unit) -> Iterator[tuple[int, pa.Table]]:
-        for page in listing.pages(uri, unit):
-            yield len(page), _fitting(page, pattern, instances)
+        for page in map(listing.Page.escaped, listing.pages(uri, unit)):
+            keys = patterns.match(pattern, pa.array(page.paths, pa.string()))["key"].combine_chunks()
+            found = zip(keys.to_pylist(), patterns.bad_keys(keys).to_pylist(), page.rows(), strict=True)
+            rows = []
+            for key, bad, (_, image, size, etag, fault) in found:
+                if key is not None:
+                    instance = instances and instances.replace("{key}", key)
+                    rows.append((key, image, size, etag, instance, fault or ("bad_key" if bad else None)))
+            yield len(page), _planned(rows)
 
     units = listing.split_location(uri, want=LISTERS)
     with closing(
         Prefetch([partial(fitting, unit) for unit in units], depth=2 * LISTERS, name="list")
     ) as pages:
         yield from pages
-
-
-def _fitting(page: listing.Page, pattern: Pattern, instances: str | None) -> pa.Table:
-    """The objects of a page that fit. `instances`: the URI of an instance map, with its {key}."""
-    paths = pa.array([_valid(path) for path in page.paths], pa.string())
-    keys = patterns.match(pattern, paths)["key"].combine_chunks()
-    bad = patterns.bad_keys(keys).to_pylist()
-    rows = []
-    for key, path, valid, uri, size, etag, fault, refused in zip(
-        keys.to_pylist(), page.paths, paths.to_pylist(), page.uris, page.sizes, page.etags, page.faults, bad,
-        strict=True,
-    ):  # fmt: skip
-        if key is None:
-            continue
-        error = fault or ("bad_key" if refused or valid != path else None)
-        instance = None if instances is None else instances.replace("{key}", key)
-        rows.append((key, _valid(uri), size, etag, instance, error))
-    return _planned(rows)
 
 
 def _planned(rows: Sequence[tuple[Any, ...]]) -> pa.Table:
@@ -316,11 +305,6 @@ def _located(uris: pa.ChunkedArray, folder: str) -> pa.ChunkedArray:
     """URIs of a table, in whose folder those without a scheme are."""
     absolute = pc.match_substring_regex(uris, r"\A(?:/|[A-Za-z0-9+.-]+:)")
     return pc.if_else(absolute, uris, pc.binary_join_element_wise(folder, uris, ""))
-
-
-def _valid(text: str) -> str:
-    """Text in valid Unicode: bytes of a file's name that are no text are written as escapes."""
-    return text.encode(errors="backslashreplace").decode()
 
 
 def object_items(

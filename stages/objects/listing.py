@@ -18,6 +18,7 @@ import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -87,6 +88,17 @@ class Page:
         self.sizes += other.sizes
         self.etags += other.etags
         self.faults += other.faults
+
+    def escaped(self) -> Page:
+        """The same page in valid Unicode: a name's other bytes become escapes, and its fault is `bad_key`."""
+        with suppress(UnicodeEncodeError):
+            "".join(self.paths).encode()
+            return self
+        page = Page(chained=self.chained)
+        for path, uri, size, etag, fault in self.rows():
+            clean, address = (text.encode(errors="backslashreplace").decode() for text in (path, uri))
+            page.add(clean, address, size, etag, fault if clean == path else "bad_key")
+        return page
 
     def rows(self) -> Iterator[tuple[str, str, int, str, str]]:
         """Path, URI, size, etag and fault of every object."""
@@ -338,7 +350,9 @@ def _index_pages(fs: Any, base: str, requests: int) -> Iterator[Page]:
             files: list[str] = []
             for link in links:
                 url = link.split("#", 1)[0]
-                if url in seen or not _below(url, base):
+                parts = urlsplit(url)
+                outside = not url.startswith(base) or ".." in unquote(parts.path).split("/")
+                if url in seen or outside or parts.query:
                     continue
                 seen.add(url)
                 (folders if url.endswith("/") else files).append(url)
@@ -350,11 +364,6 @@ def _index_pages(fs: Any, base: str, requests: int) -> Iterator[Page]:
                     size = -1 if info.get("size") is None else int(info["size"])
                     page.add(unquote(url[len(base) :]), url, size, etag_of(info))
                 yield page
-
-
-def _below(url: str, base: str) -> bool:
-    parts = urlsplit(url)
-    return url.startswith(base) and not parts.query and ".." not in unquote(parts.path).split("/")
 
 
 def _archive_pages(uri: str) -> Iterator[Page]:

@@ -78,7 +78,7 @@ def config(manifest: str, uri: str = "s3://b/photos", **values: Any) -> IngestCo
 
 
 def listed(config: IngestConfig, output: Path) -> list[tuple[str, str, int, str]]:
-    task = ingest.ListingTask(ingest.units(config))
+    task = ingest.units(config)
     listing = ingest.list_units(task, config=config, output=str(output), requests=2)
     tables = [storage.read_parquet(f"{output}/{name}") for name in listing.files if "objects" in name]
     found = [(r["key"], r["uri"], r["size"], r["etag"]) for table in tables for r in table.to_pylist()]

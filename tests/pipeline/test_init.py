@@ -74,6 +74,14 @@ def test_endings_of_two_folders_and_unequal_counts_are_seen(capsys: pytest.Captu
         ("data/s{}_w1.tif", "data/s{}_w2.TIF", ["data"] * 2, ["{key}_w1.tif", "{key}_w2.TIF"]),
         ("data/{}_source.png", "data/{}_target.png", ["data"] * 2, ["{key}_source.png", "{key}_target.png"]),
         ("data/{}/mask.png", "data/{}/photo.png", ["data"] * 2, ["{key}/mask.png", "{key}/photo.png"]),
+        ("data/mask_{}.png", "data/photo_{}.png", ["data"] * 2, ["mask_{key}.png", "photo_{key}.png"]),
+        ("data/{}_mask.png", "data/{}.png", ["data"] * 2, ["{key}_mask.png", "{key}.png"]),
+        (
+            "data/{}_gtFine_labelIds.png",
+            "data/{}_leftImg8bit.png",
+            ["data"] * 2,
+            ["{key}_gtFine_labelIds.png", "{key}_leftImg8bit.png"],
+        ),
         # a group that is always the same would put all pairs into one split
         ("data/set/a/{}.png", "data/set/b/{}.png", ["data"] * 2, ["set/a/{key}.png", "set/b/{key}.png"]),
     ],

@@ -98,7 +98,7 @@ def list_and_pair(listed: IngestConfig, work: str, **pairing: Any) -> list[str]:
     """The parts of pairs of what the locations hold, made as the tasks of ingest and pair make them."""
     objects, pairs = f"{work}/objects", f"{work}/pairs"
     config = pair.PairConfig(**pairing)
-    task = ingest.ListingTask(ingest.units(listed))
+    task = ingest.units(listed)
     listing = ingest.list_units(task, config=listed, output=objects, requests=4)
     roles = {name.removeprefix("role_"): n for name, n in listing.total.items() if "role_" in name}
     files = sorted(name for name in listing.files if name.startswith("objects-"))
