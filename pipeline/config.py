@@ -38,10 +38,7 @@ SECRET_NAMES = ("key", "pass", "auth")
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
-RENAMED = {
-    "resources.pairs_at_once": "resources.micro_batch",
-    "infer.colors": "infer.palette",
-}
+RENAMED = {"resources.pairs_at_once": "resources.micro_batch", "infer.colors": "infer.palette"}
 """Keys of earlier versions, which are refused with their new name."""
 
 

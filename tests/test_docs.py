@@ -223,7 +223,7 @@ TINY = {
     "distributed": shlex.split("--turns 1 --epochs 2 --size 64x32 --seconds 1"),
     "house": [],
     "listing": ["--sizes", "200,400"],
-    "scale": ["--shards", "10,20"],
+    "scale": ["--shards", "100,200"],
     "suspects": ["--turns", "1", "--pairs", "30", "--sets", "sample"],
     "suspects --cost": ["--turns", "1", "--pairs", "4", "--sets", "sample"],
     "inference": shlex.split("--turns 1 --images 4 --size 64 --width 8 --store local --memory 0 --rerun 8"),

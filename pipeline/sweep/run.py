@@ -104,12 +104,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return cli.exit_code(lambda: run(options, command=command))
 
 
-def run(options: argparse.Namespace, *, command: str) -> None:
-    """Plan the trials, run the steps they share, run the rest of each, record and print the results."""
+def configured(options: argparse.Namespace) -> tuple[SweepConfig, str]:
+    """The sweep with the command line's changes, and the recipe's path."""
     sweep = load(options.sweep)
     recipe = options.config or str(Path(options.sweep).parent / sweep.recipe)
     changes = {"profile": options.profile, "trials": options.trials}
-    sweep = sweep.model_copy(update={name: value for name, value in changes.items() if value is not None})
+    return sweep.model_copy(update={k: v for k, v in changes.items() if v is not None}), recipe
+
+
+def run(options: argparse.Namespace, *, command: str) -> None:
+    """Plan the trials, run the steps they share, run the rest of each, record and print the results."""
+    sweep, recipe = configured(options)
     trials = make_trials(sweep, options.sweep, recipe, options.set)
     config = trials[0].config
     check_folders(result_folders(config), recipe)

@@ -67,8 +67,7 @@ class TrackingConfig(Config):
         Field(min_length=1, description="Register the model by this name. null: by the experiment's name."),
     ] = None
     alias: Annotated[
-        str,
-        Field(pattern=r"^[A-Za-z][\w-]*$", description="The alias of the best registered model version."),
+        str, Field(pattern=r"^[A-Za-z][\w-]*$", description="The alias of the best registered model version.")
     ] = "champion"
     metric: Annotated[
         str, Field(description="The metric of `evaluate` that decides which model version is the best.")

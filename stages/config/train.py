@@ -97,8 +97,7 @@ class Recipe(Config):
         Field(description="Kind and weights of the losses. Keys left out are as in the model's paper."),
     ]
     vgg_weights: Annotated[
-        str | None,
-        Field(description="Path or URI of VGG19's weights; needed by losses.perceptual."),
+        str | None, Field(description="Path or URI of VGG19's weights; needed by losses.perceptual.")
     ] = None
     lpips: Annotated[
         LpipsConfig | None, Field(description="The network of LPIPS as a loss; needed by losses.lpips.")

@@ -240,8 +240,8 @@ def read_parquet(uri: str, columns: list[str] | None = None) -> pa.Table:
 
     def read() -> pa.Table:
         try:
-            with fs.open(path, "rb") as file:
-                return pq.read_table(file, columns=columns, page_checksum_verification=True)
+            with fs.open(path, "rb") as f:  # one that Arrow's threads hold may abort the process as it ends
+                return pq.read_table(f, columns=columns, use_threads=False, page_checksum_verification=True)
         except pa.ArrowInvalid as error:  # a damaged footer, perhaps only on its way here
             raise OSError(str(error)) from error
 
