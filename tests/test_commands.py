@@ -136,7 +136,7 @@ class Clone:
 
     def bucket(self, name: str) -> str:
         """The page's bucket, by a name of this test."""
-        return f"{name.lower()}-{self.folder.name}".replace("_", "-")
+        return f"{name.lower()}-{self.folder.name}-x".replace("_", "-")  # no name may end in -
 
     def put(self, folder: Path, there: str) -> None:
         self.store.client().put(f"{folder}/", there, recursive=True)
