@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -121,7 +122,9 @@ class Clone:
     def __init__(self, folder: Path, store: SeaweedS3) -> None:
         self.folder, self.store = folder, store
         for path in ROOT.iterdir():
-            if not path.name.startswith(".") and path.name not in ("workspace", "sample", "data", "mlflow"):
+            if path.name == "docs":  # into which a command draws the pages' pictures
+                shutil.copytree(path, folder / path.name)
+            elif not path.name.startswith(".") and path.name not in ("workspace", "sample", "data", "mlflow"):
                 (folder / path.name).symlink_to(path)
         for bucket in ("BUCKET", "maps", "images", "ckpt", "models"):
             store.client().call_s3("create_bucket", Bucket=self.bucket(bucket))

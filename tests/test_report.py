@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stages import report, storage
-from stages.base import Resources
+from stages.base import Outcome, Resources
 from stages.config.report import ReportConfig
 from stages.errors import UserError
 from stages.images import encode
@@ -155,6 +155,23 @@ def test_the_worst_suspects_are_drawn_with_their_reasons(
     assert all(image.startswith("data:image/webp") for card in cards for image in card.images.values())
 
 
+def reported(
+    folder: Path, config: ReportConfig, images: str, metrics: str, **more: Any
+) -> tuple[str, Outcome]:
+    """The page of the shards in `folder`, and the stage's outcome."""
+    outcome = report.run(
+        config,
+        Resources(io_threads=2),
+        output=str(folder / "report"),
+        track=Run(),
+        shards=str(folder / "shards"),
+        images=images,
+        metrics=metrics,
+        **more,
+    )
+    return (folder / "report/report.html").read_text(), outcome
+
+
 def test_a_run_makes_one_page_within_its_size(tmp_path: Path) -> None:
     make_shards(tmp_path / "shards", {"train": [4], "test": [12]}, size=(64, 48))
     generated, judged_folder = judged(tmp_path, str(tmp_path / "shards"), 12)
@@ -163,20 +180,16 @@ def test_a_run_makes_one_page_within_its_size(tmp_path: Path) -> None:
     storage.write_parquet(f"{phase}/metrics.parquet", pa.table(points))
     rejected = {"key": [HOSTILE], "role": ["source"], "uri": ["x"], "reason": ["empty"], "detail": [""]}
     pq.write_table(pa.table(rejected), tmp_path / "shards/quarantine-00000.parquet")
-    outcome = report.run(
+    made, outcome = reported(
+        tmp_path,
         ReportConfig(max_images=9, max_megabytes=1),
-        Resources(io_threads=2),
-        output=str(tmp_path / "report"),
-        track=Run(),
-        shards=str(tmp_path / "shards"),
-        images=generated,
-        metrics=judged_folder,
+        generated,
+        judged_folder,
         phases=[str(phase), str(tmp_path / "train-none-0123456789ab")],
         steps=[{"step": "shard", "seconds": 3.0, "counts": {"pairs": 16, "rejected_empty": 1}}],
         config_text=f"note: {HOSTILE}",
         command="python -m pipeline.run",
     )
-    made = (tmp_path / "report/report.html").read_text()
     assert outcome.counts["images"] == 9
     assert outcome.counts["bytes"] == len(made.encode()) < 1e6
     assert "Pix2PixHD: labels to photo" in made
@@ -194,16 +207,7 @@ def test_another_systems_pictures_and_its_difference_are_on_the_page(tmp_path: P
     generated, own = judged(tmp_path, str(tmp_path / "shards"), 12)
     _, worse = judged(tmp_path / "worse", str(tmp_path / "shards"), 12, noise=9)
     config = ReportConfig(max_images=3, others={"theirs": worse})
-    report.run(
-        config,
-        Resources(io_threads=2),
-        output=str(tmp_path / "report"),
-        track=Run(),
-        shards=str(tmp_path / "shards"),
-        images=generated,
-        metrics=own,
-    )
-    made = (tmp_path / "report/report.html").read_text()
+    made, _ = reported(tmp_path, config, generated, own)
     assert made.count('data-role="theirs"') == made.count('data-role="generated"') > 0
     assert "This model minus another, image by image" in made
     assert re.search(r"theirs</td><td[^>]*>-0\.\d+ \(-0\.\d+ to -0\.\d+\) better", made)
@@ -221,17 +225,13 @@ def test_another_systems_images_are_not_said_to_be_of_this_runs_model(tmp_path: 
     generated, own = judged(tmp_path, str(tmp_path / "shards"), 12)
     summary = storage.read_json(f"{own}/summary.json")
     storage.write_json(f"{own}/summary.json", {n: v for n, v in summary.items() if n != "model"})
-    report.run(
+    made, _ = reported(
+        tmp_path,
         ReportConfig(max_images=3),
-        Resources(io_threads=2),
-        output=str(tmp_path / "report"),
-        track=Run(),
-        shards=str(tmp_path / "shards"),
-        images=generated,
-        metrics=own,
+        generated,
+        own,
         phases=[str(tmp_path / "train-global-0123456789ab")],
     )
-    made = (tmp_path / "report/report.html").read_text()
     assert "Image translation: labels to photo" in made
     assert "these images" in made
     assert not re.search("this model|a model trained|Pix2PixHD", made)

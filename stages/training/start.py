@@ -67,7 +67,7 @@ def _misfit(there: Manifest, job: PhaseJob, inputs: InputSpec) -> str:
     wanted = ours.model_dump() | inputs.model_dump()
     mine = there.model_copy(update={"architecture": ours, "inputs": inputs})
     if has.get("feature_encoder") == wanted.get("feature_encoder") and all(
-        _shapes(there, name) == _shapes(mine, name) for name in there.files if name != STYLES
+        _shapes(there, name) == _shapes(mine, name) for name in there.files if name not in (STYLES, EMA)
     ):
         return ""
     differ = [f"{name} is {has[name]}, not {wanted[name]}" for name in has if has[name] != wanted[name]]

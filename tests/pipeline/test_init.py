@@ -200,10 +200,12 @@ def test_a_microscopes_channels_have_the_values_that_they_use() -> None:
         (-9000, -5000, np.int16, 16, "grey16", (-16384, 16383)),
         (0, 300_000, np.int32, 32, "grey16", (0, 524_287)),
         (0, 250, np.uint16, 16, "grey", (0, 255)),
+        (0, 0.7, np.float32, 32, "grey16", (0, 1)),
+        (-0.2, 5.5, np.float32, 32, "grey16", (-8, 8)),
     ],
 )
 def test_values_of_deep_files_are_between_black_and_white(
-    low: int, high: int, dtype: type, bits: int, kind: str, expected: tuple[int, int]
+    low: float, high: float, dtype: type, bits: int, kind: str, expected: tuple[int, int]
 ) -> None:
     fill("b/{}.png")
     Path("a").mkdir()

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from pydantic import JsonValue
 
 from pipeline import sample
@@ -28,6 +29,7 @@ from pipeline.sweep.trials import (
     Trial,
     TrialResult,
     best_of,
+    check_curve,
     make_trials,
     reporting,
     shared,
@@ -35,7 +37,11 @@ from pipeline.sweep.trials import (
 )
 from stages.base import Point, Seen
 from stages.errors import UserError
+from stages.models.architecture import InputSpec
+from stages.models.gan import build_gan
+from stages.models.step import Batch, step
 from stages.tracking.run import Run
+from stages.training.curves import balance
 
 ROOT = Path(__file__).resolve().parents[2]
 YAML = str(ROOT / "pipeline.yaml")
@@ -254,6 +260,20 @@ def test_only_training_phases_report_epochs() -> None:
     (trial,) = trials(settings={"as it is": {}})
     run = Run()
     assert reporting(run, "evaluate", trial.config, "loss", lambda report: None) is run
+
+
+def test_every_loss_of_a_step_is_a_curve_that_may_stop_a_trial() -> None:
+    terms = {"l1": 10, "feature_matching": 10, "r1": 1}
+    model = {"kind": "pix2pixhd", "width": 4, "downsamplings": 1, "blocks": 1, "discriminator_width": 4}
+    (trial,) = trials(settings={"one": {"train.losses": terms, "train.model": model}})
+    train = trial.config.train
+    gan = build_gan(train.model, InputSpec(), weights=train.losses, discriminators=2)
+    pair = Batch(source=torch.zeros(1, 3, 64, 64), target=torch.ones(1, 3, 64, 64))
+    losses = step(gan, pair, weights=train.losses)
+    assert "discriminator/r1" in losses
+    assert "generator/feature_matching/scale1" in losses
+    for name in [*losses, *balance({name: loss.item() for name, loss in losses.items()})]:
+        check_curve(trial.config, name, "metric")
 
 
 # -- one that runs ------------------------------------------------------------
