@@ -198,7 +198,7 @@ class FaultProxy:
             middle = len(answer.body) // 2
             spoiled = bytearray(answer.body)
             if spoiled:
-                spoiled[middle] ^= 0x10
+                spoiled[middle] ^= 1 << self._random.randrange(8)  # damage is not the same at every read
             writer.write(answer.head + bytes(spoiled))
         return True
 
