@@ -31,7 +31,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from stages import storage
 from stages.base import Outcome
-from stages.config.tracking import Promotion, Registration
+from stages.config.tracking import Registration
 from stages.errors import StageError, one_line
 from stages.inference.model_source import description, local_model, tracking_server
 from stages.models.files.saved import DISCRIMINATOR, EMA, WEIGHTS, fingerprint, read_manifest
@@ -98,18 +98,10 @@ def register_model(
     parent.flush()
     if not (run_id := parent.run_id(wait=1.0)):
         raise StageError(f"register: MLflow at {config.server} does not answer; {AGAIN}")
+    folder = storage.join(model, "model")
     for wait in (*WAITS, None):
         try:
-            outcome = register(
-                storage.join(model, "model"),
-                tracking_uri=parent.uri,
-                run_id=run_id,
-                example=example,
-                name=config.name,
-                alias=config.alias,
-                promote=config.promote,
-                measured=measured,
-            )
+            outcome = register(config, folder, parent.uri, run_id, example=example, measured=measured)
             break
         except Exception as error:  # every client library of MLflow has its own
             if wait is None or is_refusal(error):
@@ -120,22 +112,20 @@ def register_model(
 
 
 def register(
+    config: Registration,
     folder: str,
-    *,
     tracking_uri: str,
     run_id: str,
+    *,
     example: Mapping[str, bytes],
-    name: str | None = None,
-    alias: str = "champion",
-    promote: Promotion = "interval",
     measured: Measurement | None = None,
 ) -> str:
-    """Log the model in `folder` (any URI); with a `name`, register and compare it. Returns a log line.
+    """Log the model in `folder` (any URI) to a run, register and compare it. Returns a log line.
 
     example    encoded images by column, as `served` takes them
     measured   None: not measured, the alias stays
     """
-    client = MlflowClient(tracking_uri=tracking_uri)
+    client, name = MlflowClient(tracking_uri=tracking_uri), config.name
     identity = fingerprint(description(folder))
     with tracking_server(tracking_uri):
         experiment = client.get_run(run_id).info.experiment_id
@@ -153,8 +143,6 @@ def register(
                 dataset_name="shards",
                 dataset_digest=measured.data[:36],
             )
-        if name is None:
-            return f"logged as models:/{model_id}"
         version = _version(client, name, model_id, identity)
         if measured is not None and measured.images is not None:
             with tempfile.TemporaryDirectory(prefix="pixloom-scores-") as temp:  # for later versions
@@ -164,15 +152,13 @@ def register(
         return f"registered as models:/{name}/{version}"
     client.set_model_version_tag(name, version, measured.metric, f"{measured.value:.9g}")
     client.set_model_version_tag(name, version, DATA_TAG, measured.data)
-    outcome = _promote(client, name, version, alias, promote, measured)
+    outcome = _promote(client, config, version, measured)
     return f"registered as models:/{name}/{version}; {outcome}"
 
 
-def _promote(
-    client: MlflowClient, name: str, version: str, alias: str, promote: Promotion, measured: Measurement
-) -> str:
+def _promote(client: MlflowClient, config: Registration, version: str, measured: Measurement) -> str:
     """Move the alias to a version if it is better by its metric than the version with the alias."""
-    metric, value = measured.metric, measured.value
+    name, alias, metric, value = config.name, config.alias, measured.metric, measured.value
     try:
         champion = client.get_model_version_by_alias(name, alias)
     except MlflowException:
@@ -187,7 +173,7 @@ def _promote(
             return f"{alias} stays {other}: it was measured on other data, so the two cannot be compared"
         if not (value < best if lower_is_better(metric) else value > best):
             return f"{alias} stays {other}, this one has {value:.4g}"
-        if promote == "interval" and measured.images is not None:
+        if config.promote == "interval" and measured.images is not None:
             apart = _difference(client, champion, measured)
             if apart is None:
                 return f"{alias} stays {other}, this one has {value:.4g}: {UNCERTAIN}"

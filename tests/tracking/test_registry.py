@@ -86,15 +86,8 @@ def test_the_better_one_is_champion_and_none_is_made_twice(uri: str, tmp_path: P
     models = [make_model(tmp_path / str(width), trained=(width, 32)) for width in (32, 64, 96)]
 
     def send(index: int, result: Measurement | None, promote: Promotion = "interval") -> str:
-        return register(
-            str(models[index]),
-            tracking_uri=uri,
-            run_id=new_run(client),
-            example=EXAMPLE,
-            name="street",
-            promote=promote,
-            measured=result,
-        )
+        config, folder = step("street", promote=promote), str(models[index])
+        return register(config, folder, uri, new_run(client), example=EXAMPLE, measured=result)
 
     def champion() -> str:
         return str(client.get_model_version_by_alias("street", "champion").version)
@@ -123,15 +116,9 @@ def test_what_has_no_scores_by_image_is_compared_by_its_value_or_not_at_all(uri:
     client = MlflowClient(tracking_uri=uri)
 
     def send(width: int, result: Measurement) -> str:
-        folder = make_model(tmp_path / f"{result.metric}{width}", trained=(width, 32))
-        return register(
-            str(folder),
-            tracking_uri=uri,
-            run_id=new_run(client),
-            example=EXAMPLE,
-            name=f"by-{result.metric}",
-            measured=result,
-        )
+        config = step(f"by-{result.metric}")
+        folder = str(make_model(tmp_path / f"{result.metric}{width}", trained=(width, 32)))
+        return register(config, folder, uri, new_run(client), example=EXAMPLE, measured=result)
 
     send(160, Measurement(metric="fid", value=9.0, data="d"))
     assert "now champion (fid 8, before" in send(192, Measurement(metric="fid", value=8.0, data="d"))
@@ -141,17 +128,18 @@ def test_what_has_no_scores_by_image_is_compared_by_its_value_or_not_at_all(uri:
 
 def test_what_a_kill_left_of_a_model_is_taken_away(uri: str, tmp_path: Path) -> None:
     client = MlflowClient(tracking_uri=uri)
-    model = make_model(tmp_path / "model", trained=(128, 32))
+    model = str(make_model(tmp_path / "model", trained=(128, 32)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mlflow.tracking.client.MlflowClient.log_model_artifacts", _killed)
         with pytest.raises(KeyboardInterrupt):
-            register(str(model), tracking_uri=uri, run_id=new_run(client), example=EXAMPLE)
-    line = register(str(model), tracking_uri=uri, run_id=new_run(client), example=EXAMPLE)
-    assert register(str(model), tracking_uri=uri, run_id=new_run(client), example=EXAMPLE) == line
+            register(step("killed"), model, uri, new_run(client), example=EXAMPLE)
+    line = register(step("killed"), model, uri, new_run(client), example=EXAMPLE)
+    assert register(step("killed"), model, uri, new_run(client), example=EXAMPLE) == line
     experiment = client.get_experiment_by_name("e").experiment_id
     found = client.search_logged_models([experiment])
     assert all(one.status == LoggedModelStatus.READY for one in found)
-    assert [one.model_id for one in found if one.model_id in line]
+    (version,) = client.search_model_versions("name = 'killed'")
+    assert version.source in [f"models:/{one.model_id}" for one in found]
 
 
 def _killed(*args: object, **kwargs: object) -> None:
@@ -277,15 +265,8 @@ def test_a_registered_model_is_loaded_and_served_where_this_repository_is_not(
     uri: str, tmp_path: Path
 ) -> None:
     client = MlflowClient(tracking_uri=uri)
-    folder = make_model(tmp_path / "model")
-    line = register(
-        str(folder),
-        tracking_uri=uri,
-        run_id=new_run(client),
-        example=EXAMPLE,
-        name="served",
-        measured=Measurement(metric="l1", value=0.5, data="d"),
-    )
+    folder, result = make_model(tmp_path / "model"), Measurement(metric="l1", value=0.5, data="d")
+    line = register(step("served"), str(folder), uri, new_run(client), example=EXAMPLE, measured=result)
     assert "now champion" in line
     labels = scene(1, 40, 24)["source"]
     expected = Translator(load_model(folder)).translate([labels])[0]
