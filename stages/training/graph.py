@@ -8,7 +8,6 @@ learning rate is a tensor, random sources are seeded before the replay, the aver
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -47,17 +46,6 @@ class CudaGraphs:
         return result, graph.replay
 
 
-@dataclass(frozen=True, slots=True)
-class Recording:
-    """A recorded step: replaying it writes the values."""
-
-    losses: list[str]
-    measured: list[str]
-    values: Tensor
-    """Of the losses, then of what was measured."""
-    replay: Callable[[], Any]
-
-
 class GraphedStep:
     """A step that is recorded after some warm-up, then replayed.
 
@@ -69,8 +57,8 @@ class GraphedStep:
         self.step, self.rows, self.record = step, rows, record
         self._warmed_up = 0
         self._batch: Batch | None = None
-        self._recordings: dict[bool, Recording] = {}
-        """With and without what is measured."""
+        self._replays: dict[bool, Callable[[], tuple[Losses, Losses]]] = {}
+        """The recorded step, with and without what is measured."""
 
     def __call__(self, batch: Batch, measure: bool) -> tuple[Losses, Losses]:
         """As the step itself does it, to the last bit."""
@@ -80,14 +68,9 @@ class GraphedStep:
             self._warmed_up += 1
             return self.step(batch, measure)
         recorded = self._filled(batch)
-        if measure not in self._recordings:
-            self._recordings[measure] = self._recorded(recorded, measure)
-        recording = self._recordings[measure]
-        recording.replay()
-        values = recording.values.clone().unbind()  # the next replay overwrites its own
-        count = len(recording.losses)
-        losses = dict(zip(recording.losses, values[:count], strict=True))
-        return losses, dict(zip(recording.measured, values[count:], strict=True))
+        if measure not in self._replays:
+            self._replays[measure] = self._recorded(recorded, measure)
+        return self._replays[measure]()
 
     def _filled(self, batch: Batch) -> Batch:
         """The recorded batch, with the images of this one."""
@@ -101,11 +84,22 @@ class GraphedStep:
                 recorded.copy_(images)
         return self._batch
 
-    def _recorded(self, batch: Batch, measure: bool) -> Recording:
+    def _recorded(self, batch: Batch, measure: bool) -> Callable[[], tuple[Losses, Losses]]:
         def run() -> tuple[Losses, Losses, Tensor]:
             losses, measured = self.step(batch, measure)
             scalars = (*losses.values(), *measured.values())
             return losses, measured, torch.stack([value.float() for value in scalars])
 
         (losses, measured, values), replay = self.record(run)
-        return Recording(list(losses), list(measured), values, replay)
+        of_losses, of_measured = list(losses), list(measured)  # names: the tensors' memory is free again
+
+        def replayed() -> tuple[Losses, Losses]:
+            replay()
+            scalars = values.clone().unbind()  # the next replay overwrites its own
+            count = len(of_losses)
+            return (
+                dict(zip(of_losses, scalars[:count], strict=True)),
+                dict(zip(of_measured, scalars[count:], strict=True)),
+            )
+
+        return replayed
