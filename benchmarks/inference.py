@@ -115,7 +115,7 @@ def bare(model: Path, size: int, images: int, *, precision: Precision, at_once: 
 def published(model: Path) -> nn.Module:
     """The network in the layers of the published code, with batch statistics at test time as there."""
     ours = load_model(model)
-    arch = ours.architecture
+    arch = ours.manifest.architecture
     assert isinstance(arch, Pix2Pix)
     plain = PlainUnet(3, 3, levels=arch.levels, width=arch.width, noisy=set()).train()
     copy_weights(ours.generator, plain)

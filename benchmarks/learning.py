@@ -125,7 +125,8 @@ def as_pictures(model: LoadedModel, samples: Sequence[Sample], spec: DatasetSpec
 def untrained(path: Path) -> LoadedModel:
     """A trained model's network with other, initial weights."""
     model = load_model(path)
-    generator = build_generator(model.architecture, model.inputs, enhancers=model.enhancers, seed=1)
+    arch, inputs = model.manifest.architecture, model.manifest.inputs
+    generator = build_generator(arch, inputs, enhancers=model.manifest.enhancers, seed=1)
     model.generator.load_state_dict(generator.state_dict())
     return model
 
@@ -152,7 +153,7 @@ def by_phase(
     scores, images = {}, {}
     for path in models:
         model = load_model(Path(path))
-        factor = spec.size[0] // model.preprocessing.size[0]
+        factor = spec.size[0] // model.manifest.preprocessing.size[0]
         small = [
             replace(
                 sample,

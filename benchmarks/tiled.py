@@ -24,10 +24,10 @@ import torch
 
 from stages.images.kinds import Array
 from stages.inference.translator import Translator
-from stages.models.architecture import InputSpec, Pix2PixHD, Preprocessing
+from stages.models.architecture import InputSpec, Pix2PixHD
 from stages.models.build import build_generator
 from stages.models.fast.process import tune_process
-from stages.models.files.saved import LoadedModel
+from stages.models.files.saved import LoadedModel, Manifest
 
 Side = Literal["tiled", "tiles", "whole"]
 
@@ -40,11 +40,7 @@ def translator(width: int, enhancers: int, tile: int | None) -> Translator:
         generator=generator,
         encoder=None,
         styles=None,
-        architecture=arch,
-        inputs=inputs,
-        enhancers=enhancers,
-        preprocessing=Preprocessing(),
-        extra={},
+        manifest=Manifest(architecture=arch, inputs=inputs, enhancers=enhancers, files={}),
         weights="raw",
         fingerprint="",
     )

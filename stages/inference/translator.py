@@ -76,16 +76,16 @@ class Translator:
         self.model = replace(model, generator=generator)
         self.precision = precision
         self.stochastic, self.tile = stochastic, tile
-        self.multiple, self.minimum = size_multiple(model.architecture, enhancers=model.enhancers)
-        trained = model.preprocessing.pictures
-        default: Kind = "labels" if model.inputs.source == "labels" else "rgb"
-        self.source = trained.get("source", Picture(kind=default, classes=model.inputs.classes))
+        self.arch, self.inputs = model.manifest.architecture, model.manifest.inputs
+        self.multiple, self.minimum = size_multiple(self.arch, enhancers=model.manifest.enhancers)
+        trained = model.manifest.preprocessing.pictures
+        default: Kind = "labels" if self.inputs.source == "labels" else "rgb"
+        self.source = trained.get("source", Picture(kind=default, classes=self.inputs.classes))
         self.source_kind: Kind = self.source.kind
         self.target = trained.get("target", Picture(kind="rgb"))
         self.target_kind: Kind = self.target.kind
-        self.needs_instances = model.inputs.instances and (
-            uses_edges(model.architecture, model.inputs) or model.encoder is not None
-        )
+        edges = uses_edges(self.arch, self.inputs)
+        self.needs_instances = self.inputs.instances and (edges or model.encoder is not None)
 
     def padded(self, height: int, width: int) -> tuple[int, int]:
         """The size that an image of this size is padded to."""
@@ -180,8 +180,8 @@ class Translator:
         condition = make_condition(
             reflect_to(source, *size),
             None if instance is None else reflect_to(instance, *size),
-            arch=self.model.architecture,
-            inputs=self.model.inputs,
+            arch=self.arch,
+            inputs=self.inputs,
             kind=self.source_kind,
         ).contiguous(memory_format=torch.channels_last)
         style = None if features is None else reflect_to(features, *size)
@@ -221,8 +221,8 @@ class Translator:
             band = make_condition(
                 padded(self._stack(sources)),
                 None if instances is None else padded(self._stack(instances)),
-                arch=self.model.architecture,
-                inputs=self.model.inputs,
+                arch=self.arch,
+                inputs=self.inputs,
                 kind=self.source_kind,
             )
             if features is not None:

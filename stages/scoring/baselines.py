@@ -72,17 +72,13 @@ def nearest(vector: np.ndarray, candidates: np.ndarray) -> int:
 def untrained_model(manifest: str, device: str) -> LoadedModel:
     """The network of a `model.json` with initial weights."""
     model = Manifest.model_validate_json(manifest)
-    generator = build_generator(model.architecture, model.inputs, enhancers=model.enhancers, seed=0)
+    generator = build_generator(model.architecture, model.inputs, enhancers=model.enhancers)
     encoder = build_encoder(model.architecture, model.inputs)
     return LoadedModel(
         generator=generator.eval().to(device),
         encoder=None if encoder is None else encoder.eval().to(device),
         styles=None,
-        architecture=model.architecture,
-        inputs=model.inputs,
-        enhancers=model.enhancers,
-        preprocessing=model.preprocessing,
-        extra={},
+        manifest=model,
         weights="raw",
         fingerprint="untrained",
     )

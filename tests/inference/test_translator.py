@@ -12,9 +12,9 @@ import torch
 from stages.images import decode, encode
 from stages.images.kinds import ImageRejected
 from stages.inference.translator import Translator, noise_seed
-from stages.models.architecture import Preprocessing
+from stages.models.architecture import Picture, Preprocessing
 from stages.models.files.export import ExportedTranslator
-from stages.models.files.saved import load_model
+from stages.models.files.saved import LoadedModel, load_model
 from tests.support.models import make_model, scene
 
 
@@ -62,10 +62,16 @@ def test_noise_depends_on_the_seed_alone(tmp_path: Path, norm: str) -> None:
     assert all(torch.equal(model.generator.state_dict()[name], value) for name, value in before.items())
 
 
+def with_source(model: LoadedModel, changes: dict[str, object]) -> LoadedModel:
+    """The model, as if its sources had been read so."""
+    how: Picture = model.manifest.preprocessing.pictures["source"].model_copy(update=changes)
+    preprocessing = Preprocessing(pictures={"source": how})
+    return replace(model, manifest=model.manifest.model_copy(update={"preprocessing": preprocessing}))
+
+
 def test_a_model_reads_ignored_labels_as_in_training_wherever_it_is_used(tmp_path: Path) -> None:
     model = load_model(make_model(tmp_path, source="labels"))
-    how = model.preprocessing.pictures["source"].model_copy(update={"ignore_label": 255, "void_class": 1})
-    trained = replace(model, preprocessing=Preprocessing(pictures={"source": how}))
+    trained = with_source(model, {"ignore_label": 255, "void_class": 1})
     void = labels(64, 64)
     void[:20, :30] = 1
     unlabelled = void.copy()
@@ -84,8 +90,7 @@ def test_a_model_reads_ignored_labels_as_in_training_wherever_it_is_used(tmp_pat
 def test_a_model_reads_the_colours_it_was_trained_on_wherever_it_is_used(tmp_path: Path) -> None:
     model = load_model(make_model(tmp_path, source="labels"))
     palette = ((0, 0, 0), 255, (200, 10, 10), (0, 0, 90))
-    how = model.preprocessing.pictures["source"].model_copy(update={"palette": palette})
-    trained = replace(model, preprocessing=Preprocessing(pictures={"source": how}))
+    trained = with_source(model, {"palette": palette})
     ids = labels(64, 64)
     colours = np.array([(c, c, c) if isinstance(c, int) else c for c in palette], np.uint8)[ids[:, :, 0]]
     (expected,) = Translator(model).translate([ids])

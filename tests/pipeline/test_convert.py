@@ -72,9 +72,9 @@ def test_an_import_writes_a_model_folder_and_says_what_it_assumed(
     assert "source labels, channels 3, classes 5, instances True" in said
     assert "note: " in said
     loaded = load_model(output)
-    assert loaded.inputs == LABELS
-    assert loaded.preprocessing.pictures["source"].kind == "labels"
-    assert loaded.extra == {"imported_from": "latest_net_G.pth"}
+    assert loaded.manifest.inputs == LABELS
+    assert loaded.manifest.preprocessing.pictures["source"].kind == "labels"
+    assert loaded.manifest.extra == {"imported_from": "latest_net_G.pth"}
     x = torch.rand(1, 6, 16, 16)
     assert torch.equal(loaded.generator(x), build_generator(HD, LABELS, seed=5).eval()(x))
     assert len(load_discriminator(output).scales) == 2  # type: ignore[union-attr, arg-type]
@@ -103,7 +103,7 @@ def test_published_colorization_weights_are_lightness_to_colour(tmp_path: Path) 
     torch.save(published(build_generator(UNET, inputs)), tmp_path / "G.pth")
     arguments = ["import", "--generator", tmp_path / "G.pth", "--output", tmp_path / "model"]
     assert convert.main([str(argument) for argument in arguments]) == 0
-    pictures = load_model(tmp_path / "model").preprocessing.pictures
+    pictures = load_model(tmp_path / "model").manifest.preprocessing.pictures
     assert {role: picture.kind for role, picture in pictures.items()} == {
         "source": "lab_l",
         "target": "lab_ab",

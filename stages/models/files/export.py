@@ -51,9 +51,10 @@ class ExportedTranslator(nn.Module):
 
     def __init__(self, model: LoadedModel, *, any_size: bool = False) -> None:
         super().__init__()
-        self.generator, self.labels = model.generator, model.preprocessing.pictures.get("source")
-        self.architecture, self.inputs, self.any_size = model.architecture, model.inputs, any_size
-        self.multiple, self.minimum = size_multiple(model.architecture, enhancers=model.enhancers)
+        manifest = model.manifest
+        self.generator, self.labels = model.generator, manifest.preprocessing.pictures.get("source")
+        self.architecture, self.inputs, self.any_size = manifest.architecture, manifest.inputs, any_size
+        self.multiple, self.minimum = size_multiple(manifest.architecture, enhancers=manifest.enhancers)
         self.eval()
 
     def forward(self, source: Tensor, instance: Tensor | None = None, style: Tensor | None = None) -> Tensor:
@@ -109,22 +110,22 @@ def example(model: LoadedModel, *, batch: int, width: int, height: int) -> dict[
         coarse = torch.randint(0, high, (batch, 1, -(-height // 8), -(-width // 8)), generator=random)
         return coarse.repeat_interleave(8, 2).repeat_interleave(8, 3)[:, :, :height, :width].contiguous()
 
-    inputs, values = model.inputs, {}
+    arch, inputs, values = model.manifest.architecture, model.manifest.inputs, {}
     if inputs.source == "labels":
         assert inputs.classes is not None
         dtype = torch.uint8 if inputs.classes <= 256 else torch.int32
         values["source"] = blocks(inputs.classes).to(dtype)
-        how = model.preprocessing.pictures.get("source")
+        how = model.manifest.preprocessing.pictures.get("source")
         if how is not None and how.palette is not None:
             colours = [(c, c, c) if isinstance(c, int) else c for c in how.palette]
             picked = torch.tensor(colours, dtype=torch.uint8)[blocks(len(colours))[:, 0]]
             values["source"] = picked.permute(0, 3, 1, 2).contiguous()
     else:
         values["source"] = torch.rand(batch, inputs.channels, height, width, generator=random) * 2 - 1
-    if uses_edges(model.architecture, inputs):
+    if uses_edges(arch, inputs):
         values["instance"] = blocks(20).to(torch.int32)
-    if isinstance(model.architecture, Pix2PixHD) and model.architecture.feature_encoder:
-        channels = model.architecture.feature_channels
+    if isinstance(arch, Pix2PixHD) and arch.feature_encoder:
+        channels = arch.feature_channels
         values["style"] = torch.rand(batch, channels, height, width, generator=random) * 2 - 1
     return values
 
@@ -134,7 +135,7 @@ def export_model(model: LoadedModel, *, width: int, height: int) -> Exported:
 
     Raises ValueError if torch cannot trace it.
     """
-    multiple, _ = size_multiple(model.architecture, enhancers=model.enhancers)
+    multiple, _ = size_multiple(model.manifest.architecture, enhancers=model.manifest.enhancers)
     any_size = min(width, height) > multiple and max(width, height) <= MAX_SIDE
     network = ExportedTranslator(model, any_size=any_size)
     values = example(model, batch=2, width=width, height=height)
@@ -157,9 +158,9 @@ def export_model(model: LoadedModel, *, width: int, height: int) -> Exported:
         "format": "pixloom-export",
         "fingerprint": model.fingerprint,
         "weights": model.weights,
-        "architecture": model.architecture.model_dump(mode="json"),
-        "inputs": model.inputs.model_dump(mode="json"),
-        "preprocessing": model.preprocessing.model_dump(mode="json", exclude_defaults=True),
+        "architecture": model.manifest.architecture.model_dump(mode="json"),
+        "inputs": model.manifest.inputs.model_dump(mode="json"),
+        "preprocessing": model.manifest.preprocessing.model_dump(mode="json", exclude_defaults=True),
         "sides": sides,
         "range": "float images in [-1, 1]",
     }
@@ -206,7 +207,7 @@ def largest_difference(
 
     `run` feeds the inputs by name and returns the image. Raises ValueError above `TOLERANCE`.
     """
-    multiple, _ = size_multiple(model.architecture, enhancers=model.enhancers)
+    multiple, _ = size_multiple(model.manifest.architecture, enhancers=model.manifest.enhancers)
     sizes = [(1, width, height), (2, width, height)]
     if any_size:
         sizes.append((1, 2 * multiple - 1, multiple + 1))  # another size, no multiple of anything

@@ -181,11 +181,7 @@ class LoadedModel:
     generator: Generator
     encoder: FeatureEncoder | None
     styles: Styles | None
-    architecture: Pix2Pix | Pix2PixHD
-    inputs: InputSpec
-    enhancers: int
-    preprocessing: Preprocessing
-    extra: Mapping[str, str | int | float | bool | None]
+    manifest: Manifest
     weights: Literal["ema", "raw"]
     """Which weights these are; "raw" as well where no average was saved."""
     fingerprint: str
@@ -210,11 +206,7 @@ def load_model(
         generator=generator,
         encoder=encoder,
         styles=_load_styles(folder, manifest, device) if STYLES in manifest.files else None,
-        architecture=manifest.architecture,
-        inputs=manifest.inputs,
-        enhancers=manifest.enhancers,
-        preprocessing=manifest.preprocessing,
-        extra=manifest.extra,
+        manifest=manifest,
         weights="ema" if name == EMA else "raw",
         fingerprint=fingerprint(json.loads((folder / MANIFEST).read_bytes())),
     )

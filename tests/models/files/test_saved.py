@@ -72,8 +72,8 @@ def test_a_saved_model_gives_the_same_picture(tmp_path: Path) -> None:
     loaded = load_model(tmp_path / "model")
     x = torch.rand(2, 3, 16, 24) * 2 - 1
     assert torch.equal(loaded.generator(x), generator(x))
-    assert loaded.architecture == UNET
-    assert loaded.inputs == IMAGES
+    assert loaded.manifest.architecture == UNET
+    assert loaded.manifest.inputs == IMAGES
     assert not loaded.generator.training
 
 
@@ -103,7 +103,7 @@ def test_every_part_of_a_coarse_to_fine_model_comes_back(tmp_path: Path) -> None
     )
     assert read_manifest(tmp_path) == manifest
     loaded = load_model(tmp_path)
-    assert (loaded.enhancers, loaded.preprocessing, loaded.extra["phase"]) == (0, preprocessing, "global")
+    assert loaded.manifest == manifest
     assert loaded.encoder is not None
     assert loaded.styles is not None
     assert torch.equal(loaded.styles.centers, styles.centers)
