@@ -8,6 +8,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ import psutil
 from chaos.schedule import Fault
 from chaos.world import BUCKET, World
 from tests.stores.faults import Fault as Spoil, FaultProxy
-from tests.support.nodes import Node
+from tests.support.nodes import ROOT, Node
 
 Undo = Callable[[], None]
 Strike = Callable[[World, Fault], Undo | None]
@@ -207,17 +208,67 @@ def _filtered(rule: str, world: World, fault: Fault) -> Undo:
     return lambda: (firewall("delete table ip chaos"), None)[1]
 
 
+def _late(world: World, fault: Fault) -> Undo:
+    """What the second machine sends to the first arrives 100 ms later."""
+    first, second = world.network.machines
+    words = [sys.executable, "-m", "chaos.late", "eth0", first.address, "0.1"]
+    return _helper(second.command(words), dict(os.environ))
+
+
+def _helper(words: list[str], environment: dict[str, str]) -> Undo:
+    """Start a process of ours and wait until it says that it has begun; it ends with the fault."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(words, cwd=ROOT, env=environment, text=True, **pipes)
+
+    def undo() -> None:
+        process.kill()
+        process.communicate()
+
+    assert process.stdout is not None
+    if not process.stdout.readline():
+        undo()
+        raise MissedError("its process did not begin")
+    return undo
+
+
 def _disk(world: World, fault: Fault) -> Path:
     machines = world.network.machines
     return world.folder / machines[int(fault.victim * len(machines))].name
 
 
 def _disk_full(world: World, fault: Fault) -> Undo:
-    filler = _disk(world, fault) / "filler"
+    return _filled(_disk(world, fault))
+
+
+def _filled(disk: Path) -> Undo:
+    filler = disk / "filler"
     with filler.open("wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(bytes(1 << 22))
     return partial(filler.unlink, missing_ok=True)
+
+
+HOARD = """
+import sys, time, numpy, ray
+ray.init(address=sys.argv[1], logging_level="ERROR", log_to_driver=False)
+held = []
+print("begins", flush=True)
+try:
+    while True:
+        held.append(ray.put(numpy.ones(5_000_000, numpy.uint8)))
+except Exception:
+    time.sleep(600)
+"""
+
+
+def _spill_full(world: World, fault: Fault) -> Undo:
+    """Ray's object store on the head's machine is full, and so is the disk to which it spills."""
+    assert world.nodes is not None
+    machine = world.network.machines[0]
+    words = machine.command([sys.executable, "-c", HOARD, world.nodes.address])
+    end = _helper(words, world.nodes.environment)
+    free = _filled(world.folder / machine.name)
+    return lambda: (free(), end())[1]
 
 
 def _no_inodes(world: World, fault: Fault) -> Undo:
@@ -323,7 +374,9 @@ CATALOGUE: dict[str, Strike] = {
     "network cut": _cut,
     "network: one way": partial(_filtered, "drop"),
     "network: 20 % lost": partial(_filtered, "numgen random mod 5 == 0 drop"),
+    "network: 100 ms later": _late,
     "disk full": _disk_full,
+    "spill full": _spill_full,
     "no inodes": _no_inodes,
     "disk read-only": _read_only,
     "clock: an hour ahead": partial(_clock, 3600),
