@@ -322,26 +322,30 @@ def _started_twice(world: World, fault: Fault) -> Undo:
 
 def _changed_and_back(world: World, fault: Fault) -> None:
     """Stopped, started with another seed, stopped, and on with the first config."""
-    assert world.command is not None
-    world.command.signal(signal.SIGINT)
-    if world.command.wait(60) is None:
-        world.command.kill()
-    other = world.start("--set", "train.seed=1")
-    if other.wait(fault.lasts + 10) is None:
-        other.signal(signal.SIGINT)
-    if other.wait(60) is None:
-        other.kill()
+    with world.hands:
+        assert world.command is not None
+        world.command.signal(signal.SIGINT)
+        if world.command.wait(60) is None:
+            world.command.kill()
+        other = world.start("--set", "train.seed=1")
+        if other.wait(fault.lasts + 10) is None:
+            other.signal(signal.SIGINT)
+        if other.wait(60) is None:
+            other.kill()
 
 
 def _moved(world: World, fault: Fault) -> None:
     """Killed, and its workspace copied to another place, where it goes on."""
-    assert world.command is not None
-    world.command.kill()
-    client, old = world.store.client(), world.workspace.removeprefix("s3://")
-    world.workspace = f"s3://{BUCKET}/{world.experiment}-moved-{int(fault.victim * 1000)}"
-    if client.exists(old):
-        client.copy(f"{old}/", world.workspace.removeprefix("s3://") + "/", recursive=True)
-    world.write_config()
+    with world.hands:
+        assert world.command is not None
+        world.command.kill()
+        if world.command.process.returncode == 0:
+            raise MissedError("the command has come to its end")
+        client, old = world.store.client(), world.workspace.removeprefix("s3://")
+        world.workspace = f"s3://{BUCKET}/{world.experiment}-moved-{int(fault.victim * 1000)}"
+        if client.exists(old):
+            client.copy(f"{old}/", world.workspace.removeprefix("s3://") + "/", recursive=True)
+        world.write_config()
 
 
 SIGNALS = {"kill": signal.SIGKILL, "segv": signal.SIGSEGV, "abort": signal.SIGABRT, "term": signal.SIGTERM}

@@ -159,6 +159,8 @@ class World:
         self.history = History(folder / "history.jsonl")
         self.log = Log()
         self.command: Command | None = None
+        self.hands = threading.Lock()
+        """A person who changes the config or moves the workspace does not start the command meanwhile."""
         self.workspace = ""
         self.experiment = ""
         self.config = self.folder / "chaos.yaml"
@@ -289,8 +291,9 @@ class World:
     def run_to_the_end(self, on_start: Callable[[int], None] = lambda _: None) -> int:
         """Start the command until it ends with 0; how often it was started. Raises TimeoutError."""
         for number in range(1, MOST_STARTS + 1):
-            self.heal()
-            self.command = self.start()
+            with self.hands:
+                self.heal()
+                self.command = self.start()
             on_start(number)
             code = self.command.wait(LONGEST_START_S)
             if code is None:

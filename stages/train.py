@@ -251,7 +251,9 @@ def _fit(setup: Setup, label: str) -> Ending:
         _stop(setup.mailbox, fitting, label)
         raise
     except ray.train.TrainingFailedError as error:
-        reason = f"{label}: {cause(error)} (after {resources.max_failures} restarts)"
+        reason = f"{label}: {cause(error)}"
+        if isinstance(error, ray.train.WorkerGroupError):  # others end the phase at once
+            reason += f" (after {resources.max_failures} restarts)"
         advice = out_of_memory(error, setup.task.job)
         raise StageError(f"{reason}; {advice}" if advice else reason) from error
     ending: Ending = result.return_value

@@ -133,6 +133,11 @@ def from_table(table: pa.Table) -> list[Point]:
     return [Point(**row) for row in table.to_pylist()]
 
 
+def last_losses(rows: Sequence[Point]) -> dict[str, float]:
+    """The losses of the newest window: a phase that resumes at its end takes no step that would give them."""
+    return {row.name: row.value for row in rows if row.name.startswith(("generator/", "discriminator/"))}
+
+
 def balance(losses: Mapping[str, float]) -> dict[str, float]:
     """How far ahead the discriminator is: its mean loss over the generator's; far below 1, it wins."""
     real, fake = losses.get("discriminator/real"), losses.get("discriminator/fake")

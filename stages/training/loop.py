@@ -384,6 +384,7 @@ class Loop:
         position = self.position = checkpoint.position
         if self.worker.leads:
             self.points = curves.from_table(checkpoint.curves)
+            self.losses = curves.last_losses(self.points)
             self.channel.post(Points(self.points), Advance(position.images, ""))
             workers = f"{self.worker.world} worker{'s' if self.worker.world > 1 else ''}"
             at = f"epoch {position.epoch}, step {position.step}, {position.images:,} images"
