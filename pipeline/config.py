@@ -160,7 +160,7 @@ def read(path: str, profile: str | None = None) -> dict[str, Any]:
     name = default if profile is None else profile
     if name is None:
         return values
-    if name not in profiles:
+    if isinstance(name, list | dict) or name not in profiles:
         names = f"there are {', '.join(map(str, profiles))}" if profiles else "there are none"
         place = f"{path}: profile" if profile is None else f"--profile {name}: {path}"
         raise UserError(f"{place}: no such profile, {names}")
@@ -184,8 +184,8 @@ def override(values: dict[str, Any], overrides: Iterable[str]) -> None:
             raise UserError(f"--set {one}: expected key=value, e.g. --set train.seed=7")
         try:
             value = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
-        except yaml.YAMLError as error:
-            raise UserError(f"--set {one}: the value is not valid YAML{_advice(error)}") from error
+        except BAD_YAML as error:
+            raise UserError(f"--set {dotted}: the value is not valid YAML{_advice(error)}") from error
         assign(values, dotted, value, said=f"--set {one}")
 
 
@@ -231,11 +231,16 @@ def schema() -> str:
     return json.dumps(model, indent=2, sort_keys=True) + "\n"
 
 
+BAD_YAML = (yaml.YAMLError, ValueError, RecursionError)
+"""A date that no calendar has is a ValueError, brackets without end are a RecursionError."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML without duplicate keys, of which PyYAML would silently drop the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        own = (key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge")
+        keys = [self.construct_object(key, deep=True) for key in own]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(
@@ -252,7 +257,7 @@ def parse(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such config file, nor a recipe (`pixloom recipes` lists them)") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
+    except BAD_YAML as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}{_advice(error)}") from error
     if not isinstance(values, dict):
         raise UserError(
@@ -261,7 +266,7 @@ def parse(path: Path) -> dict[str, Any]:
     return values
 
 
-def _advice(error: yaml.YAMLError) -> str:
+def _advice(error: Exception) -> str:
     """What to do about text that YAML takes for a section: a pattern whose braces are not quoted."""
     mark = getattr(error, "problem_mark", None)
     near = mark.get_snippet() if mark is not None else ""
@@ -326,7 +331,7 @@ def assign(values: dict[str, Any], dotted: str, value: Any, *, said: str) -> Non
 def _item(place: Any, part: str, said: str) -> Any:
     if not isinstance(place, list):
         raise UserError(f"{said}: there is no section to set {part} in")
-    if not part.isdigit() or int(part) >= len(place):
+    if not part.isdecimal() or int(part) >= len(place):
         raise UserError(f"{said}: {part} is not a place in a list of {len(place)}")
     return place[int(part)]
 

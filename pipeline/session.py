@@ -22,6 +22,7 @@ from pipeline.config import PipelineConfig
 from pipeline.dag import RunView, needed, registration, steps
 from pipeline.runner import PlannedStep, check, execute, plan, select
 from stages import storage
+from stages.config.tracking import without_password
 from stages.config.train import PhaseJob, full_size
 from stages.models.fast.process import best_precision
 from stages.progress import duration
@@ -114,14 +115,15 @@ def run_cluster(config: PipelineConfig) -> AbstractContextManager[None]:
 
 
 def as_yaml(config: PipelineConfig) -> str:
-    """The whole config, defaults included."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The whole config, defaults included, without passwords in URIs."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return without_password(text)
 
 
 def run_view(config: PipelineConfig, planned: Sequence[PlannedStep], command: str) -> RunView:
     """What the report shows of this run."""
     return RunView(
-        command=command,
+        command=without_password(command),
         config_text=as_yaml(config),
         phases=[p.folder for p in planned if p.step.stage == "train"],
     )
@@ -129,7 +131,7 @@ def run_view(config: PipelineConfig, planned: Sequence[PlannedStep], command: st
 
 def run_tags(config: PipelineConfig, command: str) -> dict[str, str]:
     """The tags of the parent run in MLflow: the command, the workspace, the code's commit."""
-    return {"pixloom.command": command, "pixloom.workspace": config.workspace} | commit()
+    return {"pixloom.command": without_password(command), "pixloom.workspace": config.workspace} | commit()
 
 
 def log_results(

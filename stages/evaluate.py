@@ -54,7 +54,7 @@ from stages.shards.row_groups import read_unit
 if TYPE_CHECKING:
     from stages.tracking.run import Run
 
-VERSION = 6
+VERSION = 7
 
 READ_AHEAD = 8
 AT_ONCE = {"cpu": 1, "cuda": 16}

@@ -216,7 +216,7 @@ def test_another_systems_pictures_and_its_difference_are_on_the_page(tmp_path: P
     assert report.digest(config) != before
     with pytest.raises(UserError, match=r"report\.others\.theirs: .*nowhere"):
         report.digest(ReportConfig(others={"theirs": f"{tmp_path}/nowhere"}))
-    with pytest.raises(ValueError, match="target is what a picture of this model is called"):
+    with pytest.raises(ValueError, match="target is what the report calls something of its own"):
         ReportConfig(others={"target": worse})
 
 

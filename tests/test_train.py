@@ -76,7 +76,7 @@ def test_two_workers_train_as_one(ray_local: None, shards: str, tmp_path: Path) 
     assert {step for step, _ in alone} == set(range(1, 25))
     for name, value in alone.items():
         assert together[name] == pytest.approx(value, rel=2e-3, abs=1e-5), name
-    assert load_model(tmp_path / "two" / "model").architecture == job.model
+    assert load_model(tmp_path / "two" / "model").manifest.architecture == job.model
     assert len(list((tmp_path / "two" / "samples").iterdir())) == 8
     assert track.flush()
     history = connect(track.uri).get_metric_history(track.run_id(), "generator/gan")

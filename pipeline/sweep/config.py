@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, JsonValue, PositiveInt, ValidationError, model_validator
+from pydantic import Field, FiniteFloat, JsonValue, PositiveInt, ValidationError, model_validator
 
 from pipeline import config as configuration
 from stages.base import Config, Split
@@ -19,8 +19,8 @@ Best = Literal["min", "max"]
 class Range(Config):
     """A random number between two ends."""
 
-    low: Annotated[float, Field(description="The smallest value.")]
-    high: Annotated[float, Field(description="The largest value.")]
+    low: Annotated[FiniteFloat, Field(description="The smallest value.")]
+    high: Annotated[FiniteFloat, Field(description="The largest value.")]
     log: Annotated[bool, Field(description="Draw the value's logarithm uniformly, not the value.")] = False
 
     @model_validator(mode="after")

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field, FiniteFloat, field_validator
 
 from stages.base import Config
+
+TAKEN = {
+    *("source", "generated", "target"),
+    *("this model", "these images", "untrained", "mean target", "nearest target"),
+}
+"""What the report calls its own pictures and rows."""
 
 
 class ReportConfig(Config):
@@ -24,7 +30,8 @@ class ReportConfig(Config):
         int, Field(ge=32, description="Shrink images in the page to this many pixels a side.")
     ] = 1024
     max_megabytes: Annotated[
-        float, Field(ge=1, description="Shrink images until the page is below this many MB.")
+        FiniteFloat,
+        Field(ge=1, description="Shrink images until the page is below this many MB."),
     ] = 18
     others: dict[str, str] = Field(
         default_factory=dict,
@@ -36,6 +43,6 @@ class ReportConfig(Config):
     @field_validator("others")
     @classmethod
     def _names_are_free(cls, others: dict[str, str]) -> dict[str, str]:
-        if taken := {"source", "generated", "target"} & set(others):
-            raise ValueError(f"{min(taken)} is what a picture of this model is called; take another name")
+        if taken := TAKEN & set(others):
+            raise ValueError(f"{min(taken)} is what the report calls something of its own; take another name")
         return others

@@ -47,7 +47,7 @@ class Registration(Config):
 
 def without_password(uri: str) -> str:
     """The URI as it may be printed."""
-    return re.sub(r"(?<=://)[^/]*@", "", uri)
+    return re.sub(r"(?<=://)[^/\s]*@", "", uri)
 
 
 class TrackingConfig(Config):
@@ -92,9 +92,9 @@ class TrackingConfig(Config):
     @model_validator(mode="after")
     def _model_name_is_one_that_mlflow_takes(self) -> Self:
         name = self.model or self.experiment
-        if self.enabled and (set("/:") & set(name) or posixpath.normpath(name) != name):
+        if self.enabled and (set("/:'") & set(name) or posixpath.normpath(name) != name):
             advice = "name it differently" if self.model else "set tracking.model"
-            raise ValueError(f"MLflow cannot register a model as {name!r} (no '/' or ':'): {advice}")
+            raise ValueError(f"MLflow cannot register a model as {name!r} (no '/', ':' or quote): {advice}")
         return self
 
     def registration(self, workspace: str, split: Split | None) -> Registration:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 DRAWS = 1000
 FEW, MANY = 10, 5000
@@ -109,9 +110,10 @@ def _times_drawn(number: int) -> np.ndarray:
 
 
 def group_numbers(names: pa.ChunkedArray) -> np.ndarray:
-    """A number for each name, equal for equal names."""
-    encoded = names.combine_chunks().dictionary_encode()
-    return np.asarray(encoded.indices.fill_null(-1))
+    """A number for each name, equal for equal names; one of its own for each null or empty name."""
+    encoded = names.combine_chunks().fill_null("").dictionary_encode()
+    alone = np.asarray(pc.equal(encoded, "").to_numpy(zero_copy_only=False))
+    return np.where(alone, len(encoded) + np.arange(len(encoded)), np.asarray(encoded.indices))
 
 
 def difference(one: pa.Table, other: pa.Table, metric: str) -> Interval | None:

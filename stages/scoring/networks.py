@@ -140,7 +140,8 @@ class Segmenter:
         values = torch.from_numpy(np.array(sized.transpose(2, 0, 1), order="C"))[None].float() / 255
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (self.config.mean, self.config.std))
         out = self.network((values - mean) / std)
-        ids = out[0].argmax(0) if out.ndim == 4 else out[0]
+        scores = out.ndim == 4 and out.shape[1] > 1
+        ids = out[0].argmax(0) if scores else out[0].reshape(out.shape[-2:])
         return geometry.resize(ids.astype(np.uint8)[:, :, None], (width, height), "labels")[:, :, 0]
 
     def actual(self, labels: Array) -> np.ndarray:

@@ -51,6 +51,7 @@ WAITS = (2.0, 10.0)  # seconds before another attempt
 NAME = "model"  # below its run: `runs:/<id>/model`
 MODEL_TAG, DATA_TAG = "pixloom.model", "pixloom.data"
 SCORES = "scores"  # the artifacts with scores of single images
+ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow's words for no model, no alias
 UNCERTAIN = "no interval of the difference can be had; tracking.promote: mean compares the means alone"
 REQUIREMENTS = ["imagecodecs", "mlflow", "pandas", "pillow", "pydantic", "safetensors", "tifffile", "torch"]
 
@@ -161,7 +162,9 @@ def _promote(client: MlflowClient, config: Registration, version: str, measured:
     name, alias, metric, value = config.name, config.alias, measured.metric, measured.value
     try:
         champion = client.get_model_version_by_alias(name, alias)
-    except MlflowException:
+    except MlflowException as error:
+        if error.error_code not in ABSENT:
+            raise
         champion = None
     if champion is not None and str(champion.version) == version:
         return f"it is {alias} ({metric} {value:.4g})"
@@ -178,8 +181,8 @@ def _promote(client: MlflowClient, config: Registration, version: str, measured:
             if apart is None:
                 return f"{alias} stays {other}, this one has {value:.4g}: {UNCERTAIN}"
             amount = f"{apart.mean:.2g} ({apart.low:.2g} to {apart.high:.2g})"
-            if not apart.excludes_zero:
-                return f"{alias} stays {other}, this one has {value:.4g}: no clear difference, {amount}"
+            if not (apart.high < 0 if lower_is_better(metric) else apart.low > 0):
+                return f"{alias} stays {other}, this one has {value:.4g}: not clearly better, {amount}"
             other += f", difference {amount}"
         before = f", before: {other}"
     client.set_registered_model_alias(name, alias, version)

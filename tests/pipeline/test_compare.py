@@ -48,9 +48,11 @@ def record(folder: Path, name: str, *, seed: int, digest: str, l1: np.ndarray, s
         parent.artifact("config.yaml", as_yaml(config).encode())
         parent.dataset("scenes", uri="s3://scenes", digest=digest, context="training", counts={"test": 40})
         parent.metrics({"l1": float(l1.mean()), "l1_low": 0.1, "l1_high": 0.3, "ssim": float(ssim.mean())})
+        parent.metrics({"nearest_l1": float(l1.mean())})
         with parent.child("evaluate", {"pixloom.step": "evaluate", "pixloom.fingerprint": fingerprint}):
             pass
-    table = pa.table({"key": KEYS, "group": [""] * len(KEYS), "l1": l1, "ssim": ssim})
+    scores = {"l1": l1, "ssim": ssim, "nearest_l1": l1}
+    table = pa.table({"key": KEYS, "group": [""] * len(KEYS), **scores})
     storage.write_parquet(str(folder / f"evaluate-{fingerprint}" / "metrics.parquet"), table)
 
 
@@ -79,6 +81,8 @@ def test_settings_data_and_results_that_differ_are_shown(
         r"\n  l1 +0\.2\d* \(0\.1 to 0\.3\) .* the second is better: -0\.01 \(-0\.01 to -0\.01\)\n", text
     )
     assert re.search(r"\n  ssim .* no clear difference: ", text)
+    assert re.search(r"\n  nearest_l1 .*", text)
+    assert not re.search(r"\n  nearest_l1 .*(better|difference)", text)  # a baseline is no score of the model
 
 
 def test_of_long_values_both_ends_are_shown() -> None:

@@ -13,6 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline import config as configuration
+from pipeline.session import as_yaml
 from stages.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -119,11 +120,37 @@ def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
     assert "'train' is twice" in refused(path=str(file))
 
 
-@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "\x00", "!!python/object/apply:os.system ['true']\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("- a\n- b\n", "a: [", "\x00", "!!python/object/apply:os.system ['true']\n"),
+        *("about: {title: 2026-13-45}\n", f"a: {'[' * 5000}", "profile: [1]\n"),
+    ],
+)
 def test_a_file_that_is_no_config_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
     file = tmp_path / "odd.yaml"
     file.write_text(text)
     assert "odd.yaml" in refused(path=str(file))
+
+
+def test_a_value_that_is_no_yaml_is_refused_and_not_shown() -> None:
+    for value in ("2001-99-99", "[secret"):
+        assert refused(f"about.title={value}") == "--set about.title: the value is not valid YAML"
+    assert "² is not a place in a list" in refused("train.phases.².epochs=3")
+
+
+def test_sections_may_be_merged_by_an_anchor(tmp_path: Path) -> None:
+    file = tmp_path / "merged.yaml"
+    file.write_text("one: &base {a: 1, b: 2}\ntwo: {<<: *base, b: 3}\n")
+    assert configuration.parse(file)["two"] == {"a": 1, "b": 3}
+
+
+def test_a_password_in_a_uri_is_in_no_text_of_the_config() -> None:
+    config = configuration.load(YAML, ["tracking.uri=http://me:secret@host/x", "about.title=a b@c"])
+    text = as_yaml(config)
+    assert "uri: http://host/x" in text
+    assert "secret" not in text
+    assert "a b@c" in text
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
@@ -167,10 +194,13 @@ def test_every_recipe_loads_in_every_profile(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", ["tracking.model=team/street", "tracking.model='a:b'", "tracking.experiment=a/b"]
+    "setting",
+    ["tracking.model=team/street", "tracking.model='a:b'", "tracking.experiment=a/b", "tracking.model=a'b"],
 )
 def test_a_model_name_that_mlflow_refuses_is_refused_before_training(setting: str) -> None:
-    assert re.search(r"tracking: MLflow cannot register a model as '(team/street|a:b|a/b)'", refused(setting))
+    assert re.search(
+        r"tracking: MLflow cannot register a model as ['\"](team/street|a:b|a/b|a'b)['\"]", refused(setting)
+    )
     assert configuration.load(YAML, ["tracking.experiment=a/b", "tracking.model=b"]).tracking.model == "b"
 
 

@@ -153,6 +153,16 @@ def test_the_jackknife_of_a_mean_is_its_standard_error_with_blocks_of_any_size()
     assert 0.9 < held / 400 < 0.99
 
 
+def test_images_without_a_group_are_drawn_by_themselves_beside_those_that_have_one() -> None:
+    names = pa.chunked_array([["a", "", "a"], ["b", None, ""]])
+    numbers = intervals.group_numbers(names)
+    assert numbers[0] == numbers[2]
+    assert len(np.unique(numbers)) == 5
+    alone = intervals.group_numbers(pa.chunked_array([["", None, ""]]))
+    assert (np.diff(alone) > 0).all()  # in their order: as without groups
+    assert len(np.unique(blocks(numbers))) == 5
+
+
 def test_a_block_has_whole_groups_and_a_set_of_too_few_images_has_no_interval() -> None:
     groups = np.repeat(np.arange(50), 3)
     block = blocks(groups)

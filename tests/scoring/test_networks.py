@@ -39,6 +39,13 @@ class Threshold(nn.Module):
         return torch.cat([1 - bright, bright], 1)
 
 
+class Ids(Threshold):
+    """The same as ids."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x[:, :1] > 0).float()
+
+
 def test_other_weights_than_the_published_give_distances_of_another_name(tmp_path: Path) -> None:
     weights = script(Means(), tmp_path / "means.pt")
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
@@ -90,6 +97,8 @@ def test_features_and_classes_come_from_the_users_networks(tmp_path: Path) -> No
     assert ids.shape == (8, 10)
     assert (ids[:, 5:] == 1).all()
     assert (ids[:, :5] == 0).all()
+    one_channel = script(Ids(), tmp_path / "ids.pt")  # ids as (N, 1, H, W)
+    assert (Segmenter(config.model_copy(update={"weights": str(one_channel)}), "cpu")(image) == ids).all()
     labels = np.array([[[7], [9], [3]]], np.uint8)
     assert segmenter.actual(labels).tolist() == [[0, 1, -1]]
 

@@ -19,6 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from mlflow.entities import LoggedModelStatus
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
@@ -80,6 +82,35 @@ def measured(value: float, data: str = "d", *, apart: float | None = None) -> Me
     return Measurement(metric="l1", value=value, data=data, images=pa.table(images))
 
 
+def test_one_that_is_worse_on_the_shared_images_or_compared_with_nothing_known_is_no_champion(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = MlflowClient(tracking_uri=uri)
+
+    def send(width: int, value: float, images: pa.Table) -> str:
+        folder = str(make_model(tmp_path / str(width), trained=(width, 32)))
+        result = Measurement(metric="l1", value=value, data="d", images=images)
+        return register(step("lane"), folder, uri, new_run(client), example=EXAMPLE, measured=result)
+
+    def images(count: int, value: float) -> pa.Table:
+        return pa.table(
+            {"key": [f"k{i}" for i in range(count)], "group": [""] * count, "l1": [value] * count}
+        )
+
+    assert "now champion" in send(32, 0.2, images(20, 0.2))
+    # its mean is lower, since it has no images of the hard ones; of each that both have, it is worse
+    assert "not clearly better, 0.05 (" in send(64, 0.1, images(10, 0.25))
+
+    def away(*_: object) -> None:
+        raise MlflowException("API request failed with error code 503", error_code=TEMPORARILY_UNAVAILABLE)
+
+    monkeypatch.setattr(registry.MlflowClient, "get_model_version_by_alias", away)
+    with pytest.raises(MlflowException, match="503"):
+        send(96, 0.9, images(20, 0.9))
+    monkeypatch.undo()
+    assert str(client.get_model_version_by_alias("lane", "champion").version) == "1"
+
+
 def test_the_better_one_is_champion_and_none_is_made_twice(uri: str, tmp_path: Path) -> None:
     client = MlflowClient(tracking_uri=uri)
     before = os.environ.get("MLFLOW_TRACKING_URI")
@@ -96,7 +127,7 @@ def test_the_better_one_is_champion_and_none_is_made_twice(uri: str, tmp_path: P
     assert "now champion (l1 0.2)" in send(0, measured(0.2))
     assert champion() == "1"
     assert "champion stays version 1 (l1 0.2), this one has 0.3" in send(1, measured(0.3))
-    assert "this one has 0.19: no clear difference, -0.01 (" in send(2, measured(0.19, apart=0.2))
+    assert "this one has 0.19: not clearly better, -0.01 (" in send(2, measured(0.19, apart=0.2))
     assert champion() == "1"
     better = send(2, measured(0.1))
     assert "now champion (l1 0.1, before: version 1 (l1 0.2), difference -0.1 (" in better
