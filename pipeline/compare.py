@@ -37,7 +37,9 @@ def parser() -> argparse.ArgumentParser:
 
 def find(client: Any, experiment: str, text: str) -> Any:
     """The pipeline run with this id or name. Raises UserError that lists the newest if there is not one."""
-    found = client.search_runs([experiment], max_results=1000, order_by=["attributes.start_time DESC"])
+    parents = "tags.`pixloom.workspace` != ''"  # nor the children of 1,000 steps
+    order = ["attributes.start_time DESC"]
+    found = client.search_runs([experiment], parents, max_results=1000, order_by=order)
     runs = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
     named = [run for run in runs if text in (run.info.run_id, run.info.run_name)]
     if len(named) == 1:

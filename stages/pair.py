@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial, reduce
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -67,7 +67,6 @@ EXCHANGE_KEPT = 24 * 3600.0  # seconds; a later run deletes exchange folders tha
 
 logger = logging.getLogger(__name__)
 
-Derivation = Literal["grey", "lab_lightness", "edges", "sketch", "inpaint", "downscale"]
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 

@@ -45,7 +45,15 @@ def _place_tags(page: Any) -> Tags:
     if page.tags.valueof(tiff.ORIENTATION, 1) != 1:
         return ()
     tags = [page.tags[code] for code in PLACE_TAGS if code in page.tags]
-    return [(tag.code, int(tag.dtype), tag.count, tag.value, True) for tag in tags]
+    return [(tag.code, int(tag.dtype), tag.count, _value(page, tag), True) for tag in tags]
+
+
+def _value(page: Any, tag: Any) -> Any:
+    """Text as its bytes: names of coordinate systems need not be ASCII, and keys hold offsets in them."""
+    if not isinstance(tag.value, str):
+        return tag.value
+    page.parent.filehandle.seek(tag.valueoffset)
+    return page.parent.filehandle.read(tag.count)
 
 
 def open_rows(path: Path, how: Picture) -> TiffRows | None:

@@ -19,7 +19,7 @@ PLACE: list[tuple[int, int, int, Any, bool]] = [
     (33550, 12, 3, (0.5, 0.5, 0.0), True),
     (33922, 12, 6, (0.0, 0.0, 0.0, 440720.0, 3751320.0, 0.0), True),
     (34735, 3, 8, (1, 1, 0, 1, 1024, 0, 1, 1), True),
-    (34737, 2, 16, "WGS 84 / UTM 11N|"[:15], True),
+    (34737, 2, 16, "Réseau /UTM 11|\0".encode("latin-1"), True),  # as it is, whatever its encoding
 ]
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from stages.models.files.nvidia_names import from_nvidia, layer_names
+from stages.models.files.nvidia_names import layer_names, renamed
 
 TOLERANCE = 1e-4  # the reference's own README
 
@@ -33,7 +33,8 @@ class Reference:
         return {name[len(start) :]: t for name, t in self.tensors.items() if name.startswith(start)}
 
     def load(self, network: Network, prefix: str = "weights") -> Network:
-        network.load_state_dict(from_nvidia(self.state(prefix), layer_names(network)), strict=True)
+        ours = {theirs: name for name, theirs in layer_names(network).items()}
+        network.load_state_dict(renamed(self.state(prefix), ours), strict=True)
         return network
 
 

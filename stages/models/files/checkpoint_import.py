@@ -297,7 +297,7 @@ def _fill(network: nn.Module, state: State, role: str, names: dict[str, str] | N
         if name.rpartition(".")[0] not in layers:
             hint = " (batch norm in a pix2pixHD network is not supported)" if state[name].dim() == 1 else ""
             raise ValueError(f"{role}: {name[:80]} has no place in the network{hint}")
-    ours = nvidia_names.from_nvidia(state, names)
+    ours = nvidia_names.renamed(state, {theirs: ours for ours, theirs in names.items()})
     expected = network.state_dict()
     for name, empty in expected.items():
         if name not in ours and name.endswith("num_batches_tracked"):

@@ -135,14 +135,6 @@ def layer_names(network: nn.Module) -> dict[str, str]:
             raise TypeError(f"no published counterpart of {type(network).__name__}")
 
 
-def from_nvidia(state: Mapping[str, Tensor], names: LayerNames) -> dict[str, Tensor]:
-    """A published state dict under our names, as `renamed`.
-
-    `load_state_dict(strict=True)` then names what is missing or has another shape.
-    """
-    return renamed(state, {theirs: ours for ours, theirs in names.items()})
-
-
 def renamed(state: Mapping[str, Tensor], names: LayerNames) -> dict[str, Tensor]:
     """A state dict with its layers renamed. Parameters of layers not in the table are left out."""
     layers = ((name.rpartition("."), value) for name, value in state.items())
