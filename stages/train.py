@@ -377,7 +377,7 @@ def _watched(channel: Channel, rank: int, seconds: float) -> Iterator[None]:
 
     def watch() -> None:
         while not over.wait(min(1.0, seconds / 4)):
-            if time.monotonic() - channel.last_alive > seconds:
+            if not channel.stores and time.monotonic() - channel.last_alive > seconds:
                 channel.post(Note(f"worker {rank} made no progress for {seconds:.0f} s; killing its process"))
                 faulthandler.dump_traceback(all_threads=True)  # into the worker's log: what it hung in
                 over.wait(1)  # for the note to leave

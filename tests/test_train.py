@@ -248,3 +248,24 @@ def test_a_worker_decodes_with_its_share_of_the_cores(monkeypatch: pytest.Monkey
     monkeypatch.setattr(train, "own_cores", lambda: 24)
     assert [train.decode_threads(workers, gpu=True) for workers in (1, 2, 8, 48)] == [16, 12, 3, 1]
     assert [train.decode_threads(workers, gpu=False) for workers in (1, 8)] == [4, 3]
+
+
+WATCHED = """
+import sys, time
+from stages import train
+from stages.training.news import Channel
+
+channel = Channel(lambda news: None)
+with train._watched(channel, 0, 0.5):
+    if sys.argv[1] == "stores":
+        with channel.storing():
+            time.sleep(2)
+    else:
+        time.sleep(20)
+"""
+
+
+@pytest.mark.parametrize(("does", "code"), [("stores", 0), ("hangs", -signal.SIGKILL)])
+def test_a_worker_that_waits_for_a_store_is_not_taken_for_a_hung_one(does: str, code: int) -> None:
+    done = subprocess.run([sys.executable, "-c", WATCHED, does], check=False, capture_output=True, timeout=60)
+    assert done.returncode == code

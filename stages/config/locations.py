@@ -60,8 +60,7 @@ def plain_name(uri: str) -> str:
 def expand_ranges(uri: str) -> list[str]:
     """The archives that a range of numbers stands for: `{000..099}` as WebDataset writes it; or the one.
 
-    Raises:
-        ValueError: the range ends before it starts.
+    Raises ValueError if the range ends before it starts.
     """
     match = _RANGE.search(uri)
     if match is None:
@@ -75,11 +74,7 @@ def expand_ranges(uri: str) -> list[str]:
 
 
 def archive_parts(uri: str) -> tuple[str, str, str]:
-    """Protocol ("tar" or "zip"), folder or member inside, and the archive's own location.
-
-    Raises:
-        ValueError: the chain names no archive.
-    """
+    """Protocol ("tar" or "zip"), folder inside, the archive's own location. Raises ValueError without one."""
     if uri.startswith(("tar://", "zip://")):
         protocol, _, rest = uri.partition("://")
         inside, chained, outer = rest.partition("::")
@@ -93,11 +88,7 @@ def archive_parts(uri: str) -> tuple[str, str, str]:
 
 
 def table_format(uri: str) -> str:
-    """How a table is written, by its suffix; csv, tsv and json may be compressed (`.csv.gz`).
-
-    Raises:
-        ValueError: the suffix is not one of `FORMATS`.
-    """
+    """How a table is written, by its suffix (also before `.gz`). Raises ValueError if it is unknown."""
     name = plain_name(uri).removesuffix(".gz")
     for suffix, kind in FORMATS.items():
         if name.endswith(suffix):
@@ -115,11 +106,7 @@ class Pattern:
 
 
 def compile_pattern(text: str) -> Pattern:
-    """Compile a key pattern.
-
-    Raises:
-        ValueError: a name in braces that is not one of the five, twice the same, or nothing captured.
-    """
+    """Compile a key pattern. Raises ValueError that says what is wrong with it."""
     names: list[str] = []
     parts: list[str] = []
     for match in _TOKEN.finditer(text):

@@ -155,8 +155,8 @@ class SynchronisedBatchNorm(BatchNorm):
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
         shift = self.bias - mean * scale
-        shape = (1, channels, 1, 1)
-        return x * scale.to(x.dtype).view(shape) + shift.to(x.dtype).view(shape)
+        scale, shift = (each.to(exact.dtype).view(1, channels, 1, 1) for each in (scale, shift))
+        return (exact * scale + shift).to(x.dtype)  # bf16 would cancel in the sum
 
 
 def synchronise_batch_norms(network: nn.Module, total: Callable[[Tensor], Tensor]) -> None:

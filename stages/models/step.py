@@ -67,7 +67,6 @@ class Batch:
     source   (N, C, H, W) image, or (N, 1, H, W) integer class ids for a labels source
     target   (N, C, H, W)
     instance (N, 1, H, W) integer ids, or None
-    label    (N, 1, H, W) class ids for evaluation, or None; a step does not read them
     share    workers * N / (rows of this step over all workers): the weight of this worker's gradients, such
              that their mean over the workers is the mean over rows where batches are short or empty
     """
@@ -75,7 +74,6 @@ class Batch:
     source: Tensor
     target: Tensor
     instance: Tensor | None = None
-    label: Tensor | None = None
     keys: Sequence[str] = ()
     share: float = 1.0
 
@@ -91,7 +89,6 @@ class Batch:
             source=change(self.source),
             target=change(self.target),
             instance=None if self.instance is None else change(self.instance),
-            label=None if self.label is None else change(self.label),
         )
 
     def split(self, rows: int | None) -> list[Batch]:

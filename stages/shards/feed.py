@@ -93,7 +93,6 @@ class Feed:
         prefetch: int = 4,
         threads: int | None = None,
         epochs: int | None = None,
-        with_labels: bool = False,
         read: Read = read_here,
     ) -> None:
         self.preparation = Preparation(
@@ -102,7 +101,6 @@ class Feed:
             seed=seed,
             augment=augment,
             scale=scale,
-            with_labels=with_labels,
         )
         self.seed, self.batch, self.rank, self.world = seed, batch, rank, world
         self.device, self.prefetch, self.epochs = torch.device(device), prefetch, epochs
@@ -223,7 +221,6 @@ class Feed:
             source=tensors["source"],
             target=tensors["target"],
             instance=tensors.get("instance"),
-            label=tensors.get("label"),
             keys=[pair.key for pair in step.pairs],
             share=self.world * len(step.pairs) / step.total,
         )
@@ -250,7 +247,7 @@ def _send(
 def _arrived(batch: Batch, sent: torch.cuda.Event) -> Batch:
     current = torch.cuda.current_stream(batch.source.device)
     current.wait_event(sent)
-    for tensor in (batch.source, batch.target, batch.instance, batch.label):
+    for tensor in (batch.source, batch.target, batch.instance):
         if tensor is not None:
             tensor.record_stream(current)  # its memory is not reused before the step is done with it
     return batch

@@ -30,15 +30,12 @@ from stages.shards.row_groups import read_unit
 Unit = dict[str, Any]
 """What is read together, and for which epoch: epoch, file, group and rows (`row_groups.read_unit`)."""
 
-MISSING_LABEL = 255  # the label map of a pair that has none
-
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
     """How the pairs of a shards folder are prepared.
 
-    scale         1, 2, 4 ...: images come at 1/scale of the resolution; `augment.crop` is in stored pixels
-    with_labels   whether label maps are wanted
+    scale   1, 2, 4 ...: images come at 1/scale of the resolution; `augment.crop` is in stored pixels
     """
 
     folder: str
@@ -46,7 +43,6 @@ class Preparation:
     seed: int = 0
     augment: AugmentConfig = NONE
     scale: int = 1
-    with_labels: bool = False
 
     def __post_init__(self) -> None:
         width, height = self.augment.crop or self.spec.size
@@ -55,8 +51,8 @@ class Preparation:
 
     @cached_property
     def roles(self) -> dict[Role, RoleSpec]:
-        """The roles that are read."""
-        return {r: s for r, s in self.spec.roles.items() if self.with_labels or r != "label"}
+        """The roles that are read: all but the label map, which only evaluation needs."""
+        return {role: spec for role, spec in self.spec.roles.items() if role != "label"}
 
     def layout(self, role: Role) -> tuple[tuple[int, int, int], bool]:
         """Shape of an image of a role in memory, and whether that is (C, H, W) instead of (H, W, C).
@@ -103,7 +99,7 @@ class StoredPair:
         for role, spec in how.roles.items():
             stored = self.stored[role]
             if stored is None:
-                out[role][...] = MISSING_LABEL if role == "label" else 0
+                out[role][...] = 0
                 continue
             try:
                 array = dataset.decode_role(*stored, spec, size)

@@ -190,7 +190,9 @@ def save(folder: str, checkpoint: Checkpoint, *, keep: int) -> None:
     with new_folder(storage.join(folder, folder_name(checkpoint.position)), last=MANIFEST) as local:
         write_folder(local, MANIFEST, writers, manifest)
     whole = (name for name in checkpoint.best if storage.exists(storage.join(folder, name, MANIFEST)))
-    for name in sorted({*names(folder)[:-keep]} - {next(whole, "")}):  # the newest and the best one stay
+    there = names(folder)  # later ones than this one are unfinished or damaged: training went on without them
+    newest = [name for name in there if name <= folder_name(checkpoint.position)][-keep:]
+    for name in sorted({*there} - {*newest, next(whole, "")}):  # the newest and the best one stay
         remove(storage.join(folder, name))
 
 

@@ -199,18 +199,21 @@ def train_phase(
     """
     epochs = task.job.phase.epochs
     with deterministic(task.job.deterministic):
-        loop = Loop(task, worker, channel, preview, preempted, load, record)
+        with channel.storing():
+            loop = Loop(task, worker, channel, preview, preempted, load, record)
         try:
             while loop.position.epoch < epochs:
                 for batch in loop.timed(batches.epoch(loop.position.epoch, loop.position.step)):
                     loop.step(batch)
                     if loop.stopped is not None:
                         return Ending(loop.position, loop.losses, stopped=loop.stopped.reason)
-            model_step = loop.write_outputs(batches.whole_epoch(epochs - 1))
+            with channel.storing():
+                model_step = loop.write_outputs(batches.whole_epoch(epochs - 1))
         except DivergedError as error:
             return Ending(loop.position, loop.losses, failure=StageError(f"training diverged at {error}"))
         finally:
-            loop.writer.wait()  # whatever happened, a submitted checkpoint is written
+            with channel.storing():
+                loop.writer.wait()  # whatever happened, a submitted checkpoint is written
         return Ending(loop.position, loop.losses, model_step, notes=loop.execution.notes())
 
 
@@ -343,7 +346,7 @@ class Loop:
         if record is not None:
             self.update = self._graphed(record)
         self.window = Window(worker.device, self.messages.total, worker.world, self.messages.broadcast)
-        self.orders = OrderPoll(worker, self.messages, channel, preempted)
+        self.orders = OrderPoll(worker, self.messages, channel, preempted, _polled_step=self.position.steps)
         self.throughput = Throughput(self.position.images)
 
     def _graphed(self, record: Recorder) -> Step:
@@ -441,9 +444,10 @@ class Loop:
         if possible and (order is not None or pictured or self._is_checkpoint_old()):
             self._add_last_window()
             self._verify()
-            if pictured:
-                self._picture(before.epoch)
-            self._checkpoint()
+            with self.channel.storing():
+                if pictured:
+                    self._picture(before.epoch)
+                self._checkpoint()
         self.stopped = order if isinstance(order, Stop) else None
 
     def _update(self, batch: Batch, measured: bool) -> tuple[Losses, Losses]:

@@ -13,7 +13,8 @@ would take seconds to load, and the loop (`stages.training.loop`) runs without R
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -132,6 +133,7 @@ class Channel:
     def __init__(self, send: Callable[[Sequence[News]], Stop | None]) -> None:
         self.send = send
         self.last_alive = time.monotonic()
+        self.stores = 0  # how deep in `storing`
 
     def post(self, *news: News) -> None:
         """Send news."""
@@ -144,3 +146,13 @@ class Channel:
     def alive(self) -> None:
         """Record that the worker makes progress."""
         self.last_alive = time.monotonic()
+
+    @contextmanager
+    def storing(self) -> Iterator[None]:
+        """While files are read or written a worker is not hung, however long: stores have time-outs."""
+        self.stores += 1
+        try:
+            yield
+        finally:
+            self.stores -= 1
+            self.alive()

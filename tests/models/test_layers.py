@@ -40,6 +40,14 @@ def test_synchronised_batch_norms_have_the_parameters_of_those_they_replace() ->
     torch.testing.assert_close(dict(network.named_buffers()), statistics)
 
 
+def test_in_bf16_a_synchronised_batch_norm_is_as_exact_as_torchs() -> None:
+    network, x = nn.Sequential(BatchNorm(4)), torch.randn(4, 4, 16, 16) + 20
+    exact, own = network(x), network(x.bfloat16())
+    synchronise_batch_norms(network, lambda sums: sums)
+    worst, worst_of_torch = ((y.float() - exact).abs().max() for y in (network(x.bfloat16()), own))
+    assert worst < 1.5 * worst_of_torch
+
+
 def test_seeded_dropout_is_a_function_of_each_samples_seed() -> None:
     x = torch.ones(3, 8, 4, 4)
     dropout = Dropout().eval()

@@ -163,15 +163,6 @@ def test_every_kind_comes_as_the_networks_take_it(tmp_path):
     assert batch.instance.dtype == torch.int32
     largest = {key: int(i.max()) for key, i in zip(batch.keys, batch.instance, strict=True)}
     assert largest == {"0": 26000, "1": 26001, "2": 0}
-    assert batch.label is None
-
-
-def test_label_maps_come_when_asked_for(shards):
-    folder, spec = shards
-    with Feed(folder, spec, batch=4, epochs=1, with_labels=True, read=read_here) as feed:
-        batch = next(feed.epoch(0))
-    assert batch.label is not None
-    assert batch.label.shape == (4, 1, 16, 24)
 
 
 @pytest.mark.parametrize("flip", [False, True])

@@ -60,9 +60,22 @@ def test_a_checkpoint_reads_back_equal(folder: str) -> None:
 
 
 def test_only_the_newest_are_kept(folder: str) -> None:
-    for steps in (1, 2, 10, 3):
+    for steps in (1, 2, 3, 10):
         checkpoints.save(folder, checkpoint(steps), keep=2)
     assert checkpoints.names(folder) == ["step-00000003", "step-00000010"]
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_unfinished_ones_of_later_steps_take_no_place_of_usable_ones(folder: str, keep: int) -> None:
+    checkpoints.save(folder, checkpoint(100), keep=keep)
+    for steps in (150, 160):  # killed while they were written; a resumed run comes by other steps
+        storage.write_bytes(storage.join(folder, f"step-{steps:08d}", checkpoints.TENSORS), b"half")
+    for steps in (140, 145):
+        checkpoints.save(folder, checkpoint(steps), keep=keep)
+        newest = checkpoints.load_newest(folder, job="job")
+        assert newest is not None
+        assert newest.position.steps == steps
+    assert checkpoints.names(folder) == ["step-00000140", "step-00000145"][-keep:]
 
 
 @pytest.mark.parametrize("file", [checkpoints.TENSORS, checkpoints.CURVES, checkpoints.MANIFEST])

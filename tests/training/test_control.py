@@ -21,7 +21,7 @@ from stages.parallel.cluster import failure
 from stages.progress import Progress
 from stages.training import checkpoints, loop
 from stages.training.control import NewsRecorder
-from stages.training.loop import Ending, Task, Worker, train_phase
+from stages.training.loop import Ending, Loop, Task, Worker, train_phase
 from stages.training.news import (
     Advance,
     Begin,
@@ -212,6 +212,18 @@ def polls_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def names(folder: Path) -> list[str]:
     return checkpoints.names(str(folder / "checkpoints"))
+
+
+def test_a_resumed_phase_asks_for_orders_as_often_as_one_from_the_start(
+    polls_at_every_step: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = task(tmp_path, phase_jobs()[0], checkpoint_images=None)
+    train(one, send=stop_at(4))
+    monkeypatch.undo()
+    orders = Loop(one, Worker(), Channel(lambda _: None), nothing, lambda: False, dict).orders
+    orders._polled -= 0.5  # the first step took half a second
+    orders.poll(5)
+    assert 5 < orders._next_step <= 5 + loop.ORDERS_S / 0.5
 
 
 @pytest.mark.parametrize("step", [2, 4])

@@ -7,6 +7,7 @@ folders; each has its own manifest type, with `files: {name: FileEntry}` among i
 from __future__ import annotations
 
 import hashlib
+import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -66,6 +67,8 @@ def _placed(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())  # before anything vouches for it
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
