@@ -25,6 +25,7 @@ both workspaces are within reach, the scores of the images that both runs have a
 run is called better only if the interval of the difference excludes zero."""
 
 LONGEST = 64  # characters of a value
+PAGE = 1000  # runs of an answer of MLflow
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,10 +38,13 @@ def parser() -> argparse.ArgumentParser:
 
 def find(client: Any, experiment: str, text: str) -> Any:
     """The pipeline run with this id or name. Raises UserError that lists the newest if there is not one."""
-    parents = "tags.`pixloom.workspace` != ''"  # nor the children of 1,000 steps
-    order = ["attributes.start_time DESC"]
-    found = client.search_runs([experiment], parents, max_results=1000, order_by=order)
-    runs = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+    runs, token = list[Any](), None
+    while True:  # the steps of a run are runs too: thousands may be newer
+        order = ["attributes.start_time DESC"]
+        page = client.search_runs([experiment], max_results=PAGE, order_by=order, page_token=token)
+        runs += [run for run in page if "mlflow.parentRunId" not in run.data.tags]
+        if not (token := page.token):
+            break
     named = [run for run in runs if text in (run.info.run_id, run.info.run_name)]
     if len(named) == 1:
         return named[0]

@@ -186,7 +186,7 @@ def override(values: dict[str, Any], overrides: Iterable[str]) -> None:
             value = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
         except BAD_YAML as error:
             raise UserError(f"--set {dotted}: the value is not valid YAML{_advice(error)}") from error
-        assign(values, dotted, value, said=f"--set {one}")
+        assign(values, dotted, value, said=f"--set {dotted}")
 
 
 def validated(values: Mapping[str, Any], path: str, overrides: Sequence[str] = ()) -> PipelineConfig:

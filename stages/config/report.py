@@ -30,8 +30,7 @@ class ReportConfig(Config):
         int, Field(ge=32, description="Shrink images in the page to this many pixels a side.")
     ] = 1024
     max_megabytes: Annotated[
-        FiniteFloat,
-        Field(ge=1, description="Shrink images until the page is below this many MB."),
+        FiniteFloat, Field(ge=1, description="Shrink images until the page is below this many MB.")
     ] = 18
     others: dict[str, str] = Field(
         default_factory=dict,

@@ -85,6 +85,14 @@ def test_settings_data_and_results_that_differ_are_shown(
     assert not re.search(r"\n  nearest_l1 .*(better|difference)", text)  # a baseline is no score of the model
 
 
+def test_a_run_is_found_behind_pages_of_newer_ones(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "PAGE", 3)  # of 8 runs: 4 and their steps
+    assert said(place, ["first", "second"], capsys)[0] == 0
+    assert "2 runs have this name" in said(place, ["first", "twin"], capsys)[1]
+
+
 def test_of_long_values_both_ends_are_shown() -> None:
     first, second = (f"s3://{'x' * 90}/{name}" for name in ("a", "b"))
     assert compare.columns([("uri", first, second)]).endswith("x/b")
