@@ -26,7 +26,7 @@ import psutil
 from stages import storage
 from stages.base import Point
 from stages.config.tracking import without_password
-from stages.errors import PixloomError, one_line
+from stages.errors import PixloomError, UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,10 @@ def shown(points: Sequence[Point]) -> list[Point]:
 
 
 def curve_rows(folder: str) -> list[Point]:
-    """The curves of a phase as MLflow shows them, from its result or else from its newest checkpoint."""
+    """The curves of a phase as MLflow shows them, from its result or else from its newest checkpoint.
+
+    Raises UserError if the store cannot be asked.
+    """
     if not folder:
         return []
     checkpoints = storage.join(folder, "checkpoints")
@@ -98,6 +101,8 @@ def curve_rows(folder: str) -> list[Point]:
             return shown([Point(**row) for row in storage.read_parquet(place).to_pylist()])
         except FileNotFoundError:  # not at its end, or a newer checkpoint has replaced it
             continue
+        except UserError:  # the store is away: later
+            raise
         except (OSError, ValueError, PixloomError) as error:
             logger.warning("%s: these curves cannot be read, MLflow misses them: %s", place, one_line(error))
     return []
@@ -142,6 +147,15 @@ def documents(workspace: str) -> list[str]:
     unsent = storage.join(storage.absolute(workspace), UNSENT)
     places = [storage.join(unsent, name, DOCUMENT) for name in storage.list_folders(unsent)]
     return [place for place in places if storage.exists(place)]
+
+
+def moved(value: Any, old: str, new: str) -> Any:
+    """A value of JSON in which the places in folder `old` are in folder `new`."""
+    if isinstance(value, dict):
+        return {name: moved(one, old, new) for name, one in value.items()}
+    if isinstance(value, list):
+        return [moved(one, old, new) for one in value]
+    return new + value[len(old) :] if isinstance(value, str) and value.startswith(f"{old}/") else value
 
 
 def connect(uri: str) -> Any:
@@ -234,21 +248,21 @@ class Sender:
             logger.warning("MLflow at %s has no answer; the next run sends what is in %s", where, self.unsent)
 
     def take_over(self) -> None:
-        """Complete the runs that ended processes left in this workspace; those still open end as KILLED."""
+        """End the runs that ended processes left open as KILLED; complete those of this workspace."""
         self.client = self.client or connect(self.uri)
         killed: dict[Fact, Any] = {("end",): {"status": "KILLED", "end_time": int(time.time() * 1000)}}
-        workspace = self.workspace.replace("'", "")
-        where = f"attributes.status = 'RUNNING' and tags.`{WORKSPACE_TAG}` = '{workspace}'"
+        here, where = storage.absolute(self.workspace), "attributes.status = 'RUNNING'"
         for run in self.client.search_runs([self.experiment], filter_string=where, max_results=1000):
             if is_gone(run.data.tags.get(PROCESS_TAG, "")):
                 self.client.set_terminated(run.info.run_id, status="KILLED")
-                self.put(run.data.tags[KEY_TAG], killed, curve_rows(run.data.tags.get(CURVES_TAG, "")))
+                phase = run.data.tags.get(CURVES_TAG, "").rpartition("/")[2]  # the workspace may have moved
+                self.put(run.data.tags[KEY_TAG], killed, curve_rows(phase and storage.join(here, phase)))
         for uri in documents(self.workspace):
             document = storage.read_json(uri)
             process, gone = document["process"], is_gone(document["process"])
             if not gone and process != this_process() and process.split()[0] == socket.gethostname():
                 continue  # it sends them itself
-            records = document["records"].items()
+            records = moved(document["records"], document.get("workspace", here), here).items()
             rows = {key: curve_rows(record["curves"]) for key, record in records}
             with self._changed:
                 self._folders.append(uri.rpartition("/")[0])
@@ -448,7 +462,8 @@ class Sender:
                                 record.facts[fact] = uri
                     stored = [(fact, record.facts.get(fact, value)) for fact, value in facts]
                     document[key] = {"curves": record.curves, "facts": stored}
-                whole = {"process": this_process(), "records": document}
+                place = storage.absolute(self.workspace)
+                whole = {"process": this_process(), "workspace": place, "records": document}
                 storage.write_json(storage.join(self._folder, DOCUMENT), whole)
                 with self._changed:
                     self._folders = list({*self._folders, self._folder})

@@ -15,6 +15,7 @@ import pytest
 from stages import storage
 from stages.base import Point
 from stages.config.tracking import TrackingConfig
+from stages.errors import UserError
 from stages.inference.model_source import tracking_server
 from stages.tracking import sender
 from stages.tracking.run import Run, catch_up, open_parent
@@ -93,6 +94,25 @@ def test_curves_that_cannot_be_read_hold_up_nothing(
         child.curves(str(tmp_path))
     assert stored(child).info.status == "FINISHED"
     assert "cannot be read" in caplog.text
+
+
+def test_curves_wait_for_a_store_that_is_away(
+    parent: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(uri: str) -> Any:
+        raise UserError(f"{uri}: cannot reach the store")
+
+    write_curves(f"{tmp_path}/metrics.parquet", 9)
+    child = parent.child("train-global")
+    child.curves(str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "read_parquet", away)
+        child.end()
+        assert not child.flush(wait=1.5)
+        assert stored(child).info.status == "RUNNING"
+    assert child.flush(wait=20.0)
+    assert steps(child, "generator/gan") == list(range(1, 10))
+    assert stored(child).info.status == "FINISHED"
 
 
 def test_a_phase_has_one_model_with_the_values_of_its_step_and_its_data_set(
@@ -206,8 +226,8 @@ class Away:
     def __getattr__(self, name):
         raise ConnectionError("no route")
 
-workspace, folder = sys.argv[1:]
-parent = open_parent(TrackingConfig(), "killed", None, workspace)
+workspace, folder, database = sys.argv[1:]
+parent = open_parent(TrackingConfig(uri=database), "killed", None, workspace)
 known, new = parent.child("known"), parent.child("new")
 known.curves(folder)
 known.points([Point(step, 4 * step, 0, "generator/gan", 1 / step, 1000 + step) for step in (1, 2)])
@@ -227,16 +247,20 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_what_a_killed_process_could_not_send_the_next_command_completes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["workspace", "moved"])
+def test_what_a_killed_process_could_not_send_the_next_command_completes(tmp_path: Path, place: str) -> None:
     """Runs that it ended are as it ended them; the others are KILLED, with all that was recorded."""
     workspace, folder = str(tmp_path / "workspace"), str(tmp_path / "workspace/train-global-0123456789ab")
+    database = TrackingConfig(uri=f"sqlite:///{tmp_path}/runs.db")
     write_curves(f"{folder}/checkpoints/step-00000005/curves.parquet", 5)
-    words = [sys.executable, "-c", KILLED, workspace, folder]
+    words = [sys.executable, "-c", KILLED, workspace, folder, str(database.uri)]
     process = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
     assert process.returncode == -signal.SIGKILL, process.stderr
-    assert catch_up(TrackingConfig(), workspace)
+    Path(workspace).rename(tmp_path / place)
+    workspace = str(tmp_path / place)
+    assert catch_up(database, workspace)
     assert catch_up(TrackingConfig(uri="http://127.0.0.1:9"), workspace)  # nothing to do: it asks no server
-    client = sender.connect(TrackingConfig().place(workspace))
+    client = sender.connect(database.place(workspace))
     (experiment,) = [e for e in client.search_experiments() if e.name == "pixloom"]
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
     status = {name: run.info.status for name, run in runs.items()}
