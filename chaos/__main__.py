@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,12 @@ class Result:
 def main() -> int:
     """Run seeds, print a line each and a table of kinds."""
     parser = argparse.ArgumentParser(prog="python -m chaos", description=__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="the first seed")
-    parser.add_argument("--minutes", type=float, default=0.0, help="go on with the next seeds for so long")
+    parser.add_argument("--seed", default="0", metavar="N[,N...]", help="seeds, each of them a run")
+    parser.add_argument(
+        "--minutes", type=float, default=0.0, help="go on after the last one with the next for so long"
+    )
     parser.add_argument("--count", type=int, default=8, help="faults of a run")
+    parser.add_argument("--epochs", type=int, default=2, help="of each phase; faults hit long ones midway")
     parser.add_argument("--kinds", default="", help="only kinds that contain one of these words, by commas")
     parser.add_argument("--faults", default="", help="only these faults of the schedule, by number: 0,3")
     parser.add_argument("--shrink", action="store_true", help="find the fewest faults that still fail")
@@ -60,24 +64,24 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     print(f"histories in {out}", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left behind
-    end, seed = time.monotonic() + 60 * words.minutes, words.seed
+    end, named = time.monotonic() + 60 * words.minutes, [int(seed) for seed in words.seed.split(",")]
     results: list[Result] = []
-    with World(out) as world, printed_table(results):
+    with World(out, words.epochs) as world, printed_table(results):
         calm = calm_run(world)
-        while True:
+        for seed in chain(named, count(named[-1] + 1)):
+            if len(results) >= len(named) and time.monotonic() > end:
+                break
             faults = schedule.draw(seed, kinds, words.count)
             chosen = [int(n) for n in words.faults.split(",")] if words.faults else range(len(faults))
             result = one_run(world, calm, f"seed-{seed}", [faults[n] for n in chosen])
             results.append(result)
             command = f"python -m chaos --seed {seed} --count {words.count}"
+            command += f" --epochs {words.epochs}" if words.epochs != parser.get_default("epochs") else ""
             command += f" --kinds '{words.kinds}'" if words.kinds else ""
             say(seed, result, command)
             if words.shrink and result.problems:
                 fewest = shrink(world, calm, seed, faults, list(chosen))
                 print(f"fewest: {command} --faults {','.join(map(str, fewest))}", flush=True)
-            seed += 1
-            if time.monotonic() > end:
-                break
     return int(any(r.problems for r in results))
 
 

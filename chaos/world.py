@@ -45,7 +45,6 @@ STEPS = (
     "report",
 )
 
-PHASE = {"epochs": 2, "batch": 2}
 CONFIG: dict[str, Any] = {
     "extends": str(ROOT / "pipeline.yaml"),
     "pair": {"split": {"val": 0.1, "test": 0.3, "seed": 0}, "pairs_per_shard": 4},
@@ -63,13 +62,13 @@ CONFIG: dict[str, Any] = {
             "discriminators": 2,
         },
         "phases": [
-            {"name": "global", "kind": "global", "enhancers": 0, "discriminators": 1, **PHASE},
-            {"name": "local", "kind": "local", "enhancers": 1, "discriminators": 2, **PHASE},
-            {"name": "joint", "kind": "joint", "enhancers": 1, "discriminators": 2, **PHASE},
+            {"name": "global", "kind": "global", "enhancers": 0, "discriminators": 1},
+            {"name": "local", "kind": "local", "enhancers": 1, "discriminators": 2},
+            {"name": "joint", "kind": "joint", "enhancers": 1, "discriminators": 2},
         ],
     },
     # Ray's own defaults are for jobs of days: a step here takes milliseconds.
-    "resources": {"max_failures": 20, "collective_timeout_s": 20, "checkpoint_images": 4},
+    "resources": {"max_failures": 20, "collective_timeout_s": 20, "checkpoint_seconds": 1.0},
 }
 
 
@@ -144,10 +143,13 @@ class Log:
 
 
 class World:
-    """Everything a run needs; made once for many runs, mended between them."""
+    """Everything a run needs; made once for many runs, mended between them.
 
-    def __init__(self, folder: Path) -> None:
-        self.out = folder
+    epochs   of each phase; the checkpoints are as many however long the phases are
+    """
+
+    def __init__(self, folder: Path, epochs: int) -> None:
+        self.out, self.epochs = folder, epochs
         # Short: Ray's sockets live in it, and their names are limited to 107 characters.
         self.folder = Path(tempfile.mkdtemp(prefix="ch", dir="/tmp"))
         self.network = Network(self.folder)
@@ -216,7 +218,10 @@ class World:
         data = f"s3://{BUCKET}/data"
         roles = {"label": "source", "photo": "target", "instance": "instance"}
         locations = [{"uri": f"{data}/{d}", "role": r, "pattern": "{key}.png"} for d, r in roles.items()]
+        train, each = CONFIG["train"], {"epochs": self.epochs, "batch": 2}
         values = CONFIG | {
+            "train": train | {"phases": [phase | each for phase in train["phases"]]},
+            "resources": CONFIG["resources"] | {"checkpoint_images": 2 * self.epochs},
             "workspace": self.workspace,
             "ingest": {"locations": locations},
             "tracking": {"uri": self.mlflow_proxy.url, "experiment": self.experiment},
