@@ -188,10 +188,10 @@ def sample(uri: str, number: int) -> Iterator[Name]:
         units = [replace(unit, paths=(path,)) for unit in cut for path in unit.paths]
         units = units[:: -(-len(units) // PARTS)]
         for unit in units:
-            for page in islice(listing.pages(ingest.root(location), unit), -(-PAGES // len(units))):
-                for path, found, *_ in page.rows():
-                    if patterns.is_image(path) and not re.search(r"(?:\A|/)\.", path):
-                        yield number, path, found
+            objects = listing.list_objects(ingest.root(location), unit)
+            for path, found, _, _, fault in islice(objects, listing.PAGE * -(-PAGES // len(units))):
+                if patterns.is_image(path) and not fault and not re.search(r"(?:\A|/)\.", path):
+                    yield number, path, found
 
 
 def table_sides(uri: str) -> list[Side]:

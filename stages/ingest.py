@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial, reduce
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,11 +26,12 @@ import ray
 
 from stages.base import Outcome, Resources, Seen
 from stages.config.ingest import IngestConfig, LocationConfig
-from stages.config.locations import compile_pattern
+from stages.config.locations import compile_pattern, is_archive
 from stages.errors import UserError
 from stages.objects import cells, inventory, tables
 from stages.objects.digest import Uint64s, no_rows, row_sums, spell
-from stages.objects.listing import Page, Unit, etag_of, pages, split_location
+from stages.objects.listed import Listed
+from stages.objects.listing import Unit, etag_of, list_objects, split_location
 from stages.objects.patterns import bad_keys, canonical_splits, match
 from stages.objects.tables import REJECTS, reject_text
 from stages.parallel.cluster import each
@@ -72,24 +74,23 @@ OBJECTS = pa.schema(
 )
 
 
-# -- rules: a page of objects in, rows out ------------------------------------
+# -- rules: listed objects in, rows out ---------------------------------------
 
 
 def rows(
-    location: LocationConfig, index: int, page: Page, others: Iterable[str] = ()
+    location: LocationConfig, index: int, listed: Sequence[Listed], others: Iterable[str] = ()
 ) -> tuple[pa.Table, pa.Table, int]:
-    """Objects and rejects of a page, and how many are neither.
+    """Objects and rejects of those listed, and how many are neither.
 
     others   patterns of the same folder, whose objects are not the location's
     """
-    page = page.escaped()
-    count, paths, uris = len(page), pa.array(page.paths, pa.string()), pa.array(page.uris, pa.string())
+    count, columns = len(listed), zip(*listed, strict=True)
+    paths, uris, sizes, etags, faults = (pa.array(column) for column in columns)
     captured = match(compile_pattern(location.pattern), paths)
     taken = [pc.is_valid(match(compile_pattern(other), paths)["key"]) for other in others]
     bad = bad_keys(captured["key"])
-    if not page.chained:
+    if not is_archive(location.uri):
         bad = pc.or_(bad, pc.match_substring(uris, "::"))
-    faults = pa.array(page.faults, pa.string())
     table = pa.table(
         {
             "key": captured["key"],
@@ -99,8 +100,8 @@ def rows(
             "x": captured["x"],
             "y": captured["y"],
             "uri": uris,
-            "size": pa.array(page.sizes, pa.int64()),
-            "etag": pa.array(page.etags, pa.string()),
+            "size": sizes,
+            "etag": etags,
             "location": pa.array(np.full(count, index, np.int32)),
             "reason": pc.if_else(pc.not_equal(faults, ""), faults, pc.if_else(bad, "bad_key", "")),
             "detail": pa.repeat("", count),
@@ -197,20 +198,6 @@ class Listing:
         return sum(self.counts.values(), Counter[str]())
 
 
-def batches(listed: Iterable[Page]) -> Iterator[Page]:
-    """Pages put together, so that the rules work on long columns."""
-    batch: Page | None = None
-    for page in listed:
-        if batch is None:
-            batch = Page(chained=page.chained)
-        batch.extend(page)
-        if len(batch) >= ROWS_PER_BATCH:
-            yield batch
-            batch = None
-    if batch is not None:
-        yield batch
-
-
 def place(config: IngestConfig, index: int) -> str:
     """How an error names a location."""
     return f"ingest.locations.{index}.uri: {config.locations[index].uri}"
@@ -280,11 +267,11 @@ def unit_rows(
                 yield *table_rows(location, index, uri, table, broken), 0
     else:
         if location.inventory is not None:
-            listed = inventory.pages(location.inventory, unit, root(location))
+            listed = inventory.list_objects(location.inventory, unit, root(location))
         else:
-            listed = pages(root(location), unit, requests=requests)
+            listed = list_objects(root(location), unit, requests=requests)
         others = narrower(config, index)
-        for batch in batches(listed):
+        while batch := list(islice(listed, ROWS_PER_BATCH)):
             yield rows(location, index, batch, others)
 
 

@@ -41,6 +41,7 @@ from stages.images.kinds import Array, ImageRejected
 from stages.models.architecture import Picture
 from stages.models.fast.heap import keep_freed_memory
 from stages.objects.fetch import Object, Reader
+from stages.objects.tables import REJECTS
 from stages.parallel.cluster import each
 from stages.parallel.monitoring import count_rejected
 from stages.parallel.threads import prefetch_map
@@ -85,17 +86,6 @@ _ENCODED_SHARE: Mapping[Encoding, float] = {"raw": 1.0, "png": 0.5, "jpeg": 0.15
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-QUARANTINE = pa.schema(
-    {
-        "key": pa.string(),
-        "role": pa.string(),
-        "uri": pa.string(),
-        "reason": pa.string(),
-        "detail": pa.string(),
-    }
-)
 
 
 # -- rules: an image, a pair --------------------------------------------------
@@ -442,9 +432,9 @@ def _write(
         signs_table = pa.Table.from_pylist(rows_of_split, schema=suspects.SIGNS)
         storage.write_parquet(uri, signs_table, compression="zstd")
     if rejects:
-        columns = {name: [getattr(reject, name) for reject in rejects] for name in QUARANTINE.names}
+        columns = {name: [getattr(reject, name) for reject in rejects] for name in REJECTS.names}
         uri = storage.join(output, f"quarantine-{number:05d}.parquet")
-        storage.write_parquet(uri, pa.table(columns, schema=QUARANTINE), compression="zstd")
+        storage.write_parquet(uri, pa.table(columns, schema=REJECTS), compression="zstd")
     return {
         "bucket": number,
         "rows": len(rows),

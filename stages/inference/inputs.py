@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 from weakref import finalize
 
@@ -240,15 +241,16 @@ def _tables(config: InferConfig) -> Iterator[tuple[int, pa.Table]]:
         instances = storage.join(folder, config.instance_pattern)
 
     def fitting(unit: listing.Unit) -> Iterator[tuple[int, pa.Table]]:
-        for page in map(listing.Page.escaped, listing.pages(uri, unit)):
-            keys = patterns.match(pattern, pa.array(page.paths, pa.string()))["key"].combine_chunks()
-            found = zip(keys.to_pylist(), patterns.bad_keys(keys).to_pylist(), page.rows(), strict=True)
+        objects = listing.list_objects(uri, unit)
+        while batch := list(islice(objects, listing.PAGE)):
+            keys = patterns.match(pattern, pa.array([one.path for one in batch]))["key"].combine_chunks()
+            found = zip(keys.to_pylist(), patterns.bad_keys(keys).to_pylist(), batch, strict=True)
             rows = []
             for key, bad, (_, image, size, etag, fault) in found:
                 if key is not None:
                     instance = instances and instances.replace("{key}", key)
                     rows.append((key, image, size, etag, instance, fault or ("bad_key" if bad else None)))
-            yield len(page), _planned(rows)
+            yield len(batch), _planned(rows)
 
     units = listing.split_location(uri, want=LISTERS)
     with closing(

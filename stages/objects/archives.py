@@ -1,7 +1,7 @@
 """Archives read in place: the members of a tar, tar.gz or zip at any location, never unpacked to a folder.
 
 in:  tar://::https://host/facades.tar.gz, zip://train::s3://bucket/x.zip, or just a location that ends so
-out: members {path below the location, uri, size, etag}, in the archive's order
+out: its members (`Listed`), in the archive's order
 
 A member's URI is fsspec's chain (`tar://train/1.jpg::https://host/facades.tar.gz`). Its etag holds the place
 of its bytes and the archive's version, so that a reader need not search the archive again. Members are data
@@ -19,24 +19,13 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import IO, Any, cast
 
 from stages.config.locations import archive_parts, plain_name
+from stages.objects.listed import Listed
 from stages.storage import filesystem
 
 _ROOT = re.compile(r"\A(?:\.?/)+")  # of names that begin with "./", or with "/", as `tar -P` writes
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A file in an archive. `fault` says why it cannot be an image: "link", "encrypted", or ""."""
-
-    path: str
-    uri: str
-    size: int
-    etag: str
-    fault: str = ""
 
 
 def info(uri: str) -> dict[str, Any]:
@@ -53,7 +42,7 @@ def info(uri: str) -> dict[str, Any]:
     return entry
 
 
-def members(uri: str, version: str) -> Iterator[Member]:
+def members(uri: str, version: str) -> Iterator[Listed]:
     """The files of an archive, read from start to end once; of a zip, its directory.
 
     Args:
@@ -77,7 +66,7 @@ def members(uri: str, version: str) -> Iterator[Member]:
                     continue
                 any_below = True
                 address = f"{protocol}://{name}::{outer}"
-                yield Member(clean[len(below) :], address, size, f"{place}@{version}", fault)
+                yield Listed(clean[len(below) :], address, size, f"{place}@{version}", fault)
             if others and not any_below:
                 raise ValueError(f"it has nothing below {folder!r}; a member is {others[:100]!r}")
     except (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError) as error:

@@ -1,8 +1,8 @@
 """S3 Inventory: the daily listing that a store writes of a bucket, read in place of listing the bucket.
 
 in:  manifest.json of one day, as AWS writes it, and its data files (Parquet, CSV or ORC)
-out: `units`: one a data file; `pages`: the objects below a location in a data file; `version`: the manifest's
-     checksum, since neither a manifest nor its data change
+out: `units`: one a data file; `list_objects`: those below a location in a data file; `version`: the
+     manifest's checksum, since neither a manifest nor its data change
 
 AWS keeps `<inventory>/<day>/manifest.json` and the data of all days in `<inventory>/data/`.
 """
@@ -25,11 +25,12 @@ import pyarrow.orc
 import pyarrow.parquet as pq
 
 from stages.config.locations import absolute
-from stages.objects.listing import Page, Unit
+from stages.objects.listed import Listed
+from stages.objects.listing import Unit
 from stages.storage import read_bytes
 from stages.storage.local import local_file
 
-ROWS = 16_000  # of a page
+ROWS = 16_000  # that are in memory at once
 _COLUMNS = {
     "key": "key",
     "size": "size",
@@ -75,7 +76,7 @@ def units(uri: str, location: str) -> list[Unit]:
     return [Unit("inventory", (file["key"],)) for file in manifest["files"]]
 
 
-def pages(uri: str, unit: Unit, location: str) -> Iterator[Page]:
+def list_objects(uri: str, unit: Unit, location: str) -> Iterator[Listed]:
     """The objects below a location that a data file lists.
 
     Raises FileNotFoundError if the file is gone; ValueError if it is another one than the manifest names.
@@ -90,9 +91,7 @@ def pages(uri: str, unit: Unit, location: str) -> Iterator[Page]:
         read = _READERS[manifest["fileFormat"].lower()]
         for table in read(path, manifest.get("fileSchema", "")):
             for start in range(0, table.num_rows, ROWS):
-                page = _page(table.slice(start, ROWS), location)
-                if len(page):
-                    yield page
+                yield from _below(table.slice(start, ROWS), location)
 
 
 def _md5(path: Path) -> str:
@@ -139,7 +138,7 @@ def _spelt(name: str) -> str:
     return re.sub("_", "", name).lower()
 
 
-def _page(rows: pa.Table, location: str) -> Page:
+def _below(rows: pa.Table, location: str) -> Iterator[Listed]:
     """The objects below a location: the newest versions that are not deleted."""
     bucket, _, prefix = location.removeprefix("s3://").rstrip("/").partition("/")
     prefix = f"{prefix}/" if prefix else ""
@@ -154,10 +153,6 @@ def _page(rows: pa.Table, location: str) -> Page:
     keys: Sequence[str] = table["key"].to_pylist()
     sizes = table["size"].to_pylist() if "size" in names else [-1] * len(keys)
     etags = table["etag"].to_pylist() if "etag" in names else [""] * len(keys)
-    return Page(
-        [key[len(prefix) :] for key in keys],
-        [f"s3://{bucket}/{key}" for key in keys],
-        [-1 if size in (None, "") else int(size) for size in sizes],
-        [(etag or "").strip('"') for etag in etags],
-        [""] * len(keys),
-    )
+    for key, size, etag in zip(keys, sizes, etags, strict=True):
+        number = -1 if size in (None, "") else int(size)
+        yield Listed(key[len(prefix) :], f"s3://{bucket}/{key}", number, (etag or "").strip('"'))

@@ -1,9 +1,9 @@
-"""List the objects of a location, page by page, in units that can be listed in parallel.
+"""List the objects of a location, one by one, in units that can be listed in parallel.
 
 in:  a location (any fsspec URI)
-out: `split_location`: a few small units; `pages`: the objects of a unit, some thousand at a time
+out: `split_location`: a few small units; `list_objects`: the objects of a unit (`Listed`)
 
-No caller needs more than a page in memory. How a location is cut depends on what its store can list:
+At most a page of a store is in memory. How a location is cut depends on what its store can list:
 
     s3://           ranges of keys; S3 lists in key order from any key, so any cuts list each object once
     local, others   folders, opened level by level until there are enough of them
@@ -18,8 +18,7 @@ import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -30,9 +29,10 @@ from fsspec.spec import AbstractFileSystem
 
 from stages.config.locations import expand_ranges, is_archive
 from stages.objects import archives, patterns
+from stages.objects.listed import Listed
 from stages.storage import filesystem, retried, s3, speaks
 
-PAGE = 1000  # objects an S3 listing returns at once; the other stores are read in pages of the same size
+PAGE = 1000  # objects an S3 listing returns at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,55 +57,6 @@ class Unit:
     """The first, and the one after the last; None: all of them."""
     split: str = ""
     """In a table's name."""
-
-
-@dataclass(slots=True)
-class Page:
-    """Listed objects: path below the location, URI, size in bytes (-1: unknown), etag ("": unknown).
-
-    `faults` says why an object cannot be an image ("link", "encrypted"); "" if it can.
-    """
-
-    paths: list[str] = field(default_factory=list)
-    uris: list[str] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    etags: list[str] = field(default_factory=list)
-    faults: list[str] = field(default_factory=list)
-    chained: bool = False  # the URIs are chains of file systems, as an archive's are
-
-    def add(self, path: str, uri: str, size: int, etag: str, fault: str = "") -> None:
-        """Append one object."""
-        self.paths.append(path)
-        self.uris.append(uri)
-        self.sizes.append(size)
-        self.etags.append(etag)
-        self.faults.append(fault)
-
-    def extend(self, other: Page) -> None:
-        """Append another page."""
-        self.paths += other.paths
-        self.uris += other.uris
-        self.sizes += other.sizes
-        self.etags += other.etags
-        self.faults += other.faults
-
-    def escaped(self) -> Page:
-        """The same page in valid Unicode: a name's other bytes become escapes, and its fault is `bad_key`."""
-        with suppress(UnicodeEncodeError):
-            "".join(self.paths).encode()
-            return self
-        page = Page(chained=self.chained)
-        for path, uri, size, etag, fault in self.rows():
-            clean, address = (text.encode(errors="backslashreplace").decode() for text in (path, uri))
-            page.add(clean, address, size, etag, fault if clean == path else "bad_key")
-        return page
-
-    def rows(self) -> Iterator[tuple[str, str, int, str, str]]:
-        """Path, URI, size, etag and fault of every object."""
-        return zip(self.paths, self.uris, self.sizes, self.etags, self.faults, strict=True)
-
-    def __len__(self) -> int:
-        return len(self.paths)
 
 
 def etag_of(info: Mapping[str, Any]) -> str:
@@ -171,7 +122,7 @@ def _folders(fs: AbstractFileSystem, base: str, want: int) -> list[Unit]:
     while closed and len(opened) + len(closed) < want:
         path = closed.popleft()
         opened.append(path)
-        closed.extend(sorted(entry.path for entry in _entries(fs, base, path) if entry.is_folder))
+        closed.extend(sorted(entry for entry in _entries(fs, base, path) if isinstance(entry, str)))
     trees = list(closed)
     size = max(1, -(-len(trees) // want))
     units = [Unit("tree", tuple(trees[start : start + size])) for start in range(0, len(trees), size)]
@@ -222,64 +173,70 @@ def _next_characters(fs: Any, bucket: str, prefix: str, limit: int) -> Iterator[
 # -- the objects of a unit --------------------------------------------------------
 
 
-def pages(uri: str, unit: Unit, *, requests: int = 16) -> Iterator[Page]:
-    """The objects of a unit, in pages of at most some thousand, with at most `requests` requests in flight.
+def list_objects(uri: str, unit: Unit, *, requests: int = 16) -> Iterator[Listed]:
+    """The objects of a unit, with at most `requests` requests in flight.
+
+    A name that is not valid Unicode has escapes in place of its other bytes, and the fault `bad_key`.
 
     Raises:
         FileNotFoundError, PermissionError, OSError: there is no such location, or it cannot be read.
     """
+    for one in _objects(uri, unit, requests):
+        yield one if one.uri.isascii() else _escaped(one)
+
+
+def _escaped(one: Listed) -> Listed:
+    path, uri = (text.encode(errors="backslashreplace").decode() for text in (one.path, one.uri))
+    return one if uri == one.uri else one._replace(path=path, uri=uri, fault="bad_key")
+
+
+def _objects(uri: str, unit: Unit, requests: int) -> Iterator[Listed]:
     if unit.kind == "archive":
-        yield from _archive_pages(unit.paths[0])
-        return
+        (archive,) = unit.paths
+        return archives.members(archive, version=etag_of(retried(lambda: archives.info(archive))))
     fs, base = filesystem(uri)
     if unit.kind == "file":
         info = retried(lambda: fs.info(base))
         name = unquote(urlsplit(uri).path) if speaks(fs, "http") else base
-        yield Page([name.rpartition("/")[2]], [uri], [int(info["size"] or 0)], [etag_of(info)], [""])
-    elif unit.kind == "range":
-        yield from _range_pages(fs, base, unit)
-    elif unit.kind == "index":
-        yield from _index_pages(fs, base, requests)
-    else:
-        yield from _folder_pages(fs, base, unit)
+        return iter([Listed(name.rpartition("/")[2], uri, int(info["size"] or 0), etag_of(info))])
+    if unit.kind == "range":
+        return _in_range(fs, base, unit)
+    if unit.kind == "index":
+        return _in_index(fs, base, requests)
+    return _in_folders(fs, base, unit)
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    path: str  # below the location
-    is_folder: bool
-    size: int
-    etag: str
-
-
-def _entries(fs: AbstractFileSystem, base: str, path: str) -> Iterator[_Entry]:
-    """The files and folders directly in a folder."""
+def _entries(fs: AbstractFileSystem, base: str, path: str) -> Iterator[Listed | str]:
+    """The files directly in a folder, and the paths of the folders in it."""
     if isinstance(fs, LocalFileSystem):
         yield from _local_entries(base, path)
         return
     folder = f"{base}/{path}".rstrip("/")
+    prefix = fs.unstrip_protocol(base) + "/"
     fs.invalidate_cache(folder)
     for info in retried(lambda: fs.ls(folder, detail=True)):
         name = info["name"].rstrip("/")
         below = name[len(base) :].lstrip("/")
         if below and name != folder:
-            yield _Entry(below, info["type"] == "directory", int(info["size"] or 0), etag_of(info))
+            is_folder = info["type"] == "directory"
+            yield below if is_folder else Listed(below, prefix + below, int(info["size"] or 0), etag_of(info))
 
 
-def _local_entries(base: str, path: str) -> Iterator[_Entry]:
+def _local_entries(base: str, path: str) -> Iterator[Listed | str]:
     """As `_entries`, one directory entry at a time. A link to a folder above it is left out."""
     with os.scandir(Path(base) / path) as scan:
         for entry in scan:
             below = f"{path}/{entry.name}" if path else entry.name
+            uri = f"{base.rstrip('/')}/{below}"
             try:
                 if entry.is_dir():
                     if not (entry.is_symlink() and _leads_upwards(entry.path)):
-                        yield _Entry(below, True, 0, "")
+                        yield below
                 else:
                     stat = entry.stat()
-                    yield _Entry(below, False, stat.st_size, local_etag(stat))
+                    yield Listed(below, uri, stat.st_size, local_etag(stat))
             except OSError:  # a link to nowhere: its reader reports that it is missing
-                yield _Entry(below, False, -1, "")
+                yield Listed(below, uri)
 
 
 def _leads_upwards(link: str) -> bool:
@@ -287,22 +244,14 @@ def _leads_upwards(link: str) -> bool:
     return target == place or target in place.parents
 
 
-def _folder_pages(fs: AbstractFileSystem, base: str, unit: Unit) -> Iterator[Page]:
-    prefix = base.rstrip("/") + "/" if isinstance(fs, LocalFileSystem) else fs.unstrip_protocol(base) + "/"
-    page = Page()
+def _in_folders(fs: AbstractFileSystem, base: str, unit: Unit) -> Iterator[Listed]:
     folders = deque(unit.paths)
     while folders:
         for entry in _entries(fs, base, folders.popleft()):
-            if entry.is_folder:
-                if unit.kind == "tree":
-                    folders.append(entry.path)
-                continue
-            page.add(entry.path, prefix + entry.path, entry.size, entry.etag)
-            if len(page) == PAGE:
-                yield page
-                page = Page()
-    if len(page):
-        yield page
+            if isinstance(entry, Listed):
+                yield entry
+            elif unit.kind == "tree":
+                folders.append(entry)
 
 
 def _s3_base(base: str) -> tuple[str, str]:
@@ -316,33 +265,35 @@ def _s3_page(
     return retried(lambda: s3.list_page(fs, bucket, prefix, size=size or PAGE, after=after, token=token))
 
 
-def _range_pages(fs: Any, base: str, unit: Unit) -> Iterator[Page]:
+def _in_range(fs: Any, base: str, unit: Unit) -> Iterator[Listed]:
     bucket, prefix = _s3_base(base)
     last = unit.until.encode()
     token = ""
     while True:
         answer = _s3_page(fs, bucket, prefix, after=unit.after, token=token)
-        page, beyond = Page(), False
         for info in answer.get("Contents", []):
             key: str = info["Key"]
-            beyond = bool(last) and key.encode() > last
-            if beyond:
-                break
+            if last and key.encode() > last:
+                return
             path = key[len(prefix) :]
             if path and not path.endswith("/"):  # names that end in "/" stand for folders in some tools
-                page.add(path, f"s3://{bucket}/{key}", int(info["Size"]), etag_of(info))
-        if len(page):
-            yield page
+                yield Listed(path, f"s3://{bucket}/{key}", int(info["Size"]), etag_of(info))
         token = answer.get("NextContinuationToken", "")
-        if beyond or not token or not answer.get("IsTruncated"):
+        if not token or not answer.get("IsTruncated"):
             return
 
 
-def _index_pages(fs: Any, base: str, requests: int) -> Iterator[Page]:
+def _in_index(fs: Any, base: str, requests: int) -> Iterator[Listed]:
     """The files that a server's index pages link to. Links out of the location and to queries are ignored."""
     base = base.rstrip("/") + "/"
     seen = {base}
     folders = deque([base])
+
+    def listed(url: str) -> Listed:
+        info = retried(lambda: fs.info(url))
+        size = -1 if info.get("size") is None else int(info["size"])
+        return Listed(unquote(url[len(base) :]), url, size, etag_of(info))
+
     with ThreadPoolExecutor(requests) as threads:
         while folders:
             folder = folders.popleft()
@@ -357,21 +308,4 @@ def _index_pages(fs: Any, base: str, requests: int) -> Iterator[Page]:
                 seen.add(url)
                 (folders if url.endswith("/") else files).append(url)
             for start in range(0, len(files), PAGE):
-                chunk = files[start : start + PAGE]
-                page = Page()
-                infos = threads.map(lambda url: retried(lambda: fs.info(url)), chunk)
-                for url, info in zip(chunk, infos, strict=True):
-                    size = -1 if info.get("size") is None else int(info["size"])
-                    page.add(unquote(url[len(base) :]), url, size, etag_of(info))
-                yield page
-
-
-def _archive_pages(uri: str) -> Iterator[Page]:
-    page = Page(chained=True)
-    for member in archives.members(uri, version=etag_of(retried(lambda: archives.info(uri)))):
-        page.add(member.path, member.uri, member.size, member.etag, member.fault)
-        if len(page) == PAGE:
-            yield page
-            page = Page(chained=page.chained)
-    if len(page):
-        yield page
+                yield from threads.map(listed, files[start : start + PAGE])

@@ -42,7 +42,7 @@ ROWS = 16_000  # of a batch
 SEPARATORS = ",;\t|"
 
 REJECTS = pa.schema({name: pa.string() for name in ("key", "role", "uri", "reason", "detail")})
-"""Objects that cannot be in a pair, and why, as ingest and pair write them."""
+"""Objects that cannot be in a pair, and why, as ingest, pair and shard write them."""
 
 
 def reject_text(reject: Mapping[str, str]) -> str:

@@ -12,6 +12,7 @@ import pytest
 from stages.config.locations import archive_parts, is_archive
 from stages.objects import archives, listing
 from stages.objects.fetch import Object, Reader
+from stages.objects.listed import Listed
 from stages.storage import retry
 
 
@@ -31,7 +32,7 @@ def make_zip(path: Path, names: list[str]) -> str:
     return str(path)
 
 
-def members(uri: str) -> list[archives.Member]:
+def members(uri: str) -> list[Listed]:
     return list(archives.members(uri, "v1"))
 
 
@@ -66,9 +67,9 @@ def test_names_as_other_programs_write_them_are_paths(tmp_path: Path) -> None:
     absolute = make_tar(tmp_path / "a.tar.gz", ["/set/A/1.jpg", "//set/B/1.jpg", "././set/C/1.jpg"], "w:gz")
     assert [member.path for member in members(absolute)] == ["set/A/1.jpg", "set/B/1.jpg", "set/C/1.jpg"]
     for uri in (f"zip://set/A::{windows}", f"tar://set/A::{absolute}"):
-        (page,) = listing.pages(uri, listing.Unit("archive", (uri,)))
-        assert page.paths == ["1.jpg"]
-        reader, wanted = Reader(), Object(page.uris[0], page.sizes[0], page.etags[0])
+        (listed,) = listing.list_objects(uri, listing.Unit("archive", (uri,)))
+        assert listed.path == "1.jpg"
+        reader, wanted = Reader(), Object(listed.uri, listed.size, listed.etag)
         reader.expect([wanted])
         assert reader.read(wanted).endswith(b"1.jpg")
 

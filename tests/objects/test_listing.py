@@ -16,7 +16,8 @@ import pytest
 from stages import storage
 from stages.objects import listing
 from stages.objects.fetch import Object, Reader
-from stages.objects.listing import Page, Unit
+from stages.objects.listed import Listed
+from stages.objects.listing import Unit
 from stages.storage import retry
 from tests.stores.faults import Fault, FaultProxy
 from tests.stores.files import FileServer
@@ -26,7 +27,7 @@ from tests.stores.seaweed import SeaweedS3
 def list_paths(uri: str, want: int = 8) -> list[str]:
     """Paths of all units, in the order of the units."""
     units = listing.split_location(uri, want=want)
-    return [path for unit in units for page in listing.pages(uri, unit) for path in page.paths]
+    return [one.path for unit in units for one in listing.list_objects(uri, unit)]
 
 
 def make_files(folder: Path, *names: str) -> None:
@@ -59,21 +60,11 @@ def test_a_folder_of_many_folders_is_no_more_units_than_asked_for(tmp_path: Path
     assert len(list_paths(str(tmp_path), 8)) == 100
 
 
-def test_pages_say_where_an_object_is_how_long_and_which_version(tmp_path: Path) -> None:
+def test_a_listed_object_has_its_place_its_size_and_its_version(tmp_path: Path) -> None:
     make_files(tmp_path, "x/b.png")
-    (page,) = listing.pages(str(tmp_path), Unit("tree"))
-    assert list(page.rows()) == [
-        ("x/b.png", f"{tmp_path}/x/b.png", 7, f"{(tmp_path / 'x/b.png').stat().st_mtime_ns:x}", "")
-    ]
-
-
-def test_a_page_is_bounded(tmp_path: Path, short_pages: None) -> None:
-    make_files(tmp_path, *(f"{number}.png" for number in range(2 * listing.PAGE + 1)))
-    assert [len(page) for page in listing.pages(str(tmp_path), Unit("tree"))] == [
-        listing.PAGE,
-        listing.PAGE,
-        1,
-    ]
+    (one,) = listing.list_objects(str(tmp_path), Unit("tree"))
+    version = f"{(tmp_path / 'x/b.png').stat().st_mtime_ns:x}"
+    assert one == Listed("x/b.png", f"{tmp_path}/x/b.png", 7, version)
 
 
 def test_links_are_followed_but_never_in_circles(tmp_path: Path) -> None:
@@ -84,9 +75,12 @@ def test_links_are_followed_but_never_in_circles(tmp_path: Path) -> None:
     assert sorted(list_paths(str(tmp_path / "data"))) == ["a.png", "gone.png", "more/b.png"]
 
 
-def test_a_name_that_is_no_unicode_is_listed(tmp_path: Path) -> None:
+def test_a_name_that_is_no_unicode_is_written_out_with_its_fault(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")).write_bytes(b"x")
-    assert list_paths(str(tmp_path)) == ["caf\udce9.png"]
+    (tmp_path / "café.png").write_bytes(b"x")
+    listed = {one.path: one for one in listing.list_objects(str(tmp_path), Unit("tree"))}
+    assert {path: one.fault for path, one in listed.items()} == {"caf\\udce9.png": "bad_key", "café.png": ""}
+    assert listed["caf\\udce9.png"].uri == f"{tmp_path}/caf\\udce9.png"
 
 
 def test_a_missing_folder_and_a_glob_are_no_locations(tmp_path: Path) -> None:
@@ -110,7 +104,7 @@ def test_names_with_marks_of_globs_are_files_as_others(tmp_path: Path) -> None:
     assert sorted(list_paths(str(tmp_path))) == sorted([*MARKED, "a1.png"])
     for name in (*MARKED[:3], "d[1]"):
         (unit,) = listing.split_location(str(tmp_path / name), want=1)
-        (path,) = [uri for page in listing.pages(str(tmp_path / name), unit) for uri in page.uris]
+        (path,) = [one.uri for one in listing.list_objects(str(tmp_path / name), unit)]
         assert path.startswith(str(tmp_path / name))
         assert Reader().read(Object(path)) == Path(path).read_bytes()
 
@@ -125,7 +119,7 @@ def test_keys_with_marks_of_globs_are_read_and_removed_alone(
     for name in MARKED[:3]:
         uri = f"s3://{s3_bucket}/in/{name}"
         (unit,) = listing.split_location(uri, want=1)
-        assert [u for page in listing.pages(uri, unit) for u in page.uris] == [uri]
+        assert [one.uri for one in listing.list_objects(uri, unit)] == [uri]
         assert Reader().read(Object(uri)) == name.encode()
         storage.remove(uri)
     storage.remove(f"s3://{s3_bucket}/in/d[1]")
@@ -142,9 +136,9 @@ def test_a_single_file_is_a_location(tmp_path: Path) -> None:
     with FileServer(tmp_path) as server:
         for uri in (f"{tmp_path}/set/a b.png", "memory://one/a b.png", f"{server.url}/set/a%20b.png"):
             (unit,) = listing.split_location(uri, want=4)
-            (page,) = listing.pages(uri, unit)
-            assert (page.paths, page.uris) == (["a b.png"], [uri])
-            assert Reader().read(Object(page.uris[0], page.sizes[0], page.etags[0]))
+            (one,) = listing.list_objects(uri, unit)
+            assert (one.path, one.uri) == ("a b.png", uri)
+            assert Reader().read(Object(one.uri, one.size, one.etag))
     assert list_paths(f"{tmp_path}/set/[1].png") == ["[1].png"]
 
 
@@ -154,8 +148,8 @@ def test_any_other_fsspec_file_system_is_a_location() -> None:
         fs.pipe_file(f"/images/{name}", b"x")
     try:
         assert sorted(list_paths("memory://images", 3)) == sorted(NAMES)
-        (page, *_) = listing.pages("memory://images", Unit("tree", ("w",)))
-        assert fsspec.filesystem("memory").cat_file(page.uris[0]) == b"x"
+        (one, _) = listing.list_objects("memory://images", Unit("tree", ("w",)))
+        assert fsspec.filesystem("memory").cat_file(one.uri) == b"x"
     finally:
         fs.rm("/images", recursive=True)
 
@@ -170,13 +164,12 @@ def test_index_pages_are_followed_below_the_location_only(tmp_path: Path) -> Non
         for link in [*outside, "a.png?download=1", "sub%20dir/../../secret.png"]:
             server.extra_links.append(f'<a href="{link}">not below</a>')
         uri = f"{server.url}/set"
-        pages = list(listing.pages(uri, Unit("index")))
-        rows = sorted(row for page in pages for row in page.rows())
-    assert [(path, address, size) for path, address, size, _, _ in rows] == [
+        rows = sorted(listing.list_objects(uri, Unit("index")))
+    assert [(one.path, one.uri, one.size) for one in rows] == [
         ("a.png", f"{uri}/a.png", 9),
         ("sub dir/b ü.png", f"{uri}/sub%20dir/b%20%C3%BC.png", 20),
     ]
-    assert all(etag for *_, etag, _ in rows)
+    assert all(one.etag for one in rows)
 
 
 def test_an_http_location_that_is_not_there_is_said_so(tmp_path: Path) -> None:
@@ -234,7 +227,7 @@ def test_a_bucket_holds_each_key_once_however_it_is_cut(
 def test_a_flat_prefix_is_cut_too(s3_store: SeaweedS3, s3_data: str, s3_options: None) -> None:
     storage.configure({"s3": s3_store.options()})
     units = listing.split_location(f"s3://{s3_data}/data", want=16)
-    sizes = [sum(map(len, listing.pages(f"s3://{s3_data}/data", unit))) for unit in units]
+    sizes = [len(list(listing.list_objects(f"s3://{s3_data}/data", unit))) for unit in units]
     assert len(units) > 3
     assert max(sizes) <= 81
 
@@ -318,10 +311,3 @@ def test_what_the_user_can_fix_is_said_in_a_line(
 def test_reading_needs_no_more_than_reading(s3_store: SeaweedS3, s3_data: str, s3_options: None) -> None:
     storage.configure({"s3": s3_store.options(read_only=True)})
     assert len(list_paths(f"s3://{s3_data}/data")) == len(KEYS)
-
-
-def test_pages_can_be_put_together() -> None:
-    page = Page()
-    page.add("a", "/a", 1, "e")
-    page.extend(page)
-    assert list(page.rows()) == [("a", "/a", 1, "e", "")] * 2
