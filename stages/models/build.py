@@ -104,7 +104,10 @@ def build_discriminator(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeding.number(f"{seed}/spectral_norm"))  # its first vectors are random
             for convolution in convolutions:
-                spectral_norm(convolution)
+                normed = spectral_norm(convolution)
+                normed.get_submodule(
+                    "parametrizations"
+                ).eval()  # `advance_spectral_norms` advances its vectors
     return network
 
 

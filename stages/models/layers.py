@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import ParametrizationList
 
 from stages import seeding
 from stages.models.architecture import Upsampling
@@ -171,6 +172,20 @@ def synchronise_batch_norms(network: nn.Module, total: Callable[[Tensor], Tensor
         return norm.train(module.training)
 
     replace_modules(network, synchronised)
+
+
+def advance_spectral_norms(network: nn.Module) -> None:
+    """One power iteration of every spectral norm: once a step (Miyato et al. 2018, algorithm 1), not once a pass.
+
+    So the vectors do not depend on a worker's rows and micro-batches: they are the same on all workers, and all
+    passes of a step see the same weights.
+    """
+    for module in network.modules():
+        if isinstance(module, ParametrizationList):
+            module.train()
+            with torch.no_grad():
+                module()
+            module.eval()
 
 
 def replace_modules(network: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> nn.Module:

@@ -29,6 +29,7 @@ from stages.models.diff_augment import DiffAugment
 from stages.models.fast.adam import Adam
 from stages.models.gan import GanState
 from stages.models.inputs import make_condition, translate, unit_range
+from stages.models.layers import advance_spectral_norms
 from stages.models.losses import (
     PERCEPTUAL_LAYERS,
     Features,
@@ -137,6 +138,8 @@ def update(
     micro_batch   pairs in memory at a time; None: the whole batch. The update is the same except for batch
                   norm and dropout, which see each micro-batch apart
     """
+    if gan.discriminator is not None:
+        advance_spectral_norms(gan.discriminator)
     if batch.source.shape[0] == 0:
         for optimizer in (gan.discriminator_optimizer, gan.generator_optimizer):  # the others' order
             if optimizer is not None and average is not None:
@@ -194,7 +197,6 @@ def _step_pix2pix(
     several = len(micro_batches) > 1
     random = random_source(micro_batches[0].target.device)
     seed = random.initial_seed() if several else 0  # a CUDA graph must not ask
-    real: list[Features] = [[] for _ in micro_batches]
     first: tuple[_Pair, Tensor] | None = None
 
     def generated(index: int) -> tuple[_Pair, Tensor]:
@@ -211,7 +213,7 @@ def _step_pix2pix(
                     first = pair, image = generated(index)
                 # batch norm's running statistics depend on the order: the fake first, as published
                 _, fake_losses = _train_discriminator(gan, pair, image.detach(), weights, real=False)
-                real[index], real_losses = _train_discriminator(gan, pair, pair.target, weights, real=True)
+                _, real_losses = _train_discriminator(gan, pair, pair.target, weights, real=True)
             _add(total, fake_losses | real_losses, micro_batches, index)
         if several:  # running statistics count each image once
             for buffer, before in zip(gan.generator.buffers(), statistics, strict=True):
@@ -223,7 +225,13 @@ def _step_pix2pix(
             pair, image = generated(index) if several or first is None else first
             fake = image.detach().requires_grad_()
             features = _discriminate_frozen(gan, pair, fake)
-            loss, losses = _generator_loss(gan, pair, fake, features, real[index], weights)
+            real: Features = []
+            if weights.feature_matching > 0:
+                with (
+                    torch.no_grad()
+                ):  # by the updated discriminator too: features of two networks do not match
+                    real = _discriminate(gan, pair, pair.target)
+            loss, losses = _generator_loss(gan, pair, fake, features, real, weights)
         (gradient,) = torch.autograd.grad(loss * batch.share, fake)
         if index < len(micro_batches) - 1:
             torch.autograd.backward(image, gradient)

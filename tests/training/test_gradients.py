@@ -10,6 +10,10 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import nn
 
+from stages.models.architecture import InputSpec, Pix2Pix
+from stages.models.gan import build_gan, state_of
+from stages.models.objective import LossWeights
+from stages.models.step import Batch, update
 from stages.training import gradients
 
 
@@ -72,6 +76,40 @@ def work(rank: int, world: int, folder: str) -> None:
 def test_two_processes_have_the_same_mean_afterwards(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(work, (2, str(tmp_path)), nprocs=2)
     assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
+
+
+SHARED = Pix2Pix(
+    levels=4,
+    width=2,
+    norm="instance",
+    discriminator_width=4,
+    discriminator_layers=1,
+    discriminator_spectral_norm=True,
+)
+
+
+def train_unequal_shares(rank: int, folder: str) -> None:
+    """Two steps of one of two workers: of two micro-batches and of one, then of three rows and of none."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    weights = LossWeights()
+    gan = build_gan(SHARED, InputSpec(), weights=weights, learning_rate=0.01)
+    averager = gradients.GradientAverager(2)
+    for shares in ((2, 1), (3, 0)):
+        images = torch.rand((2, shares[rank], 3, 32, 32), generator=torch.Generator().manual_seed(rank))
+        batch = Batch(source=images[0], target=images[1], share=2 * shares[rank] / 3)
+        update(gan, batch, weights=weights, average=averager, micro_batch=1)
+    torch.save(state_of(gan), Path(folder, f"state-{rank}"))
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_workers_of_unequal_shares_have_the_same_networks_with_spectral_norm(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(train_unequal_shares, (str(tmp_path),), nprocs=2)
+    one, other = (torch.load(tmp_path / f"state-{rank}") for rank in range(2))
+    for network in ("generator", "discriminator"):
+        assert one[network].keys() == other[network].keys()
+        for name, value in one[network].items():
+            assert value.equal(other[network][name]), (network, name)
 
 
 def test_one_worker_exchanges_nothing() -> None:
