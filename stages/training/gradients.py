@@ -19,7 +19,6 @@ from torch import Tensor, nn
 Weight = TypeVar("Weight", bound=Tensor)
 
 BUCKET_BYTES = 32 << 20
-PATIENCE_S = 86_400.0
 CPU_BUCKET_BYTES = 4 << 20  # over gloo: what was packed is still in the cache when it is sent
 
 
@@ -202,15 +201,11 @@ class Bucket:
 
 
 class Messages:
-    """Small values between all workers, in a process group of their own: gradients do not delay them.
+    """Small values between all workers, in a process group of their own: gradients do not delay them."""
 
-    One worker may have to wait for a store or to measure samples while the others wait for it here, so the
-    group has no time limit to speak of. `stages.train` restarts workers that hang.
-    """
-
-    def __init__(self, workers: int, device: torch.device) -> None:
+    def __init__(self, workers: int, device: torch.device, timeout_s: float) -> None:
         self.device = device
-        self.group = new_group(device, PATIENCE_S) if workers > 1 else None
+        self.group = new_group(device, timeout_s) if workers > 1 else None
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum over all workers, as a new tensor."""
@@ -222,10 +217,6 @@ class Messages:
     def any(self, flag: bool) -> bool:
         """Whether any worker says so. Waits for the device if there are several."""
         return bool(self.sums([float(flag)])[0])
-
-    def meet(self) -> None:
-        """Wait until all workers are here."""
-        self.any(False)
 
     def sums(self, values: list[float]) -> list[float]:
         """The sum of each value over all workers. Waits for the device if there are several."""

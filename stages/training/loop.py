@@ -301,7 +301,8 @@ class Loop:
         self._checkpointed = time.monotonic()
         self._last_window: tuple[ClosedWindow, Position, int, dict[str, float]] | None = None
         """A point of the curves whose losses may be on their way: its position, epoch and other values."""
-        self.messages = Messages(worker.world, worker.device)
+        timeout_s = task.resources.collective_timeout_s
+        self.messages = Messages(worker.world, worker.device, timeout_s)
         self._has_rows = True  # whether this worker's pairs count in synchronised norms
         self.position, self.points = Position(), list[Point]()
         self.losses: dict[str, float] = {}
@@ -336,8 +337,6 @@ class Loop:
             for network in (self.gan.generator, self.gan.discriminator):
                 if network is not None:
                     synchronise_batch_norms(network, self._over_all)
-        self.messages.meet()  # a store may be slow; from here on a worker that waits for another has a limit
-        timeout_s = task.resources.collective_timeout_s
         self.averager = GradientAverager(
             worker.world,
             wire=torch.bfloat16 if task.job.gradient_dtype == "bf16" else None,
@@ -449,7 +448,6 @@ class Loop:
                 if pictured:
                     self._picture(before.epoch)
                 self._checkpoint()
-                self.messages.meet()  # with the worker that drew samples
         self.stopped = order if isinstance(order, Stop) else None
 
     def _update(self, batch: Batch, measured: bool) -> tuple[Losses, Losses]:

@@ -59,7 +59,7 @@ def test_means_keep_values_layout_and_memory(
 
 
 def test_messages_have_their_own_group(device: torch.device, group: dist.ProcessGroup) -> None:
-    messages = Messages(SEVERAL, device)
+    messages = Messages(SEVERAL, device, 60)
     assert messages.broadcast({"step": 3}) == {"step": 3}
     assert messages.any(True)
     assert not messages.any(False)
@@ -90,7 +90,7 @@ def test_a_step_with_an_exchange_is_one_without(
 def test_synchronised_norms_of_one_worker_are_batch_norms(
     device: torch.device, group: dist.ProcessGroup
 ) -> None:
-    messages = Messages(SEVERAL, device)
+    messages = Messages(SEVERAL, device, 60)
     images = torch.randn(4, 8, 16, 16, device=device)
     outputs, gradients = [], []
     for synchronised in (False, True):

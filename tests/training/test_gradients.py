@@ -63,7 +63,7 @@ def work(rank: int, world: int, folder: str) -> None:
     assert first.grad.dtype == torch.float32
     assert first.grad[0].item() == 1.125  # what bf16 has no digits for is lost
 
-    messages = gradients.Messages(world, torch.device("cpu"))
+    messages = gradients.Messages(world, torch.device("cpu"), 60)
     assert messages.broadcast({"rank": rank}) == {"rank": 0}
     assert messages.total(torch.tensor([1.0])).item() == world
     assert messages.any(rank == 1)
@@ -113,7 +113,7 @@ def test_workers_of_unequal_shares_have_the_same_networks_with_spectral_norm(tmp
 
 
 def test_one_worker_exchanges_nothing() -> None:
-    messages = gradients.Messages(1, torch.device("cpu"))
+    messages = gradients.Messages(1, torch.device("cpu"), 60)
     assert messages.broadcast("name") == "name"
     assert messages.total(torch.tensor([1.5])).item() == 1.5
     assert messages.any(True)
