@@ -175,10 +175,10 @@ def synchronise_batch_norms(network: nn.Module, total: Callable[[Tensor], Tensor
 
 
 def advance_spectral_norms(network: nn.Module) -> None:
-    """One power iteration of every spectral norm: once a step (Miyato et al. 2018, algorithm 1), not once a pass.
+    """One power iteration of every spectral norm, for one step (Miyato et al. 2018, algorithm 1).
 
-    So the vectors do not depend on a worker's rows and micro-batches: they are the same on all workers, and all
-    passes of a step see the same weights.
+    An iteration for each pass, as torch's own, would make the vectors depend on a worker's rows and
+    micro-batches, and the passes of a step would see different weights.
     """
     for module in network.modules():
         if isinstance(module, ParametrizationList):

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from operator import itemgetter
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -107,16 +107,9 @@ class Batch:
         ]
 
 
-def step(
-    gan: GanState,
-    batch: Batch,
-    *,
-    weights: LossWeights,
-    average: Average | None = None,
-    micro_batch: int | None = None,
-) -> Losses:
-    """`update` both networks and the moving average of the generator's weights."""
-    losses = update(gan, batch, weights=weights, average=average, micro_batch=micro_batch)
+def step(gan: GanState, batch: Batch, **options: Any) -> Losses:
+    """`update` both networks, with its options, and the moving average of the generator's weights."""
+    losses = update(gan, batch, **options)
     if gan.ema is not None:
         gan.ema.update(gan.generator)
     return losses

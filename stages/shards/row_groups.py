@@ -102,8 +102,7 @@ def read_row_group(uri: str, group: int, columns: list[str]) -> pa.Table:
 def read_unit(folder: str, unit: Mapping[str, Any], columns: list[str]) -> pa.Table:
     """The rows of a read unit {file, group, rows}, in the order of `rows`; None: all rows of the group.
 
-    Raises:
-        StageError: the shard is gone or damaged, or the store failed. UserError: it refuses access.
+    Raises StageError if the shard is gone or damaged or the store failed, UserError if it refuses access.
     """
     uri = storage.join(folder, unit["file"])
     try:

@@ -177,8 +177,7 @@ def create(uri: str) -> Iterator[Any]:
     On this machine a temporary file in the same folder is renamed. To a store fewer than UPLOAD_BYTES go by
     one request, more in parts while they are written; parts become an object in the end, an error drops them.
 
-    Raises:
-        Exception: the client's own. Nothing is retried here; a caller may repeat the block with `written`.
+    Raises the client's own errors. Nothing is retried here; a caller may repeat the block with `written`.
     """
     fs, path = filesystem(uri)
     if isinstance(fs, LocalFileSystem):

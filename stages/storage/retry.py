@@ -75,8 +75,7 @@ def _client(error: BaseException) -> str:
 def retried(call: Callable[[], Value], *, attempts: int = ATTEMPTS, first_wait: float = FIRST_WAIT) -> Value:
     """The call's value; the call is repeated after growing, random waits while the store fails.
 
-    Raises:
-        Exception: the last attempt's own, or the first one that no other attempt would change.
+    Raises the last attempt's error, or the first one that no other attempt would change.
     """
     started = time.monotonic()
     for attempt in range(attempts - 1):
@@ -96,10 +95,8 @@ def patiently(
 ) -> Value:
     """As `retried`, with errors that name the location.
 
-    Raises:
-        FileNotFoundError: there is no such object.
-        UserError: the store refuses access, or was away at every attempt.
-        StageError: what was read is damaged, or this machine failed.
+    Raises FileNotFoundError if there is no such object, UserError if the store refuses access or was away at
+    every attempt, StageError if what was read is damaged or this machine failed.
     """
     try:
         return retried(call, attempts=attempts, first_wait=first_wait)

@@ -156,10 +156,7 @@ def _region(fs: S3FileSystem, bucket: str) -> str:
 
 
 def _credentials(fs: S3FileSystem) -> S3Credential:
-    """The credentials of s3fs: configured, or its session's, which may expire.
-
-    Raises NoCredentialsError.
-    """
+    """The credentials of s3fs: configured, or its session's, which may expire. Raises NoCredentialsError."""
     if fs.key:
         return {
             "access_key_id": fs.key,

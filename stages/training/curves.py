@@ -130,7 +130,8 @@ def to_table(rows: Sequence[Point]) -> pa.Table:
 
 def from_table(table: pa.Table) -> list[Point]:
     """The inverse of `to_table`."""
-    return [Point(**row) for row in table.to_pylist()]
+    columns = (table[name].to_numpy().tolist() for name in SCHEMA.names)
+    return list(map(Point._make, zip(*columns, strict=True)))
 
 
 def last_losses(rows: Sequence[Point]) -> dict[str, float]:

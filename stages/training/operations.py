@@ -38,7 +38,7 @@ def step_operations(job: PhaseJob, spec: DatasetSpec, size: tuple[int, int] | No
         channels = discriminator_channels(job.model, inputs)
         real, fake = images(channels), images(channels, gradient=True)
         total += _operations(discriminator, real) + _operations(discriminator, fake)
-        # The generator's own pass back; Pix2Pix runs the updated discriminator again for it, and for features.
+        # The generator's own pass back; Pix2Pix runs the updated discriminator again, also for features.
         of_fake = _operations(discriminator.requires_grad_(False), fake)
         again = -1 if isinstance(job.model, Pix2PixHD) else int(job.losses.feature_matching > 0)
         total += of_fake + again * _forward(discriminator, fake)
