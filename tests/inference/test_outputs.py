@@ -13,7 +13,7 @@ from stages import storage
 from stages.inference import outputs
 from stages.inference.outputs import MAX_SEGMENT, finished_units, output_name, part_uri
 from stages.objects.fetch import Object, Reader
-from stages.objects.listing import pages, split_location
+from stages.objects.listing import list_objects, split_location
 from stages.storage import write_bytes
 from tests.stores.seaweed import SeaweedS3
 
@@ -36,12 +36,8 @@ def test_odd_names_are_names_in_a_store_and_on_this_machine(
         for key in ODD:
             write_bytes(uri := storage.join(folder, output_name(key, ".png")), key.encode())
             assert Reader().read(Object(uri)) == key.encode()
-        listed = [
-            path
-            for unit in split_location(folder, want=2)
-            for page in pages(folder, unit)
-            for path in page.paths
-        ]
+        units = split_location(folder, want=2)
+        listed = [one.path for unit in units for one in list_objects(folder, unit)]
         assert sorted(listed) == sorted(f"images/{key}.png" for key in ODD)
 
 
