@@ -103,11 +103,8 @@ def build_discriminator(
         convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seeding.number(f"{seed}/spectral_norm"))  # its first vectors are random
-            for convolution in convolutions:
-                normed = spectral_norm(convolution)
-                normed.get_submodule(
-                    "parametrizations"
-                ).eval()  # `advance_spectral_norms` advances its vectors
+            for convolution in convolutions:  # whose vectors only `advance_spectral_norms` advances
+                spectral_norm(convolution).get_submodule("parametrizations").eval()
     return network
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from operator import itemgetter
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -107,9 +107,16 @@ class Batch:
         ]
 
 
-def step(gan: GanState, batch: Batch, **options: Any) -> Losses:
-    """`update` both networks, with its options, and the moving average of the generator's weights."""
-    losses = update(gan, batch, **options)
+def step(
+    gan: GanState,
+    batch: Batch,
+    *,
+    weights: LossWeights,
+    average: Average | None = None,
+    micro_batch: int | None = None,
+) -> Losses:
+    """`update` both networks and the moving average of the generator's weights."""
+    losses = update(gan, batch, weights=weights, average=average, micro_batch=micro_batch)
     if gan.ema is not None:
         gan.ema.update(gan.generator)
     return losses
@@ -219,10 +226,8 @@ def _step_pix2pix(
             fake = image.detach().requires_grad_()
             features = _discriminate_frozen(gan, pair, fake)
             real: Features = []
-            if weights.feature_matching > 0:
-                with (
-                    torch.no_grad()
-                ):  # by the updated discriminator too: features of two networks do not match
+            if weights.feature_matching > 0:  # by the updated discriminator too, or they would not match
+                with torch.no_grad():
                     real = _discriminate(gan, pair, pair.target)
             loss, losses = _generator_loss(gan, pair, fake, features, real, weights)
         (gradient,) = torch.autograd.grad(loss * batch.share, fake)

@@ -26,7 +26,7 @@ import psutil
 from stages import storage
 from stages.base import Point
 from stages.config.tracking import without_password
-from stages.errors import PixloomError, UserError, one_line
+from stages.errors import PixloomError, StageError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -101,9 +101,7 @@ def curve_rows(folder: str) -> list[Point]:
             return shown([Point(**row) for row in storage.read_parquet(place).to_pylist()])
         except FileNotFoundError:  # not at its end, or a newer checkpoint has replaced it
             continue
-        except UserError:  # the store is away: later
-            raise
-        except (OSError, ValueError, PixloomError) as error:
+        except (OSError, ValueError, StageError) as error:
             logger.warning("%s: these curves cannot be read, MLflow misses them: %s", place, one_line(error))
     return []
 
@@ -194,7 +192,8 @@ class Sender:
 
     def __init__(self, uri: str, experiment: str, workspace: str) -> None:
         self.uri, self.experiment, self.workspace = uri, experiment, workspace
-        self.unsent = storage.join(storage.absolute(workspace), UNSENT)
+        self.place = storage.absolute(workspace)
+        self.unsent = storage.join(self.place, UNSENT)
         self.client: Any = None
         self._folder = storage.join(self.unsent, uuid.uuid4().hex)
         self._folders: list[str] = []  # this one and those of ended processes, while they hold facts
@@ -251,18 +250,20 @@ class Sender:
         """End the runs that ended processes left open as KILLED; complete those of this workspace."""
         self.client = self.client or connect(self.uri)
         killed: dict[Fact, Any] = {("end",): {"status": "KILLED", "end_time": int(time.time() * 1000)}}
-        here, where = storage.absolute(self.workspace), "attributes.status = 'RUNNING'"
+        where = "attributes.status = 'RUNNING'"
         for run in self.client.search_runs([self.experiment], filter_string=where, max_results=1000):
             if is_gone(run.data.tags.get(PROCESS_TAG, "")):
                 self.client.set_terminated(run.info.run_id, status="KILLED")
                 phase = run.data.tags.get(CURVES_TAG, "").rpartition("/")[2]  # the workspace may have moved
-                self.put(run.data.tags[KEY_TAG], killed, curve_rows(phase and storage.join(here, phase)))
+                self.put(
+                    run.data.tags[KEY_TAG], killed, curve_rows(phase and storage.join(self.place, phase))
+                )
         for uri in documents(self.workspace):
             document = storage.read_json(uri)
             process, gone = document["process"], is_gone(document["process"])
             if not gone and process != this_process() and process.split()[0] == socket.gethostname():
                 continue  # it sends them itself
-            records = moved(document["records"], document.get("workspace", here), here).items()
+            records = moved(document["records"], document.get("workspace", self.place), self.place).items()
             rows = {key: curve_rows(record["curves"]) for key, record in records}
             with self._changed:
                 self._folders.append(uri.rpartition("/")[0])
@@ -462,8 +463,7 @@ class Sender:
                                 record.facts[fact] = uri
                     stored = [(fact, record.facts.get(fact, value)) for fact, value in facts]
                     document[key] = {"curves": record.curves, "facts": stored}
-                place = storage.absolute(self.workspace)
-                whole = {"process": this_process(), "workspace": place, "records": document}
+                whole = {"process": this_process(), "workspace": self.place, "records": document}
                 storage.write_json(storage.join(self._folder, DOCUMENT), whole)
                 with self._changed:
                     self._folders = list({*self._folders, self._folder})
