@@ -62,6 +62,7 @@ REASONS = {
     "python -m pipeline.run -c street.yaml --set train.start_from": "needs a model of the recipe's size; "
     "tests/training/test_start.py starts phases from small ones",
     "python -m chaos --seed 7 --minutes 60": "takes an hour; the same program runs with --count",
+    "python -m chaos --seed 1,2,3 --epochs 60": "takes half an hour; the same program runs with --count",
 }
 """Beginnings of commands that no test runs, and why; programs of others are in `test_docs.EXTERNAL`."""
 LESS = {
