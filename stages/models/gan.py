@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stages.base import Precision
 from stages.models.architecture import InputSpec, Parts, Pix2Pix, Pix2PixHD
 from stages.models.build import build_discriminator, build_encoder, build_generator, trainable_parts
-from stages.models.ema import Ema
 from stages.models.fast.accelerate import accelerate
 from stages.models.fast.adam import Adam
 from stages.models.objective import LossWeights
@@ -103,6 +103,47 @@ def build_gan(
         lpips=lpips,
         precision=precision,
     )
+
+
+# -- the moving average of weights ---------------------------------------------
+
+
+@dataclass(slots=True, kw_only=True)
+class Ema:
+    """The exponential moving average of a network's weights, and the number of its updates.
+
+    Averaged weights usually give better images (Yazici et al. 2018). Both are saved; the averaged ones are
+    evaluated.
+
+    network   the averaged one, frozen, in evaluation mode
+    """
+
+    network: nn.Module
+    decay: float
+    updates: int = 0
+
+    @classmethod
+    def of(cls, network: nn.Module, *, decay: float) -> Ema:
+        """Start from a copy of the network."""
+        average = copy.deepcopy(network).eval()
+        average.requires_grad_(requires_grad=False)
+        return cls(network=average, decay=decay)
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        """average += (1 - decay) * (network - average), for trained parameters; buffers are copied.
+
+        Early on the decay is (1 + n) / (10 + n): the average forgets where it started.
+        """
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        pairs = zip(self.network.parameters(), network.parameters(), strict=True)
+        trained: list[tuple[Tensor, Tensor]] = [pair for pair in pairs if pair[1].requires_grad]
+        if trained:
+            averages, weights = zip(*trained, strict=True)
+            torch._foreach_lerp_(averages, weights, 1 - decay)
+        if buffers := list(network.buffers()):
+            torch._foreach_copy_(list(self.network.buffers()), buffers)
+        self.updates += 1
 
 
 # -- learning rates -----------------------------------------------------------

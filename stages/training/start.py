@@ -13,7 +13,6 @@ from stages.errors import StageError, UserError, first_invalid, named
 from stages.inference.model_folder import folder_description, model_folder
 from stages.models.architecture import InputSpec
 from stages.models.build import grow_discriminator, grow_generator
-from stages.models.ema import Ema
 from stages.models.files.saved import (
     EMA,
     MANIFEST,
@@ -26,7 +25,7 @@ from stages.models.files.saved import (
     load_model,
     read_manifest,
 )
-from stages.models.gan import GanState
+from stages.models.gan import Ema, GanState
 from stages.storage.local import local_folder
 
 
