@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from stages import train
 from stages.base import Resources
@@ -248,6 +249,19 @@ def test_a_worker_decodes_with_its_share_of_the_cores(monkeypatch: pytest.Monkey
     monkeypatch.setattr(train, "own_cores", lambda: 24)
     assert [train.decode_threads(workers, gpu=True) for workers in (1, 2, 8, 48)] == [16, 12, 3, 1]
     assert [train.decode_threads(workers, gpu=False) for workers in (1, 8)] == [4, 3]
+
+
+def test_the_machines_load_has_the_names_mlflow_shows() -> None:
+    values = train.machine_metrics(torch.device("cpu"))
+    assert all(name.startswith("system/") for name in values)
+    assert 0 < values["system/system_memory_usage_percentage"] <= 100
+
+
+def test_each_of_several_workers_has_names_of_its_own() -> None:
+    device = torch.device("cpu")
+    assert set(train.machine_metrics(device, 2)) == {
+        name.replace("system/", "system/worker_2/") for name in train.machine_metrics(device)
+    }
 
 
 WATCHED = """

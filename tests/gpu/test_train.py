@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("psutil", reason="NOT RUN: it measures the machine's load")
+pytest.importorskip("ray", reason="NOT RUN: the train stage needs it")
 
-from stages.training.machine import machine_metrics
+from stages.train import machine_metrics
 
 pytestmark = pytest.mark.gpu
 
