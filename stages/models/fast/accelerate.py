@@ -4,19 +4,75 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TypeVar, cast
+from functools import lru_cache
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from stages.models.fast.norms import ChannelsLastBatchNorm, ChannelsLastInstanceNorm
-from stages.models.fast.reflect import ReflectingConv, ReflectingResizeConv
 from stages.models.fast.wide import WideConv, WideResizeConv, WideTransposedConv
 from stages.models.layers import BatchNorm, Conv, ResizeConv, TransposedConv, replace_modules
 
 Network = TypeVar("Network", bound=nn.Module)
 
 Replacements = dict[type[nn.Module], type[nn.Module]]
+
+# -- reflection padding that stays channels last, for GPUs ---------------------
+# CUDA's reflection padding copies its input to channels first, returns that, and adds gradients with atomics,
+# in another order each time. Here pixels are gathered whole, and gradients added in one order.
+
+
+class ReflectingConv(Conv):
+    """A convolution whose reflection padding keeps the layout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) -> (N, C_out, H', W')."""
+        if self.padding_mode != "reflect" or torch.compiler.is_compiling():
+            return super().forward(x)
+        padded: Tensor = _Reflect.apply(x, int(self.padding[0]))  # type: ignore[no-untyped-call]
+        return F.conv2d(padded, self.weight, None if self.inert_bias else self.bias, self.stride)
+
+
+class ReflectingResizeConv(ResizeConv, ReflectingConv):
+    """Nearest-neighbour doubling, then a reflecting convolution."""
+
+
+@lru_cache(64)
+def _mirrored(side: int, padding: int, device: torch.device) -> Tensor:
+    """Where each of `side + 2 * padding` padded pixels comes from."""
+    index = torch.arange(-padding, side + padding, device=device).abs()
+    return torch.minimum(index, 2 * (side - 1) - index)
+
+
+class _Reflect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, padding: int) -> Tensor:
+        ctx.padding = padding
+        rows, columns = (_mirrored(side, padding, x.device) for side in x.shape[2:])
+        return x.permute(0, 2, 3, 1)[:, rows[:, None], columns].permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Borders are added to what they mirrored. A view: the next operator writes a dense map anyway."""
+        p = ctx.padding
+        height, width = (side - 2 * p for side in gradient.shape[2:])
+        total = gradient.narrow(2, p, height).clone(memory_format=torch.channels_last)
+        total.narrow(2, 1, p).add_(_flipped(gradient.narrow(2, 0, p), 2))
+        total.narrow(2, height - 1 - p, p).add_(_flipped(gradient.narrow(2, height + p, p), 2))
+        total.narrow(3, p + 1, p).add_(_flipped(total.narrow(3, 0, p), 3))
+        total.narrow(3, width - 1, p).add_(_flipped(total.narrow(3, width + p, p), 3))
+        return total.narrow(3, p, width), None
+
+
+def _flipped(x: Tensor, dim: int) -> Tensor:
+    return x if x.shape[dim] == 1 else x.flip(dim)
+
+
+# -- one module for another ----------------------------------------------------
 
 NORMS: Replacements = {nn.InstanceNorm2d: ChannelsLastInstanceNorm, BatchNorm: ChannelsLastBatchNorm}
 ON_CPUS: Replacements = {Conv: WideConv, ResizeConv: WideResizeConv, TransposedConv: WideTransposedConv}
