@@ -44,10 +44,9 @@ from stages import shard
 from stages.base import Encoding, Resources
 from stages.config.shard import AugmentConfig, ShardConfig
 from stages.images import colour, decode, encode, geometry, kinds
-from stages.models.architecture import InputSpec, Pix2Pix
+from stages.models.architecture import InputSpec, Pix2Pix, paper_weights
 from stages.models.fast.process import tune_process
 from stages.models.gan import build_gan
-from stages.models.objective import paper_weights
 from stages.models.step import Batch, step
 from stages.objects.fetch import Object, Reader
 from stages.objects.listing import etag_of, local_etag

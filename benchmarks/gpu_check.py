@@ -45,12 +45,11 @@ from torch.nn import functional as F
 from benchmarks.train_step import Case, make_batch, our_gan, plain_gan, plain_step
 from stages.images import augment, geometry
 from stages.images.kinds import Array
-from stages.models.architecture import Pix2Pix, Pix2PixHD
+from stages.models.architecture import Pix2Pix, Pix2PixHD, paper_weights
 from stages.models.fast.frozen import freeze
 from stages.models.fast.process import set_tf32, tune_process
 from stages.models.gan import GanState, set_learning_rate
 from stages.models.inputs import make_condition
-from stages.models.objective import paper_weights
 from stages.models.step import Batch, step, update
 from stages.training.graph import CudaGraphs, GraphedStep
 

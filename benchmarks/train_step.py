@@ -25,12 +25,11 @@ from pathlib import Path
 import torch
 
 from stages.base import Precision
-from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD, condition_channels
+from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD, condition_channels, paper_weights
 from stages.models.fast.heap import return_freed_memory
 from stages.models.fast.process import tune_process
 from stages.models.gan import GanState, build_gan
 from stages.models.inputs import make_condition
-from stages.models.objective import paper_weights
 from stages.models.step import Batch, step
 from tests.reference.published_step import (
     Plain,

@@ -20,8 +20,15 @@ from pydantic import Field, model_validator
 from stages.base import Config, Precision, Resources
 from stages.config.evaluate import EvaluateConfig, InceptionConfig, LpipsConfig
 from stages.config.shard import AugmentConfig, ShardConfig
-from stages.models.architecture import Architecture, Parts, Pix2Pix, Pix2PixHD, size_multiple
-from stages.models.objective import LossWeights, paper_weights
+from stages.models.architecture import (
+    Architecture,
+    LossWeights,
+    Parts,
+    Pix2Pix,
+    Pix2PixHD,
+    paper_weights,
+    size_multiple,
+)
 
 PhaseKind = Literal["global", "local", "joint", "whole"]
 Select = Literal["l1", "psnr", "ssim", "ms_ssim", "lpips", "fid", "frechet:efficientnet_lite0"]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stages.models.objective import DiffAugmentKind
+from stages.models.architecture import DiffAugmentKind
 
 TRANSLATION, CUTOUT = 0.125, 0.5
 """The paper's shares of a side."""

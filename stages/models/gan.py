@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from stages.base import Precision
-from stages.models.architecture import InputSpec, Parts, Pix2Pix, Pix2PixHD
+from stages.models.architecture import InputSpec, LossWeights, Parts, Pix2Pix, Pix2PixHD
 from stages.models.build import build_discriminator, build_encoder, build_generator, trainable_parts
 from stages.models.fast.accelerate import accelerate
 from stages.models.fast.adam import Adam
-from stages.models.objective import LossWeights
 
 
 @dataclass(slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from stages.models.objective import GanKind
+from stages.models.architecture import GanKind
 
 Features = Sequence[Sequence[Tensor]]
 

@@ -24,7 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from stages.models.architecture import Pix2PixHD
+from stages.models.architecture import LossWeights, Pix2PixHD
 from stages.models.diff_augment import DiffAugment
 from stages.models.fast.adam import Adam
 from stages.models.gan import GanState
@@ -40,7 +40,6 @@ from stages.models.losses import (
     perceptual_losses,
     r1_penalty,
 )
-from stages.models.objective import LossWeights
 from stages.models.pix2pixhd import MultiScaleDiscriminator
 
 Losses = dict[str, Tensor]

@@ -10,11 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD
+from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD, paper_weights
 from stages.models.fast.process import tune_process
 from stages.models.gan import build_gan
 from stages.models.layers import BatchNorm, synchronise_batch_norms
-from stages.models.objective import paper_weights
 from stages.models.step import Batch, step
 from stages.training.gradients import Exchange, GradientAverager, Messages, new_group
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from stages.base import Precision
-from stages.models.architecture import InputSpec, Pix2PixHD
+from stages.models.architecture import InputSpec, LossWeights, Pix2PixHD
 from stages.models.fast.process import tune_process
 from stages.models.gan import GanState, build_gan
-from stages.models.objective import LossWeights
 from stages.models.step import Batch, step
 
 pytestmark = pytest.mark.gpu

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from stages.models.architecture import DiffAugmentKind
 from stages.models.diff_augment import DiffAugment
-from stages.models.objective import DiffAugmentKind
 
 KINDS: tuple[DiffAugmentKind, ...] = ("colour", "translation", "cutout")
 

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stages.models.architecture import Pix2Pix, Pix2PixHD
+from stages.models.architecture import LossWeights, Pix2Pix, Pix2PixHD, paper_weights
 from stages.models.losses import (
     discriminator_losses,
     feature_matching_losses,
@@ -18,7 +18,6 @@ from stages.models.losses import (
     perceptual_losses,
     r1_penalty,
 )
-from stages.models.objective import LossWeights, paper_weights
 
 LOGITS = torch.linspace(-3, 3, 12).view(1, 1, 3, 4)
 

@@ -12,14 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stages.models.architecture import InputSpec, Parts, Pix2Pix, Pix2PixHD
+from stages.models.architecture import InputSpec, LossWeights, Parts, Pix2Pix, Pix2PixHD, paper_weights
 from stages.models.build import build_discriminator, grow_discriminator, grow_generator
 from stages.models.fast.adam import Adam
 from stages.models.files.nvidia_names import layer_names, renamed
 from stages.models.gan import GanState, build_gan, load_state, set_learning_rate, state_of
 from stages.models.inputs import make_condition
 from stages.models.losses import gan_loss
-from stages.models.objective import LossWeights, paper_weights
 from stages.models.pix2pixhd import CoarseToFineGenerator, MultiScaleDiscriminator
 from stages.models.step import Batch, step
 from stages.scoring.lpips import Lpips

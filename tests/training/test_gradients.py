@@ -10,9 +10,8 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import nn
 
-from stages.models.architecture import InputSpec, Pix2Pix
+from stages.models.architecture import InputSpec, LossWeights, Pix2Pix
 from stages.models.gan import build_gan, state_of
-from stages.models.objective import LossWeights
 from stages.models.step import Batch, update
 from stages.training import gradients
 

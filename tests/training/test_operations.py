@@ -9,9 +9,8 @@ from torch import nn
 from benchmarks.count_operations import counted
 from benchmarks.train_step import CASES
 from stages.config.train import PhaseConfig, PhaseJob
-from stages.models.architecture import Pix2Pix, Pix2PixHD
+from stages.models.architecture import Pix2Pix, Pix2PixHD, paper_weights
 from stages.models.build import build_generator
-from stages.models.objective import paper_weights
 from stages.shards.dataset import DatasetSpec, RoleSpec
 from stages.training.operations import image_operations, step_operations
 

@@ -14,9 +14,8 @@ from stages.config.evaluate import EvaluateConfig
 from stages.config.shard import AugmentConfig
 from stages.config.train import PhaseJob, TrainConfig, jobs
 from stages.images import kinds
-from stages.models.architecture import InputSpec, Pix2PixHD
+from stages.models.architecture import InputSpec, LossWeights, Pix2PixHD
 from stages.models.gan import GanState, build_gan
-from stages.models.objective import LossWeights
 from stages.scoring.efficientnet import PerceptualFeatures
 from stages.scoring.lpips import LpipsScorer
 from stages.scoring.metrics import frechet_distance_of, pixel_scores_of
