@@ -32,9 +32,9 @@ from stages.models.architecture import InputSpec, Preprocessing
 from stages.models.copies import arrival
 from stages.models.fast.process import best_precision, deterministic
 from stages.models.files.saved import MANIFEST, save_model
-from stages.models.files.vgg import load_vgg
 from stages.models.gan import GanState, build_gan, learning_rate_at, load_state, set_learning_rate, state_of
 from stages.models.layers import synchronise_batch_norms
+from stages.models.losses import load_vgg
 from stages.models.pix2pixhd import FeatureEncoder
 from stages.models.step import Batch, Losses, random_source, update
 from stages.models.styles import Styles, collect_styles

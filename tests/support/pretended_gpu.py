@@ -30,8 +30,8 @@ from stages.base import Precision
 from stages.models.architecture import InputSpec, Parts, Pix2Pix, Pix2PixHD, paper_weights
 from stages.models.build import build_generator
 from stages.models.fast.frozen import freeze
-from stages.models.files.vgg import VGG19Features
 from stages.models.gan import build_gan
+from stages.models.losses import VGG19Features
 from stages.models.step import Batch, step
 from stages.scoring.lpips import LAYERS, Lpips
 from stages.training.previews import generate
