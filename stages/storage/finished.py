@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from stages.storage.files import join, list_names, read_json, write_json
+from stages.storage import join, list_names, read_json, write_json
 
 GROUP = 1000
 READERS = 32

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from stages.errors import UserError
-from stages.storage.files import (
+from stages.storage import (
     UPLOAD_BYTES,
     call_store,
     create,

@@ -29,7 +29,7 @@ from stages.errors import StageError, UserError
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec
 from stages.shards.feed import Feed, read_here
-from stages.storage import files, retry
+from stages.storage import retry
 from tests.stores.ceph import CephS3, missing
 from tests.stores.faults import Fault, FaultProxy
 from tests.stores.seaweed import SeaweedS3
@@ -205,7 +205,7 @@ def test_trouble_that_passes_changes_nothing(
 def test_a_file_in_parts_is_whole_though_an_answer_about_it_is_lost(
     store: Store, bucket: str, request_: str
 ) -> None:
-    uri, data = f"s3://{bucket}/parts-{request_}", random.Random(0).randbytes(files.UPLOAD_BYTES + 3)
+    uri, data = f"s3://{bucket}/parts-{request_}", random.Random(0).randbytes(storage.UPLOAD_BYTES + 3)
     lost = Fault("status_after", times=1, method="POST", path=request_, code=500)
 
     def send() -> None:
@@ -214,7 +214,7 @@ def test_a_file_in_parts_is_whole_though_an_answer_about_it_is_lost(
 
     with FaultProxy(store.address, [lost], seed=5) as proxy:
         storage.configure({"s3": store.options(endpoint=proxy.url)})
-        files.written(send, uri)
+        storage.written(send, uri)
         assert proxy.counts["status_after"] == 1, dict(proxy.counts)
     assert store.client().cat_file(uri) == data
 

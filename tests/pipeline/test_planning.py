@@ -11,8 +11,9 @@ import s3fs
 import yaml
 
 from pipeline import cli, config, infer, run
+from stages import storage
 from stages.errors import UserError
-from stages.storage import files, retry
+from stages.storage import retry
 from tests.stores.seaweed import SeaweedS3
 from tests.support.pairs import photo, write_image
 
@@ -47,7 +48,7 @@ def test_a_workspace_that_cannot_be_used_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(retry, "LONGEST_WAIT", 0.01)
-    monkeypatch.setattr(files, "ATTEMPTS", 2)
+    monkeypatch.setattr(storage, "ATTEMPTS", 2)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from stages.storage import files, list_names
+from stages import storage
+from stages.storage import list_names
 from stages.storage.finished import Finished
 
 
@@ -34,8 +35,8 @@ def test_reading_takes_a_request_a_thousand_units(tmp_path: Path, monkeypatch: p
         if finished.finish(unit):
             finished.write(unit, unit)
     reads: list[str] = []
-    read = files.read_bytes
-    monkeypatch.setattr(files, "read_bytes", lambda uri: reads.append(uri) or read(uri))
+    read = storage.read_bytes
+    monkeypatch.setattr(storage, "read_bytes", lambda uri: reads.append(uri) or read(uri))
     resumed = Finished(str(tmp_path), units)
     assert len(resumed.read()) == len(reads) == 20
     assert not resumed.left

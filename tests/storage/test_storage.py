@@ -9,7 +9,6 @@ import pytest
 
 from stages import storage
 from stages.errors import StageError, UserError
-from stages.storage import files
 from tests.stores.faults import Fault, FaultProxy
 from tests.stores.seaweed import SeaweedS3
 
@@ -69,7 +68,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.s3
-@pytest.mark.parametrize("size", [3, 2 * files.UPLOAD_BYTES + 3])
+@pytest.mark.parametrize("size", [3, 2 * storage.UPLOAD_BYTES + 3])
 def test_an_object_appears_whole_and_a_dropped_one_leaves_no_upload(
     s3_store: SeaweedS3, s3_bucket: str, size: int
 ) -> None:
@@ -79,7 +78,7 @@ def test_an_object_appears_whole_and_a_dropped_one_leaves_no_upload(
         file.write(data)
     assert client.cat_file(f"{s3_bucket}/whole-{size}") == data
     sent_in_parts = file.mpu is not None
-    assert sent_in_parts == (size >= files.UPLOAD_BYTES)  # one request leaves nothing if it is cut off
+    assert sent_in_parts == (size >= storage.UPLOAD_BYTES)  # one request leaves nothing if it is cut off
     with pytest.raises(ZeroDivisionError):
         begin(f"s3://{s3_bucket}/half-{size}", data)
     assert not client.exists(f"{s3_bucket}/half-{size}")
@@ -91,7 +90,7 @@ def test_an_object_appears_whole_and_a_dropped_one_leaves_no_upload(
 def test_an_upload_that_a_lost_attempt_completed_is_written_again(
     s3_store: SeaweedS3, s3_bucket: str
 ) -> None:
-    uri, data = f"s3://{s3_bucket}/lost", bytes(files.UPLOAD_BYTES + 3)
+    uri, data = f"s3://{s3_bucket}/lost", bytes(storage.UPLOAD_BYTES + 3)
     lost = Fault("status_after", times=1, method="POST", path="uploadId=", code=404, error="NoSuchUpload")
 
     def send() -> None:
@@ -100,7 +99,7 @@ def test_an_upload_that_a_lost_attempt_completed_is_written_again(
 
     with FaultProxy(s3_store.address, [lost]) as proxy:
         storage.configure({"s3": s3_store.options(endpoint=proxy.url)})
-        files.written(send, uri)
+        storage.written(send, uri)
     client = s3_store.client(skip_instance_cache=True)
     assert lost.done == 1
     assert client.cat_file(f"{s3_bucket}/lost") == data
