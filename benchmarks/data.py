@@ -47,7 +47,7 @@ from stages.images import colour, decode, encode, geometry, kinds
 from stages.models.architecture import InputSpec, Pix2Pix, paper_weights
 from stages.models.fast.process import tune_process
 from stages.models.gan import build_gan
-from stages.models.step import Batch, step
+from stages.models.step import Batch, update
 from stages.objects.fetch import Object, Reader
 from stages.objects.listing import etag_of, local_etag
 from stages.parallel.cluster import set_up_data
@@ -294,7 +294,7 @@ def measure_wait(paths: Sequence[Path], scratch: Path, turns: int, seconds: floa
         shares, steps, epoch = [], 0, 0
         with Feed(str(scratch / "raw"), spec, batch=batch, augment=augment) as feed:
             batches = feed.epoch(0)
-            step(gan, next(batches), weights=weights)
+            update(gan, next(batches), weights=weights)
             for _ in range(turns):
                 start, waited = time.perf_counter(), 0.0
                 while time.perf_counter() - start < seconds:
@@ -305,7 +305,7 @@ def measure_wait(paths: Sequence[Path], scratch: Path, turns: int, seconds: floa
                         batches = feed.epoch(epoch)
                         pairs = next(batches)
                     waited += time.perf_counter() - before
-                    step(gan, pairs, weights=weights)
+                    update(gan, pairs, weights=weights)
                     steps += 1
                 shares.append(waited / (time.perf_counter() - start))
         print(

@@ -55,7 +55,7 @@ from stages.config.train import PhaseJob, TrainConfig, jobs
 from stages.images import encode, geometry
 from stages.models.fast.process import tune_process
 from stages.models.gan import build_gan, state_of
-from stages.models.step import Batch, step
+from stages.models.step import Batch, update
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec, RoleSpec
 from stages.shards.manifest import ShardFile, ShardFiles
@@ -177,11 +177,11 @@ def bare(given: PhaseJob, spec: DatasetSpec, seconds: float, ready: Callable[[],
     gan = build_gan(given.model, spec.inputs(), weights=given.losses, device=worker.device)
     batch = random_batch(spec)
     for _ in range(2):
-        step(gan, batch, weights=given.losses)
+        update(gan, batch, weights=given.losses)
     ready()
     started, count = time.monotonic(), 0
     while time.monotonic() - started < seconds:
-        step(gan, batch, weights=given.losses)
+        update(gan, batch, weights=given.losses)
         count += 1
     return count * BATCH / (time.monotonic() - started)
 
@@ -221,7 +221,7 @@ def checkpoint(given: PhaseJob, spec: DatasetSpec, folder: Path) -> tuple[int, f
         source=torch.zeros((1, 1, height, width), dtype=torch.uint8),
         target=torch.zeros((1, 3, height, width), dtype=torch.uint8),
     )
-    step(gan, batch, weights=given.losses)
+    update(gan, batch, weights=given.losses)
     copying, writing = [], []
     for number in range(5):
         started = time.monotonic()

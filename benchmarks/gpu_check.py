@@ -50,7 +50,7 @@ from stages.models.fast.frozen import freeze
 from stages.models.fast.process import set_tf32, tune_process
 from stages.models.gan import GanState, set_learning_rate
 from stages.models.inputs import make_condition
-from stages.models.step import Batch, step, update
+from stages.models.step import Batch, update
 from stages.training.graph import CudaGraphs, GraphedStep
 
 Run = Callable[[], Any]
@@ -181,7 +181,7 @@ def our_variants(case: Case, gan: GanState, batch: Batch) -> Iterator[tuple[str,
     weights = paper_weights(case.arch)
 
     def run() -> None:
-        step(gan, batch, weights=weights)
+        update(gan, batch, weights=weights)
 
     for name, tf32 in (("float32", False), ("tf32", True), ("bf16", True)):
         set_tf32(tf32)
@@ -439,7 +439,7 @@ def facades(report: Report, options: argparse.Namespace) -> None:
         epoch = steps // len(names)
         for index in torch.randperm(len(names), generator=order).tolist():
             pair = jittered(images[2 * index : 2 * index + 2], epoch, names[index])
-            losses = step(gan, Batch(source=pair[:1], target=pair[1:]), weights=weights)
+            losses = update(gan, Batch(source=pair[:1], target=pair[1:]), weights=weights)
             steps += 1
         curve.append({"epoch": epoch + 1, "rate": rate} | {k: float(v) for k, v in losses.items()})
         progress = max(steps / last_step, (time.monotonic() - started) / budget)

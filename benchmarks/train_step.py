@@ -30,7 +30,7 @@ from stages.models.fast.heap import return_freed_memory
 from stages.models.fast.process import tune_process
 from stages.models.gan import GanState, build_gan
 from stages.models.inputs import make_condition
-from stages.models.step import Batch, step
+from stages.models.step import Batch, update
 from tests.reference.published_step import (
     Plain,
     PlainGenerator,
@@ -120,7 +120,7 @@ def our_side(
         for optimizer in (gan.generator_optimizer, gan.discriminator_optimizer):
             optimizer.update = _drop_gradients  # type: ignore[method-assign]
             optimizer.step = lambda: None  # type: ignore[method-assign]
-    return lambda: _discard(step(gan, batch, weights=weights)), gan.generator, gan.discriminator
+    return lambda: _discard(update(gan, batch, weights=weights)), gan.generator, gan.discriminator
 
 
 def _drop_gradients(parameters: Sequence[torch.Tensor]) -> None:

@@ -106,21 +106,6 @@ class Batch:
         ]
 
 
-def step(
-    gan: GanState,
-    batch: Batch,
-    *,
-    weights: LossWeights,
-    average: Average | None = None,
-    micro_batch: int | None = None,
-) -> Losses:
-    """`update` both networks and the moving average of the generator's weights."""
-    losses = update(gan, batch, weights=weights, average=average, micro_batch=micro_batch)
-    if gan.ema is not None:
-        gan.ema.update(gan.generator)
-    return losses
-
-
 def update(
     gan: GanState,
     batch: Batch,

@@ -14,8 +14,9 @@ from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD, paper_weig
 from stages.models.fast.process import tune_process
 from stages.models.gan import build_gan
 from stages.models.layers import BatchNorm, synchronise_batch_norms
-from stages.models.step import Batch, step
+from stages.models.step import Batch
 from stages.training.gradients import Exchange, GradientAverager, Messages, new_group
+from tests.support.steps import step
 
 pytestmark = pytest.mark.gpu
 

@@ -9,7 +9,8 @@ from stages.base import Precision
 from stages.models.architecture import InputSpec, LossWeights, Pix2PixHD
 from stages.models.fast.process import tune_process
 from stages.models.gan import GanState, build_gan
-from stages.models.step import Batch, step
+from stages.models.step import Batch
+from tests.support.steps import step
 
 pytestmark = pytest.mark.gpu
 

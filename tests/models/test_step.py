@@ -20,7 +20,7 @@ from stages.models.gan import GanState, build_gan, load_state, set_learning_rate
 from stages.models.inputs import make_condition
 from stages.models.losses import gan_loss
 from stages.models.pix2pixhd import CoarseToFineGenerator, MultiScaleDiscriminator
-from stages.models.step import Batch, step
+from stages.models.step import Batch
 from stages.scoring.lpips import Lpips
 from tests.reference.published_step import (
     Plain,
@@ -33,6 +33,7 @@ from tests.reference.published_step import (
     pix2pixhd_step,
 )
 from tests.reference.tensors import TOLERANCE, Reference, relative_error
+from tests.support.steps import step
 
 
 def assert_after(reference: Reference, network: torch.nn.Module, prefix: str, biased: set[str]) -> None:

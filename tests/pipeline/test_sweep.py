@@ -39,9 +39,10 @@ from stages.base import Point, Seen
 from stages.errors import UserError
 from stages.models.architecture import InputSpec
 from stages.models.gan import build_gan
-from stages.models.step import Batch, step
+from stages.models.step import Batch
 from stages.tracking.run import Run
 from stages.training.curves import balance
+from tests.support.steps import step
 
 ROOT = Path(__file__).resolve().parents[2]
 YAML = str(ROOT / "pipeline.yaml")

@@ -32,9 +32,10 @@ from stages.models.build import build_generator
 from stages.models.fast.frozen import freeze
 from stages.models.gan import build_gan
 from stages.models.losses import VGG19Features
-from stages.models.step import Batch, step
+from stages.models.step import Batch
 from stages.scoring.lpips import LAYERS, Lpips
 from stages.training.previews import generate
+from tests.support.steps import step
 
 NAME = "pretended"
 DEVICE = f"{NAME}:0"
