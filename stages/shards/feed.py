@@ -13,15 +13,14 @@ from __future__ import annotations
 import copy
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -33,25 +32,13 @@ from stages.models.step import Batch
 from stages.parallel.threads import Prefetch, own_cores, prefetch_map
 from stages.shards.dataset import DatasetSpec
 from stages.shards.order import WINDOW, Plan, ReadUnit, num_steps, plan_epoch
-from stages.shards.prepare import Preparation, Unit, dtype_of
+from stages.shards.prepare import Preparation, StoredPair, Unit, dtype_of
 
-
-class Pair(Protocol):
-    """A pair that was read."""
-
-    @property
-    def key(self) -> str:
-        """Its key."""
-
-    def copy_to(self, out: Mapping[Role, npt.NDArray[Any]]) -> None:
-        """Write its images, ready to train, to arrays (H, W, C)."""
-
-
-Read = Callable[[Preparation, Iterator[Unit]], Iterator[Pair]]
+Read = Callable[[Preparation, Iterator[Unit]], Iterator[StoredPair]]
 """The pairs of read units, in order."""
 
 
-def read_here(preparation: Preparation, units: Iterator[Unit]) -> Iterator[Pair]:
+def read_here(preparation: Preparation, units: Iterator[Unit]) -> Iterator[StoredPair]:
     """The pairs of each unit, read in this thread: local files are mapped, and read when they are decoded."""
     for unit in units:
         yield from preparation.read(unit)
@@ -61,7 +48,7 @@ def read_here(preparation: Preparation, units: Iterator[Unit]) -> Iterator[Pair]
 class RowsOfStep:
     """The pairs of one step of this rank, and how many all ranks have in it."""
 
-    pairs: list[Pair]
+    pairs: list[StoredPair]
     total: int
 
 
@@ -174,10 +161,10 @@ class Feed:
         read = self.read(self.preparation, units)
         for epoch in epochs:
             start, plan = plan_of(epoch)
-            cache: dict[tuple[int, int], Pair] = {}  # by unit and row, each until its step
+            cache: dict[tuple[int, int], StoredPair] = {}  # by unit and row, each until its step
             next_unit = 0  # units come in the order of their first need
             for step in range(plan.steps):
-                pairs: list[Pair] = []
+                pairs: list[StoredPair] = []
                 for at in range(int(plan.offsets[step]), int(plan.offsets[step + 1])):
                     place = int(plan.unit[at]), int(plan.row[at])
                     while next_unit <= place[0]:
