@@ -54,8 +54,8 @@ from stages.parallel.cluster import set_up_data
 from stages.shards import card, dataset
 from stages.shards.dataset import DatasetSpec
 from stages.shards.feed import Feed, read_here
-from stages.shards.readers import read_with_ray
 from stages.tracking.run import Run
+from stages.train import read_with_ray
 
 LOAD, CROP = 286, 256
 SCENES = 200  # drawn where there are no photos

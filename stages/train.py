@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import faulthandler
 import hashlib
+import itertools
 import logging
 import os
 import signal
@@ -45,14 +46,15 @@ from stages.config.train import PhaseJob, check_size, check_workers, full_size
 from stages.errors import PixloomError, StageError, UserError, cause
 from stages.models.architecture import Picture, Preprocessing
 from stages.models.fast.process import gpu_environment, tune_process
-from stages.parallel.cluster import service, uses_gpu
+from stages.parallel.cluster import in_order, service, uses_gpu
 from stages.parallel.threads import own_cores
 from stages.scoring import efficientnet
 from stages.seeding import number
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec
 from stages.shards.feed import Feed, read_here
-from stages.shards.readers import read_with_ray
+from stages.shards.prepare import Preparation, StoredPair, Unit
+from stages.shards.row_groups import read_units
 from stages.training.checkpoints import Position
 from stages.training.control import Courier, LostWorkers, NewsRecorder, reading
 from stages.training.graph import CudaGraphs
@@ -69,6 +71,8 @@ VERSION = 2
 RESIZE_S = 30.0  # between two checks for machines that joined, if the number of workers may vary
 GPU_DECODERS = 16  # threads; each has a batch in memory
 CPU_DECODERS = 4
+UNITS_PER_TASK = 4  # row groups of about 8 MiB that a task reads: its start costs little beside them
+READERS = 2  # tasks of one worker that read at once, and so 64 MiB of Ray's store at most
 STOP_S = 25.0  # for a last checkpoint after SIGTERM; `ray job stop` kills after 30 s (cluster/)
 
 logger = logging.getLogger(__name__)
@@ -348,6 +352,15 @@ def _train(setup: Setup) -> Ending:
             load=lambda: machine_metrics(device, worker.rank if worker.world > 1 else None),
             record=CudaGraphs() if resources.cuda_graph and device.type == "cuda" else None,
         )
+
+
+def read_with_ray(preparation: Preparation, units: Iterator[Unit]) -> Iterator[StoredPair]:
+    """The pairs of each read unit, in order, read ahead by Ray's tasks: views of Ray's object store."""
+    columns = preparation.columns()
+    chunks = iter(lambda: list(itertools.islice(units, UNITS_PER_TASK)), [])
+    jobs = ((preparation.folder, columns, chunk) for chunk in chunks)
+    for unit, table in in_order(read_units, jobs, stage="train-input", at_once=READERS):
+        yield from preparation.pairs(unit, table)
 
 
 def memory_shortage(task: Task, spec: DatasetSpec, worker: Worker) -> str:

@@ -59,7 +59,7 @@ class Feed:
     prefetch   batches that are ready ahead of the step
     threads    that decode
     epochs     the feed does not read ahead beyond the last one; None: it does not end
-    read       `read_here`, or `stages.shards.readers.read_with_ray`
+    read       `read_here`, or `stages.train.read_with_ray`
 
     Raises UserError if the split is empty or a batch has fewer pairs than there are workers.
     """

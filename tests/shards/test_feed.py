@@ -16,7 +16,7 @@ from stages.models.step import Batch
 from stages.shards.dataset import DatasetSpec, read_split
 from stages.shards.feed import Feed, read_here
 from stages.shards.prepare import copy_pixels
-from stages.shards.readers import read_with_ray
+from stages.train import read_with_ray
 from tests.support.pairs import SIZE, make_shards, pair_row, photo, photo_pairs, write_image
 
 ROWS = 23
