@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -51,6 +51,9 @@ from stages.training.gradients import GradientAverager, Messages, new_group
 from stages.training.graph import GraphedStep, Recorder, Step
 from stages.training.news import Advance, Begin, Channel, Note, Order, Points, SampleGrid, Save, Saved, Stop
 from stages.training.start import start_from
+
+if TYPE_CHECKING:
+    from stages.shards.feed import Feed
 
 PICTURES = 20  # sample grids per phase, at most
 SELECTING_SHARE = 0.03  # of a phase's time, at most, to measure what `train.select` chooses by
@@ -94,16 +97,6 @@ class Worker:
     def leads(self) -> bool:
         """Whether this worker writes checkpoints and news."""
         return self.rank == 0
-
-
-class BatchSource(Protocol):
-    """Batches of this worker. `stages.shards.feed` reads them from shards."""
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from a step on."""
-
-    def whole_epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch with the pairs of all workers."""
 
 
 Preview = Callable[[GanState, bool], tuple[np.ndarray | None, dict[str, float]]]
@@ -184,7 +177,7 @@ def best_checkpoints(points: Sequence[Point], metric: str) -> list[str]:
 def train_phase(
     task: Task,
     worker: Worker,
-    batches: BatchSource,
+    batches: Feed,
     channel: Channel,
     preview: Preview,
     preempted: Callable[[], bool] = lambda: False,
