@@ -21,7 +21,6 @@ from stages.base import Kind, Role, Split
 from stages.images import encode, kinds, pictures
 from stages.images.kinds import Array
 from stages.shards.dataset import DatasetSpec, read_split
-from stages.shards.suspects import Leaks
 
 SAMPLES = 4
 SMALL = 0.25
@@ -225,11 +224,12 @@ def write(
     spec: DatasetSpec,
     statistics: Mapping[Split, Statistics],
     rejects: Mapping[str, int],
-    leaks: Leaks,
+    leaks: Mapping[str, Any],
     notes: Sequence[str],
 ) -> dict[str, bytes]:
     """Write card.json, card.md and samples.png into a shards folder; returns their contents by name.
 
+    leaks   from `suspects.Found.leaks`
     notes   the `remarks`
     """
     content = {
@@ -249,7 +249,7 @@ def write(
         },
         "remarks": list(notes),
         "rejects": dict(sorted(rejects.items())),
-        "leakage": asdict(leaks),
+        "leakage": leaks,
     }
     files = {
         "card.json": json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n",

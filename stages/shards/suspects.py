@@ -320,22 +320,6 @@ def targets_of(table: pa.Table) -> tuple[list[str], Floats]:
 # -- the search ---------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Leaks:
-    """Counts of training images that look like a held-out one, of validation images like a test one.
-
-    Thumbnails are compared, so these are pairs to look at, not certain duplicates.
-    """
-
-    train: int = 0
-    held_out: int = 0
-    found: int = 0
-    val: int = 0
-    found_in_val: int = 0
-    examples: tuple[tuple[str, str, float], ...] = ()
-    """(key, held-out key, how far their correlation is from 1)"""
-
-
 @dataclass(slots=True)
 class Found:
     """What was found in some shards."""
@@ -373,16 +357,20 @@ class Found:
         for kind, ranked in self.suspects.items():
             self.suspects[kind] = sorted(ranked, key=lambda s: (-s.score, s.key))[:MOST]
 
-    def leaks(self) -> Leaks:
-        """The near-duplicates between splits."""
-        return Leaks(
-            train=self.compared["train"],
-            held_out=self.held_out,
-            found=self.leaked["train"],
-            val=self.compared["val"],
-            found_in_val=self.leaked["val"],
-            examples=tuple(self.examples),
-        )
+    def leaks(self) -> dict[str, Any]:
+        """Counts of training images that look like a held-out one, of validation images like a test one.
+
+        Thumbnails are compared, so these are pairs to look at, not certain duplicates. An example is a key,
+        the held-out key, and how far their correlation is from 1.
+        """
+        return {
+            "train": self.compared["train"],
+            "held_out": self.held_out,
+            "found": self.leaked["train"],
+            "val": self.compared["val"],
+            "found_in_val": self.leaked["val"],
+            "examples": self.examples,
+        }
 
     def remarks(self) -> list[str]:
         """What a person should look at: how many suspects there are, and splits of other colours."""
