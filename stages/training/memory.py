@@ -10,9 +10,6 @@ machine's memory (three times the weights), not the GPU's. What is assumed of GP
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -32,30 +29,6 @@ OUT_OF_MEMORY = re.compile(
     "out of memory|OutOfMemory|ALLOC_FAILED|cudaErrorMemoryAllocation|allocate memory|low on memory", re.I
 )
 """In the texts of CUDA, cuDNN, cuBLAS, NCCL, Triton, torch's allocator for CPUs, and Ray."""
-
-
-@dataclass
-class _Saved:
-    """Bytes that autograd saves for the backward pass, each block of memory once."""
-
-    bytes_: int = 0
-    _seen: set[int] = field(default_factory=set)
-    _alive: list[Tensor] = field(default_factory=list)
-
-    def add(self, tensor: Tensor) -> Tensor:
-        block = tensor.untyped_storage()
-        if block._cdata not in self._seen:
-            self._seen.add(block._cdata)
-            self._alive.append(tensor)  # so that no other block gets the same address
-            self.bytes_ += block.nbytes()
-        return tensor
-
-
-@contextmanager
-def _counting() -> Iterator[_Saved]:
-    saved = _Saved()
-    with torch.autograd.graph.saved_tensors_hooks(saved.add, lambda tensor: tensor):
-        yield saved
 
 
 def advice(job: PhaseJob) -> str:
@@ -118,9 +91,16 @@ def estimate_memory(
 
 
 def _saved_by(network: nn.Module, x: Tensor) -> int:
-    with _counting() as saved:
-        network(x.detach().requires_grad_())
-    return saved.bytes_
+    """Bytes that autograd saves for the backward pass, each block of memory once."""
+    saved: dict[int, Tensor] = {}  # by address; kept, so that no other block gets the same one
+
+    def save(tensor: Tensor) -> Tensor:
+        saved.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        network(x)
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
 def networks_without_memory(
@@ -168,14 +148,14 @@ def _activations(
     for module in generator.modules():
         if isinstance(module, ConvNormReLU | ResidualBlock | Head):
             module.register_forward_pre_hook(lambda layer, args: layers.append((layer, args[0])))
-    with _counting() as generated:
-        generator(condition)
-    total, largest = share * generated.bytes_, 0
+    total, largest = share * _saved_by(generator, condition), 0
     if isinstance(generator, CoarseToFineGenerator) and generator.checkpointing:
-        largest = max(_saved_by(layer, x) for layer, x in tuple(layers))
+        largest = max(_saved_by(layer, x.detach().requires_grad_()) for layer, x in tuple(layers))
     judged = 0
     if job.losses.uses_discriminator:
-        judged = 2 * _saved_by(discriminator, images(discriminator_channels(job.model, inputs)))
+        judged = 2 * _saved_by(
+            discriminator, images(discriminator_channels(job.model, inputs)).requires_grad_()
+        )
     total += share * max(judged, largest)
     if job.losses.perceptual > 0:
         total += share * 2 * FLOAT * rows * height * width * 64 * 4  # relu1_1 .. relu5_1, about 4 x the first
