@@ -34,6 +34,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from stages import storage
 from stages.base import Outcome, Resources, Role, Split
 from stages.config.pair import PairConfig, SplitConfig
 from stages.errors import StageError, UserError
@@ -43,18 +44,6 @@ from stages.objects.tables import ROLES, keys_of, reject_text
 from stages.parallel.cluster import each
 from stages.parallel.monitoring import count_rejected
 from stages.progress import Progress
-from stages.storage import (
-    absolute,
-    join,
-    list_folders,
-    list_names,
-    located,
-    read_json,
-    read_parquet,
-    remove,
-    write_json,
-    write_parquet,
-)
 
 if TYPE_CHECKING:
     from stages.tracking.run import Run
@@ -340,7 +329,7 @@ class Shuffle:
 
     def file(self, gather: int, scatter: int) -> str:
         """The file that one scattering task writes for one gathering task."""
-        return join(self.exchange, f"{gather:05d}", f"{scatter:05d}.parquet")
+        return storage.join(self.exchange, f"{gather:05d}", f"{scatter:05d}.parquet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,10 +368,10 @@ class Gathered:
 
 def scatter(task: ScatterTask, *, shuffle: Shuffle) -> Scattered:
     """Write some of the objects to the tasks that join them."""
-    table = pa.concat_tables(read_parquet(join(shuffle.objects, name)) for name in task.files)
+    table = pa.concat_tables(storage.read_parquet(storage.join(shuffle.objects, name)) for name in task.files)
     gathers = cut(table, partition_of(table["key"], shuffle.partitions) // shuffle.partitions_per_task)
     for number, rows in gathers:
-        write_parquet(shuffle.file(number, task.number), rows, compression="lz4")
+        storage.write_parquet(shuffle.file(number, task.number), rows, compression="lz4")
     anchors = table.filter(pc.is_in(table["role"], pa.array(["pair", "target"])))
     histogram = split_histogram(anchors, shuffle.seed)
     return Scattered(task.number, [number for number, _ in gathers], histogram)
@@ -407,7 +396,7 @@ def gather(
     exchanged = [shuffle.file(task.number, number) for number in task.scatters]
     with ThreadPoolExecutor(threads) as pool:
         try:
-            tables = list(pool.map(read_parquet, exchanged))
+            tables = list(pool.map(storage.read_parquet, exchanged))
         except FileNotFoundError as error:
             raise StageError(
                 f"pair: {shuffle.exchange} was removed while it was in use: run again"
@@ -421,7 +410,11 @@ def gather(
             for kind, rows in (("part", pairs), ("rejects", rejects))
             for partition, table in cut(rows, numbers[kind])
         }
-        list(pool.map(lambda name: write_parquet(join(output, name), files[name], compression="zstd"), files))
+
+        def write(name: str) -> None:
+            storage.write_parquet(storage.join(output, name), files[name], compression="zstd")
+
+        list(pool.map(write, files))
     counts = Counter(pairs["split"].to_pylist())
     reasons = rejects.group_by("reason").aggregate([("key", "count_distinct")])
     counts.update({f"reject_{row['reason']}": row["key_count_distinct"] for row in reasons.to_pylist()})
@@ -470,8 +463,8 @@ def excluded_keys(config: PairConfig) -> list[str]:
     """The keys that `pair.exclude` lists, sorted. Raises UserError if it cannot be read or has none."""
     if config.exclude is None:
         return []
-    with located(f"pair.exclude: {config.exclude}"):
-        return sorted(set(keys_of(absolute(config.exclude))))
+    with storage.located(f"pair.exclude: {config.exclude}"):
+        return sorted(set(keys_of(storage.absolute(config.exclude))))
 
 
 def digest(config: PairConfig) -> str:
@@ -540,15 +533,15 @@ def _advice(count: str) -> str:
 
 def tidy(output: str, exchange: str, files: set[str]) -> None:
     """Remove the exchanged files, and what killed runs left: parts of another layout, old exchanges."""
-    for name in list_folders(output):
+    for name in storage.list_folders(output):
         start = name.removeprefix(EXCHANGE).partition("-")[0]
         if name == exchange.rpartition("/")[2] or (
             start.isdigit() and time.time() - int(start) > EXCHANGE_KEPT
         ):
-            remove(join(output, name))
-    for name in list_names(output):
+            storage.remove(storage.join(output, name))
+    for name in storage.list_names(output):
         if name.startswith(("part-", "rejects-")) and name not in files:
-            remove(join(output, name))
+            storage.remove(storage.join(output, name))
 
 
 # -- wiring: the only function here that needs Ray ----------------------------
@@ -569,11 +562,11 @@ def run(
         StageError: more keys were rejected than the config allows.
     """
     excluded = excluded_keys(config)
-    listing = read_json(join(objects, "_listing.json"))
+    listing = storage.read_json(storage.join(objects, "_listing.json"))
     roles = check_roles(config, listing["roles"])
     layout = Layout.of(config, listing)
     # A random name keeps two drivers apart; the parts they write are the same.
-    exchange = join(output, f"{EXCHANGE}{int(time.time())}-{uuid.uuid4().hex}")
+    exchange = storage.join(output, f"{EXCHANGE}{int(time.time())}-{uuid.uuid4().hex}")
     shuffle = Shuffle(objects, exchange, layout.partitions, layout.partitions_per_task, config.split.seed)
     histogram = np.zeros(SPLIT_BINS, np.int64)
     scatters: defaultdict[int, list[int]] = defaultdict(list)  # of each gathering task
@@ -606,7 +599,7 @@ def run(
             progress.advance()
     tidy(output, exchange, files)
     parts = sorted(name for name in files if name.startswith("part-"))
-    write_json(join(output, "_listing.json"), {"parts": parts})
+    storage.write_json(storage.join(output, "_listing.json"), {"parts": parts})
     if (count := counts["reject_excluded"]) < len(excluded):
         logger.warning(
             "pair.exclude: %s lists %d keys, and %d are of pairs", config.exclude, len(excluded), count

@@ -16,19 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from stages import storage
 from stages.errors import UserError
-from stages.storage import (
-    UPLOAD_BYTES,
-    call_store,
-    create,
-    filesystem,
-    is_local,
-    join,
-    list_names,
-    remove,
-    write_bytes,
-    written,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +30,8 @@ def local_file(uri: str) -> Iterator[Path]:
 
     Raises FileNotFoundError if there is none; UserError or StageError as `patiently` does.
     """
-    _, path = filesystem(uri)
-    if is_local(uri):
+    _, path = storage.filesystem(uri)
+    if storage.is_local(uri):
         if not Path(path).exists():
             raise FileNotFoundError(path)
         yield Path(path)
@@ -59,14 +48,14 @@ def local_folder(uri: str, *, leave_out: Collection[str] = ()) -> Iterator[Path]
 
     leave_out   names of files that need not be copied
     """
-    _, path = filesystem(uri)
-    if is_local(uri):
+    _, path = storage.filesystem(uri)
+    if storage.is_local(uri):
         yield Path(path)
         return
     with tempfile.TemporaryDirectory(prefix="pixloom-") as temporary:
-        for name in list_names(uri):
+        for name in storage.list_names(uri):
             if name not in leave_out:
-                download(join(uri, name), _place(Path(temporary), name, uri))
+                download(storage.join(uri, name), _place(Path(temporary), name, uri))
         yield Path(temporary)
 
 
@@ -79,10 +68,10 @@ def _place(folder: Path, name: str, uri: str) -> Path:
 
 def download(uri: str, path: Path) -> None:
     """Copy a file to this machine. Raises as `local_file` does."""
-    fs, remote = filesystem(uri)
+    fs, remote = storage.filesystem(uri)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        call_store(lambda: fs.get_file(remote, str(partial)), uri)
+        storage.call_store(lambda: fs.get_file(remote, str(partial)), uri)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -99,10 +88,10 @@ def upload_open(source: IO[bytes], uri: str) -> None:
 
     def send() -> None:
         source.seek(0)
-        with create(uri) as target:
-            shutil.copyfileobj(source, target, UPLOAD_BYTES)
+        with storage.create(uri) as target:
+            shutil.copyfileobj(source, target, storage.UPLOAD_BYTES)
 
-    written(send, uri)
+    storage.written(send, uri)
 
 
 def upload_folder(path: Path, uri: str, *, last: str) -> None:
@@ -110,12 +99,12 @@ def upload_folder(path: Path, uri: str, *, last: str) -> None:
 
     An older `last` is removed first, so that no reader takes a mixture of old and new files for a folder.
     """
-    marker = join(uri, last)
-    remove(marker)
+    marker = storage.join(uri, last)
+    storage.remove(marker)
     for file in sorted(path.iterdir()):
         if file.name != last:
-            upload(file, join(uri, file.name))
-    write_bytes(marker, (path / last).read_bytes())
+            upload(file, storage.join(uri, file.name))
+    storage.write_bytes(marker, (path / last).read_bytes())
 
 
 @contextmanager
@@ -124,11 +113,11 @@ def alone(uri: str, *, quiet: bool = False) -> Iterator[None]:
 
     quiet   do not log that it is waited for
     """
-    if not is_local(uri):
+    if not storage.is_local(uri):
         yield
         return
-    path = Path(filesystem(uri)[1])
-    written(lambda: path.mkdir(parents=True, exist_ok=True), uri)
+    path = Path(storage.filesystem(uri)[1])
+    storage.written(lambda: path.mkdir(parents=True, exist_ok=True), uri)
     held = os.open(path, os.O_RDONLY)
     try:
         with suppress(OSError):  # not every network file system can
