@@ -252,14 +252,9 @@ def _shared_columns(
     Roles that name different splits get the reason `bad_split`.
     """
     shared: dict[str, pa.Array] = {}
-    for name, kind in (
-        ("split", pa.string()),
-        ("group", pa.string()),
-        ("x", pa.float64()),
-        ("y", pa.float64()),
-    ):
+    for name in ("split", "group", "x", "y"):
         column = table[name].combine_chunks()
-        value = pa.nulls(count, kind)
+        value = pa.nulls(count, column.type)
         for role in ROLES:
             rows = row_of[role]
             value = pc.coalesce(value, column.take(pa.array(rows, mask=rows < 0)))

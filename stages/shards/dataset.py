@@ -187,13 +187,10 @@ def corrupt(folder: str, name: str, key: str, role: str, reason: object) -> Stag
     )
 
 
-def columns(spec: DatasetSpec, *, sources: bool = True) -> list[str]:
-    """The columns of a shard that hold images; with `sources`, also their URIs and original sizes."""
-    names = ["key", "group"] if sources else ["key"]
-    for role in spec.roles:
-        names += [role, f"{role}_crc"]
-        names += [f"{role}_uri", f"{role}_width", f"{role}_height"] if sources else []
-    return names
+def columns(spec: DatasetSpec) -> list[str]:
+    """The columns of a shard that hold images, with their URIs and original sizes."""
+    parts = ("", "_crc", "_uri", "_width", "_height")
+    return ["key", "group", *(f"{role}{part}" for role in spec.roles for part in parts)]
 
 
 def read_file(

@@ -31,7 +31,7 @@ from stages.images.augment import NONE
 from stages.models.step import Batch
 from stages.parallel.threads import Prefetch, own_cores, prefetch_map
 from stages.shards.dataset import DatasetSpec
-from stages.shards.order import WINDOW, Plan, ReadUnit, num_steps, plan_epoch
+from stages.shards.order import Plan, ReadUnit, num_steps, plan_epoch
 from stages.shards.prepare import Preparation, StoredPair, Unit, dtype_of
 
 Read = Callable[[Preparation, Iterator[Unit]], Iterator[StoredPair]]
@@ -184,7 +184,6 @@ class Feed:
             rank=self.rank,
             world=self.world,
             start_step=start_step,
-            window=WINDOW,
         )
 
     def _unit(self, epoch: int, unit: ReadUnit) -> Unit:
