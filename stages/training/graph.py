@@ -8,7 +8,7 @@ learning rate is a tensor, random sources are seeded before the replay, the aver
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,21 +24,17 @@ WARM_UP = 3
 """Steps before the recording, in which cuDNN chooses its kernels and optimizers create their state."""
 
 
-class Recorder(Protocol):
-    """Records what a function asks of the device, without running it."""
-
-    def __call__(self, function: Callable[[], T]) -> tuple[T, Callable[[], Any]]:
-        """The function's result, and what replays the recording, which writes that result again."""
-
-
 class CudaGraphs:
-    """Records CUDA graphs that share their memory, as one runs at a time."""
+    """Records what functions ask of the device. Graphs share their memory, as one runs at a time."""
 
     def __init__(self) -> None:
         self._pool: Any = None
 
     def __call__(self, function: Callable[[], T]) -> tuple[T, Callable[[], Any]]:
-        """Recorder. Other threads may go on allocating and copying."""
+        """Record a function without running it: its result, and what replays it and writes that result again.
+
+        Other threads may go on allocating and copying.
+        """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = function()
@@ -53,7 +49,7 @@ class GraphedStep:
     must be those of every batch, and its share 1: this is for one worker.
     """
 
-    def __init__(self, step: Step, *, rows: int, record: Recorder) -> None:
+    def __init__(self, step: Step, *, rows: int, record: CudaGraphs) -> None:
         self.step, self.rows, self.record = step, rows, record
         self._warmed_up = 0
         self._batch: Batch | None = None

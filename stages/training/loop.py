@@ -48,7 +48,7 @@ from stages.training.checkpoints import Checkpoint, Position, Writer
 from stages.training.curves import ClosedWindow, DivergedError, Window
 from stages.training.execution import Execution, Part
 from stages.training.gradients import GradientAverager, Messages, new_group
-from stages.training.graph import GraphedStep, Recorder, Step
+from stages.training.graph import CudaGraphs, GraphedStep, Step
 from stages.training.news import Advance, Begin, Channel, Note, Order, Points, SampleGrid, Save, Saved, Stop
 from stages.training.start import start_from
 
@@ -182,7 +182,7 @@ def train_phase(
     preview: Preview,
     preempted: Callable[[], bool] = lambda: False,
     load: Callable[[], dict[str, float]] = dict,
-    record: Recorder | None = None,
+    record: CudaGraphs | None = None,
 ) -> Ending:
     """Run the phase to its end, or until it is stopped. All workers return alike.
 
@@ -287,7 +287,7 @@ class Loop:
         preview: Preview,
         preempted: Callable[[], bool],
         load: Callable[[], dict[str, float]],
-        record: Recorder | None = None,
+        record: CudaGraphs | None = None,
     ) -> None:
         self.task, self.worker, self.channel, self.preview = task, worker, channel, preview
         self.load, self._load_measured = load, -math.inf
@@ -342,7 +342,7 @@ class Loop:
         self.orders = OrderPoll(worker, self.messages, channel, preempted, _polled_step=self.position.steps)
         self.throughput = Throughput(self.position.images)
 
-    def _graphed(self, record: Recorder) -> Step:
+    def _graphed(self, record: CudaGraphs) -> Step:
         """Steps as recordings, where that gives the same numbers."""
         batch, micro_batch = self.task.job.phase.batch, self.execution.micro_batch
         if self.worker.world > 1 or (micro_batch is not None and micro_batch < batch):
