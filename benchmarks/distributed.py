@@ -57,8 +57,7 @@ from stages.models.fast.process import tune_process
 from stages.models.gan import build_gan, state_of
 from stages.models.step import Batch, update
 from stages.shards import dataset
-from stages.shards.dataset import DatasetSpec, RoleSpec
-from stages.shards.manifest import ShardFile, ShardFiles
+from stages.shards.dataset import DatasetSpec, RoleSpec, ShardFile, ShardFiles
 from stages.tracking.run import Run
 from stages.training import checkpoints, curves, gradients
 from stages.training.checkpoints import Checkpoint, Position

@@ -49,8 +49,7 @@ from stages.config.pair import PairConfig, SplitConfig
 from stages.config.shard import ShardConfig
 from stages.shards import dataset
 from stages.shards.card import RoleSums
-from stages.shards.dataset import DatasetSpec, RoleSpec
-from stages.shards.manifest import ShardFile, ShardFiles
+from stages.shards.dataset import DatasetSpec, RoleSpec, ShardFile, ShardFiles
 from stages.shards.order import plan_epoch
 from stages.storage.finished import GROUP, Finished
 from stages.tracking.run import Run

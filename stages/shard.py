@@ -48,8 +48,7 @@ from stages.parallel.threads import prefetch_map
 from stages.progress import Progress
 from stages.shards import card, dataset, suspects
 from stages.shards.card import Statistics
-from stages.shards.dataset import DatasetSpec, RoleSpec
-from stages.shards.manifest import ShardFile, ShardFiles
+from stages.shards.dataset import DatasetSpec, RoleSpec, ShardFile, ShardFiles
 from stages.storage.finished import GROUP, Finished
 from stages.storage.local import local_file
 

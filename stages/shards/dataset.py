@@ -12,11 +12,13 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from pydantic import ValidationError
 
@@ -26,7 +28,6 @@ from stages.errors import StageError, UserError, first_invalid, one_line
 from stages.images import encode, kinds, pictures
 from stages.images.kinds import Array, ImageRejected
 from stages.models.architecture import InputSpec, Picture
-from stages.shards.manifest import ShardFiles, from_json, from_table, to_table
 from stages.shards.row_groups import num_row_groups, read_unit
 
 NAME = "dataset.parquet"
@@ -34,6 +35,19 @@ OLD_NAME = "dataset.json"  # one JSON document, as folders had before: read, nev
 METADATA = b"pixloom"
 EXAMPLE_SIDE = 128
 SCORED: tuple[Split, ...] = ("test", "val")  # to generate and evaluate by default: the first that has pairs
+
+
+FILES = pa.schema(
+    {
+        "split": pa.dictionary(pa.int8(), pa.string()),
+        "name": pa.string(),
+        "rows": pa.int32(),
+        "group_rows": pa.int32(),
+    }
+)
+"""The rows of dataset.parquet: one shard a row, split after split."""
+
+Ints = npt.NDArray[np.int32]
 
 
 class RoleSpec(Picture):
@@ -54,6 +68,70 @@ class Header(Config):
     size: tuple[int, int]
     roles: dict[Role, RoleSpec]
     files: dict[Split, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFile:
+    """One Parquet file of a split: its rows, and those of each of its row groups but the last, the rest."""
+
+    name: str
+    rows: int
+    group_rows: int
+
+    @property
+    def row_groups(self) -> tuple[int, ...]:
+        """Rows of each row group."""
+        starts = range(0, self.rows, self.group_rows)
+        return tuple(min(self.group_rows, self.rows - start) for start in starts)
+
+
+@dataclass(frozen=True, eq=False)
+class ShardFiles:
+    """The files of a split in their order, as columns: a worker holds numbers, however many there are."""
+
+    names: pa.StringArray | pa.ChunkedArray
+    file_rows: Ints
+    group_rows: Ints
+
+    @classmethod
+    def of(cls, files: Iterable[ShardFile]) -> ShardFiles:
+        """The columns of these files."""
+        every = list(files)
+        return cls(
+            pa.array([file.name for file in every], pa.string()),
+            np.array([file.rows for file in every], np.int32),
+            np.array([file.group_rows for file in every], np.int32),
+        )
+
+    @property
+    def rows(self) -> int:
+        """Their pairs."""
+        return int(self.file_rows.sum())
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[ShardFile]:
+        columns = self.names.to_pylist(), self.file_rows.tolist(), self.group_rows.tolist()
+        return map(ShardFile, *columns)
+
+    @cached_property
+    def _ends(self) -> npt.NDArray[np.int64]:
+        """Where the row groups of each file end among those of the split."""
+        return np.cumsum(-(-self.file_rows // self.group_rows))
+
+    def sizes(self) -> npt.NDArray[np.integer[Any]]:
+        """Rows of every row group of the split, in the smallest type: there are millions."""
+        smallest = np.min_scalar_type(int(self.group_rows.max(initial=0)))
+        counts = np.diff(self._ends, prepend=0)
+        sizes: npt.NDArray[np.integer[Any]] = np.repeat(self.group_rows.astype(smallest), counts)
+        sizes[self._ends - 1] = self.file_rows - (counts - 1) * self.group_rows
+        return sizes
+
+    def place(self, group: int) -> tuple[str, int]:
+        """The file of a row group of the split, and the row group's number in it."""
+        file = int(np.searchsorted(self._ends, group, "right"))
+        return self.names[file].as_py(), group - (int(self._ends[file - 1]) if file else 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,12 +217,12 @@ def load(folder: str) -> DatasetSpec:
             table = storage.read_parquet(storage.join(folder, NAME))
         except FileNotFoundError:
             content = storage.read_json(storage.join(folder, OLD_NAME))
-            splits = from_json(content.pop("splits"))
+            splits = _from_json(content.pop("splits"))
             content["files"] = {split: len(files) for split, files in splits.items()}
             header = Header.model_validate(content)
         else:
             header = Header.model_validate_json(table.schema.metadata[METADATA])
-            splits = from_table(table, header.files)
+            splits = _from_table(table, header.files)
     except FileNotFoundError:
         raise UserError(f"{folder}: no {NAME}, so this is not a finished shards folder") from None
     except ValidationError as error:
@@ -161,12 +239,50 @@ def exists(folder: str) -> bool:
 
 def save(folder: str, spec: DatasetSpec) -> None:
     """Write the description. It makes the folder a shards folder, so it is written last."""
-    table = to_table(spec.splits).replace_schema_metadata({METADATA: spec.header()})
+    table = _to_table(spec.splits).replace_schema_metadata({METADATA: spec.header()})
     numbers = ["split", "rows", "group_rows"]
     # Small row groups halve the memory of reading it.
     storage.write_parquet(
         storage.join(folder, NAME), table, row_group_rows=1 << 14, compression="zstd", use_dictionary=numbers
     )
+
+
+def _to_table(splits: Mapping[Split, ShardFiles]) -> pa.Table:
+    """All files as rows of `FILES`, split after split."""
+    tables = [
+        pa.table(
+            [
+                pa.array([split]).take(pa.array(np.zeros(len(files), np.int8))),
+                files.names,
+                files.file_rows,
+                files.group_rows,
+            ],
+            names=FILES.names,
+        ).cast(FILES)
+        for split, files in splits.items()
+    ]
+    return pa.concat_tables([FILES.empty_table(), *tables])
+
+
+def _from_table(table: pa.Table, counts: Mapping[Split, int]) -> dict[Split, ShardFiles]:
+    """The files of each split, of which there are so many in the table."""
+    starts = itertools.accumulate(counts.values(), initial=0)
+    parts = {
+        split: table.slice(start, count)
+        for (split, count), start in zip(counts.items(), starts, strict=False)
+    }
+    return {
+        split: ShardFiles(part["name"], part["rows"].to_numpy(), part["group_rows"].to_numpy())
+        for split, part in parts.items()
+    }
+
+
+def _from_json(content: Mapping[Split, Iterable[Mapping[str, Any]]]) -> dict[Split, ShardFiles]:
+    """The files of each split as the JSON description of older folders lists them."""
+    return {
+        split: ShardFiles.of(ShardFile(file["name"], file["rows"], file["row_groups"][0]) for file in files)
+        for split, files in content.items()
+    }
 
 
 def decode_role(data: memoryview | bytes, crc: int, role: RoleSpec, size: tuple[int, int]) -> Array:

@@ -12,8 +12,7 @@ import pyarrow.parquet as pq
 from stages.base import Kind, Role, Split
 from stages.images import colour, encode
 from stages.shards import dataset
-from stages.shards.dataset import DatasetSpec, RoleSpec
-from stages.shards.manifest import ShardFile, ShardFiles
+from stages.shards.dataset import DatasetSpec, RoleSpec, ShardFile, ShardFiles
 from tests.support.models import CLASSES, scene
 
 
