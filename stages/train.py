@@ -313,11 +313,7 @@ def _train(setup: Setup) -> Ending:
     task, job, resources = setup.task, setup.task.job, setup.task.resources
     context, workers_here = ray.train.get_context(), ray.train.get_context().get_local_world_size()
     device = ray.train.torch.get_device() if setup.gpu else torch.device("cpu")
-    worker = Worker(
-        rank=context.get_world_rank(),
-        world=context.get_world_size(),
-        device=device,
-    )
+    worker = Worker(rank=context.get_world_rank(), world=context.get_world_size(), device=device)
     tune_process(device, save_memory=resources.checkpointing)
     torch.set_num_threads(threads(resources.threads_per_worker, workers_here, setup.gpu))
     spec = dataset.load(setup.shards)

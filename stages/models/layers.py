@@ -68,13 +68,7 @@ class TransposedConv(nn.ConvTranspose2d):
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, *, bias: Bias = True) -> None:
         super().__init__(
-            in_channels,
-            out_channels,
-            kernel,
-            stride=2,
-            padding=1,
-            output_padding=kernel % 2,
-            bias=bool(bias),
+            in_channels, out_channels, kernel, stride=2, padding=1, output_padding=kernel % 2, bias=bool(bias)
         )
         self.inert_bias = bias == "inert"
         if self.inert_bias and self.bias is not None:

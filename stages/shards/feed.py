@@ -155,7 +155,15 @@ class Feed:
         @lru_cache(maxsize=2)  # reading needs an epoch's plan first, then its steps do
         def plan_of(epoch: int) -> tuple[int, Plan]:
             start = start_step if epoch == first_epoch else 0
-            return start, self._plan(epoch, start)
+            return start, plan_epoch(
+                self._sizes,
+                seed=self.seed,
+                epoch=epoch,
+                batch=self.batch,
+                rank=self.rank,
+                world=self.world,
+                start_step=start,
+            )
 
         units = (self._unit(epoch, unit) for epoch in epochs for unit in plan_of(epoch)[1].units)
         read = self.read(self.preparation, units)
@@ -175,27 +183,11 @@ class Feed:
                     pairs.append(cache.pop(place))
                 yield RowsOfStep(pairs, min(self.batch, self.rows - (start + step) * self.batch))
 
-    def _plan(self, epoch: int, start_step: int) -> Plan:
-        return plan_epoch(
-            self._sizes,
-            seed=self.seed,
-            epoch=epoch,
-            batch=self.batch,
-            rank=self.rank,
-            world=self.world,
-            start_step=start_step,
-        )
-
     def _unit(self, epoch: int, unit: ReadUnit) -> Unit:
         """A read unit as plain values."""
         whole = len(unit.rows) == self._sizes[unit.group]
         file, group = self._files.place(unit.group)
-        return {
-            "epoch": epoch,
-            "file": file,
-            "group": group,
-            "rows": None if whole else unit.rows.tolist(),
-        }
+        return {"epoch": epoch, "file": file, "group": group, "rows": None if whole else unit.rows.tolist()}
 
     def _make(self, step: RowsOfStep) -> Batch:
         """Verify, decode, crop and mirror the rows of a step into fresh memory."""

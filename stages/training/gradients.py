@@ -54,11 +54,7 @@ class GradientAverager:
     """
 
     def __init__(
-        self,
-        workers: int,
-        *,
-        wire: torch.dtype | None = None,
-        group: dist.ProcessGroup | None = None,
+        self, workers: int, *, wire: torch.dtype | None = None, group: dist.ProcessGroup | None = None
     ) -> None:
         self.workers, self.wire, self.group = workers, wire, group
         self.measure = False
