@@ -21,7 +21,7 @@ from ray.train import UserCallback
 from stages.errors import cause
 from stages.parallel import monitoring
 from stages.progress import Progress
-from stages.training.news import Advance, Begin, News, Note, Points, Restart, SampleGrid, Saved, Stop
+from stages.training.news import Advance, Begin, News, Note, Points, SampleGrid, Saved, Stop
 
 if TYPE_CHECKING:
     from stages.tracking.run import Run
@@ -63,7 +63,9 @@ class LostWorkers(UserCallback):  # type: ignore[misc]
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
         """Post the news."""
         lost = ", ".join(f"worker {rank} was lost ({cause(e)})" for rank, e in worker_exceptions.items())
-        self.mailbox.post.remote([Restart(f"{lost}; restarting the group from its last checkpoint")])
+        self.mailbox.post.remote(
+            [Note(f"{lost}; restarting the group from its last checkpoint", restarts=True)]
+        )
 
 
 @contextmanager
@@ -113,9 +115,9 @@ class NewsRecorder:
                             monitoring.CURVES[point.name].set(point.value, self._phase)
                 case Advance(images, text):
                     self._advance(images, text)
-                case Note(text) | Restart(text):
+                case Note(text, restarts):
                     logger.warning("%-13s %s", self.label, text)
-                    if isinstance(one, Restart):
+                    if restarts:
                         monitoring.TRAIN_RESTARTS.inc(1, self._phase)
                 case Saved(seconds):
                     monitoring.TRAIN_CHECKPOINT_SECONDS.set(seconds, self._phase)

@@ -40,16 +40,10 @@ class Advance:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A line for the driver's log."""
+    """A line for the driver's log. `restarts`: it says why workers were lost and the group starts again."""
 
     text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Restart:
-    """Workers were lost, and the group starts again; the text says why."""
-
-    text: str
+    restarts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +69,7 @@ class SampleGrid:
     pixels: np.ndarray
 
 
-News = Points | Advance | Note | Restart | Saved | Begin | SampleGrid
+News = Points | Advance | Note | Saved | Begin | SampleGrid
 
 
 @dataclass(frozen=True, slots=True)

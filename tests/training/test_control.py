@@ -30,7 +30,6 @@ from stages.training.news import (
     News,
     Note,
     Points,
-    Restart,
     SampleGrid,
     Saved,
     Stop,
@@ -99,7 +98,9 @@ def test_how_a_phase_is_computed_is_logged_and_tagged(caplog: pytest.LogCaptureF
 
 
 def test_a_restart_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    NewsRecorder("train-global", 100, Recorded()).handle([Restart("worker 1 was lost"), Saved(0.5)])
+    NewsRecorder("train-global", 100, Recorded()).handle(
+        [Note("worker 1 was lost", restarts=True), Saved(0.5)]
+    )
     assert [(record.levelname, record.message) for record in caplog.records] == [
         ("WARNING", "train-global  worker 1 was lost")
     ]
