@@ -145,13 +145,9 @@ def copied(state: Any) -> Any:
 
     From a GPU into pinned memory, without waiting: an event after this call says when the copy is there.
     """
-    if isinstance(state, Tensor):
-        return state.detach().to("cpu", copy=True, non_blocking=True)
-    if isinstance(state, Mapping):
-        return {key: copied(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return [copied(value) for value in state]
-    return state
+    tensors, plain = split_state(state)
+    copies = {name: one.detach().to("cpu", copy=True, non_blocking=True) for name, one in tensors.items()}
+    return join_state(copies, plain)
 
 
 # -- folders ------------------------------------------------------------------
