@@ -33,6 +33,9 @@ from stages.parallel.threads import Prefetch, own_cores, prefetch_map
 from stages.shards.dataset import DatasetSpec
 from stages.shards.order import Plan, ReadUnit, num_steps, plan_epoch
 from stages.shards.prepare import Preparation, StoredPair, Unit, dtype_of
+from stages.shards.row_groups import read_unit
+
+AHEAD = 4  # batches that are ready before the step asks for them
 
 Read = Callable[[Preparation, Iterator[Unit]], Iterator[StoredPair]]
 """The pairs of read units, in order."""
@@ -40,8 +43,9 @@ Read = Callable[[Preparation, Iterator[Unit]], Iterator[StoredPair]]
 
 def read_here(preparation: Preparation, units: Iterator[Unit]) -> Iterator[StoredPair]:
     """The pairs of each unit, read in this thread: local files are mapped, and read when they are decoded."""
+    columns = preparation.columns()
     for unit in units:
-        yield from preparation.read(unit)
+        yield from preparation.pairs(unit, read_unit(preparation.folder, unit, columns))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,6 @@ class Feed:
     """Batches of one training worker.
 
     scale      1, 2, 4 ...: images come at 1/scale of the resolution (`Preparation`)
-    prefetch   batches that are ready ahead of the step
     threads    that decode
     epochs     the feed does not read ahead beyond the last one; None: it does not end
     read       `read_here`, or `stages.train.read_with_ray`
@@ -77,7 +80,6 @@ class Feed:
         augment: AugmentConfig = NONE,
         scale: int = 1,
         device: torch.device | str = "cpu",
-        prefetch: int = 4,
         threads: int | None = None,
         epochs: int | None = None,
         read: Read = read_here,
@@ -90,7 +92,7 @@ class Feed:
             scale=scale,
         )
         self.seed, self.batch, self.rank, self.world = seed, batch, rank, world
-        self.device, self.prefetch, self.epochs = torch.device(device), prefetch, epochs
+        self.device, self.epochs = torch.device(device), epochs
         self.read, self.threads = read, threads or min(4, own_cores())
         self.rows = spec.rows(split)
         if not self.rows:
@@ -107,9 +109,7 @@ class Feed:
         """The batches of an epoch from a step on; every rank gets as many, the last may be short or empty."""
         if self._next != (epoch, start_step) or self._stream is None:
             self.close()
-            self._stream = Prefetch(
-                [lambda: self._batches(epoch, start_step)], depth=self.prefetch, name="feed"
-            )
+            self._stream = Prefetch([lambda: self._batches(epoch, start_step)], depth=AHEAD, name="feed")
             self._next = (epoch, start_step)
         for step in range(start_step, self.steps_per_epoch):
             batch, sent = next(self._stream)

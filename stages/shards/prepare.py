@@ -25,7 +25,6 @@ from stages.images.augment import NONE, apply, draw
 from stages.images.kinds import ImageRejected
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec, RoleSpec
-from stages.shards.row_groups import read_unit
 
 Unit = dict[str, Any]
 """What is read together, and for which epoch: epoch, file, group and rows (`row_groups.read_unit`)."""
@@ -64,10 +63,6 @@ class Preparation:
         if spec.encoding == "raw":
             return (spec.channels, height, width), True
         return (height, width, spec.channels), False
-
-    def read(self, unit: Unit) -> Iterator[StoredPair]:
-        """The pairs of a read unit, as they are stored. Raises as `read_unit` does."""
-        return self.pairs(unit, read_unit(self.folder, unit, self.columns()))
 
     def columns(self) -> list[str]:
         """The columns that are read."""

@@ -335,9 +335,7 @@ class Loop:
             wire=torch.bfloat16 if task.job.gradient_dtype == "bf16" else None,
             group=new_group(worker.device, timeout_s) if worker.world > 1 else None,
         )
-        self.update: Step = self._update
-        if record is not None:
-            self.update = self._graphed(record)
+        self.update = self._update if record is None else self._graphed(record)
         self.window = Window(worker.device, self.messages.total, worker.world, self.messages.broadcast)
         self.orders = OrderPoll(worker, self.messages, channel, preempted, _polled_step=self.position.steps)
         self.throughput = Throughput(self.position.images)

@@ -20,9 +20,9 @@ VGG_PER_PIXEL = 7.2e5
 """Of a forward pass of VGG19 up to relu5_1: the sum of its 13 convolutions."""
 
 
-def step_operations(job: PhaseJob, spec: DatasetSpec, size: tuple[int, int] | None = None) -> float:
-    """Operations of a training step for each pair. `size`: of the images, if not the phase's."""
-    width, height = size or job.size(spec.size)
+def step_operations(job: PhaseJob, spec: DatasetSpec) -> float:
+    """Operations of a training step for each pair."""
+    width, height = job.size(spec.size)
     inputs = spec.inputs()
     generator, encoder, discriminator = networks_without_memory(job, inputs)
 
