@@ -75,13 +75,13 @@ def differing(one: Mapping[str, str], other: Mapping[str, str]) -> Iterator[tupl
             yield name, *values
 
 
-def results(client: Any, one: Any, other: Any) -> Iterator[tuple[str, str, str, str]]:
+def results(one: Any, other: Any) -> Iterator[tuple[str, str, str, str]]:
     """Metrics that differ, with their intervals, and by how much image by image."""
     from stages.scoring import table  # noqa: PLC0415
     from stages.scoring.metrics import lower_is_better  # noqa: PLC0415
 
     mine, theirs = one.data.metrics, other.data.metrics
-    uri, other_uri = (scores_of_images(client, run) for run in (one, other))
+    uri, other_uri = map(scores_of_images, (one, other))
     for name in sorted({*mine, *theirs}):
         if table.is_bound(name) or mine.get(name) == theirs.get(name):
             continue
@@ -94,20 +94,14 @@ def results(client: Any, one: Any, other: Any) -> Iterator[tuple[str, str, str, 
         yield name, table.shown(mine, name) or "-", table.shown(theirs, name) or "-", verdict
 
 
-def scores_of_images(client: Any, run: Any) -> str:
+def scores_of_images(run: Any) -> str:
     """The scores of a run's single images in its workspace; "" if it did not evaluate or they are gone."""
     from stages import storage  # noqa: PLC0415
 
-    children = client.search_runs(
-        [run.info.experiment_id], f"tags.mlflow.parentRunId = '{run.info.run_id}'", max_results=100
-    )
-    for child in children:
-        tags = child.data.tags
-        if tags.get("pixloom.step") == "evaluate":
-            folder = f"evaluate-{tags['pixloom.fingerprint']}"
-            uri = storage.join(run.data.tags["pixloom.workspace"], folder, "metrics.parquet")
-            with suppress(PixloomError):  # of another machine, or a store that we have no right to read
-                return uri if storage.exists(uri) else ""
+    if folder := run.data.tags.get("pixloom.evaluation"):
+        uri = storage.join(folder, "metrics.parquet")
+        with suppress(PixloomError):  # of another machine, or a store that we have no right to read
+            return uri if storage.exists(uri) else ""
     return ""
 
 
@@ -125,7 +119,7 @@ def compared(client: Any, one: Any, other: Any) -> str:
     sections: dict[str, Sequence[Sequence[str]]] = {
         "settings": list(differing(settings(client, one), settings(client, other))),
         "data": list(differing(data(one), data(other))),
-        "results": list(results(client, one, other)),
+        "results": list(results(one, other)),
     }
     lines = [
         f"{place:<8}{run.info.run_name} ({run.info.run_id})"

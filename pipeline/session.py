@@ -153,6 +153,8 @@ def log_results(
         parent.params({"precision": trained[-1]["notes"]["precision"]})
     if "evaluate" in markers:
         parent.metrics(markers["evaluate"]["metrics"], step=0)
+        folder = next(p.folder for p in planned if p.step.name == "evaluate")
+        parent.tags({"pixloom.evaluation": folder})  # where `compare` finds the scores of single images
 
 
 def commit() -> dict[str, str]:

@@ -260,7 +260,7 @@ class EvaluationWorker:
             if len(pair.samples) > 1:
                 pair.record["diversity"] = metrics.diversity(pair.samples)
                 if self.lpips is not None:
-                    pair.record[f"diversity_{self.job.lpips}"] = self.lpips.diversity(pair.samples)
+                    pair.record[f"diversity_{self.job.lpips}"] = metrics.diversity(pair.samples, self.lpips)
             self._add_matrices(pair.sample, pair.samples[0], pair.target, scores)
         images = [self._baseline_images(unit, pair) for pair in pairs]
         for baseline in images[0]:

@@ -54,7 +54,11 @@ class TrialResult:
 
 
 def variants(sweep: SweepConfig) -> list[tuple[str, dict[str, JsonValue]]]:
-    """Name and values of every trial: each setting with each combination of the grid with each draw."""
+    """Name and values of every trial: each setting with each combination of the grid with each draw.
+
+    A draw that repeats an earlier one is no trial of its own. Names are short; where an earlier trial has the
+    name, values are shown with all digits, so that more draws leave the names of those before them.
+    """
     grid = [dict(zip(sweep.grid, values, strict=True)) for values in itertools.product(*sweep.grid.values())]
     generator = np.random.RandomState(sweep.seed)
     draws = [
@@ -64,12 +68,19 @@ def variants(sweep: SweepConfig) -> list[tuple[str, dict[str, JsonValue]]]:
     keys = [*sweep.grid, *sweep.random]
     last = Counter(key.rpartition(".")[2] for key in keys)  # parts; a key with that of another is shown whole
     short = {key: tail if last[tail := key.rpartition(".")[2]] == 1 else key for key in keys}
-    trials: list[tuple[str, dict[str, JsonValue]]] = []
+    trials: dict[str, dict[str, JsonValue]] = {}
     for (setting, fixed), cell, draw in itertools.product(sweep.settings.items() or [("", {})], grid, draws):
         varied = cell | draw
-        labels = [f"{short[key]}={_shown(value)}" for key, value in varied.items()]
-        trials.append((", ".join([setting, *labels] if setting else labels), {**fixed, **varied}))
-    return trials
+        values, names = fixed | varied, list[str]()
+        for text in (_shown, json.dumps):
+            labels = [f"{short[key]}={text(value)}" for key, value in varied.items()]
+            names.append(", ".join([setting, *labels] if setting else labels))
+        more = (f"{names[1]} ({number})" for number in itertools.count(2))
+        free = (
+            n for n in itertools.chain(names, more) if json.dumps(trials.get(n, values)) == json.dumps(values)
+        )
+        trials[next(free)] = values
+    return list(trials.items())
 
 
 def _draw(space: Range | tuple[JsonValue, ...], generator: np.random.RandomState) -> JsonValue:

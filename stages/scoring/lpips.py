@@ -132,11 +132,6 @@ class LpipsScorer:
             distances: list[float] = self.network(one, other).tolist()
         return distances
 
-    def diversity(self, samples: Sequence[Array]) -> float:
-        """Mean distance over all pairs of samples, as BicycleGAN measures diversity; 0 for fewer than two."""
-        distances = [self([samples[i]], [samples[j]])[0] for i in range(len(samples)) for j in range(i)]
-        return sum(distances) / len(distances) if distances else 0.0
-
 
 def lpips_name(config: LpipsConfig) -> str:
     """The name of the distance with these weights. Raises UserError where weights are absent."""

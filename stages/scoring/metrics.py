@@ -6,9 +6,10 @@ in the order of the units of work, so that any number of workers gives the same 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from statistics import fmean
 from typing import cast
 
 import numpy as np
@@ -25,6 +26,9 @@ PSNR_OF_IDENTICAL = 100.0
 
 SMALLEST_SIDE = {"ssim": 6, "ms_ssim": 176}
 """SSIM mirrors 5 pixels at each border; the five scales of an 11 pixel window need side // 16 > 10."""
+
+Distances = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], list[float]]
+"""Of each generated image to its target, uint8 (H, W, 3) of one shape."""
 
 
 def lower_is_better(metric: str) -> bool:
@@ -89,15 +93,15 @@ def sharpness(image: np.ndarray) -> float:
     return float(np.hypot(across, down).mean())
 
 
-def diversity(samples: Sequence[np.ndarray]) -> float:
-    """Mean L1 on the [0, 1] scale over all pairs of samples of one input; 0 for fewer than two."""
-    pairs = [(i, j) for i in range(len(samples)) for j in range(i)]
-    if not pairs:
-        return 0.0
-    return math.fsum(
-        float(np.abs(samples[i].astype(np.int16) - samples[j].astype(np.int16)).mean()) / 255
-        for i, j in pairs
-    ) / len(pairs)
+def l1(generated: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> list[float]:
+    """The mean absolute difference of each pair of uint8 images, on the [0, 1] scale."""
+    pairs = zip(generated, targets, strict=True)
+    return [float(np.abs(one.astype(np.int16) - other).mean()) / 255 for one, other in pairs]
+
+
+def diversity(samples: Sequence[np.ndarray], distances: Distances = l1) -> float:
+    """Mean distance over all pairs of two or more samples of one input, as BicycleGAN measures it."""
+    return fmean(distances([one], [other])[0] for one, other in combinations(samples, 2))
 
 
 # -- sums over images --------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from stages.models.gan import GanState
 from stages.models.inputs import make_condition, translate
 from stages.scoring.efficientnet import PerceptualFeatures
 from stages.scoring.lpips import LpipsScorer
-from stages.scoring.metrics import frechet_distance_of, pixel_scores_of
+from stages.scoring.metrics import Distances, frechet_distance_of, pixel_scores_of
 from stages.scoring.networks import Inception
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec, Sample
@@ -62,12 +62,10 @@ def pairs_to_choose_by(job: PhaseJob) -> tuple[int, int]:
     return (SMALLEST_SET, CHOOSING_BY_SET) if of_set else (1, CHOOSING)
 
 
-Scores = Callable[[Sequence[Array], Sequence[Array]], list[float]]
-"""Of generated pictures and targets."""
 Features = Callable[[Sequence[Array]], np.ndarray]
 
 
-def scorers(job: PhaseJob, device: str) -> tuple[Scores | None, Features | None]:
+def scorers(job: PhaseJob, device: str) -> tuple[Distances | None, Features | None]:
     """The metric of `train.select` for single pairs, or the features whose sets it compares.
 
     Raises UserError for weights.
@@ -98,7 +96,7 @@ class Samples:
     spec: DatasetSpec
     job: PhaseJob
     device: torch.device
-    _scores: Scores | None = field(init=False)
+    _scores: Distances | None = field(init=False)
     _features: Features | None = field(init=False)
     _target_features: dict[int, np.ndarray] = field(init=False, default_factory=dict)
     """By the number of their group: the targets are the same each time."""

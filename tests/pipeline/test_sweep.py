@@ -93,6 +93,18 @@ def test_trials_are_named_by_whole_keys_where_their_last_parts_are_alike() -> No
     assert name == "a.b=1, c.b=2, d=3"
 
 
+def test_values_that_are_alike_in_short_have_names_of_their_own_and_repeats_are_one_trial() -> None:
+    space: dict[str, JsonValue] = {"a.rate": {"low": 0.1, "high": 0.1001}, "a.b": [1, 1.0, "1", True]}
+    found, more = (variants(config(random=space, trials=count)) for count in (20, 40))
+    assert len(dict(found)) == len(found) == 20
+    assert more[:20] == found  # further draws change no name
+    assert found[0][0].startswith("rate=0.1, b=")
+    names = [name for name, _ in variants(config(random={"a.b": [1, 1.0, "1"]}, trials=30))]
+    assert len(names) == len(set(names)) == 3
+    found = variants(config(grid={"a.b": [0.10004, 0.1, 0.1]}))
+    assert [name for name, _ in found] == ["b=0.1", "b=0.1 (2)"]
+
+
 def test_null_takes_a_phase_out() -> None:
     (trial,) = trials(settings={"no joint phase": {"train.phases.2": None}})
     assert [phase.name for phase in trial.config.train.phases] == ["global", "local"]
