@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ import torch
 
 from stages import storage
 from stages.base import Outcome, Resources, Role, Split
-from stages.config.evaluate import BaselineConfig, EvaluateConfig
+from stages.config.evaluate import SMALLEST_SIDE, BaselineConfig, EvaluateConfig
 from stages.errors import StageError, UserError, named
 from stages.images import colour, decode, encode, geometry, pictures
 from stages.images.kinds import Array, ImageRejected
@@ -43,7 +44,7 @@ from stages.parallel.threads import prefetch_map
 from stages.progress import Progress
 from stages.scoring import baselines, efficientnet, metrics, table
 from stages.scoring.baselines import BaselineData, Place
-from stages.scoring.lpips import LpipsScorer, lpips_name
+from stages.scoring.lpips import PUBLISHED_BACKBONES, LpipsScorer, lpips_name
 from stages.scoring.metrics import MeanImage
 from stages.scoring.networks import Inception, Segmenter, feature_names
 from stages.scoring.table import UnitScores
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 VERSION = 7
 
 READ_AHEAD = 8
+DIGITS = "<digits>"  # in a metric's name: the first ones of its weights' SHA-256
 AT_ONCE = {"cpu": 1, "cuda": 16}
 """Pairs that are scored together."""
 
@@ -251,15 +253,15 @@ class EvaluationWorker:
         fakes, reals = [fake for fake, _ in sized], [real for _, real in sized]
         records = [pair.record for pair in pairs]
         _update(records, metrics.pixel_scores_of(fakes, reals, self.job.device))
-        if self.lpips is not None:
-            distances = self.lpips(fakes, reals)
-            _update(records, [{self.job.lpips: distance} for distance in distances])
+        large = self.config.lpips is not None and min(fakes[0].shape[:2]) >= self.config.lpips.smallest_side
+        if self.lpips is not None and large:
+            _update(records, [{self.job.lpips: distance} for distance in self.lpips(fakes, reals)])
         for pair, (fake, real) in zip(pairs, sized, strict=True):
             pair.record["sharpness"] = metrics.sharpness(fake)
             pair.record["target_sharpness"] = metrics.sharpness(real)
             if len(pair.samples) > 1:
                 pair.record["diversity"] = metrics.diversity(pair.samples)
-                if self.lpips is not None:
+                if self.lpips is not None and large:
                     pair.record[f"diversity_{self.job.lpips}"] = metrics.diversity(pair.samples, self.lpips)
             self._add_matrices(pair.sample, pair.samples[0], pair.target, scores)
         images = [self._baseline_images(unit, pair) for pair in pairs]
@@ -399,11 +401,13 @@ def run(
     return Outcome(counts=counts, metrics=table.headline(summary))
 
 
-def distance_names(config: EvaluateConfig) -> dict[str, tuple[str, str]]:
-    """The names of the Frechet and the kernel distance by network. UserError where weights are absent."""
-    names = {"inception": feature_names(config.inception)} if config.inception else {}
+def distance_names(config: EvaluateConfig, digest: str | None = None) -> dict[str, tuple[str, str]]:
+    """The names of the Frechet and the kernel distance by network.
+
+    digest   the SHA-256 of Inception's weights; None: that of the file. UserError where it is absent
+    """
+    names = {"inception": feature_names(config.inception, digest)} if config.inception else {}
     if config.perceptual:
-        efficientnet.weights()
         names[config.perceptual] = (f"frechet_{config.perceptual}", f"kernel_{config.perceptual}")
     return names
 
@@ -413,21 +417,25 @@ def check_metric(
 ) -> None:
     """Raise UserError, naming the setting, for a metric that is not measured.
 
+    Whether weights are the published ones, from which a metric has its name, is not looked up: the files are
+    large, and may be far away.
+
     samples, side   images per source; the largest that the shorter side of one can be
     of_images       accept only what is measured of single images
     """
-    measured = [one for one in metrics.PIXEL_METRICS if side >= metrics.SMALLEST_SIDE.get(one, 0)]
-    measured += ["sharpness", "target_sharpness", *(["diversity"] if samples > 1 else [])]
-    if name in measured:  # no weights are read
-        return
-    if config.lpips is not None:
-        measured += [distance := lpips_name(config.lpips)]
-        measured += [f"diversity_{distance}"] if samples > 1 else []
+    measured, lpips = [one for one in metrics.PIXEL_METRICS if side >= SMALLEST_SIDE.get(one, 0)], []
+    if config.lpips is not None and side >= config.lpips.smallest_side:
+        lpips = [lpips_name(config.lpips, one) for one in (DIGITS, PUBLISHED_BACKBONES[config.lpips.kind])]
+    measured += ["sharpness", "target_sharpness", *lpips]
+    measured += ["diversity", *(f"diversity_{one}" for one in lpips)] if samples > 1 else []
     if not of_images:
-        measured += chain.from_iterable(distance_names(config).values())
-        measured += metrics.SEGMENTATION_SCORES if config.segmenter or config.palette else ()
-    if name not in measured:
-        raise UserError(f"{key}: {name} is not measured; evaluate measures {', '.join(measured)}")
+        for digest in (DIGITS, config.inception and config.inception.published):
+            measured += chain(*distance_names(config, digest).values()) if digest else ()
+        matrices = {"generated": config.segmenter, "palette": config.palette}
+        measured += table.segmentation_names([one for one, configured in matrices.items() if configured])
+    if re.sub("_[0-9a-f]{8}(?=_|$)", f"_{DIGITS}", name) not in measured:
+        there = ", ".join(dict.fromkeys(measured))
+        raise UserError(f"{key}: {name} is not measured; evaluate measures {there}")
 
 
 def make_job(

@@ -37,7 +37,7 @@ from stages.parallel.threads import prefetch_map
 from stages.progress import duration
 from stages.reporting.page import Curve, PictureCard, RejectCount, ReportData, StepTime, data_uri, page
 from stages.scoring.metrics import PIXEL_METRICS, SET_DISTANCES, lower_is_better
-from stages.scoring.table import difference_of
+from stages.scoring.table import difference_of, segmentation
 from stages.shards import dataset, suspects
 from stages.shards.dataset import DatasetSpec, Sample
 from stages.storage.local import local_file
@@ -423,9 +423,7 @@ def score_names(summary: Mapping[str, Any]) -> list[str]:
 def headline(summary: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of the tiles: per-image means, then those of the whole set."""
     scores = {name: summary[name] for name in score_names(summary) if name in summary}
-    for name, segmented in summary.get("segmentation", {}).items():
-        if name in ("generated", "palette"):
-            scores |= segmented
+    scores |= {n: v for n, v in segmentation(summary).items() if not n.startswith("target_")}
     return scores | {n: v for n, v in summary.items() if n.split("_")[0] in SET_DISTANCES}
 
 

@@ -210,6 +210,27 @@ def test_the_nearest_source_of_a_training_pair_is_another_pairs(
     assert all(row["l1"] == 0 < row["nearest_l1"] for row in rows)
 
 
+def test_images_too_small_for_lpips_have_none(
+    workers_in_process: None, tmp_path: Path, shards: str, generated: str
+) -> None:
+    for name, side in (("small", 30), ("large", 31)):
+        for sample in dataset.read_split(shards, dataset.load(shards), "test"):
+            path = tmp_path / name / f"{sample.key}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encode.encode_png(geometry.resize(sample.images["target"], (64, side), "rgb")))
+    lpips = {"backbone": str(alexnet(tmp_path / "alex.safetensors"))}
+    plain: dict[str, Any] = {
+        "baselines": {"mean_target": False, "untrained": 0, "nearest": 0},
+        "lpips": lpips,
+    }
+    found = [
+        score(tmp_path / f"{name}-out", ONE, "", shards, images=str(tmp_path / name), **plain).metrics
+        for name in ("small", "large")
+    ]
+    assert [lpips_name(LpipsConfig(**lpips)) in metrics_ for metrics_ in found] == [False, True]
+    assert "l1" in found[0]
+
+
 class Corner(nn.Module):
     """Two features: the means of red and blue in the corner that is at the top and at the left."""
 
@@ -293,6 +314,10 @@ def test_networks_score_the_images_as_they_do_one_by_one(
     assert matrices["palette"] == expected[:3, :3].tolist()
     assert matrices["target"] == np.diag(expected.sum(1)).tolist()
     assert outcome.metrics["target_pixel_accuracy"] == 1
+    for matrix, prefix in (("generated", ""), ("palette", "palette_")):  # neither hides the other
+        scores = summary["segmentation"][matrix]
+        assert {name: outcome.metrics[f"{prefix}{name}"] for name in scores} == scores
+        assert all(f"{prefix}{name}" in summary["intervals"] for name in scores)
     accuracy = pytest.approx(np.trace(expected) / expected.sum())
     assert summary["segmentation"]["generated"]["pixel_accuracy"] == accuracy
     assert summary["segmentation"]["palette"]["pixel_accuracy"] == accuracy
@@ -328,6 +353,15 @@ def test_what_is_absent_is_named_and_gives_no_number(
         ("mean_iou", {}, {}, False),
         ("mean_iou", {}, {"palette": [0, 255]}, True),
         ("mean_iou", {"of_images": True}, {"palette": [0, 255]}, False),
+        ("palette_mean_iou", {}, {"palette": [0, 255]}, False),
+        ("palette_mean_iou", {}, {"palette": [0, 255], "segmenter": {"weights": "/no", "classes": 2}}, True),
+        ("fid", {}, {"inception": {"weights": "/no", "published": "0" * 64}}, True),  # no weights are read
+        ("fid", {}, {"inception": {"weights": "/no"}}, False),
+        ("kid_0123abcd_64px", {}, {"inception": {"weights": "/no", "size": 64}}, True),
+        ("lpips_alex", {"of_images": True}, {"lpips": {"backbone": "/no"}}, True),
+        ("lpips_alex", {"side": 30}, {"lpips": {"backbone": "/no"}}, False),
+        ("lpips_alex", {}, {"lpips": {"backbone": "/no", "linear": "/no"}}, False),
+        ("diversity_lpips_vgg_0123abcd", {"samples": 2}, {"lpips": {"kind": "vgg", "backbone": "/no"}}, True),
         ("diversity", {}, {}, False),
         ("diversity", {"samples": 2}, {}, True),
         ("ms_ssim", {"side": 175}, {}, False),

@@ -6,7 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, field_validator
 
-from stages.base import Config, Fraction, Palette, Split
+from stages.base import Config, Fraction, Level, Palette, Split
+
+SMALLEST_SIDE = {"ssim": 6, "ms_ssim": 176, "lpips_alex": 31, "lpips_vgg": 16}
+"""SSIM mirrors 5 pixels at each border; the five scales of an 11 pixel window need side // 16 > 10; each
+pooling of a network needs a window of pixels."""
 
 
 class BaselineConfig(Config):
@@ -39,6 +43,11 @@ class LpipsConfig(Config):
         str | None, Field(description="Path or URI of other linear layers. null: the published ones.")
     ] = None
 
+    @property
+    def smallest_side(self) -> int:
+        """The smallest side of an image that the backbone takes, in pixels."""
+        return SMALLEST_SIDE[f"lpips_{self.kind}"]
+
 
 class InceptionConfig(Config):
     """The network whose features FID and KID compare."""
@@ -70,7 +79,7 @@ class SegmenterConfig(Config):
         str,
         Field(description="Path or URI of TorchScript or ONNX: float (N, 3, H, W) to class scores or ids."),
     ]
-    classes: Annotated[PositiveInt, Field(description="Number of classes of the segmenter.")]
+    classes: Annotated[int, Field(ge=1, le=256, description="Number of classes of the segmenter.")]
     size: Annotated[
         tuple[PositiveInt, PositiveInt] | None,
         Field(description="Resize images to this width and height first. null: keep their size."),
@@ -83,10 +92,11 @@ class SegmenterConfig(Config):
     ] = (0.229, 0.224, 0.225)
     ignore: Annotated[int | None, Field(description="Leave pixels with this label id out. null: none.")] = 255
     train_ids: Annotated[
-        dict[int, int],
+        dict[Level, Annotated[int, Field(ge=-1, le=255)]],
         Field(
             default_factory=dict,
-            description="The segmenter's class of each label id; other ids are left out. Empty: as they are.",
+            description="The segmenter's class of each label id; other ids are left out, and those of class "
+            "-1. Empty: as they are.",
         ),
     ]
 

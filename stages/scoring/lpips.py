@@ -133,10 +133,13 @@ class LpipsScorer:
         return distances
 
 
-def lpips_name(config: LpipsConfig) -> str:
-    """The name of the distance with these weights. Raises UserError where weights are absent."""
-    digest = checksum(config.backbone, BACKBONE)
-    published = digest.startswith(PUBLISHED_BACKBONES[config.kind])
-    if config.linear is not None:
-        digest, published = digest[:4] + checksum(config.linear, LINEAR)[:4], False
+def lpips_name(config: LpipsConfig, digest: str = "") -> str:
+    """The name of the distance with these weights. Raises UserError where weights are absent.
+
+    digest   the first digits of their SHA-256, with `linear` four of each; "": the files are read
+    """
+    if not digest:
+        digest = checksum(config.backbone, BACKBONE)
+        digest = digest if config.linear is None else digest[:4] + checksum(config.linear, LINEAR)[:4]
+    published = config.linear is None and digest.startswith(PUBLISHED_BACKBONES[config.kind])
     return f"lpips_{config.kind}" + ("" if published else f"_{digest[:8]}")

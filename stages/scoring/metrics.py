@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stages.config.evaluate import SMALLEST_SIDE
 from stages.models.copies import to_device
 
 PIXEL_METRICS = ("l1", "psnr", "ssim", "ms_ssim")
@@ -24,8 +25,6 @@ SET_DISTANCES = ("fid", "kid", "frechet", "kernel")  # of a set of images, not o
 PSNR_OF_IDENTICAL = 100.0
 """The PSNR, in decibels, of two equal images: it is infinite, and would make every mean infinite."""
 
-SMALLEST_SIDE = {"ssim": 6, "ms_ssim": 176}
-"""SSIM mirrors 5 pixels at each border; the five scales of an 11 pixel window need side // 16 > 10."""
 
 Distances = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], list[float]]
 """Of each generated image to its target, uint8 (H, W, 3) of one shape."""

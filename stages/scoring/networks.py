@@ -50,9 +50,9 @@ def checksum(uri: str, key: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def feature_names(config: InceptionConfig) -> tuple[str, str]:
-    """The names of the Frechet and the kernel distance of these features. Raises UserError as above."""
-    digest = checksum(config.weights, INCEPTION)
+def feature_names(config: InceptionConfig, digest: str | None = None) -> tuple[str, str]:
+    """The names of the Frechet and the kernel distance of these features. `digest`: see `checksum`."""
+    digest = digest or checksum(config.weights, INCEPTION)
     suffix = "" if digest == config.published else f"_{digest[:8]}"
     if config.size is not None:  # other pixels than the published network makes itself: other numbers
         suffix += f"_{config.size}px"
@@ -134,7 +134,7 @@ class Segmenter:
         self.network = Network(config.weights, SEGMENTER, device)
 
     def __call__(self, image: Array) -> np.ndarray:
-        """(H, W, 3) uint8 -> (H, W) ids."""
+        """(H, W, 3) uint8 -> (H, W) ids. Raises UserError for values that are no ids from 0 to 255."""
         height, width = image.shape[:2]
         sized = image if self.config.size is None else geometry.resize(image, self.config.size, "rgb")
         values = torch.from_numpy(np.array(sized.transpose(2, 0, 1), order="C"))[None].float() / 255
@@ -142,6 +142,8 @@ class Segmenter:
         out = self.network((values - mean) / std)
         scores = out.ndim == 4 and out.shape[1] > 1
         ids = out[0].argmax(0) if scores else out[0].reshape(out.shape[-2:])
+        if not ((ids >= 0) & (ids < 256) & (ids == np.floor(ids))).all():  # not-a-numbers too
+            raise UserError(f"{SEGMENTER}: it gives {ids.min():g} to {ids.max():g}: no class ids, 0 to 255")
         return geometry.resize(ids.astype(np.uint8)[:, :, None], (width, height), "labels")[:, :, 0]
 
     def actual(self, labels: Array) -> np.ndarray:

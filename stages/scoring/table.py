@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -214,7 +214,7 @@ def merge_sums(
     for name, parts_of in counts.items():
         images = np.concatenate(parts_of)
         scores[name] = metrics.segmentation_scores(images.sum(0))
-        found |= _score_intervals(name, images, blocks(groups), scores[name])
+        found |= _score_intervals(_prefix(name, counts), images, blocks(groups), scores[name])
     sums: dict[str, float] = {}
     for network, (frechet, kernel) in distances.items():
         fake, real = f"fake_{network}", f"real_{network}"
@@ -240,7 +240,7 @@ def _frechet_of_blocks(fakes: np.ndarray, reals: np.ndarray, block: np.ndarray, 
 
 
 def _score_intervals(
-    matrix: str, counts: np.ndarray, block: np.ndarray, names: Iterable[str]
+    prefix: str, counts: np.ndarray, block: np.ndarray, names: Iterable[str]
 ) -> dict[str, Interval | None]:
     """The intervals of a matrix's scores. `counts`: `segmentation_counts` of each image, (N, 3, classes)."""
     sums = np.zeros((int(block.max()) + 1, *counts.shape[1:]))
@@ -249,11 +249,24 @@ def _score_intervals(
     def score(name: str, kept: np.ndarray) -> float:
         return metrics.segmentation_scores(sums[kept].sum(0)).get(name, math.nan)
 
-    return {_headline_name(matrix, name): jackknife(partial(score, name), block) for name in names}
+    return {prefix + name: jackknife(partial(score, name), block) for name in names}
 
 
-def _headline_name(matrix: str, score: str) -> str:
-    return score if matrix in ("generated", "palette") else f"{matrix}_{score}"
+def _prefix(matrix: str, matrices: Collection[str]) -> str:
+    """What distinguishes the scores of a matrix: nothing for the main ones of the generated images."""
+    own = "generated" if "generated" in matrices else "palette"
+    return "" if matrix == own else f"{matrix}_"
+
+
+def segmentation_names(matrices: Collection[str]) -> list[str]:
+    """The names of the scores of these matrices."""
+    return [_prefix(matrix, matrices) + name for matrix in matrices for name in metrics.SEGMENTATION_SCORES]
+
+
+def segmentation(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The scores of segmentation by the names of `headline`."""
+    matrices = summary.get("segmentation", {})
+    return {_prefix(m, matrices) + name: v for m, scores in matrices.items() for name, v in scores.items()}
 
 
 def headline(summary: Mapping[str, Any]) -> dict[str, float]:
@@ -266,9 +279,7 @@ def headline(summary: Mapping[str, Any]) -> dict[str, float]:
     }
     for baseline, means in summary["baselines"].items():
         numbers |= {f"{baseline}_l1": float(means["l1"])} if "l1" in means else {}
-    for name, scores in summary.get("segmentation", {}).items():
-        numbers |= {_headline_name(name, key): float(value) for key, value in scores.items()}
-    return numbers | ends
+    return numbers | segmentation(summary) | ends
 
 
 def shown(numbers: Mapping[str, float], name: str) -> str:

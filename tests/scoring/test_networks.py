@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from stages.config.evaluate import InceptionConfig, SegmenterConfig
@@ -101,6 +102,24 @@ def test_features_and_classes_come_from_the_users_networks(tmp_path: Path) -> No
     assert (Segmenter(config.model_copy(update={"weights": str(one_channel)}), "cpu")(image) == ids).all()
     labels = np.array([[[7], [9], [3]]], np.uint8)
     assert segmenter.actual(labels).tolist() == [[0, 1, -1]]
+
+
+class Hundreds(Threshold):
+    """300 where the first channel is bright."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 300 * (x[:, :1] > 0).float()
+
+
+def test_ids_beyond_a_byte_are_an_error_and_no_other_ids(tmp_path: Path) -> None:
+    config = SegmenterConfig(weights=str(script(Hundreds(), tmp_path / "hundreds.pt")), classes=2)
+    with pytest.raises(UserError, match=r"evaluate\.segmenter\.weights: it gives 0 to 300: no class ids"):
+        Segmenter(config, "cpu")(np.array([[[0, 0, 0], [255, 255, 255]]], np.uint8))
+    for wrong in ({"classes": 257}, {"train_ids": {256: 0}}, {"train_ids": {-1: 0}}, {"train_ids": {0: 256}}):
+        with pytest.raises(ValidationError):
+            SegmenterConfig(**{"weights": "w", "classes": 2} | wrong)
+    outside = SegmenterConfig(weights=config.weights, classes=2, train_ids={7: -1, 9: 255})
+    assert Segmenter(outside, "cpu").actual(np.array([[[7], [9]]], np.uint8)).tolist() == [[-1, 255]]
 
 
 def test_a_segmenter_may_be_onnx(tmp_path: Path) -> None:
