@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
+
+from pydantic import ValidationError
 
 from stages import storage
-from stages.errors import UserError
-from stages.models.files.saved import MANIFEST
+from stages.errors import UserError, first_invalid
+from stages.models.files.saved import MANIFEST, Manifest
 
 
 def model_folder(uri: str) -> str:
@@ -25,11 +27,9 @@ def folder_description(uri: str) -> dict[str, Any]:
 
 
 def parsed(content: bytes, uri: str) -> dict[str, Any]:
-    """The content of the `model.json` of a model at `uri`. Raises UserError if it is damaged."""
+    """The content of the `model.json` of a model at `uri`, a valid one. Raises UserError if it is damaged."""
     try:
-        value = json.loads(content)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f"{uri}: {MANIFEST} is damaged")
-    return value
+        Manifest.model_validate_json(content)
+    except ValidationError as error:
+        raise UserError(f"{uri}: {MANIFEST}: {first_invalid(error)[:300]}") from error
+    return cast(dict[str, Any], json.loads(content))

@@ -51,11 +51,11 @@ def local_model(
     folder = model_folder(uri)
     if storage.is_local(folder):
         return Path(storage.filesystem(folder)[1])
-    files = description(folder).get("files", {})
+    files = folder_description(folder)["files"]
     unused = {DISCRIMINATOR} | ({WEIGHTS} if weights == "ema" and EMA in files else {EMA})
     temp.mkdir(parents=True, exist_ok=True)
     for name in [MANIFEST, *files]:
-        if name not in unused and "/" not in name:
+        if name not in unused:
             download(storage.join(folder, name), temp / name)
     return temp
 

@@ -15,6 +15,7 @@ A work unit whose table part exists is finished.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -62,10 +63,11 @@ def output_name(key: str, suffix: str, sample: int = 0) -> str:
 
     A key's segments become folders, with the names they came with. Percent-coded is only what some store or
     system does not take or would hide: characters that print nothing, those of `UNSAFE`, dots and spaces at a
-    segment's ends. A segment longer than `MAX_SEGMENT` keeps its beginning and ends in a hash. Two keys never
-    get one path.
+    segment's ends, and the dot of a folder called as an image. A segment longer than `MAX_SEGMENT` keeps its
+    beginning and ends in a hash. Two keys never get one path, nor one the path of another's folder.
     """
     segments = [_segment(part) for part in key.split("/")]
+    segments[:-1] = [re.sub(rf"\.(?={suffix[1:]}$)", "%2E", one) for one in segments[:-1]]
     top = IMAGES if sample == 0 else f"{SAMPLES}/{sample}"
     return f"{top}/{'/'.join(segments)}{suffix}"
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from pydantic import ValidationError
 
 from stages import storage
 from stages.config.train import PhaseJob, discriminators
-from stages.errors import StageError, UserError, first_invalid, named
+from stages.errors import StageError, UserError, named
 from stages.inference.model_folder import folder_description, model_folder
 from stages.models.architecture import InputSpec
 from stages.models.build import grow_discriminator, grow_generator
 from stages.models.files.saved import (
     EMA,
-    MANIFEST,
     STYLES,
     FileName,
     Manifest,
@@ -41,11 +39,8 @@ def check_start(job: PhaseJob, inputs: InputSpec | None = None) -> str:
         advice = "first: mlflow artifacts download --dst-path FOLDER --artifact-uri"
         raise UserError(f"train.start_from: name a folder; {advice} {job.start_from}")
     with named("train.start_from"), storage.located(job.start_from):
-        content = folder_description(model_folder(job.start_from))
-        try:
-            there = Manifest.model_validate(content)
-        except ValidationError as error:
-            raise UserError(f"{job.start_from}: {MANIFEST}: {first_invalid(error)}") from error
+        content = folder_description(job.start_from)
+        there = Manifest.model_validate(content)
         if problem := _misfit(there, job, inputs or there.inputs):
             raise UserError(f"{job.start_from}: {problem}")
     return fingerprint(content)

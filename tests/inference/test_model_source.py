@@ -67,10 +67,24 @@ def test_where_there_is_no_model_the_location_is_named_first(tmp_path: Path) -> 
             ask(str(tmp_path))
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe"])
+ARCHITECTURE = b'{"architecture": {"kind": "pix2pix"}, "inputs": {}, "files": %s}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000, b'{"a": "\xe9"}', b"{}"),
+        *(
+            ARCHITECTURE % files
+            for files in (b"5", b'["../x"]', b'{"../x": {}}', b'{"weights.safetensors": 1}')
+        ),
+    ],
+)
 def test_a_damaged_description_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / MANIFEST).write_bytes(content)
-    with pytest.raises(UserError, match=rf"^{re.escape(str(tmp_path))}: model\.json is damaged$"):
+    with pytest.raises(
+        UserError, match=rf"^{re.escape(str(tmp_path))}: model\.json is damaged: [^\n]{{1,300}}$"
+    ):
         description(str(tmp_path))
 
 

@@ -57,6 +57,13 @@ def test_two_keys_never_get_one_name(one: str, other: str) -> None:
     assert all(len(part.encode()) <= MAX_SEGMENT + 8 for part in output_name(one, ".png").split("/"))
 
 
+def test_no_image_has_the_path_of_the_folder_of_another() -> None:
+    assert output_name("a", ".png") == "images/a.png"
+    assert output_name("a.png/b.png", ".png", 1) == "samples/1/a%2Epng/b.png.png"
+    assert output_name("a%2Epng/b", ".png") == "images/a%252Epng/b.png"
+    assert output_name("v1.0/a.png/b", ".jpg") == "images/v1.0/a.png/b.jpg"  # as before
+
+
 def test_long_segments_that_begin_alike_differ() -> None:
     assert output_name("x" * 400, ".png") != output_name("x" * 401, ".png")
 
