@@ -20,6 +20,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ from stages.inference.translator import Translator
 from stages.models.fast.heap import keep_freed_memory
 from stages.models.files.saved import fingerprint
 from stages.objects.fetch import Object, Reader
+from stages.objects.listing import etag_of
 from stages.parallel.cluster import UNITS_AT_ONCE, each, on_actors, pool_size, threads, uses_gpu
 from stages.parallel.threads import prefetch_map
 from stages.progress import Progress
@@ -349,22 +351,40 @@ def check(config: EvaluateConfig, shards: str = "") -> None:
     """Raise UserError for what is not there. `shards`: where the targets are; "" if not known yet."""
     if config.perceptual is not None:
         efficientnet.weights()
+    for key, uri in locations(config).items():
+        storage.require(uri, key)
+    if shards:
+        dataset.load(shards).scored_split(config.split, "evaluate.split")
+
+
+def locations(config: EvaluateConfig) -> dict[str, str]:
+    """What is read from outside the pipeline, by the config's key."""
+    found = {}
     for key in ("images", "lpips.backbone", "lpips.linear", "inception.weights", "segmenter.weights"):
         value: Any = config
         for part in key.split("."):
             value = getattr(value, part, None)
         if value is not None:
-            storage.require(value, f"evaluate.{key}")
-    if shards:
-        dataset.load(shards).scored_split(config.split, "evaluate.split")
+            found[f"evaluate.{key}"] = value
+    return found
 
 
 def digest(config: EvaluateConfig) -> str:
-    """A digest of the listing of another system's images: scored again if one changes or is added."""
-    if config.images is None:
-        return ""
-    with named("evaluate.images"):
-        return inputs.listing_digest(config.images)
+    """Digests of another system's images and of weights: scored again if one changes or is added.
+
+    Weights are not read: their size, and their etag or the time they were written, stand for them.
+    """
+    digests = []
+    for key, uri in locations(config).items():
+        storage.require(uri, key)
+        fs, path = storage.filesystem(storage.absolute(uri))
+        with named(key):
+            if key == "evaluate.images":
+                digests.append(inputs.listing_digest(uri))
+            else:
+                info = storage.patiently(partial(fs.info, path), uri)
+                digests.append(f"{info.get('size')} {etag_of(info)}")
+    return "\n".join(digests)
 
 
 def run(

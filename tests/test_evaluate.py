@@ -86,6 +86,24 @@ def test_the_digest_follows_the_images_of_another_system(tmp_path: Path) -> None
     assert evaluate.digest(EvaluateConfig()) == ""
 
 
+@pytest.mark.parametrize("name", ["inception", "segmenter", "lpips"])
+def test_the_digest_follows_weights_that_are_replaced(tmp_path: Path, name: str) -> None:
+    (weights := tmp_path / "w.pt").write_bytes(b"one")
+    settings: dict[str, Any] = {
+        "inception": {"weights": str(weights)},
+        "segmenter": {"weights": str(weights), "classes": 2},
+        "lpips": {"backbone": str(weights)},
+    }
+    config = EvaluateConfig(**{name: settings[name]})
+    before = evaluate.digest(config)
+    assert evaluate.digest(config) == before != ""
+    weights.write_bytes(b"another")
+    assert evaluate.digest(config) != before
+    weights.unlink()
+    with pytest.raises(UserError, match=rf"evaluate\.{name}\..*there is no such file"):
+        evaluate.digest(config)
+
+
 # -- runs ---------------------------------------------------------------------------------------------
 
 
