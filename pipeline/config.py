@@ -103,9 +103,8 @@ class PipelineConfig(Config):
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Self:
         self._check_workspace()
-        self.train.check_data(self.shard, self.augment)
+        self.train.check_data(self.shard, self.augment, self.evaluate)
         self.train.check_resources(self.resources)
-        self.train.scorer(self.evaluate)
         if self.infer.model is None:
             self.infer.check_model(self.train.model.model_dump())
         return self

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from stages.base import Config, Precision, Resources
-from stages.config.evaluate import EvaluateConfig, InceptionConfig, LpipsConfig
+from stages.config.evaluate import SMALLEST_SIDE, EvaluateConfig, InceptionConfig, LpipsConfig
 from stages.config.shard import AugmentConfig, ShardConfig
 from stages.models.architecture import (
     Architecture,
@@ -34,6 +34,7 @@ PhaseKind = Literal["global", "local", "joint", "whole"]
 Select = Literal["l1", "psnr", "ssim", "ms_ssim", "lpips", "fid", "frechet:efficientnet_lite0"]
 Size = tuple[int, int]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+VGG19_SIDE = 16  # pixels of the smallest image with a pixel after four poolings
 
 
 class PhaseConfig(Config):
@@ -220,6 +221,9 @@ class Recipe(Config):
             raise ValueError("losses.perceptual: needs vgg_weights, the location of VGG19's weights")
         if self.losses.lpips > 0 and self.lpips is None:
             raise ValueError("losses.lpips: needs lpips.backbone, the location of its network's weights")
+        losses = self.losses
+        if not any((losses.gan_weight, losses.feature_matching, losses.l1, losses.perceptual, losses.lpips)):
+            raise ValueError("losses: every weight is 0, so the generator would learn nothing")
         return self
 
 
@@ -292,7 +296,7 @@ class TrainConfig(Recipe):
         check_phases(self.model, self.phases, started=self.start_from is not None)
         return self
 
-    def check_data(self, shard: ShardConfig, augment: AugmentConfig) -> None:
+    def check_data(self, shard: ShardConfig, augment: AugmentConfig, evaluate: EvaluateConfig) -> None:
         """Raises ValueError, naming the key, where the networks cannot take the shards' images."""
         needed = {"instance": "instances", "source": "labels"}  # styles are of the source's classes
         styled = isinstance(self.model, Pix2PixHD) and self.model.feature_encoder
@@ -304,8 +308,20 @@ class TrainConfig(Recipe):
                 f"augment.crop: {full[0]}x{full[1]} is larger than shard.size, "
                 f"{shard.size[0]}x{shard.size[1]}"
             )
+        networks = {"losses.perceptual": VGG19_SIDE} if self.losses.perceptual else {}
+        networks |= {"losses.lpips": self.lpips.smallest_side} if self.losses.lpips and self.lpips else {}
+        kind = shard.kinds.get("target", "rgb")
+        if networks and (kind == "lab_ab" or (kind == "channels" and shard.channels not in (1, 3))):
+            raise ValueError(f"train.{next(iter(networks))}: its network sees 1 or 3 channels, not {kind}")
+        scorer, side = self.scorer(evaluate), SMALLEST_SIDE.get(self.select or "", 1)
+        networks["select"] = scorer.smallest_side if isinstance(scorer, LpipsConfig) else side
         for index, phase in enumerate(self.phases):
             check_size(self.model, phase, full, key=f"train.phases.{index}")
+            size = phase_size(self.model, phase, full)
+            for key, least in networks.items():
+                if min(size) < least:
+                    text = f"needs images of {least} pixels a side; those of '{phase.name}' are"
+                    raise ValueError(f"train.{key}: {text} {size[0]}x{size[1]}")
 
     def scorer(self, evaluate: EvaluateConfig) -> LpipsConfig | InceptionConfig | None:
         """The network that `select` needs. Raises ValueError if evaluation has none."""

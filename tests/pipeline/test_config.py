@@ -221,6 +221,44 @@ def test_a_kind_that_a_role_cannot_have_is_refused_before_anything_runs(kind: st
     assert message in refused(f"shard.kinds={{{kind}}}", "shard.classes=4")
 
 
+PIX2PIX = "train.model={kind: pix2pix, levels: 3, discriminator_layers: 1}"
+VGG, LPIPS = "train.vgg_weights=w", "train.lpips={backbone: w}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["train.losses={l1: 0, gan_weight: 0}"], "train: losses: every weight is 0, so the generator"),
+        (
+            ["train.losses={perceptual: 1}", VGG, "shard.kinds={target: lab_ab}"],
+            "train.losses.perceptual: its network sees 1 or 3 channels, not lab_ab",
+        ),
+        (
+            ["train.losses={lpips: 1}", LPIPS, "shard.kinds={target: channels}", "shard.channels=4"],
+            "train.losses.lpips: its network sees 1 or 3 channels, not channels",
+        ),
+        (
+            ["train.losses={lpips: 1}", LPIPS, "shard.size=[24, 24]"],
+            "train.losses.lpips: needs images of 31 pixels a side; those of 'whole' are 24x24",
+        ),
+        (
+            ["train.losses={perceptual: 1}", VGG, "shard.size=[8, 24]"],
+            "train.losses.perceptual: needs images",
+        ),
+        (["train.select=ms_ssim"], "train.select: needs images of 176 pixels a side; those of 'whole' are"),
+        (
+            ["train.select=lpips", "evaluate.lpips={backbone: w}", "shard.size=[24, 24]"],
+            "train.select: needs images of 31 pixels a side",
+        ),
+    ],
+)
+def test_losses_and_scores_that_the_images_cannot_have_are_refused_before_anything_runs(
+    settings: list[str], message: str
+) -> None:
+    plain = ["shard.kinds={}", "shard.size=[64, 64]", "augment={}", PIX2PIX, "train.phases=null"]
+    assert message in refused(*plain, *settings)
+
+
 # -- keys of earlier versions -------------------------------------------------
 
 
