@@ -18,8 +18,23 @@ from pipeline.config import PipelineConfig
 from stages import evaluate, infer, ingest, pair, report, shard, train
 from stages.base import Config, Outcome, Resources, Seen
 from stages.config.train import PhaseJob, full_size, jobs
+from stages.scoring.metrics import SEGMENTATION_SCORES
 from stages.tracking.run import Run
 from stages.training.start import check_start
+
+GENERATING = {
+    "weights",
+    "size",
+    "format",
+    "quality",
+    "palette",
+    "stochastic",
+    "samples",
+    "style",
+    "precision",
+}
+SEGMENTING = {"segmenter", "palette", "ignore_class"}
+"""Settings of `infer` and `evaluate` that must be the same where models are compared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +173,8 @@ def registration(config: PipelineConfig) -> tuple[Step, ...]:
     if not config.tracking.enabled:
         return ()
     own_images = not (config.infer.model or config.infer.input or config.evaluate.images)
-    settings = config.tracking.registration(config.workspace, config.evaluate.split or config.infer.split)
+    split = config.evaluate.split or config.infer.split
+    settings = config.tracking.registration(config.workspace, split, judged_by(config))
 
     def work(at: StepContext) -> Outcome:
         from stages.tracking import registry  # noqa: PLC0415 - imports all of MLflow, which takes 2-3 s
@@ -177,6 +193,14 @@ def registration(config: PipelineConfig) -> tuple[Step, ...]:
             work=work,
         ),
     )
+
+
+def judged_by(config: PipelineConfig) -> str:
+    """A digest of how images are generated and segmented to be scored; "" where all is as by default."""
+    made = config.infer.model_dump(mode="json", include=GENERATING, exclude_defaults=True)
+    if config.tracking.metric.endswith(SEGMENTATION_SCORES):
+        made |= {"segmented": config.evaluate.model_dump(mode="json", include=SEGMENTING)}
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:8] if made else ""
 
 
 def needed(steps: Sequence[Step], name: str) -> tuple[Step, ...]:

@@ -6,6 +6,7 @@ import os
 import posixpath
 import re
 import shlex
+from operator import not_
 from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import unquote
@@ -43,6 +44,8 @@ class Registration(Config):
     metric: str
     promote: Promotion
     split: Split | None
+    judged_by: str = Field("", exclude_if=not_)
+    """A digest of the settings by which the images are generated; "": the default ones."""
 
 
 def without_password(uri: str) -> str:
@@ -97,7 +100,7 @@ class TrackingConfig(Config):
             raise ValueError(f"MLflow cannot register a model as {name!r} (no '/', ':' or quote): {advice}")
         return self
 
-    def registration(self, workspace: str, split: Split | None) -> Registration:
+    def registration(self, workspace: str, split: Split | None, judged_by: str = "") -> Registration:
         """What the register step does in a workspace, with scores on this split."""
         return Registration(
             server=without_password(self.place(workspace)),
@@ -107,6 +110,7 @@ class TrackingConfig(Config):
             metric=self.metric,
             promote=self.promote,
             split=split,
+            judged_by=judged_by,
         )
 
     def place(self, workspace: str) -> str:

@@ -63,7 +63,7 @@ class Measurement:
     metric: str
     value: float
     data: str
-    """The digest of what it was measured on."""
+    """What it was measured on: the shards, their split, and how the images were generated."""
     images: pa.Table | None = None
     """The values of single images as {key, group, metric}; None for a metric of the whole set."""
 
@@ -89,10 +89,11 @@ def register_model(
         logger.warning("tracking.metric: %s was not measured; there are %s", config.metric, there)
     measured = None
     if config.metric in scores:
+        split = spec.scored_split(config.split, "evaluate.split")
         measured = Measurement(
             metric=config.metric,
             value=scores[config.metric],
-            data=f"{shards.rpartition('/')[2]} {spec.scored_split(config.split, 'evaluate.split')}",
+            data=f"{shards.rpartition('/')[2]} {split} {config.judged_by}".rstrip(),
             images=table.of_images(storage.join(metrics, "metrics.parquet"), config.metric),
         )
     example = dataset.example(shards, spec)
@@ -173,7 +174,7 @@ def _promote(client: MlflowClient, config: Registration, version: str, measured:
         best = float(champion.tags[metric])
         other = f"version {champion.version} ({metric} {best:.4g})"
         if champion.tags.get(DATA_TAG, "") != measured.data:
-            return f"{alias} stays {other}: it was measured on other data, so the two cannot be compared"
+            return f"{alias} stays {other}: it was measured on other data or with other settings of infer"
         if not (value < best if lower_is_better(metric) else value > best):
             return f"{alias} stays {other}, this one has {value:.4g}"
         if config.promote == "interval" and measured.images is not None:
