@@ -74,9 +74,7 @@ class Block(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         """As many channels as `outputs`."""
-        out = input
-        for layer in self:
-            out = layer(out)
+        out = super().forward(input)
         return input + out if self.residual else out
 
 

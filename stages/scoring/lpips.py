@@ -27,26 +27,15 @@ PUBLISHED_BACKBONES = {"alex": "7be5be79", "vgg": "397923af"}
 
 BACKBONE, LINEAR = "evaluate.lpips.backbone", "evaluate.lpips.linear"
 
+BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # channels, convolutions
+VGG = tuple(layer for channels, count in BLOCKS for layer in ("M2", *[(channels, 3, 1, 1)] * count))
 LAYERS: dict[str, tuple[tuple[object, ...], tuple[int, ...]]] = {
     # convolution: (channels, kernel, stride, padding); "M2", "M3": max pooling; then the tapped activations
     "alex": (
         ((64, 11, 4, 2), "M3", (192, 5, 1, 2), "M3", (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1)),
         (1, 2, 3, 4, 5),
     ),
-    "vgg": (
-        (
-            *[(64, 3, 1, 1)] * 2,
-            "M2",
-            *[(128, 3, 1, 1)] * 2,
-            "M2",
-            *[(256, 3, 1, 1)] * 3,
-            "M2",
-            *[(512, 3, 1, 1)] * 3,
-            "M2",
-            *[(512, 3, 1, 1)] * 3,
-        ),
-        (2, 4, 7, 10, 13),
-    ),
+    "vgg": (VGG[1:], (2, 4, 7, 10, 13)),
 }
 
 
