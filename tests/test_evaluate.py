@@ -100,8 +100,7 @@ def test_the_digest_follows_weights_that_are_replaced(tmp_path: Path, name: str)
     weights.write_bytes(b"another")
     assert evaluate.digest(config) != before
     weights.unlink()
-    with pytest.raises(UserError, match=rf"evaluate\.{name}\..*there is no such file"):
-        evaluate.digest(config)
+    assert evaluate.digest(config) == ""  # for a run until training
 
 
 # -- runs ---------------------------------------------------------------------------------------------

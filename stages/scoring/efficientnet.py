@@ -74,7 +74,9 @@ class Block(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
         """As many channels as `outputs`."""
-        out = super().forward(input)
+        out = input
+        for layer in self:
+            out = layer(out)
         return input + out if self.residual else out
 
 

@@ -229,13 +229,16 @@ def test_the_step_registers_the_model_of_a_run_with_its_score(
 
 
 def test_models_judged_by_other_settings_are_not_compared(results: dict[str, str], tmp_path: Path) -> None:
-    parent = open_parent(TrackingConfig(), "run", None, str(tmp_path / "workspace"))
-    register_model(step("judged"), parent=parent, **results)
-    make_model(tmp_path / "phase" / "model", trained=(48, 32))
-    (tmp_path / "metrics" / "summary.json").write_text(json.dumps({"l1": 0.1, "baselines": {}}))
-    other = step("judged").model_copy(update={"judged_by": "01234567"})
-    outcome = register_model(other, parent=parent, **results)
-    assert "champion stays version 1 (l1 0.5): it was measured on other data or" in outcome.notes["model"]
+    def send(width: int, value: float, judged_by: str) -> str:
+        make_model(tmp_path / str(width) / "model", trained=(width, 32))
+        (tmp_path / "metrics" / "summary.json").write_text(json.dumps({"l1": value, "baselines": {}}))
+        config = step("judged").model_copy(update={"judged_by": judged_by})
+        with open_parent(TrackingConfig(), "run", None, str(tmp_path / "workspace")) as run:
+            values = results | {"model": str(tmp_path / str(width))}
+            return str(register_model(config, parent=run, **values).notes["model"])
+
+    assert "now champion (l1 0.5)" in send(32, 0.5, "")
+    assert "stays version 1 (l1 0.5): it was measured on other data or" in send(64, 0.1, "01234567")
 
 
 def test_the_model_of_a_phase_gets_its_files_and_its_score(

@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from stages.base import Resources
+from stages.config.evaluate import EvaluateConfig
 from stages.config.shard import AugmentConfig
 from stages.config.train import PhaseConfig, TrainConfig, check_phases, discriminators, jobs, phase_size
 from stages.models.architecture import Pix2Pix, Pix2PixHD
@@ -105,30 +106,30 @@ class Shards:
 
 def test_images_the_networks_cannot_take_are_refused_with_the_multiple_they_need() -> None:
     given = config(GLOBAL, LOCAL, JOINT)
-    given.check_data(Shards(2048, 1024), AugmentConfig())
+    given.check_data(Shards(2048, 1024), AugmentConfig(), EvaluateConfig())
     with pytest.raises(ValueError, match=r"train.phases.0: 'p0' cannot take 2048x1000: the height .* of 32"):
-        given.check_data(Shards(2048, 1000), AugmentConfig())
+        given.check_data(Shards(2048, 1000), AugmentConfig(), EvaluateConfig())
     with pytest.raises(ValueError, match=r"cannot take 40x32.*augment.crop"):
-        given.check_data(Shards(2048, 1024), AugmentConfig(crop=(40, 32)))
+        given.check_data(Shards(2048, 1024), AugmentConfig(crop=(40, 32)), EvaluateConfig())
     with pytest.raises(ValueError, match=r"augment.crop: 64x128 is larger than shard.size, 64x64"):
-        given.check_data(Shards(64, 64), AugmentConfig(crop=(64, 128)))
+        given.check_data(Shards(64, 64), AugmentConfig(crop=(64, 128)), EvaluateConfig())
 
 
 def test_a_discriminator_that_would_see_too_few_pixels_is_refused() -> None:
     given = TrainConfig.model_validate({"model": {"kind": "pix2pix", "levels": 2, "discriminator_layers": 6}})
     with pytest.raises(ValueError, match="too few for 6 layers"):
-        given.check_data(Shards(32, 32), AugmentConfig(crop=None))
+        given.check_data(Shards(32, 32), AugmentConfig(crop=None), EvaluateConfig())
 
 
 def test_a_feature_encoder_needs_instances_and_a_labels_source() -> None:
     given, shards = config(GLOBAL, enhancers=0, feature_encoder=True), Shards(64, 64)
     with pytest.raises(ValueError, match="feature_encoder"):
-        given.check_data(shards, AugmentConfig())
+        given.check_data(shards, AugmentConfig(), EvaluateConfig())
     shards.kinds |= {"instance": "instances"}
-    given.check_data(shards, AugmentConfig())
+    given.check_data(shards, AugmentConfig(), EvaluateConfig())
     shards.kinds |= {"source": "rgb"}
     with pytest.raises(ValueError, match=r"feature_encoder: needs shard\.kinds with .*'source': 'labels'"):
-        given.check_data(shards, AugmentConfig())
+        given.check_data(shards, AugmentConfig(), EvaluateConfig())
 
 
 def test_more_workers_than_a_batch_has_pairs_are_refused() -> None:
