@@ -375,15 +375,18 @@ def shard_part(
 ) -> dict[str, Any]:
     """Write the files of one partition of pairs; returns its marker, which may exist from an earlier run.
 
+    A partition that lacked an object is done again: the object may be back.
+
     Raises:
         UserError: the store refuses access. StageError: it failed at every attempt.
     """
     number = partition_of(part)
     uri = storage.join(output, "_parts", f"{number:05d}.json")
-    try:
-        return cast(dict[str, Any], storage.read_json(uri))
-    except FileNotFoundError:
-        pass
+    with suppress(FileNotFoundError):
+        marker: dict[str, Any] = storage.read_json(uri)
+        if "missing" not in marker["rejects"]:
+            return marker
+        storage.remove(storage.join(output, f"quarantine-{number:05d}.parquet"))
     rows = storage.read_parquet(part).to_pylist()
     write = partial(_write, rows, number, output=output, config=config, specs=specs, io_threads=io_threads)
     # Written again if the store is away for longer than its client retries.
@@ -581,8 +584,10 @@ def run(config: ShardConfig, resources: Resources, *, output: str, track: Run, p
             group = groups[number // GROUP]
             group.add(marker)
             if finished.finish(number):
-                finished.write(number, group.to_json())
-                summary.merge(groups.pop(number // GROUP).to_json())
+                sums = groups.pop(number // GROUP).to_json()
+                if "missing" not in sums["rejects"]:
+                    finished.write(number, sums)
+                summary.merge(sums)
             count_rejected("shard", marker["rejects"])
             done += 1
             progress.advance(marker["rows"], f"{done:,}/{len(parts):,} parts")

@@ -249,6 +249,33 @@ def test_a_partition_with_a_marker_is_not_done_again_and_one_without_is(tmp_path
     assert not list((tmp_path / "shards").glob(".*.partial"))
 
 
+def test_a_partition_that_lacked_an_object_is_done_again(tmp_path: Path):
+    rows = photo_pairs(tmp_path / "in", 8)
+    for row in rows:
+        row["target_etag"] = ""  # a copy that is put back has another time
+    target = Path(rows[0]["target_uri"])
+    target.rename(tmp_path / "away.png")
+    make_shards(tmp_path / "shards", rows)
+    assert quarantine(tmp_path / "shards") == {rows[0]["key"]: "missing"}
+    (tmp_path / "away.png").rename(target)
+    assert make_shards(tmp_path / "shards", rows).splits["train"].rows == 8
+    assert quarantine(tmp_path / "shards") == {}
+
+
+def test_a_sum_of_partitions_that_lacked_an_object_is_not_kept(tmp_path: Path, ray_local: None):
+    rows = photo_pairs(tmp_path / "in", 8)
+    target = Path(rows[0]["target_uri"])
+    target.rename(tmp_path / "away.png")
+    pairs, output = write_parts(tmp_path / "pairs", rows), str(tmp_path / "shards")
+    config = ShardConfig(size=SIZE, max_reject_fraction=0.0)
+    with pytest.raises(StageError, match="missing 1"):
+        shard.run(config, Resources(), output=output, track=Run(), pairs=pairs)
+    (tmp_path / "away.png").rename(target)
+    outcome = shard.run(config, Resources(), output=output, track=Run(), pairs=pairs)
+    assert (outcome.counts["train"], outcome.counts["rejected"]) == (8, 0)
+    assert list((tmp_path / "shards" / "_parts" / "groups").iterdir())
+
+
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path):
     rows = photo_pairs(tmp_path / "in", 10)
     for name in ("one", "two"):

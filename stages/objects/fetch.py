@@ -1,7 +1,8 @@
 """Read whole objects, in the version that was listed, with retries while the store fails.
 
 in:  an object {uri, size, etag} as ingest listed it
-out: its bytes; ImageRejected `missing` or `changed` if the store no longer has that version
+out: its bytes; ImageRejected `missing` or `changed` if the store no longer has that version, `too_large` for
+     more than 1 GiB, `unreadable` for a damaged member of an archive
 
 A store that stays away or refuses access ends the stage with one error: no image is rejected because the
 network failed. If the store keeps an MD5 (S3's etag of an object written by one request), the bytes are
@@ -14,7 +15,6 @@ import hashlib
 import logging
 import os
 import re
-import struct
 import tarfile
 import threading
 import zlib
@@ -31,7 +31,7 @@ from fsspec.spec import AbstractFileSystem
 from stages.config.locations import archive_parts, plain_name
 from stages.images.kinds import ImageRejected
 from stages.objects import archives
-from stages.objects.cells import SCHEME, Cells
+from stages.objects.cells import MOST_BYTES, SCHEME, Cells
 from stages.objects.listing import etag_of, local_etag
 from stages.storage import filesystem, patiently, s3, speaks
 from stages.storage.retry import ATTEMPTS, FIRST_WAIT
@@ -73,11 +73,10 @@ class Reader:
         """The object's bytes.
 
         Raises:
-            ImageRejected: `missing` or `changed` since it was listed.
+            ImageRejected: `missing` or `changed` since it was listed; `too_large`; `unreadable`.
             UserError: the store refuses access. StageError: it failed at every attempt.
         """
-        if wanted.uri in self._members:
-            return self._members[wanted.uri]
+        _check_size(wanted.uri, wanted.size)
         try:
             return patiently(lambda: self._read(wanted), wanted.uri, self.attempts, self.first_wait)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
@@ -98,7 +97,7 @@ class Reader:
                 if plain_name(outer).endswith(_COMPRESSED):
                     members_of.setdefault(outer, {})[member.uri] = member
         for outer, members in members_of.items():
-            with suppress(FileNotFoundError):  # `read` reports each member as missing
+            with suppress(FileNotFoundError, ImageRejected):  # `read` rejects each member
                 self._members |= patiently(
                     lambda o=outer, m=members: self._pass_through(o, m),  # type: ignore[misc]
                     outer,
@@ -153,18 +152,33 @@ class Reader:
     def _read_member(self, wanted: Object) -> bytes:
         protocol, _, outer = archive_parts(wanted.uri)
         place = (_TAR_PLACE if protocol == "tar" else _ZIP_PLACE).fullmatch(wanted.etag)
+        if place is not None:
+            self._check_version(outer, place[place.lastindex or 0])
+        if wanted.uri in self._members:
+            return self._members[wanted.uri]
         if place is None or plain_name(outer).endswith(_COMPRESSED):
             fs, path = filesystem(wanted.uri)  # the place is unknown: fsspec searches the archive
             return cast(bytes, fs.cat_file(path))
-        self._check_version(outer, place[place.lastindex or 0])
         fs, path = filesystem(outer)
         start, size = int(place[1]), int(place[2])
-        if protocol == "tar":
-            data = cast(bytes, fs.cat_file(path, start=start, end=start + size))
-        else:
-            data = _unzip(fs, path, start, size, method=int(place[3]), crc=int(place[4], 16))
-        if wanted.size >= 0 and len(data) != wanted.size:
-            raise _DamagedError(f"{wanted.uri}: {len(data)} bytes of {wanted.size}")
+        _check_size(wanted.uri, size)
+
+        def fetched() -> bytes:
+            if protocol == "zip":
+                return _zip_block(fs, path, start, size)
+            return cast(bytes, fs.cat_file(path, start=start, end=start + size))
+
+        block = fetched()
+        try:
+            data = block
+            if protocol == "zip":
+                data = _unzip(block, size, wanted.size, method=int(place[3]), crc=int(place[4], 16))
+            if wanted.size >= 0 and len(data) != wanted.size:
+                raise _DamagedError(f"{len(data)} bytes of {wanted.size}")
+        except _DamagedError as error:
+            if any(fetched() != block for _ in range(AGREEING_READS)):
+                raise
+            raise ImageRejected("unreadable", f"damaged in its archive: {error}") from error
         return data
 
     def _check_version(self, outer: str, listed: str) -> None:
@@ -177,7 +191,10 @@ class Reader:
 
     def _pass_through(self, outer: str, wanted: dict[str, Object]) -> dict[str, bytes]:
         contents: dict[str, bytes] = {}
-        missing = set(wanted)
+        missing = {uri for uri, one in wanted.items() if one.size <= MOST_BYTES}
+        for etag in {one.etag for one in wanted.values()}:
+            self._check_version(outer, etag.partition("@")[2])
+        del self._versions[outer]  # `read` asks again, whether it was the same to the end
         fs, path = filesystem(outer)
         with (
             fs.open(path, "rb") as file,
@@ -200,11 +217,18 @@ class Reader:
 # -- one kind of store each ---------------------------------------------------
 
 
+def _check_size(uri: str, size: int) -> None:
+    if size > MOST_BYTES:
+        limit = f"at most {MOST_BYTES / 2**30:.0f} GiB can be read"
+        raise ImageRejected("too_large", f"{uri} has {size / 2**30:.1f} GiB, {limit}")
+
+
 def _read_local(path: str, wanted: Object) -> bytes:
     with Path(path).open("rb") as file:
         stat = os.fstat(file.fileno())
         if wanted.etag and local_etag(stat) != wanted.etag:
             raise ImageRejected("changed", f"{path} was written again after it was listed")
+        _check_size(path, stat.st_size)
         data = file.read()
     if 0 <= wanted.size != len(data):
         raise ImageRejected("changed", f"{path} has {len(data)} bytes, {wanted.size} when it was listed")
@@ -219,6 +243,7 @@ async def _get_http(fs: Any, url: str) -> tuple[bytes, str]:
         if answer.status in (401, 403):
             raise PermissionError(f"HTTP {answer.status}")
         answer.raise_for_status()
+        _check_size(url, answer.content_length or 0)
         data: bytes = await answer.read()
         return data, etag_of(answer.headers)
 
@@ -232,22 +257,33 @@ def _same_version(wanted: Object, size: int, etag: str) -> None:
         raise ImageRejected("changed", f"{wanted.uri} has {size} bytes, {wanted.size} when it was listed")
 
 
-def _unzip(fs: AbstractFileSystem, path: str, start: int, size: int, *, method: int, crc: int) -> bytes:
-    """A zip's member, from its own header at `start`; its checksum verified."""
+def _zip_block(fs: AbstractFileSystem, path: str, start: int, size: int) -> bytes:
+    """A zip's member with its own header, which is at `start`; its packed bytes are `size`."""
     margin = 30 + 1024  # fixed part of the header, and name and extra fields of most
     block = cast(bytes, fs.cat_file(path, start=start, end=start + margin + size))
+    end = _packed_at(block) + size
+    if end > len(block):
+        block += cast(bytes, fs.cat_file(path, start=start + len(block), end=start + end))
+    return block
+
+
+def _packed_at(block: bytes) -> int:
+    return 30 + int.from_bytes(block[26:28], "little") + int.from_bytes(block[28:30], "little")
+
+
+def _unzip(block: bytes, packed_size: int, size: int, *, method: int, crc: int) -> bytes:
+    """The member in a block of `_zip_block`, its checksum verified; unpacked no further than `size` + 1."""
     if block[:4] != b"PK\3\4":
-        raise _DamagedError(f"{path}: no zip member at byte {start}")
-    skip = 30 + sum(struct.unpack("<HH", block[26:30]))
-    if skip + size > len(block):
-        block += cast(bytes, fs.cat_file(path, start=start + len(block), end=start + skip + size))
-    packed = block[skip : skip + size]
+        raise _DamagedError("no zip member at its place")
+    start = _packed_at(block)
+    packed = block[start : start + packed_size]
     if method not in (0, 8):
         raise ImageRejected("unreadable", f"zip compression {method} is not supported")
+    most = MOST_BYTES if size < 0 else size
     try:
-        data = packed if method == 0 else zlib.decompress(packed, wbits=-15)
+        data = packed if method == 0 else zlib.decompressobj(-15).decompress(packed, most + 1)
     except zlib.error as error:
-        raise _DamagedError(f"{path}: {error}") from error
+        raise _DamagedError(str(error)) from error
     if zlib.crc32(data) != crc:
-        raise _DamagedError(f"{path}: checksum of the zip member at byte {start} differs")
+        raise _DamagedError("its checksum differs")
     return data

@@ -8,6 +8,7 @@ import itertools
 import os
 import tarfile
 import threading
+import tracemalloc
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,7 +19,7 @@ import pytest
 from stages import storage
 from stages.errors import StageError, UserError
 from stages.images.kinds import ImageRejected
-from stages.objects import archives
+from stages.objects import archives, fetch
 from stages.objects.fetch import Object, Reader
 from stages.objects.listing import etag_of, local_etag
 
@@ -200,16 +201,53 @@ def test_members_of_archives_are_read_in_place(tmp_path: Path, kind: str):
     assert {name: reader.read(one) for name, one in listed.items()} == files()
 
 
-@pytest.mark.parametrize("kind", ["tar", "zip"])
-def test_an_archive_that_was_replaced_is_noticed(tmp_path: Path, kind: str):
+@pytest.mark.parametrize("announced", [False, True])
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "zip"])
+def test_an_archive_that_was_replaced_is_noticed(tmp_path: Path, kind: str, announced: bool):
     path = tmp_path / f"a.{kind}"
     path.write_bytes(packed(kind))
     listed = members(path)
     path.write_bytes(packed(kind) + b"\0" * 512)
-    assert rejected(quick(), listed["train/1.png"]) == "changed"
+    reader = quick()
+    reader.expect(listed.values() if announced else [])
+    assert rejected(reader, listed["train/1.png"]) == "changed"
 
 
-def test_a_damaged_zip_member_is_not_passed_on(tmp_path: Path):
+def test_an_object_of_more_bytes_than_can_be_read_is_rejected(
+    tmp_path: Path, server: FaultyServer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(fetch, "MOST_BYTES", 100)
+    path = tmp_path / "a.png"
+    path.write_bytes(BODY)
+    for wanted in (Object(str(path)), Object("s3://b/a.png", 101), Object(server.url)):
+        assert rejected(quick(), wanted) == "too_large"
+    for kind in ("tar", "tar.gz", "zip"):
+        archive = tmp_path / f"a.{kind}"
+        archive.write_bytes(packed(kind))
+        listed = members(archive)
+        reader = quick()
+        reader.expect(listed.values())
+        assert rejected(reader, listed["train/1.png"]) == "too_large"
+        assert reader.read(listed["train/0.png"]) == bytes(100)
+
+
+def test_a_zip_member_is_unpacked_no_further_than_its_size(tmp_path: Path):
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", bytes(64 << 20))
+    data = path.read_bytes().replace((64 << 20).to_bytes(4, "little"), (100).to_bytes(4, "little"))
+    path.write_bytes(data)
+    (member,) = members(path).values()
+    assert member.size == 100
+    tracemalloc.start()
+    try:
+        assert rejected(quick(), member) == "unreadable"
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_damaged_zip_member_is_one_rejected_image(tmp_path: Path):
     path = tmp_path / "a.zip"
     path.write_bytes(packed("zip"))
     member = members(path)["train/3.png"]
@@ -219,5 +257,5 @@ def test_a_damaged_zip_member_is_not_passed_on(tmp_path: Path):
     stamp = path.stat()
     path.write_bytes(data)
     os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    with pytest.raises(StageError):
-        quick(2).read(member)
+    assert rejected(quick(2), member) == "unreadable"
+    assert quick(2).read(members(path)["train/2.png"])
