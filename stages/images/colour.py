@@ -26,10 +26,17 @@ _WHITE = np.array([0.95047, 1.0, 1.08883])
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     """The image in sRGB; as it is if its profile is sRGB already, is damaged, or is of another mode."""
-    if image.mode in ("P", "PA", "LA"):
-        image = image.convert("RGBA" if image.mode != "P" or "transparency" in image.info else "RGB")
-    transform = _srgb_transform(profile, image.mode)
-    return image if transform is None else ImageCms.applyTransform(image, transform) or image
+    opacity = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    plain = image.convert("L") if image.mode == "LA" else image
+    plain = image.convert("RGB") if image.mode in ("P", "PA", "RGBA") else plain
+    transform = _srgb_transform(profile, plain.mode)
+    if transform is None:
+        return image
+    seen = ImageCms.applyTransform(plain, transform)
+    assert seen is not None
+    if opacity is not None:
+        seen.putalpha(opacity)
+    return seen
 
 
 @lru_cache(maxsize=32)
@@ -40,18 +47,18 @@ def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | N
             ImageCms.ImageCmsProfile(io.BytesIO(profile)),
             ImageCms.createProfile("sRGB"),
             mode,
-            "RGBA" if mode == "RGBA" else "RGB",
+            "RGB",
             ImageCms.Intent.RELATIVE_COLORIMETRIC,
             ImageCms.Flags.BLACKPOINTCOMPENSATION,
         )
     except (ImageCms.PyCMSError, OSError):
         return None
-    if mode in ("L", "RGB", "RGBA"):
+    if mode in ("L", "RGB"):
         cube = np.stack(np.meshgrid(*3 * [np.arange(0, 256, 15).astype(np.uint8)]), axis=-1).reshape(1, -1, 3)
         probe = Image.fromarray(cube).convert(mode)
         seen = ImageCms.applyTransform(probe, transform)
         assert seen is not None
-        change = np.asarray(seen.convert("RGB")).astype(int) - np.asarray(probe.convert("RGB"))
+        change = np.asarray(seen).astype(int) - np.asarray(probe.convert("RGB"))
         if np.abs(change).max() <= 1:
             return None
     return transform

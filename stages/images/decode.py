@@ -135,20 +135,21 @@ def _from_pillow(data: bytes, how: Picture, limit: int, *, profiles: bool) -> Ra
         frames = 1 if image.format in ("MPO", "TIFF") else int(getattr(image, "n_frames", 1))
         if frames > 1:
             raise ImageRejected("animated", f"{frames} frames")
-        if kind in IDS and image.format in ("JPEG", "MPO", "AVIF"):
-            raise ImageRejected("wrong_kind", f"{image.format} is lossy, it cannot hold ids")
+        if kind in IDS and (lossy := _lossy(image, data)):
+            raise ImageRejected("wrong_kind", f"{lossy} is lossy, it cannot hold ids")
         if kind in IDS and image.mode not in _ID_MODES:
             text = f"ids need one channel of integers, the image is {image.mode}"
             raise ImageRejected("wrong_kind", f"{text}; shard.palette reads colours")
         if image.format == "PNG":
             _verify_png(data)
             if data[24] == 16:  # bits; Pillow keeps 8 of those of colours and of images with alpha
-                return _deep_png(data, image)
-        top, scaled = _scale(image)
+                return _deep_png(data, image, kind)
+        scale = _scale(image, data)
         ImageOps.exif_transpose(image, in_place=True)
+        if scale is not None:
+            return _as_written(image, *scale, kind)
         if kind in IDS:
-            ids = np.asarray(image)[:, :, None]
-            return RawImage(ids if top == scaled else (ids * (top / scaled)).round().astype(ids.dtype))
+            return RawImage(np.asarray(image)[:, :, None])
         if image.mode in _DEEP_MODES:
             values = np.asarray(image)[:, :, None]
             missing = ~np.isfinite(values)
@@ -161,20 +162,60 @@ def _from_pillow(data: bytes, how: Picture, limit: int, *, profiles: bool) -> Ra
         return RawImage(_light(colour.to_srgb(image, profile) if profile else image, kind))
 
 
-def _scale(image: Image.Image) -> tuple[int, int]:
-    """The largest value of a grey image as written, and as Pillow scales it up: to 8 or 16 bits."""
+def _lossy(image: Image.Image, data: bytes) -> str:
+    """The name of a lossy compression, else ""."""
+    compression = str(image.info.get("compression", ""))
+    if image.format == "TIFF" and compression in ("jpeg", "tiff_jpeg", "webp"):
+        return f"TIFF with compression {compression}"
+    if image.format == "JPEG2000":
+        bits, reversible = _jpeg2000(data)
+        exact = reversible and (bits <= 8 or image.mode != "L")  # Pillow halves 9 bits
+        return "" if exact else f"this JPEG 2000 of {bits} bits"
+    return str(image.format) if image.format in ("JPEG", "MPO", "AVIF") else ""
+
+
+def _jpeg2000(data: bytes) -> tuple[int, bool]:
+    """Bits of the first channel, and whether the wavelet is the reversible one (ISO 15444-1, annex A)."""
+    siz = data.index(b"\xff\x4f\xff\x51") + 2  # the codestream's start, and its first segment
+    at = siz
+    while data[at : at + 2] != b"\xff\x52":  # the coding style, which every main header has
+        if data[at : at + 1] != b"\xff":
+            raise ImageRejected("unreadable", "JPEG 2000 without a coding style")
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return (data[siz + 40] & 0x7F) + 1, data[at + 13] == 1
+
+
+def _scale(image: Image.Image, data: bytes) -> tuple[int, int] | None:
+    """White of a grey image as written, and as Pillow scales it up to 8 or 16 bits; None if it does not."""
+    if image.format == "JPEG2000" and image.mode in ("L", "I;16"):
+        bits, _ = _jpeg2000(data)
+        shifted = bits < 8 or (8 < bits < 16 and image.mode != "L")
+        return (2**bits - 1, (2**bits - 1) << -bits % 8) if shifted else None
     for tile in getattr(image, "tile", ()):
         args = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
         if image.format == "PPM" and len(args) == 2 and image.mode in ("L", "I"):
             return int(args[1]), 255 if image.mode == "L" else 65535
         if image.format == "PNG" and args[0] in ("L;2", "L;4"):
             return 2 ** int(args[0][2]) - 1, 255
-    return 1, 1
+    return None
 
 
-def _deep_png(data: bytes, image: Image.Image) -> RawImage:
+def _as_written(image: Image.Image, white: int, scaled: int, kind: Kind) -> RawImage:
+    """A grey image with the values that the file has, and its transparent value as opacity."""
+    stored = np.asarray(image)[:, :, None]
+    values = (stored * (white / scaled)).round().astype(stored.dtype)
+    clear = image.info.get("transparency")
+    if clear is None or kind in IDS or kind == "channels":
+        return RawImage(values, white)
+    opacity = np.where(values == clear, 0, white).astype(values.dtype)
+    return RawImage(np.concatenate([values, opacity], axis=2), white, "straight")
+
+
+def _deep_png(data: bytes, image: Image.Image, kind: Kind) -> RawImage:
     values = imagecodecs.png_decode(data)
     values = values if values.ndim == 3 else values[:, :, None]
+    if (kind in IDS or kind == "channels") and image.mode not in ("LA", "RGBA"):
+        values = values[:, :, : 1 if image.mode in _DEEP_MODES else 3]  # a transparent value is no channel
     values = upright(values, image.getexif().get(tiff.ORIENTATION, 1))
     alpha: Alpha = "straight" if values.shape[2] in (2, 4) else "none"
     return RawImage(values, alpha=alpha, profile=image.info.get("icc_profile"))

@@ -57,9 +57,10 @@ def read(data: bytes, kind: Kind, limit: int) -> RawImage | None:
         for page in found:
             if page.shape != first.shape or page.dtype != first.dtype:
                 raise ImageRejected("wrong_kind", "its pages differ in size or depth")
+        _check_size(first, len(found), limit)
         if len(found) == 1 and _for_pillow(first, kind) and not data.startswith(MAGIC[3]):
             return None
-        _check(first, len(found), limit)
+        check_layout(first)
         for page in found:
             check_places(page, len(data))
         return raw(first, np.concatenate([_array(page) for page in found], axis=2), kind)
@@ -106,15 +107,14 @@ def _layout(page: TiffPage) -> str:
     )
 
 
-def _check(page: TiffPage, count: int, limit: int) -> None:
-    """Raise ImageRejected for so many pages that are too large or of a layout that is not read."""
+def _check_size(page: TiffPage, count: int, limit: int) -> None:
+    """Raise ImageRejected for so many pages that are too large, or have too large a tile."""
     width, height, count = page.imagewidth, page.imagelength, count * page.samplesperpixel
     if width * height > limit or width * height * count > 4 * limit:
         raise ImageRejected("too_large", f"{width}x{height} with {count} bands, the limit is {limit} pixels")
-    tile = page.tilewidth * page.tilelength if page.is_tiled else width * page.rowsperstrip
+    tile = page.tilewidth * page.tilelength if page.is_tiled else width * min(page.rowsperstrip, height)
     if tile * page.samplesperpixel > 4 * limit:
         raise ImageRejected("too_large", f"a tile of {tile} pixels, the limit is {limit}")
-    check_layout(page)
 
 
 def check_layout(page: TiffPage) -> None:

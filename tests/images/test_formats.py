@@ -8,6 +8,7 @@ import logging
 import struct
 import time
 import tracemalloc
+import zlib
 from typing import Any
 
 import imagecodecs
@@ -19,7 +20,7 @@ from PIL import Image, ImageCms
 from stages.images import decode, encode, kinds
 from stages.images.kinds import ImageRejected
 from stages.models.architecture import Picture
-from tests.images.test_decode import file_of
+from tests.images.test_decode import chunk, file_of
 
 RNG = np.random.default_rng(0)
 LUMA = np.array([0.299, 0.587, 0.114])
@@ -359,6 +360,81 @@ def test_ids_of_a_grey_map_are_as_written():
         7,
         300,
     ]
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8, 12, 16])
+def test_ids_of_a_reversible_jpeg_2000_are_as_written(bits: int):
+    ids = (np.arange(1 << 10).reshape(32, 32) % (1 << bits)).astype(np.uint16 if bits > 8 else np.uint8)
+    for codec in ("jp2", "j2k"):
+        data = imagecodecs.jpeg2k_encode(ids, bitspersample=bits, reversible=True, level=0, codecformat=codec)
+        assert np.array_equal(decode.decode_image(data, "instances")[..., 0], ids)
+
+
+def test_white_of_a_jpeg_2000_of_few_bits_is_white():
+    data = imagecodecs.jpeg2k_encode(
+        np.full((8, 8), 15, np.uint8), bitspersample=4, reversible=True, level=0, codecformat="jp2"
+    )
+    assert decode.decode_image(data, "grey").min() == 255
+
+
+def test_a_lossy_file_cannot_hold_ids_whatever_contains_it():
+    ids = RNG.integers(0, 3, (32, 32), np.uint8)
+    nine = imagecodecs.jpeg2k_encode(
+        ids.astype(np.uint16), bitspersample=9, reversible=True, level=0, codecformat="jp2"
+    )
+    jpeg2000 = file_of(Image.fromarray(ids), "JPEG2000", irreversible=True, quality_layers=[2])
+    for data in (jpeg2000, nine, file_of(Image.fromarray(ids), "TIFF", compression="jpeg")):
+        found = rejected(data, labels())
+        assert (found.reason, "is lossy" in found.detail) == ("wrong_kind", True)
+
+
+def png_of(bits: int, row: bytes, width: int, *chunks: bytes) -> bytes:
+    """A grey PNG of one row."""
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, 1, bits, 0, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(b"\0" + row))
+    return b"\x89PNG\r\n\x1a\n" + head + b"".join(chunks) + body + chunk(b"IEND", b"")
+
+
+def test_a_range_is_of_the_values_in_the_file():
+    for pgm in (b"P5 3 1 100\n\0\x19\x64", b"P5 3 1 1000\n\0\0\0\x19\0\x64"):
+        got = decode.decode_image(pgm, Picture(kind="grey", range=(0, 50)))
+        assert got[0, :, 0].tolist() == [0, 128, 255]
+    nibbles = png_of(4, bytes([0x07, 0xF0]), 4)
+    assert decode.decode_image(nibbles, Picture(kind="grey", range=(0, 7)))[0, :, 0].tolist() == [
+        0,
+        255,
+        255,
+        0,
+    ]
+
+
+def test_a_transparent_value_is_white_in_light_and_itself_in_ids():
+    clear = chunk(b"tRNS", struct.pack(">H", 7))
+    nibbles = png_of(4, bytes([0x07, 0xF0]), 4, clear)
+    assert decode.decode_image(nibbles, "grey")[0, :, 0].tolist() == [0, 255, 255, 0]
+    assert decode.decode_image(nibbles, "labels")[0, :, 0].tolist() == [0, 7, 15, 0]
+    deep = png_of(16, struct.pack(">3H", 0, 7, 1000), 3, clear)
+    assert decode.decode_image(deep, "instances")[0, :, 0].tolist() == [0, 7, 1000]
+    assert decode.decode_image(deep, "grey16")[0, :, 0].tolist() == [0, 65535, 1000]
+    assert decode.decode_image(deep, "channels").shape == (1, 3, 1)
+
+
+def test_transparency_is_kept_where_a_profile_is_converted():
+    adobe = imagecodecs.cms_profile("adobergb")
+    image = Image.fromarray(np.array([[[9, 9, 9], [200, 60, 30]]], np.uint8))
+    got = decode.decode_image(file_of(image, icc_profile=adobe, transparency=(9, 9, 9)), "rgb")
+    plain = decode.decode_image(file_of(image, icc_profile=adobe), "rgb")
+    assert got[0, 0].tolist() == [255, 255, 255]
+    assert got[0, 1].tolist() == plain[0, 1].tolist() != [200, 60, 30]
+
+
+def test_a_tile_that_is_a_bomb_is_rejected_where_pillow_reads_too():
+    data = bytearray(tiff(np.zeros((16, 16), np.uint8), tile=(16, 16), compression="deflate"))
+    for tag in (322, 323):  # the tile's width and length
+        at = next(n for n in range(len(data)) if data[n : n + 2] == struct.pack("<H", tag))
+        data[at + 2 : at + 12] = struct.pack("<HII", 4, 1, 64_000)
+    found = rejected(bytes(data), "rgb")
+    assert (found.reason, "a tile of" in found.detail) == ("too_large", True)
 
 
 def test_nothing_is_logged_for_a_damaged_tiff(caplog: pytest.LogCaptureFixture):
