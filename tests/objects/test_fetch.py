@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from stages import storage
-from stages.errors import StageError, UserError
+from stages.errors import UserError
 from stages.images.kinds import ImageRejected
 from stages.objects import archives, fetch
 from stages.objects.fetch import Object, Reader
