@@ -21,7 +21,7 @@ from typing import Annotated, Any, Self, cast
 import yaml
 from pydantic import Field, JsonValue, ValidationError, field_validator, model_validator
 
-from stages.base import Config, Resources
+from stages.base import Config, Kind, Resources, Role
 from stages.config.evaluate import EvaluateConfig
 from stages.config.infer import InferConfig
 from stages.config.ingest import IngestConfig
@@ -103,6 +103,7 @@ class PipelineConfig(Config):
     @model_validator(mode="after")
     def _sections_fit_together(self) -> Self:
         self._check_workspace()
+        self._check_derived()
         self.train.check_data(self.shard, self.augment, self.evaluate)
         self.train.check_resources(self.resources)
         if self.infer.model is None:
@@ -114,6 +115,21 @@ class PipelineConfig(Config):
         uris = {f"ingest.locations.{n}.uri": one.uri for n, one in enumerate(self.ingest.locations)}
         others = {"infer.input": self.infer.input, "evaluate.images": self.evaluate.images}
         return uris | {key: uri for key, uri in others.items() if uri}
+
+    def _check_derived(self) -> None:
+        """Raise ValueError if the source cannot be derived, or not from such a target."""
+        if self.pair.derive_source is None:
+            return
+        made: tuple[Kind, ...] = ("rgb", "grey", "lab_l")
+        given: tuple[Kind, ...] = ("rgb", "grey", "grey16", "lab_ab")
+        source, target = (given, made) if self.pair.reverse else (made, given)
+        allowed: dict[Role, tuple[Kind, ...]] = {"source": source, "target": target}
+        for role, kinds in allowed.items():
+            kind = self.shard.kinds.get(role, "rgb")
+            if kind not in kinds:
+                raise ValueError(
+                    f"shard.kinds.{role}: {kind}: with pair.derive_source it is one of {', '.join(kinds)}"
+                )
 
     def _check_workspace(self) -> None:
         """Raise ValueError if an input location would hold the run's own results at its next run."""

@@ -52,7 +52,7 @@ from stages.storage import (
 if TYPE_CHECKING:
     from stages.tracking.run import Run
 
-VERSION = 2
+VERSION = 3
 ROWS_PER_BATCH = 16_000
 ROWS_PER_FILE = 256_000
 UNITS_PER_LOCATION = 64
@@ -89,9 +89,8 @@ def rows(
     paths, uris, sizes, etags, faults = (pa.array(column) for column in columns)
     captured = match(compile_pattern(location.pattern), paths)
     taken = [pc.is_valid(match(compile_pattern(other), paths)["key"]) for other in others]
-    bad = bad_keys(captured["key"])
-    if not is_archive(location.uri):
-        bad = pc.or_(bad, pc.match_substring(uris, "::"))
+    names = paths if is_archive(location.uri) else uris
+    bad = pc.or_(bad_keys(captured["key"]), pc.match_substring(names, "::"))
     table = pa.table(
         {
             "key": captured["key"],
@@ -248,12 +247,15 @@ def narrower(config: IngestConfig, index: int) -> list[str]:
     What they match is not the location's: else every mask would be a photo without a mask, too.
     """
     location = config.locations[index]
-    patterns = {one.pattern for one in config.locations if one.uri == location.uri} - {location.pattern}
-    names = pa.array(
-        [f"{one[:-1]}png" if one.endswith("*") else one for one in sorted(patterns)], pa.string()
-    )
-    fit = match(compile_pattern(location.pattern), names)["key"].is_valid().to_pylist()
-    return [one for one, fits in zip(sorted(patterns), fit, strict=True) if fits]
+    folder, own = root(location).rstrip("/"), location.pattern
+    others = {one.pattern for one in config.locations if root(one).rstrip("/") == folder} - {own}
+    return sorted(one for one in others if any(_fit(own, one)) and not all(_fit(one, own)))
+
+
+def _fit(pattern: str, other: str) -> list[bool]:
+    """Whether names of another pattern match, with two suffixes if it leaves the suffix open."""
+    names = [f"{other[:-1]}{suffix}" if other.endswith("*") else other for suffix in ("png", "jpg")]
+    return match(compile_pattern(pattern), pa.array(names))["key"].is_valid().to_pylist()  # type: ignore[no-any-return]
 
 
 def unit_rows(

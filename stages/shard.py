@@ -252,8 +252,9 @@ class PairReader:
     ) -> tuple[Array, tuple[int, int], int]:
         """The array at the stored size, its original size (width, height), its pixels without a value."""
         config, recipe = self.config, row.get(f"{role}_derive") or ""
+        given = self.specs["source" if role == "target" else "target"] if recipe else spec
         kind: Kind = "rgb" if recipe else spec.kind
-        how = Picture.model_validate(spec.model_dump(exclude={"encoding"}) | {"kind": kind})
+        how = Picture.model_validate(given.model_dump(exclude={"encoding"}) | {"kind": kind})
         place = (row[f"{role}_uri"], how)
         if place not in decoded:
             decoded[place] = decode.decode_counted(

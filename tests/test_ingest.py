@@ -73,6 +73,12 @@ def test_hostile_names_are_rejects_with_a_reason(path: str) -> None:
     assert ignored == 0
 
 
+def test_a_member_whose_folder_has_the_mark_of_a_chain_is_a_reject() -> None:
+    archive = location(uri="/data/a.zip", pattern="*/{key}.png")
+    _, rejects, _ = ingest.rows(archive, 0, listed("a::b/1.png"))
+    assert rejects["reason"].to_pylist() == ["bad_key"]
+
+
 def test_members_that_are_links_are_rejects() -> None:
     _, rejects, _ = ingest.rows(location(), 0, listed("a.png", fault="link"))
     assert rejects["reason"].to_pylist() == ["link"]
@@ -382,7 +388,10 @@ def test_a_location_that_gives_nothing_is_the_users_error(
         run(config({"uri": f"{tmp_path}/data", "role": "target", "pattern": pattern}), tmp_path / "objects")
 
 
-@pytest.mark.parametrize(("wide", "narrow"), [("{key}.png", "{key}_mask.png"), ("{key}.*", "{key}_mask.*")])
+@pytest.mark.parametrize(
+    ("wide", "narrow"),
+    [("{key}.png", "{key}_mask.png"), ("{key}.*", "{key}_mask.*"), ("{key}.png", "{key}_mask.*")],
+)
 def test_what_a_narrower_pattern_of_the_folder_matches_is_not_the_wider_locations(
     wide: str, narrow: str, tmp_path: Path
 ) -> None:
@@ -391,7 +400,8 @@ def test_what_a_narrower_pattern_of_the_folder_matches_is_not_the_wider_location
         (tmp_path / "in" / name).write_bytes(b"x")
     uri = str(tmp_path / "in")
     listed = config(
-        {"uri": uri, "role": "target", "pattern": wide}, {"uri": uri, "role": "source", "pattern": narrow}
+        {"uri": uri, "role": "target", "pattern": wide},
+        {"uri": f"{uri}/", "role": "source", "pattern": narrow},
     )
     list_all(listed, f"{tmp_path}/out")
     found = [
@@ -400,3 +410,11 @@ def test_what_a_narrower_pattern_of_the_folder_matches_is_not_the_wider_location
     assert sorted((row["role"], row["key"]) for row in found) == [
         ("source", "1"), ("source", "2"), ("target", "1"), ("target", "2"), ("target", "3")
     ]  # fmt: skip
+
+
+def test_a_suffix_that_is_written_out_is_narrower_than_any_suffix() -> None:
+    both = config(
+        {"uri": "/data", "role": "source", "pattern": "{key}.png"},
+        {"uri": "/data/", "role": "target", "pattern": "{key}.*"},
+    )
+    assert [ingest.narrower(both, index) for index in (0, 1)] == [[], ["{key}.png"]]

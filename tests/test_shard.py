@@ -232,6 +232,16 @@ def test_a_derived_source_is_made_of_the_target(tmp_path: Path):
     assert np.abs(shown - photo(0)).mean() < 3
 
 
+@pytest.mark.parametrize(("given", "made"), [("target", "source"), ("source", "target")])
+def test_a_derived_image_is_made_of_the_values_that_the_other_shows(tmp_path: Path, given: str, made: str):
+    deep = np.full((16, 16, 1), 4095, np.uint16)
+    uri = write_image(tmp_path / "t.png", deep)
+    row = pair_row("a", "train", {"source": uri, "target": uri}, **{f"{made}_derive": "grey"})
+    spec = make_shards(tmp_path / "shards", [row], kinds={given: "grey"}, range={given: (0, 4095)})
+    (sample,) = dataset.read_split(str(tmp_path / "shards"), spec, "train")
+    assert sample.images[given].min() == sample.images[made].min() == 255
+
+
 # -- damage, resuming, two at once ------------------------------------------------
 
 

@@ -5,8 +5,9 @@ A pattern is the path with its variable parts named (`{split}/{group}/{key}_left
     {key}            anything, "/" included      {x} {y}   a number: the position of a map tile, a frame
     {split} {group}  one segment                 *  **     anything within a segment; across segments
 
-A pair's key is everything captured, joined by "/" in order of appearance, so that two locations whose names
-differ only in their fixed parts meet under one key. `stages.objects.patterns` matches paths.
+A pair's key is everything captured, joined by "/" in the order split, group, key, x, y, so that locations
+whose names differ in their fixed parts or in their order meet under one key. `stages.objects.patterns`
+matches paths.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".ndjson": "json", ".
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _NUMBER = r"-?[0-9]{1,15}(?:\.[0-9]{1,9})?"
-_CAPTURES = {"key": r"(?s:.+)", "split": r"[^/]+", "group": r"[^/]+", "x": _NUMBER, "y": _NUMBER}
+_CAPTURES = {"split": r"[^/]+", "group": r"[^/]+", "key": r"(?s:.+)", "x": _NUMBER, "y": _NUMBER}
 _TOKEN = re.compile(r"\{([^{}]*)\}|(\*\*)|(\*)|([^{}*]+)|(.)", re.DOTALL)
 
 
@@ -98,7 +99,7 @@ def table_format(uri: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """A compiled key pattern: its RE2 expression and the names it captures, in order of appearance."""
+    """A compiled key pattern: its RE2 expression and the names it captures, in the order of a key."""
 
     regex: str
     names: tuple[str, ...]
@@ -131,4 +132,8 @@ def compile_pattern(text: str) -> Pattern:
     if text.startswith("/") or ".." in text.split("/"):
         raise ValueError(f"{text!r} must be a path below the location")
     expression = unicodedata.normalize("NFC", "".join(parts))
-    return Pattern(rf"\A{expression}\z", tuple(names), images_only=text.endswith(("*", "}")))
+    return Pattern(
+        rf"\A{expression}\z",
+        tuple(name for name in _CAPTURES if name in names),
+        images_only=text.endswith(("*", "}")),
+    )

@@ -224,6 +224,8 @@ def _check_size(uri: str, size: int) -> None:
 
 
 def _read_local(path: str, wanted: Object) -> bytes:
+    if not Path(path).is_file():  # a pipe would never end
+        raise FileNotFoundError(f"{path} is no file")
     with Path(path).open("rb") as file:
         stat = os.fstat(file.fileno())
         if wanted.etag and local_etag(stat) != wanted.etag:

@@ -240,8 +240,8 @@ def _local_entries(base: str, path: str) -> Iterator[Listed | str]:
 
 
 def _leads_upwards(link: str) -> bool:
-    target, place = Path(link).resolve(), Path(link).parent.resolve()
-    return target == place or target in place.parents
+    above = [folder.resolve() for folder in Path(link).parents]  # as it was reached, perhaps by other links
+    return Path(link).resolve() in {*above, *above[0].parents}
 
 
 def _in_folders(fs: AbstractFileSystem, base: str, unit: Unit) -> Iterator[Listed]:

@@ -8,9 +8,9 @@ A pattern is the path with its variable parts named (`{split}/{group}/{key}_left
     {key}            anything, "/" included      {x} {y}   a number: the position of a map tile, a frame
     {split} {group}  one segment                 *  **     anything within a segment; across segments
 
-A pair's key is everything captured, joined by "/" in order of appearance, so that two locations whose names
-differ only in their fixed parts meet under one key. Matching runs in Arrow's RE2: vectorised, and linear in
-the length of a path whatever the pattern, so that no name can stall it.
+A pair's key is everything captured, joined by "/" in the order split, group, key, x, y, so that locations
+whose names differ in their fixed parts or in their order meet under one key. Matching runs in Arrow's RE2:
+vectorised, and linear in the length of a path whatever the pattern, so that no name can stall it.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from stages.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+PARTIAL = ".*." + "[0-9a-f]" * 32 + ".partial"  # a file while it is written, as a glob
 NAME_BYTES = 240  # in a local file name: file systems take 255, and a temporary name is longer
 
 
@@ -108,10 +109,12 @@ def upload_folder(path: Path, uri: str, *, last: str) -> None:
 
 
 @contextmanager
-def alone(uri: str, *, quiet: bool = False) -> Iterator[None]:
+def alone(uri: str, *, shared: bool = False) -> Iterator[None]:
     """Wait until no other process works in a folder of this machine. A process that ends frees it.
 
-    quiet   do not log that it is waited for
+    Files that a killed process had half written are removed.
+
+    shared   the folder is not the run's own: do not log that it is waited for, and remove nothing
     """
     if not storage.is_local(uri):
         yield
@@ -124,9 +127,11 @@ def alone(uri: str, *, quiet: bool = False) -> Iterator[None]:
             try:
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if not quiet:
+                if not shared:
                     logger.warning("another run works in %s; waiting until it ends", uri)
                 fcntl.flock(held, fcntl.LOCK_EX)
+            for partial in () if shared else path.rglob(PARTIAL):
+                partial.unlink(missing_ok=True)
         yield
     finally:
         with suppress(OSError):  # it stays if there is anything in it

@@ -207,7 +207,7 @@ def _opened(config: TrackingConfig, workspace: str) -> Iterator[tuple[str, str]]
             file.parent.mkdir(parents=True, exist_ok=True)
             uri = sqlite_uri(file)
         # one process at a time: MLflow's migrations of a new SQLite file fail beside each other
-        with alone(str(file.parent), quiet=True) if file else nullcontext():
+        with alone(str(file.parent), shared=True) if file else nullcontext():
             experiment = _open_experiment(uri, file, config.experiment)
         yield uri, experiment
     except UserError:

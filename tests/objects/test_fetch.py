@@ -201,6 +201,11 @@ def test_members_of_archives_are_read_in_place(tmp_path: Path, kind: str):
     assert {name: reader.read(one) for name, one in listed.items()} == files()
 
 
+def test_a_pipe_in_the_place_of_a_file_is_missing(tmp_path: Path):
+    os.mkfifo(tmp_path / "a.png")
+    assert rejected(quick(), Object(str(tmp_path / "a.png"))) == "missing"
+
+
 @pytest.mark.parametrize("announced", [False, True])
 @pytest.mark.parametrize("kind", ["tar", "tar.gz", "zip"])
 def test_an_archive_that_was_replaced_is_noticed(tmp_path: Path, kind: str, announced: bool):

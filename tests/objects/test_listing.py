@@ -75,6 +75,13 @@ def test_links_are_followed_but_never_in_circles(tmp_path: Path) -> None:
     assert sorted(list_paths(str(tmp_path / "data"))) == ["a.png", "gone.png", "more/b.png"]
 
 
+def test_links_that_lead_to_each_other_end(tmp_path: Path) -> None:
+    make_files(tmp_path, "data/a/1.png", "data/b/2.png")
+    (tmp_path / "data" / "a" / "on").symlink_to(tmp_path / "data" / "b")
+    (tmp_path / "data" / "b" / "on").symlink_to(tmp_path / "data" / "a")
+    assert sorted(list_paths(str(tmp_path / "data"))) == ["a/1.png", "a/on/2.png", "b/2.png", "b/on/1.png"]
+
+
 def test_a_name_that_is_no_unicode_is_written_out_with_its_fault(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")).write_bytes(b"x")
     (tmp_path / "café.png").write_bytes(b"x")

@@ -20,7 +20,7 @@ def keys(pattern: str, *paths: str) -> list[object]:
     return [row["key"] for row in captures(pattern, *paths)]
 
 
-def test_the_key_is_everything_captured_in_order() -> None:
+def test_the_key_is_everything_captured() -> None:
     (row,) = captures("{split}/{group}/{key}_leftImg8bit.png", "train/aachen/aachen_0_leftImg8bit.png")
     assert row == {"key": "train/aachen/aachen_0", "split": "train", "group": "aachen", "x": None, "y": None}
 
@@ -29,6 +29,11 @@ def test_names_that_differ_in_their_fixed_parts_meet_under_one_key() -> None:
     photo = keys("{split}_photo/{group}_{key}.jpg", "val_photo/0016E5_07979.jpg")
     label = keys("{split}_label/{group}_{key}.png", "val_label/0016E5_07979.png")
     assert photo == label == ["val/0016E5/07979"]
+
+
+def test_names_that_differ_in_their_order_meet_under_one_key() -> None:
+    assert keys("{x}_{y}.png", "3_5.png") == keys("{y}_{x}.png", "5_3.png") == ["3/5"]
+    assert keys("{group}/{split}/{key}.png", "a/val/1.png") == keys("{split}_{group}_{key}.*", "val_a_1.jpg")
 
 
 def test_the_default_pattern_takes_images_of_any_suffix_at_any_depth() -> None:

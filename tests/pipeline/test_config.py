@@ -221,6 +221,18 @@ def test_a_kind_that_a_role_cannot_have_is_refused_before_anything_runs(kind: st
     assert message in refused(f"shard.kinds={{{kind}}}", "shard.classes=4")
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["shard.kinds={source: labels}", "shard.classes=4"], "shard.kinds.source: labels: with pair.derive"),
+        (["shard.kinds={target: channels}", "shard.channels=4"], "target: channels: with pair.derive_source"),
+        (["shard.kinds={target: lab_ab}", "pair.reverse=true"], "target: lab_ab: with pair.derive_source"),
+    ],
+)
+def test_a_kind_that_no_source_is_derived_to_or_from_is_refused(settings: list[str], message: str) -> None:
+    assert message in refused("pair.derive_source=grey", *settings)
+
+
 PIX2PIX = "train.model={kind: pix2pix, levels: 3, discriminator_layers: 1}"
 VGG, LPIPS = "train.vgg_weights=w", "train.lpips={backbone: w}"
 

@@ -163,3 +163,16 @@ def test_an_upload_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: p
         local.upload(tmp_path / "a", str(tmp_path / "b"))
     assert (tmp_path / "b").read_bytes() == b"old"
     assert names(tmp_path) == ["a", "b"]
+
+
+def test_what_a_killed_process_had_half_written_is_removed(tmp_path: Path) -> None:
+    half = tmp_path / "deep" / f".a.parquet.{'0f' * 16}.partial"
+    other = tmp_path / ".video.mp4.partial"
+    half.parent.mkdir()
+    for path in (half, other):
+        path.write_bytes(b"x")
+    with local.alone(str(tmp_path), shared=True):
+        assert half.exists()
+    with local.alone(str(tmp_path)):
+        assert not half.exists()
+        assert other.exists()
