@@ -34,7 +34,16 @@ from stages.training.news import (
     Saved,
     Stop,
 )
-from tests.training.test_loop import Rows, assert_equal, losses, nothing, phase_jobs, task, weights
+from tests.training.test_loop import (
+    PatientWriter,
+    Rows,
+    assert_equal,
+    losses,
+    nothing,
+    phase_jobs,
+    task,
+    weights,
+)
 
 STEPS = 9  # of the phase: 3 epochs of 3 steps
 
@@ -209,6 +218,7 @@ def train(
 def polls_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "ORDERS_S", 0.0)
     monkeypatch.setattr(loop, "WARNINGS_S", -1.0)
+    monkeypatch.setattr(loop, "Writer", PatientWriter)
 
 
 def names(folder: Path) -> list[str]:
@@ -268,7 +278,7 @@ def one_of_two(rank: int, world: int, folder: str) -> None:
     """One of two processes; only the first hears the order and posts news."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    loop.ORDERS_S, loop.WARNINGS_S = 0.0, -1.0
+    loop.ORDERS_S, loop.WARNINGS_S, loop.Writer = 0.0, -1.0, PatientWriter  # type: ignore[misc]
     worker, job, root = Worker(rank=rank, world=world), phase_jobs()[0], Path(folder)
     mailbox = Mailbox()
     train(task(root / "whole", job), worker, send=mailbox.post, load=lambda: {f"system/{rank}": 1.0})

@@ -22,7 +22,7 @@ from stages.models.gan import GanState
 from stages.models.step import Batch
 from stages.shards.order import num_steps
 from stages.training import checkpoints, curves, loop
-from stages.training.checkpoints import Checkpoint, Position
+from stages.training.checkpoints import Checkpoint, Position, Writer
 from stages.training.loop import Ending, Task, Worker, train_phase
 from stages.training.news import Advance, Begin, Channel, Mailbox, Note, Points, SampleGrid, Saved
 
@@ -89,6 +89,14 @@ def task(output: Path, job: PhaseJob, *, before: str = "", name: str = "name", *
         before=before,
         resources=Resources(**{"checkpoint_images": BATCH, "checkpoint_seconds": 0, **resources}),
     )
+
+
+class PatientWriter(Writer):
+    """Writes every checkpoint, also on a slow disk: none that waits is replaced by the next."""
+
+    def submit(self, checkpoint: Checkpoint) -> None:
+        self.wait()
+        super().submit(checkpoint)
 
 
 def nothing(gan: GanState, measure: bool) -> tuple[np.ndarray | None, dict[str, float]]:
@@ -366,7 +374,10 @@ def test_the_model_is_that_of_the_epoch_that_is_chosen(
     assert all(("was not measured" in text) == (name == "ssim" != select) for text in messages[1:])
 
 
-def test_a_best_checkpoint_that_is_damaged_gives_way_to_the_next_best(tmp_path: Path) -> None:
+def test_a_best_checkpoint_that_is_damaged_gives_way_to_the_next_best(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(loop, "Writer", PatientWriter)
     measured = iter([0.1, 0.2, 0.3])
     damaged = tmp_path / "checkpoints/step-00000003/tensors.safetensors"
 
