@@ -49,7 +49,7 @@ from stages.parallel.monitoring import INFER_IMAGES
 from stages.parallel.threads import prefetch_map, results
 from stages.progress import Progress
 from stages.shards import dataset
-from stages.storage.local import upload_open
+from stages.storage.local import upload
 
 if TYPE_CHECKING:
     from stages.tracking.run import Run
@@ -367,7 +367,7 @@ class InferenceWorker:
                 file.seek(0)
                 while part := file.read(COPY_BYTES):
                     row["crc"] = zlib.crc32(part, row["crc"])
-                upload_open(file, uri)
+                upload(file, uri)
         return loaded.place, row
 
     def _seed(self, loaded: LoadedItem, sample: int) -> int:

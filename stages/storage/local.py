@@ -78,13 +78,7 @@ def download(uri: str, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def upload(path: Path, uri: str) -> None:
-    """Copy a file of this machine to a location. Raises as `written` does."""
-    with path.open("rb") as source:
-        upload_open(source, uri)
-
-
-def upload_open(source: IO[bytes], uri: str) -> None:
+def upload(source: IO[bytes], uri: str) -> None:
     """Copy an open file from its beginning. Raises as `written` does."""
 
     def send() -> None:
@@ -104,7 +98,8 @@ def upload_folder(path: Path, uri: str, *, last: str) -> None:
     storage.remove(marker)
     for file in sorted(path.iterdir()):
         if file.name != last:
-            upload(file, storage.join(uri, file.name))
+            with file.open("rb") as source:
+                upload(source, storage.join(uri, file.name))
     storage.write_bytes(marker, (path / last).read_bytes())
 
 

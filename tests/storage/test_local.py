@@ -159,8 +159,8 @@ def test_an_upload_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     (tmp_path / "a").write_bytes(b"new")
     storage.write_bytes(str(tmp_path / "b"), b"old")
     monkeypatch.setattr("shutil.copyfileobj", fail)
-    with pytest.raises(StageError, match="No space left"):
-        local.upload(tmp_path / "a", str(tmp_path / "b"))
+    with (tmp_path / "a").open("rb") as source, pytest.raises(StageError, match="No space left"):
+        local.upload(source, str(tmp_path / "b"))
     assert (tmp_path / "b").read_bytes() == b"old"
     assert names(tmp_path) == ["a", "b"]
 
