@@ -35,21 +35,16 @@ STRETCHED = 1.5
 def measures(array: Array, kind: Kind) -> dict[str, Any]:
     """Statistics of an image (H, W, C).
 
-    ids:     {ids: the ids in it, counts: pixels of each, pixels}
-    amounts: {mean, std: per channel, in stored values; sum, square, pixels}
-    both:    {low, high: the least and the largest value}
+    ids:     {ids: the ids in it, counts: pixels of each}
+    amounts: {mean, std: per channel, in stored values; sum, square}
+    both:    {pixels; low, high: the least and the largest value}
     """
     pixels = array.shape[0] * array.shape[1]
+    both = {"pixels": pixels, "low": float(array.min()), "high": float(array.max())}
     if kind in kinds.IDS:
         counts = np.bincount(array.ravel())
         present = np.flatnonzero(counts)
-        return {
-            "ids": present.tolist(),
-            "counts": counts[present].tolist(),
-            "pixels": pixels,
-            "low": float(present[0]),
-            "high": float(present[-1]),
-        }
+        return both | {"ids": present.tolist(), "counts": counts[present].tolist()}
     if array.dtype == np.uint8:
         levels = np.arange(256, dtype=np.int64)
         if array.shape[2] in (1, 3):  # Pillow's histogram is several times faster than numpy's sums
@@ -62,15 +57,8 @@ def measures(array: Array, kind: Kind) -> dict[str, Any]:
         total, square = wide.sum(axis=(0, 1)), (wide**2).sum(axis=(0, 1))
     mean = total / pixels
     spread = np.sqrt(np.maximum(square / pixels - mean**2, 0))
-    return {
-        "mean": mean.tolist(),
-        "std": spread.tolist(),
-        "sum": total.tolist(),
-        "square": square.tolist(),
-        "pixels": pixels,
-        "low": float(array.min()),
-        "high": float(array.max()),
-    }
+    amounts = {"mean": mean, "std": spread, "sum": total, "square": square}
+    return both | {name: value.tolist() for name, value in amounts.items()}
 
 
 # -- many images --------------------------------------------------------------
