@@ -172,7 +172,7 @@ class Statistics:
         for role, sums in other.items():
             self.roles.setdefault(role, RoleSums()).merge(sums)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[Role, dict[str, Any]]:
         """The sums as plain values, for a marker."""
         return {role: asdict(sums) for role, sums in sorted(self.roles.items())}
 
@@ -182,14 +182,12 @@ def remarks(spec: DatasetSpec, statistics: Mapping[Split, Statistics], *, keep_s
 
     keep_shape   whether images that are stretched should not be
     """
-    total: dict[Role, RoleSums] = {}
+    total = Statistics()
     for split in statistics.values():
-        for role, sums in split.roles.items():
-            total.setdefault(role, RoleSums()).merge(asdict(sums))
-    texts = [
-        text for role, sums in sorted(total.items()) for text in sums.remarks(role, spec.roles[role].kind)
-    ]
-    sizes = {role: sums.largest for role, sums in sorted(total.items()) if _stretch(sums.largest, spec.size)}
+        total.merge(split.to_json())
+    roles = sorted(total.roles.items())
+    texts = [text for role, sums in roles for text in sums.remarks(role, spec.roles[role].kind)]
+    sizes = {role: sums.largest for role, sums in roles if _stretch(sums.largest, spec.size)}
     if keep_shape and sizes:
         role, (width, height) = next(iter(sizes.items()))
         texts.append(

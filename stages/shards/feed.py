@@ -15,7 +15,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Self
 
@@ -45,14 +45,6 @@ def read_here(preparation: Preparation, units: Iterator[Unit]) -> Iterator[Store
     columns = preparation.columns()
     for unit in units:
         yield from preparation.pairs(unit, read_unit(preparation.folder, unit, columns))
-
-
-@dataclass(frozen=True, slots=True)
-class RowsOfStep:
-    """The pairs of one step of this rank, and how many all ranks have in it."""
-
-    pairs: list[StoredPair]
-    total: int
 
 
 class Feed:
@@ -145,8 +137,8 @@ class Feed:
             for batch in prefetch_map(threads, self._make, steps, ahead=self.threads + 1):
                 yield (batch, None) if stream is None else _send(batch, self.device, stream)
 
-    def _steps(self, first_epoch: int, start_step: int) -> Iterator[RowsOfStep]:
-        """The rows of every step; reading continues over the ends of epochs."""
+    def _steps(self, first_epoch: int, start_step: int) -> Iterator[tuple[list[StoredPair], int]]:
+        """The pairs of every step, and how many all ranks have in it. Reads on over the ends of epochs."""
         epochs = range(first_epoch, sys.maxsize if self.epochs is None else self.epochs)
 
         @lru_cache(maxsize=2)  # reading needs an epoch's plan first, then its steps do
@@ -178,7 +170,7 @@ class Feed:
                             cache[next_unit, index] = pair
                         next_unit += 1
                     pairs.append(cache.pop(place))
-                yield RowsOfStep(pairs, min(self.batch, self.rows - (start + step) * self.batch))
+                yield pairs, min(self.batch, self.rows - (start + step) * self.batch)
 
     def _unit(self, epoch: int, unit: ReadUnit) -> Unit:
         """A read unit as plain values."""
@@ -186,18 +178,19 @@ class Feed:
         file, group = self._files.place(unit.group)
         return {"epoch": epoch, "file": file, "group": group, "rows": None if whole else unit.rows.tolist()}
 
-    def _make(self, step: RowsOfStep) -> Batch:
+    def _make(self, step: tuple[list[StoredPair], int]) -> Batch:
         """Verify, decode, crop and mirror the rows of a step into fresh memory."""
-        tensors = {role: self._empty(role, len(step.pairs)) for role in self.preparation.roles}
+        pairs, total = step
+        tensors = {role: self._empty(role, len(pairs)) for role in self.preparation.roles}
         arrays = {role: tensor.permute(0, 2, 3, 1).numpy() for role, tensor in tensors.items()}
-        for index, pair in enumerate(step.pairs):
+        for index, pair in enumerate(pairs):
             pair.copy_to({role: array[index] for role, array in arrays.items()})
         return Batch(
             source=tensors["source"],
             target=tensors["target"],
             instance=tensors.get("instance"),
-            keys=[pair.key for pair in step.pairs],
-            share=self.world * len(step.pairs) / step.total,
+            keys=[pair.key for pair in pairs],
+            share=self.world * len(pairs) / total,
         )
 
     def _empty(self, role: Role, rows: int) -> Tensor:
