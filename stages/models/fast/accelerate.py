@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from stages.models.fast.norms import ChannelsLastBatchNorm, ChannelsLastInstanceNorm
 from stages.models.fast.wide import WideConv, WideResizeConv, WideTransposedConv
+from stages.models.inputs import reflected
 from stages.models.layers import BatchNorm, Conv, ResizeConv, TransposedConv, replace_modules
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -43,8 +44,7 @@ class ReflectingResizeConv(ResizeConv, ReflectingConv):
 @lru_cache(64)
 def _mirrored(side: int, padding: int, device: torch.device) -> Tensor:
     """Where each of `side + 2 * padding` padded pixels comes from."""
-    index = torch.arange(-padding, side + padding, device=device).abs()
-    return torch.minimum(index, 2 * (side - 1) - index)
+    return reflected(torch.arange(-padding, side + padding, device=device), side)
 
 
 class _Reflect(torch.autograd.Function):
