@@ -7,7 +7,8 @@ out: `find`: Suspects; suspects.csv {kind, key, split, score, reason, shard}, th
 Phase correlation of the edges says how far target and source lie apart, and whether the mirrored source fits
 better (Kuglin and Hines, 1975). What a source predicts of its target is a ridge regression over the cells of
 a sample of the pairs, quadratic in a cell's colours and edges: a pair is mismatched if its source and its
-target explain each other no better than they explain other pairs. Nothing is left out by itself.
+target explain each other no better than they explain other pairs; one that is called mirrored or shifted has
+to fit once that is undone. Nothing is left out by itself.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ DRIFT = 0.6  # standard deviations between images by which a split's mean colour
 CERTAIN = 5.0  # standard errors that such a difference must have
 ORDER: tuple[Split, ...] = ("test", "val", "train")  # an image is compared with those before it
 EXPLAINED = 2.0  # the least usual standing that tells mismatched pairs
-MISMATCHED = 0.33  # the share of the usual standing below which a pair is mismatched
+MISMATCHED = 0.33, 0.66  # shares of the usual standing, between which the limit of mismatched pairs lies
+UNUSUAL = 3.5  # deviations below the usual standing, where that limit lies
+FITTING = 0.5  # the share of the usual standing that a shifted or mirrored pair reaches once it is corrected
 SHIFT, GAIN = 0.012, 3.5  # the least shift, and how far the edges must agree better there
 SHARP = 0.6  # of the usual agreement of edges, which they must reach there
 MIRRORED = 0.3  # how far the edges must agree better when mirrored
@@ -193,6 +196,8 @@ class Explanation:
     """The median of the edges' best agreement."""
     usual: float = 0.0
     """The median of `standing` over the sample; 0: there are too few pairs, or they explain nothing."""
+    least: float = 0.0
+    """The standing below which a pair is mismatched."""
 
     @classmethod
     def of(cls, sample: pa.Table) -> Explanation:
@@ -209,14 +214,18 @@ class Explanation:
         fitted = cls(weights, scales, keys, ours, theirs, sharp)
         if sample.num_rows < LEAST:
             return fitted
-        return replace(fitted, usual=float(np.median(fitted.standing(sample, *fitted.views(sample)))))
+        standing = fitted.standing(sample, *fitted.views(sample), sample["center"].to_numpy())
+        usual = float(np.median(standing))
+        deviation = 1.4826 * float(np.median(np.abs(standing - usual)))  # of a normal distribution
+        low, high = (usual * share for share in MISMATCHED)
+        return replace(fitted, usual=usual, least=float(np.clip(usual - UNUSUAL * deviation, low, high)))
 
     def views(self, table: pa.Table) -> tuple[Floats, Floats]:
         """What the sources predict and what the targets are, as `_normed` vectors."""
         predicted = _features(_cells_of(table, "source")) @ self.weights
         return _normed(predicted, self.scales[0]), _normed(_cells_of(table, "target"), self.scales[1])
 
-    def standing(self, table: pa.Table, ours: Floats, target: Floats) -> Floats:
+    def standing(self, table: pa.Table, ours: Floats, target: Floats, agreement: Floats) -> Floats:
         """How far each pair explains itself better than it explains others, in deviations over those.
 
         Half of the agreement of its edges counts too. ours, target: from `views`.
@@ -224,7 +233,7 @@ class Explanation:
         own = (ours * target).sum(axis=1)
         place = np.array([self.keys.get(key, -1) for key in table["key"].to_pylist()])
         counted = np.arange(len(self.keys)) != place[:, None]  # a pair is not compared with itself
-        total = table["center"].to_numpy() / 2
+        total = agreement / 2
         for others in (ours @ self.targets.T, target @ self.predictions.T):
             spread = others.std(axis=1, where=counted) + np.float32(1e-6)
             total = total + (own - others.mean(axis=1, where=counted)) / spread / 2
@@ -241,6 +250,19 @@ def _normed(cells: Floats, scales: Floats) -> Floats:
     rows = ((cells - cells.mean(axis=(1, 2), keepdims=True)) / scales).reshape(len(cells), -1)
     normed: Floats = rows / (np.linalg.norm(rows, axis=1, keepdims=True) + np.float32(1e-6))
     return normed
+
+
+def _moved(vectors: Floats, dx: Floats, dy: Floats) -> Floats:
+    """`_normed` cells moved by shares of the width and of the height; cells at the rim fill the gap."""
+    cells = vectors.reshape(-1, GRID, GRID, FEATURES)
+    for axis, by in ((2, dx), (1, dy)):
+        place = np.clip(np.arange(GRID) - GRID * by[:, None], 0, GRID - 1)
+        at = np.expand_dims(place.astype(np.float32), (3 - axis, 3))
+        before = np.floor(at).astype(int)
+        after = np.minimum(before + 1, GRID - 1)
+        low, high = (np.take_along_axis(cells, index, axis) for index in (before, after))
+        cells = low + (high - low) * (at - before)
+    return _normed(cells, np.ones(FEATURES, np.float32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -415,17 +437,24 @@ def judge(table: pa.Table, split: Split, shard: str, explanation: Explanation) -
     usual = explanation.usual
     ours, theirs = explanation.views(table)
     known = usual >= EXPLAINED
-    standing = explanation.standing(table, ours, theirs) if known else np.full(len(level), np.inf)
     sides = ours.reshape(-1, GRID, GRID, FEATURES)[:, :, ::-1].reshape(ours.shape)
+    views = (ours, center), (sides, mirrored), (_moved(ours, dx, dy), peak)
+    standing, turned, moved = (
+        explanation.standing(table, view, theirs, edges) if known else np.full(len(level), np.inf)
+        for view, edges in views
+    )
+    fitting = FITTING * usual
     # how far the mirrored source explains the target better, as a difference of correlations
     better_mirrored = np.asarray(((sides - ours) * theirs).sum(axis=1), np.float32)
     scores = {
         "constant": np.where(level < LEVELS, 1.0 + LEVELS - level, 0),
-        "mirrored": np.where(better_mirrored > 0, (mirrored - center) / MIRRORED, 0),
+        "mirrored": np.where((better_mirrored > 0) & (turned > fitting), (mirrored - center) / MIRRORED, 0),
         "shifted": np.where(
-            (np.hypot(dx, dy) > SHIFT) & (peak > SHARP * explanation.sharp), (peak - center) / GAIN, 0
+            (np.hypot(dx, dy) > SHIFT) & (peak > SHARP * explanation.sharp) & (moved > fitting),
+            (peak - center) / GAIN,
+            0,
         ),
-        "mismatched": (usual - standing) / (max(usual, EXPLAINED) * (1 - MISMATCHED)),
+        "mismatched": (usual - standing) / (usual - explanation.least) if known else np.zeros(len(level)),
     }
     reasons = {
         "constant": lambda n: f"the parts of one of its images differ by {level[n]} of 255 levels",
