@@ -25,10 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from stages.models.architecture import LossWeights, Pix2PixHD
-from stages.models.diff_augment import DiffAugment
 from stages.models.fast.adam import Adam
 from stages.models.gan import GanState
-from stages.models.inputs import make_condition, translate, unit_range
+from stages.models.inputs import DiffAugment, make_condition, translate, unit_range
 from stages.models.layers import advance_spectral_norms
 from stages.models.losses import (
     PERCEPTUAL_LAYERS,
