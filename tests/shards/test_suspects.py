@@ -71,6 +71,20 @@ def test_what_is_wrong_is_named_by_its_kind_and_nothing_else(
     assert named == {"near_duplicate": {31}, "constant": {50}}
 
 
+def test_mismatched_pairs_are_hardly_ever_mirrored_or_shifted(
+    tmp_path: Path, scenes: list[tuple[Array, Array]]
+) -> None:
+    named = 0
+    for first in range(0, COUNT, 6):  # of some the edges agree better when mirrored or moved
+        wrong = [sign(*scene) for scene in scenes]
+        for n in range(first, first + 6):
+            wrong[n] = sign(scenes[n][0], scenes[(n + 7) % COUNT][1])
+        found = search(tmp_path, wrong)["mismatched"]
+        assert found <= set(range(first, first + 6))
+        named += len(found)
+    assert named > 0.9 * COUNT
+
+
 @pytest.mark.parametrize(("x", "y"), [(9, 0), (-5, 3), (0, -6)])
 def test_a_shift_is_measured(scenes: list[tuple[Array, Array]], x: int, y: int) -> None:
     moved = sign(scenes[0][0], np.roll(scenes[0][1], (y, x), axis=(0, 1)))
