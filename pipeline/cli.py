@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from stages.errors import PixloomError, StageError, UserError
+from stages.errors import PixloomError, StageError, UserError, without_password
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +80,15 @@ def size(text: str, *, least: int = 1, most: int = 99_999) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+class _Line(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return without_password(super().format(record))  # tracebacks have the texts of other packages
+
+
 def log_to_stdout(line: str = "%(asctime)s  %(message)s") -> None:
     """Write our log lines to stdout, and only warnings of other packages."""
-    logging.basicConfig(level=logging.WARNING, format=line, datefmt="%H:%M:%S", stream=sys.stdout, force=True)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stdout, force=True)
+    logging.getLogger().handlers[0].setFormatter(_Line(line, "%H:%M:%S"))
     for name in ("pipeline", "stages", "pixloom", "__main__"):
         logging.getLogger(name).setLevel(logging.INFO)
 
@@ -98,11 +104,11 @@ def exit_code(
     try:
         work()
     except UserError as error:
-        sys.stderr.write(f"{_printable(error)}\n")
+        sys.stderr.write(f"{printable(str(error))}\n")
         return 2
     except PixloomError as error:
-        logger.error("%s", _printable(error), exc_info=error.__cause__)
-        sys.stderr.write(f"{_printable(error)}\n")
+        logger.error("%s", printable(str(error)), exc_info=error.__cause__)
+        sys.stderr.write(f"{printable(str(error))}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write(f"stopped; {stopped}\n")
@@ -110,9 +116,9 @@ def exit_code(
     return 0
 
 
-def _printable(error: PixloomError) -> str:
-    """The error's line. Names of objects may hold line breaks and what commands a terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+def printable(text: str) -> str:
+    """The text as one line, without passwords. Names of objects may hold line breaks and terminal codes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in without_password(text))
 
 
 @contextmanager

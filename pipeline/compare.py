@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 
 from pipeline import cli, config as configuration
-from stages.config.tracking import sqlite_file, without_password
-from stages.errors import PixloomError, UserError, one_line
+from stages.config.tracking import sqlite_file
+from stages.errors import PixloomError, UserError, one_line, without_password
 
 HELP = """\
 Print what differs between two runs in MLflow: settings, data, results with their intervals of 95 %. Where

@@ -63,7 +63,7 @@ class Report:
         except Exception as error:  # a check says what is wrong, whatever it is
             text, mark = reason(error), "FAIL"
             self.failed += 1
-        sys.stdout.write(f"{mark}  {name}: {text}\n")
+        sys.stdout.write(f"{mark}  {cli.printable(f'{name}: {text}')}\n")
         sys.stdout.flush()
         return mark == "ok  "
 

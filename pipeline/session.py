@@ -22,8 +22,8 @@ from pipeline.config import PipelineConfig
 from pipeline.dag import RunView, needed, registration, steps
 from pipeline.runner import PlannedStep, check, execute, plan, select
 from stages import storage
-from stages.config.tracking import without_password
 from stages.config.train import PhaseJob, full_size
+from stages.errors import without_password
 from stages.models.fast.process import best_precision
 from stages.progress import duration
 from stages.report import notes

@@ -13,6 +13,13 @@ from contextlib import contextmanager
 
 from pydantic import ValidationError
 
+SECRET = re.compile(
+    r"(?<=://)(?:[^/\s]*|[^/:@\s]*:(?!\d+/|:)[^@\s]*)@"
+    r"|([?&][\w-]*(?:password|sig|signature|token)=)[^&\s]*",
+    re.IGNORECASE,
+)
+"""User and password of a URI, also a password with a slash; a password or signature in its query."""
+
 QUOTE = """quote text with {braces}: "{key}.png", in a shell '"{key}.png"'"""
 
 
@@ -37,13 +44,19 @@ def named(key: str) -> Iterator[None]:
         raise UserError(f"{key}: {error}") from error
 
 
+def without_password(text: str) -> str:
+    """A URI, or text with URIs, as it may be printed."""
+    return SECRET.sub(r"\1", text)
+
+
 def one_line(error: BaseException, *, limit: int = 300, kind: bool = False) -> str:
     """The first line of an error's text, at most `limit` characters; its type's name if it has no text.
 
     kind   put the type's name in front: `TimeoutError: no answer`
     """
     name = type(error).__name__
-    text = next((" ".join(line.split()) for line in str(error).splitlines() if line.strip()), "")
+    lines = without_password(str(error)).splitlines()
+    text = next((" ".join(line.split()) for line in lines if line.strip()), "")
     if not text:
         return name
     return f"{name}: {text}"[:limit] if kind else text[:limit]
@@ -58,7 +71,7 @@ def cause(error: BaseException) -> str:
         rank, first = next(iter(failures.items()))
         return f"worker {rank}: {cause(first)}"
     error = innermost(error)
-    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+    lines = [line for line in without_password(str(error)).splitlines() if line.strip()] or [""]
     text = lines[0].partition(". ")[0] if "actor is dead" in lines[0] else lines[-1]
     text = text.partition("Worker exit detail")[0].strip()
     return f"{type(error).__name__}: {text}".removesuffix(": ")[:300]

@@ -50,7 +50,7 @@ from pipeline.sweep.trials import (
 )
 from stages import storage
 from stages.base import Seen
-from stages.errors import StageError, UserError, cause
+from stages.errors import StageError, UserError, cause, without_password
 from stages.scoring.table import shown
 from stages.tracking.run import Run, open_parent
 
@@ -137,7 +137,7 @@ def run(options: argparse.Namespace, *, command: str) -> None:
     tags = config.about.tags() | run_tags(config, command) | {"pixloom.sweep": name}
     title = f"{name} {time.strftime('%Y-%m-%d %H:%M')}"
     with open_parent(config.tracking, title, tags, config.workspace) as parent:
-        parent.artifact("sweep.yaml", Path(options.sweep).read_bytes())
+        parent.artifact("sweep.yaml", without_password(Path(options.sweep).read_text("utf-8")).encode())
         runs = [child(parent, trial, sweep) for trial in trials]
         parent.flush()  # a trial's process looks its run up
         to_do = [index for index, planned in enumerate(plans) if not all(p.done for p in planned)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import posixpath
-import re
 import shlex
 from operator import not_
 from pathlib import Path
@@ -15,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from stages.base import Config, Split
 from stages.config.locations import absolute
+from stages.errors import without_password
 
 Promotion = Literal["interval", "mean"]
 
@@ -46,11 +46,6 @@ class Registration(Config):
     split: Split | None
     judged_by: str = Field("", exclude_if=not_)
     """A digest of the settings by which the images are generated; "": the default ones."""
-
-
-def without_password(uri: str) -> str:
-    """The URI as it may be printed."""
-    return re.sub(r"(?<=://)[^/\s]*@", "", uri)
 
 
 class TrackingConfig(Config):

@@ -27,8 +27,8 @@ from PIL import Image
 
 from stages import storage
 from stages.base import Point
-from stages.config.tracking import ARTIFACTS, TrackingConfig, sqlite_file, sqlite_uri, without_password
-from stages.errors import UserError, one_line
+from stages.config.tracking import ARTIFACTS, TrackingConfig, sqlite_file, sqlite_uri
+from stages.errors import UserError, one_line, without_password
 from stages.images import encode
 from stages.storage.local import alone
 from stages.tracking import sender
@@ -47,7 +47,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
             flat.update(flatten(value, f"{prefix}{name}."))
         else:
             text = value if isinstance(value, str) else json.dumps(value, default=str)
-            flat[allowed_name(f"{prefix}{name}")] = text[:LONGEST_VALUE]
+            flat[allowed_name(f"{prefix}{name}")] = without_password(text)[:LONGEST_VALUE]
     return flat
 
 
@@ -118,6 +118,7 @@ class Run:
 
     def dataset(self, name: str, *, uri: str, digest: str, context: str, counts: Mapping[str, int]) -> None:
         """Record a data set that was read, for `context` "training", "validation", "inference" ..."""
+        uri = without_password(uri)
         data = {"name": name, "digest": digest[:36], "source_type": "uri", "source": json.dumps({"uri": uri})}
         self._put({("dataset", f"{name} {uri}", context): data | {"profile": json.dumps(dict(counts))}})
 

@@ -25,8 +25,7 @@ import psutil
 
 from stages import storage
 from stages.base import Point
-from stages.config.tracking import without_password
-from stages.errors import PixloomError, StageError, one_line
+from stages.errors import PixloomError, StageError, one_line, without_password
 
 logger = logging.getLogger(__name__)
 

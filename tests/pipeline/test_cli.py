@@ -75,3 +75,16 @@ def test_a_second_sigterm_does_not_interrupt_what_the_first_began(capsys: pytest
 
 def test_work_that_returns_is_exit_0() -> None:
     assert cli.exit_code(lambda: None) == 0
+
+
+def test_passwords_are_in_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        raise OSError("no answer from http://me:geheim@host/api")
+    except OSError as cause:
+        error = StageError("register: https://me:geheim@host:5000/x did not take it")
+        error.__cause__ = cause
+    cli.log_to_stdout()
+    assert raising(error) == 1
+    said = "".join(capsys.readouterr())
+    assert said.count("//host") >= 3  # the log's line, the traceback, the line on stderr
+    assert "geheim" not in said

@@ -40,6 +40,7 @@ def test_settings_become_dotted_names_and_fit_the_server() -> None:
     assert flat["model.kind"] == "pix2pix"
     assert flat["model.size"] == "[1, 2]"
     assert len(flat["text"]) == 6000
+    assert tracking.flatten({"uri": "https://me:geheim@host/x"})["uri"] == "https://host/x"
 
 
 def test_a_restarted_curve_goes_on_after_the_last_recorded_step() -> None:
