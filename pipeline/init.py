@@ -27,7 +27,7 @@ import numpy as np
 from pipeline import cli, config as configuration
 from stages.config.ingest import LocationConfig
 from stages.config.locations import is_archive
-from stages.errors import UserError
+from stages.errors import UserError, one_line
 from stages.images.decode import decode_image
 from stages.images.encode import encode_png
 from stages.images.geometry import crop_half, resize
@@ -383,7 +383,7 @@ def write(
     return (
         f"# yaml-language-server: $schema={configuration.RECIPES / 'pipeline.schema.json'}\n#\n"
         "# What `pixloom init` took for what. The picture beside this file has source left, target right.\n"
-        + "".join(f"#   {line}\n" for line in said)
+        + "".join(f"#   {cli.printable(line)}\n" for line in said)
         + "extends: base/pix2pixhd.yaml    # the networks; profile cpu is for two cores, paper for a GPU\n"
         "workspace: workspace            # all that a run writes: a folder or a bucket\n\n"
         "# Images with the same {key}, {split} and {group} make a pair; * stands for any text.\n"
@@ -407,7 +407,10 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> None:
     """Write the config and the picture. Raises UserError if one exists, or no pairs are found."""
-    file, drawn = options.output, options.output.with_suffix(".png")
+    file = options.output
+    if not file.name or file.suffix == ".png":
+        raise UserError(f"--output {file}: name a file that ends in .yaml; its picture ends in .png")
+    drawn = file.with_suffix(".png")
     try:
         for one in filter(Path.exists, (file, drawn)):
             raise FileExistsError(errno.EEXIST, "", one)
@@ -423,11 +426,13 @@ def run(options: argparse.Namespace) -> None:
             kept.pop_all()
     except FileExistsError as error:
         raise UserError(f"{error.filename}: exists; name another file by --output") from None
+    except OSError as error:
+        raise UserError(f"--output {file}: it cannot be written: {one_line(error)}") from error
     lines = [
         *said,
         f"look at {drawn}, source left, target right; then: pixloom plan -c {shlex.quote(str(file))}",
     ]
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.write("".join(f"{cli.printable(line)}\n" for line in lines))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

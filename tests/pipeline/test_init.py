@@ -302,3 +302,33 @@ def test_a_bucket_is_looked_at_as_a_folder_is(
         s3_store.client().pipe_file(f"{s3_bucket}/{file}", file.read_bytes())
     found = places(written(f"s3://{s3_bucket}/data"))
     assert [uri for uri, _, _ in found] == [f"s3://{s3_bucket}/data/{folder}" for folder in "ab"]
+
+
+def test_a_name_with_a_line_break_stays_in_its_comment(capsys: pytest.CaptureFixture[str]) -> None:
+    fill("data/a\nworkspace: elsewhere\n#/{}.png")
+    fill("data/b/{}.png")
+    for side in ("a\nworkspace: elsewhere\n#", "b"):
+        Path(f"data/{side}/9\x1b[31m.png").write_bytes(b"no image")
+    config = written("data")
+    assert Path(config.workspace).name == "workspace"
+    assert "source: a\\nworkspace: elsewhere\\n#, colours\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("", "ends in .yaml"),
+        ("x.png", "ends in .yaml"),
+        ("/proc/x/y.yaml", "cannot be written: [Errno 2] No such file"),
+        ("data/a/0.png/y.yaml", "data/a/0.png: exists"),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused(
+    output: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill("data/a/{}.png", count=2)
+    fill("data/b/{}.png", count=2)
+    assert pixloom.main(["init", "data", "--output", output]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
