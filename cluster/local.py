@@ -94,12 +94,12 @@ class Cluster:
 
 
 def load(folder: Path) -> Cluster | None:
-    """The cluster that a folder describes, running or not."""
+    """The cluster that a folder describes, running or not; None if there is none, or its file is damaged."""
     try:
         values = json.loads((folder / "cluster.json").read_text())
-    except (FileNotFoundError, ValueError):
+        return Cluster(**(values | {"nodes": [Node(**node) for node in values["nodes"]]}))
+    except (OSError, ValueError, TypeError, KeyError):
         return None
-    return Cluster(**(values | {"nodes": [Node(**node) for node in values["nodes"]]}))
 
 
 def start(options: argparse.Namespace) -> Cluster:
@@ -110,7 +110,7 @@ def start(options: argparse.Namespace) -> Cluster:
         raise LocalClusterError(f"{folder} holds a running cluster; stop it first, or name another --folder")
     cluster = Cluster(str(folder), _port(options.port, 6379), _port(options.dashboard_port, 8265))
     _write_token(cluster.token)
-    for session in [path for path in folder.iterdir() if path.is_dir()]:  # of the cluster before
+    for session in [folder / "head", *folder.glob("worker-*/")]:  # of the cluster before
         shutil.rmtree(session, ignore_errors=True)
     names = ["head", *(f"worker-{number}" for number in range(1, options.workers + 1))]
     cores = options.cpus_per_node or share_of_cores(_cores(), len(names))
@@ -311,9 +311,15 @@ def _own_folder(folder: Path) -> Path:
     folder = folder.expanduser().resolve() if folder != FOLDER else folder
     if len(str(folder)) > LONGEST_FOLDER:
         raise LocalClusterError(f"--folder {folder}: at most {LONGEST_FOLDER} characters, for Ray's sockets")
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        others = any(folder.iterdir()) and not (folder / "token").exists()
+    except OSError as error:
+        raise LocalClusterError(f"--folder {folder}: cannot be used: {error}") from error
     if folder.stat().st_uid != os.getuid():
         raise LocalClusterError(f"--folder {folder}: belongs to another user")
+    if others:
+        raise LocalClusterError(f"--folder {folder}: holds files that are no cluster's; name an empty folder")
     folder.chmod(0o700)
     return folder
 

@@ -12,6 +12,7 @@ import re
 import shlex
 import stat
 import subprocess
+import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -680,6 +681,41 @@ def test_a_process_that_took_over_a_nodes_number_is_left_alone(tmp_path: Path) -
 def test_a_folder_too_long_for_sockets_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert local.main(["--folder", str(tmp_path / ("x" * 60)), "start"]) == 2
     assert "at most 28 characters" in capsys.readouterr().err
+
+
+def test_a_folder_with_files_of_others_is_refused_and_left_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: Any) -> None:
+        raise local.LocalClusterError("does not start here")
+
+    monkeypatch.setattr(local, "_bring_up", fails)
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        folder = Path(short)
+        folder.chmod(0o755)
+        (folder / "photos").mkdir()
+        assert local.main(["--folder", short, "start"]) == 2
+        assert "holds files that are no cluster's" in capsys.readouterr().err
+        assert folder.stat().st_mode & 0o777 == 0o755
+        for name in ("head", "worker-1", "token"):  # a cluster was here
+            (folder / name).mkdir() if name != "token" else (folder / name).write_text("")
+        assert local.main(["--folder", short, "start"]) == 2
+        assert "does not start here" in capsys.readouterr().err
+        assert sorted(path.name for path in folder.iterdir()) == ["photos", "token"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"nodes": [{}]}', '{"nodes": []}'])
+def test_a_damaged_file_is_no_cluster(text: str, tmp_path: Path) -> None:
+    (tmp_path / "cluster.json").write_text(text)
+    assert local.load(tmp_path) is None
+    assert local.main(["--folder", str(tmp_path), "stop"]) == 2
+
+
+def test_a_folder_that_cannot_be_made_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("/proc/x", "/dev/null", "/dev/null/x"):
+        assert local.main(["--folder", folder, "start"]) == 2
+        assert f"--folder {folder}: cannot be used" in capsys.readouterr().err
+        assert local.main(["--folder", folder, "stop"]) == 2
 
 
 def test_without_a_cluster_stop_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
