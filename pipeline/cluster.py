@@ -19,7 +19,7 @@ from pipeline.config import PipelineConfig
 from stages import storage
 from stages.base import Resources
 from stages.config.tracking import sqlite_file
-from stages.errors import StageError, UserError, one_line
+from stages.errors import StageError, UserError, named, one_line
 from stages.models.fast import heap
 from stages.parallel.cluster import set_up_data
 from stages.parallel.threads import own_cores
@@ -145,7 +145,8 @@ def _join(address: str, runtime_env: Mapping[str, Any]) -> None:
 
 def result_folders(config: PipelineConfig) -> dict[str, str]:
     """The folders of this machine that a run writes results to, by the config's key."""
-    folders = {"workspace": config.workspace} if storage.is_local(config.workspace) else {}
+    with named("workspace"):
+        folders = {"workspace": config.workspace} if storage.is_local(config.workspace) else {}
     tracked = sqlite_file(config.tracking.place(config.workspace))
     if config.tracking.enabled and tracked is not None:
         folders["tracking.uri"] = str(tracked)

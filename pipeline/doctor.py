@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import cli, config as configuration
 from pipeline.config import PipelineConfig
 from stages.config.ingest import IngestConfig, LocationConfig
-from stages.errors import PixloomError, UserError, one_line
+from stages.errors import PixloomError, UserError, named, one_line
 
 if TYPE_CHECKING:
     from pipeline.dag import Step
@@ -98,7 +98,8 @@ def check_rights(folder: str, report: Report) -> bool:
     """Try every right that the workspace needs, on a probe; whether all are there."""
     from stages import storage  # noqa: PLC0415
 
-    fs, path = storage.filesystem(folder)
+    with named("workspace"):
+        fs, path = storage.filesystem(folder)
     uri = storage.join(folder, f".doctor-{uuid.uuid4().hex}")
     probe = storage.filesystem(uri)[1]
 
@@ -172,7 +173,8 @@ def machine(probe: str) -> dict[str, Any]:
     gpu = ""
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        gpu = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        asked = subprocess.run(command, capture_output=True, text=True, check=False)
+        gpu = "" if asked.returncode else asked.stdout.strip()  # without a driver it prints why not
     try:
         seen = "" if storage.read_bytes(probe) == b"probe" else "the probe there has another content"
     except Exception as error:

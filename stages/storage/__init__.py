@@ -62,8 +62,11 @@ def worker_environment(options: Mapping[str, Mapping[str, Any]]) -> dict[str, st
 
 
 def filesystem(uri: str) -> tuple[AbstractFileSystem, str]:
-    """The file system of a location and the location's path in it."""
-    fs, path = url_to_fs(str(uri))
+    """The file system of a location and the location's path in it. Raises UserError for one we cannot use."""
+    try:
+        fs, path = url_to_fs(str(uri))
+    except (ImportError, ValueError) as error:  # no such protocol, or its package is not installed
+        raise UserError(f"{uri}: {one_line(error)}") from error
     return cast(AbstractFileSystem, fs), cast(str, path)
 
 

@@ -9,6 +9,7 @@ import pytest
 import ray
 
 from pipeline import config as configuration, doctor
+from pipeline.cluster import result_folders
 from pipeline.dag import steps
 from stages import storage
 from stages.config.ingest import LocationConfig
@@ -83,6 +84,24 @@ def test_a_machine_is_judged_by_what_it_has(tmp_path: Path) -> None:
             doctor.judge(found | change, VERSIONS, gpu=False)
     with pytest.raises(UserError, match="no GPU that nvidia-smi shows"):
         doctor.judge(found | {"gpu": ""}, VERSIONS, gpu=True)
+
+
+def test_a_machine_without_a_driver_has_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed: no communication with the driver'\nexit 9\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert doctor.machine(str(tmp_path / "probe"))["gpu"] == ""
+
+
+def test_a_workspace_of_an_unknown_protocol_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    config = configuration.load("pipeline.yaml", ["workspace=nowhere://bucket/run"])
+    for refuses in (
+        lambda: doctor.check_rights(config.workspace, doctor.Report()),
+        lambda: result_folders(config),
+    ):
+        with pytest.raises(UserError, match=r"^workspace: nowhere://bucket/run: Protocol not known: nowhere"):
+            refuses()
 
 
 def test_a_model_that_is_not_there_is_found(tmp_path: Path) -> None:
