@@ -63,10 +63,10 @@ def add_config(p: argparse.ArgumentParser, located: Callable[[str], str]) -> Non
     add_settings(p)
 
 
-def count(text: str) -> int:
-    """The argument type of a number of things, at least one."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+def count(text: str, *, least: int = 1) -> int:
+    """The argument type of a number of things."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
     return int(text)
 
 

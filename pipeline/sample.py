@@ -13,6 +13,7 @@ a little light, so that a model can learn the mapping and be evaluated on scenes
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,8 @@ import numpy.typing as npt
 
 from pipeline import cli
 from stages import storage
-from stages.images import encode
+from stages.errors import UserError
+from stages.images import decode, encode
 from stages.progress import Progress
 
 CLASSES = ("void", "road", "sidewalk", "building", "vegetation", "sky", "person", "car")
@@ -195,8 +197,15 @@ class _Canvas:
 
 
 def write(folder: str, *, pairs: int, width: int, height: int, seed: int) -> None:
-    """Write `pairs` scenes to a local folder or any fsspec location, except those that exist."""
-    existing = set(storage.list_names(storage.join(folder, "instance")))
+    """Write `pairs` scenes to a local folder or any fsspec location, except those that exist.
+
+    Raises UserError if these were drawn with another seed or size.
+    """
+    existing = sorted(storage.list_names(storage.join(folder, "instance")))
+    for name in fnmatch.filter(existing, "scene_?????.png")[:1]:
+        there = decode.decode_image(storage.read_bytes(storage.join(folder, "instance", name)), "instances")
+        if not np.array_equal(there[..., 0], draw(seed, int(name[6:11]), width, height).instance):
+            raise UserError(f"{folder}: holds scenes of another --seed or --size; name another folder")
 
     def one(number: int) -> None:
         scene, name = draw(seed, number, width, height), f"scene_{number:05d}.png"
@@ -225,7 +234,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="WxH",
         help="size of every image (default: 256x128)",
     )
-    p.add_argument("--seed", type=int, default=0, help="another seed draws other scenes (default: 0)")
+    p.add_argument(
+        "--seed",
+        type=partial(cli.count, least=0),
+        default=0,
+        help="another seed draws other scenes (default: 0)",
+    )
     return p
 
 

@@ -59,3 +59,20 @@ def test_a_senseless_size_is_refused(size: str, capsys: pytest.CaptureFixture[st
         sample.main(["nowhere", "--size", size])
     assert caught.value.code == 2
     assert "size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [["--seed", "1"], ["--size", "64x64"]])
+def test_other_scenes_are_not_mixed_with_those_of_an_earlier_call(
+    change: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(tmp_path), "--pairs", "1", "--size", "64x32"]
+    assert sample.main(words) == 0
+    assert sample.main([*words, "--pairs", "2", *change]) == 2
+    assert "holds scenes of another --seed or --size" in capsys.readouterr().err
+    assert len(list((tmp_path / "photo").iterdir())) == 1
+
+
+def test_a_negative_seed_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        sample.main(["nowhere", "--seed", "-1"])
+    assert "'-1' is not a whole number of at least 0" in capsys.readouterr().err
