@@ -21,7 +21,7 @@ from torch import Tensor
 from pipeline import cli
 from stages import storage
 from stages.base import Kind
-from stages.errors import StageError, UserError
+from stages.errors import StageError, UserError, one_line
 from stages.inference.model_source import local_model
 from stages.models.architecture import InputSpec, Picture, Preprocessing
 from stages.models.files.checkpoint_import import Imported, import_checkpoint
@@ -227,8 +227,8 @@ def export(options: argparse.Namespace) -> None:
                 f"--format: {options.format} needs the package {error.name}: "
                 "pip install onnx onnxscript onnxruntime"
             ) from error
-        except ValueError as error:
-            raise StageError(f"export: {error}; nothing was written") from error
+        except (ValueError, RuntimeError) as error:  # torch's for want of memory
+            raise StageError(f"export: {one_line(error)}; nothing was written") from error
     with storage.located(f"--output: {output}"):
         storage.write_bytes(output, data)
     sizes = "any batch, any size" if exported.any_size else f"any batch, {width}x{height} only"

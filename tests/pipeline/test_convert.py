@@ -208,6 +208,23 @@ def test_a_folder_that_is_no_model_is_named(
     ends(capsys, 2, "weights.safetensors: 5 bytes", "export", "--model", model, *rest)
 
 
+def test_a_size_beyond_the_memory_ends_in_a_line(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.empty(1 << 60))
+    where = (
+        "--model",
+        model,
+        "--format",
+        "torch_export",
+        "--size",
+        "99999x99999",
+        "--output",
+        tmp_path / "o",
+    )
+    ends(capsys, 1, "allocate memory", "export", *where)
+
+
 @pytest.mark.parametrize("size", ["8", "0x8", "8x", "axb", "999999x1"])
 def test_a_size_that_is_none_is_refused_by_the_parser(size: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

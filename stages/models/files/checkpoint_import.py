@@ -72,7 +72,7 @@ def import_checkpoint(
     else:
         raise ValueError(
             "neither a pix2pix U-Net (model.model.*) nor a pix2pixHD generator (model.1.weight ...): "
-            f"the first tensor is {min(generator)[:80]}"
+            f"the first tensor is {min(generator, default='none')[:80]}"
         )
     if isinstance(architecture, Pix2PixHD) and architecture.feature_encoder:
         channels -= architecture.feature_channels

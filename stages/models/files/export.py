@@ -138,7 +138,6 @@ def export_model(model: LoadedModel, *, width: int, height: int) -> Exported:
     multiple, _ = size_multiple(model.manifest.architecture, enhancers=model.manifest.enhancers)
     any_size = min(width, height) > multiple and max(width, height) <= MAX_SIDE
     network = ExportedTranslator(model, any_size=any_size)
-    values = example(model, batch=2, width=width, height=height)
     dims: dict[int, object] = {0: Dim("batch", max=MAX_BATCH)}
     if any_size:
         dims |= {
@@ -146,6 +145,7 @@ def export_model(model: LoadedModel, *, width: int, height: int) -> Exported:
             3: Dim("width", min=multiple + 1, max=MAX_SIDE),
         }
     try:
+        values = example(model, batch=2, width=width, height=height)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own deprecations
             program = torch.export.export(

@@ -29,7 +29,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    if path.suffix == ".safetensors":
+    if path.suffix.startswith(".safetensors"):  # an address may go on: ?download=true
         try:
             tensors = load(path.read_bytes())  # not mapped: a file that changes later would kill the process
         except Exception as error:  # parsers raise anything for a damaged file
@@ -40,7 +40,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise ValueError(f"{path}: holds no tensors")
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_complex() or tensor.is_quantized:
+            raise ValueError(f"{path}: {name} holds {tensor.dtype}, not real numbers")
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
             raise ValueError(f"{path}: {name} holds NaN or infinity")
     return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD
@@ -312,6 +313,8 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(tmp_path: Path, for
         ({1: torch.zeros(1)}, "not a named tensor"),
         ({"a": torch.zeros(1).expand(1 << 40)}, "more data than the file holds"),
         ({"a": torch.tensor([float("nan")])}, "NaN or infinity"),
+        ({"a": torch.tensor([1e300], dtype=torch.float64)}, "NaN or infinity"),  # in float32
+        ({"a": torch.zeros(2, dtype=torch.complex64)}, "complex64, not real numbers"),
         ({"a": torch.eye(3).to_sparse()}, "more data than the file holds|refused|checkpoint"),
     ],
 )
@@ -319,6 +322,17 @@ def test_files_without_named_tensors_are_refused(tmp_path: Path, content: Any, m
     torch.save(content, tmp_path / "x.pth")
     with pytest.raises(ValueError, match=match):
         read_tensors(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("name", ["G.safetensors", "G.safetensors?download=true"])
+def test_safetensors_of_any_float_are_read(tmp_path: Path, name: str) -> None:
+    save_file({"a": torch.ones(2, dtype=torch.float8_e4m3fn)}, tmp_path / name)
+    assert read_tensors(tmp_path / name)["a"].dtype == torch.float8_e4m3fn
+
+
+def test_tensors_of_no_network_are_refused_in_words() -> None:
+    with pytest.raises(ValueError, match="the first tensor is none"):
+        import_checkpoint({"a.running_mean": torch.ones(3)})
 
 
 @pytest.mark.parametrize("legacy", [False, True])
