@@ -29,7 +29,7 @@ import torch
 import yaml
 from pydantic import Field, ValidationError
 
-from pipeline.config import PipelineConfig
+from pipeline.config import BAD_YAML, PipelineConfig
 from pipeline.runner import PREDICTED, PlannedStep, changes, read_marker
 from stages import storage
 from stages.base import Config, Precision, Role, Split
@@ -490,7 +490,7 @@ def read_prices(path: str) -> Prices:
         return Prices.model_validate(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
     except ValidationError as error:
         raise UserError(f"--prices {path}: {first_invalid(error)}") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, *BAD_YAML) as error:
         raise UserError(f"--prices {path}: cannot be read: {one_line(error)}") from error
 
 

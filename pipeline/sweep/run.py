@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def configured(options: argparse.Namespace) -> tuple[SweepConfig, str]:
     """The sweep with the command line's changes, and the recipe's path."""
     sweep = load(options.sweep)
-    recipe = options.config or str(Path(options.sweep).parent / sweep.recipe)
+    recipe = options.config or located(sweep.recipe, Path(options.sweep).parent)
     changes = {"profile": options.profile, "trials": options.trials}
     return sweep.model_copy(update={k: v for k, v in changes.items() if v is not None}), recipe
 

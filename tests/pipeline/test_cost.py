@@ -171,6 +171,7 @@ def test_the_cheapest_number_of_workers_that_fits_is_named(
         ("machines: {}", "date: "),
         ("{date: x, machines: {a: -1}, stores: {}}", "machines.a: "),
         ("[", "cannot be read: "),
+        ("[" * 5000, "cannot be read: "),
         (None, "cannot be read: "),
     ],
 )

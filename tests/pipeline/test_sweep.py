@@ -20,10 +20,11 @@ import torch
 from pydantic import JsonValue
 
 from pipeline import sample
+from pipeline.config import RECIPES
 from pipeline.dag import steps
 from pipeline.runner import PlannedStep, plan
 from pipeline.sweep.config import SweepConfig, load
-from pipeline.sweep.run import main, table
+from pipeline.sweep.run import configured, main, parser, table
 from pipeline.sweep.trials import (
     State,
     Trial,
@@ -142,6 +143,14 @@ def test_a_wrong_key_is_named_with_its_trial_before_anything_runs() -> None:
         trials(grid={"train.sed": [1]})
     with pytest.raises(UserError, match=r"train.phases.9: 9 is not a place in a list of 3"):
         trials(settings={"bad": {"train.phases.9": None}})
+
+
+def test_a_sweep_anywhere_varies_a_recipe_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text("{recipe: facades, grid: {train.seed: [1]}}")
+    words = [str(tmp_path / "sweep.yaml")]
+    assert configured(parser().parse_args(words))[1] == str(RECIPES / "facades.yaml")
+    (tmp_path / "facades").write_text("")  # a file beside the sweep comes first
+    assert configured(parser().parse_args(words))[1] == str(tmp_path / "facades")
 
 
 # -- what trials share, and which is best -------------------------------------

@@ -81,6 +81,15 @@ def test_a_database_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
         open_parent(TrackingConfig(), "r", None, "/proc/ws")
 
 
+@pytest.mark.parametrize("name", ["../../elsewhere", "/elsewhere", ".."])
+def test_files_of_an_experiment_of_any_name_stay_in_the_workspace(tmp_path: Path, name: str) -> None:
+    config = TrackingConfig(experiment=name, model="m")
+    with open_parent(config, "r", None, str(tmp_path / "ws")) as run:
+        run.artifact("a.txt", b"x")
+    (file,) = tmp_path.rglob("a.txt")
+    assert file.is_relative_to(tmp_path / "ws" / "mlflow" / "artifacts")
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tmp_path_factory.mktemp("workspace"))
