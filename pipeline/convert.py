@@ -140,7 +140,7 @@ def import_model(options: argparse.Namespace) -> None:
         )
     except ValueError as error:
         raise UserError(f"--generator: {options.generator}: {error}") from error
-    with tempfile.TemporaryDirectory(prefix="pixloom-") as temp:
+    with tempfile.TemporaryDirectory(prefix="pixloom-") as temp, storage.located(temp):
         folder = Path(temp)
         save_model(
             folder,

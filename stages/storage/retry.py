@@ -5,6 +5,7 @@ Attempts are spread over about 40 s, longer than a server's restart takes.
 
 from __future__ import annotations
 
+import errno
 import logging
 import random
 import tarfile
@@ -42,8 +43,9 @@ def misconfigured(error: BaseException) -> bool:
 
 
 def refusal(error: BaseException) -> bool:
-    """Whether a store refuses these credentials: nothing that another attempt would change."""
-    return isinstance(error, PermissionError) or "Credential" in type(error).__name__
+    """Whether a store refuses these credentials, or takes no file: nothing that another attempt changes."""
+    read_only = isinstance(error, OSError) and error.errno == errno.EROFS
+    return isinstance(error, PermissionError) or read_only or "Credential" in type(error).__name__
 
 
 def passing(error: BaseException) -> bool:

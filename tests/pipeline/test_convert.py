@@ -10,6 +10,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from pipeline import convert
@@ -17,6 +18,7 @@ from stages import storage
 from stages.inference.translator import Translator
 from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD
 from stages.models.build import build_discriminator, build_generator
+from stages.models.files import saved
 from stages.models.files.nvidia_names import layer_names, renamed
 from stages.models.files.saved import load_discriminator, load_model, save_model
 
@@ -206,6 +208,16 @@ def test_a_folder_that_is_no_model_is_named(
     ends(capsys, 2, f"--model: {nowhere}: there is no model.json", "export", "--model", nowhere, *rest)
     (model / "weights.safetensors").write_bytes(b"short")
     ends(capsys, 2, "weights.safetensors: 5 bytes", "export", "--model", model, *rest)
+
+
+def test_a_full_disk_ends_an_import_in_a_line(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(saved, "save_file", full)
+    ends(capsys, 2, "No space left", "import", "--generator", checkpoint, "--output", tmp_path / "m")
 
 
 def test_a_size_beyond_the_memory_ends_in_a_line(

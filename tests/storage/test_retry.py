@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
 
@@ -109,6 +111,14 @@ def test_what_is_not_there_is_said_at_once(error: OSError) -> None:
     with pytest.raises(type(error)):
         storage.patiently(call, "x", first_wait=0)
     assert len(calls) == 1
+
+
+def test_a_file_system_that_takes_no_files_refuses() -> None:
+    def call() -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with pytest.raises(UserError, match=r"^/x: access denied.*Read-only file system"):
+        storage.patiently(call, "/x", attempts=1)
 
 
 def test_our_own_error_passes_unchanged() -> None:

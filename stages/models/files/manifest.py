@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
 
 MAX_FILE_BYTES = 1 << 36
 """64 GiB: beyond any model here, below what a hostile size could exhaust unseen."""
@@ -46,14 +47,17 @@ def write_folder(
 ) -> Manifested:
     """Write files by their writers, then what `manifest` makes of their entries; returns the manifest.
 
-    An older manifest is removed first, so that none is ever next to files of another version.
+    An older manifest is removed first, so that none is ever next to files of another version. Raises OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / manifest_name).unlink(missing_ok=True)
     entries: dict[Name, FileEntry] = {}
     for name, write in writers.items():
         with _placed(folder / name) as partial:
-            write(partial)
+            try:
+                write(partial)
+            except SafetensorError as error:  # a full disk, for example: as any other file's writer says it
+                raise OSError(str(error)) from error
             entries[name] = FileEntry.of(partial)
     written = manifest(entries)
     with _placed(folder / manifest_name) as partial:
