@@ -78,8 +78,11 @@ def cause(error: BaseException) -> str:
 
 
 def innermost(error: BaseException) -> BaseException:
-    """What an error was raised from, followed to its end. Ray keeps what a task raised in `cause`."""
-    while (inner := getattr(error, "cause", None) or error.__cause__) is not None and inner is not error:
+    """What an error was raised from, followed to its end. Ray keeps what a task raised in `cause`.
+
+    Ray Data raises what ends a worker from an error without a text, which says nothing.
+    """
+    while (inner := getattr(error, "cause", None) or error.__cause__) not in (None, error) and str(inner):
         error = inner
     return error
 

@@ -29,3 +29,9 @@ def test_the_text_of_another_package_is_shown_without_passwords() -> None:
     error = ConnectionError("API request to http://me:geheim@host/api failed")
     assert one_line(error) == "API request to http://host/api failed"
     assert cause(error) == "ConnectionError: API request to http://host/api failed"
+
+
+def test_a_cause_without_a_text_does_not_hide_what_says_more() -> None:
+    error = OSError("the actor died\nModuleNotFoundError: No module named 'mine'")
+    error.__cause__ = RuntimeError()
+    assert cause(error) == "OSError: ModuleNotFoundError: No module named 'mine'"
