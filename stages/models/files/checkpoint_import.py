@@ -65,10 +65,8 @@ def import_checkpoint(
         if encoder is not None:
             raise ValueError("a pix2pix generator has no feature encoder")
         architecture, channels, target = _pix2pix(generator, discriminator, notes)
-        edges = False
     elif "model.1.weight" in generator:
         architecture, channels, target = _pix2pixhd(generator, discriminator, encoder, notes)
-        edges = True
     else:
         raise ValueError(
             "neither a pix2pix U-Net (model.model.*) nor a pix2pixHD generator (model.1.weight ...): "
@@ -79,6 +77,7 @@ def import_checkpoint(
         if instances is False:
             raise ValueError("a feature encoder needs instance maps")
         instances = True
+    edges = isinstance(architecture, Pix2PixHD)
     inputs = _inputs(channels, target, source, classes, instances if edges else False, notes, hd=edges)
     if isinstance(architecture, Pix2PixHD) and not inputs.instances:
         architecture = architecture.model_copy(update={"instance_edges": False})
@@ -90,7 +89,7 @@ def import_checkpoint(
         network_e = None if encoder is None else build_encoder(architecture, inputs)
     _fill(network_g, generator, "generator")
     if network_d is not None and discriminator is not None:
-        _fill(network_d, discriminator, "discriminator", _discriminator_names(architecture, discriminator))
+        _fill(network_d, discriminator, "discriminator")
     if network_e is not None and encoder is not None:
         _fill(network_e, encoder, "encoder")
     return Imported(
@@ -278,20 +277,9 @@ def _last(state: State) -> str:
     return f"model.{max(_numbers(state, MODEL_WEIGHT), default=0)}.weight"
 
 
-def _discriminator_names(architecture: Pix2Pix | Pix2PixHD, state: State) -> dict[str, str] | None:
-    """The table for a multi-scale discriminator trained without feature matching; None: the usual one."""
-    if isinstance(architecture, Pix2PixHD) and "layer0.0.weight" in state:
-        return nvidia_names.pix2pixhd_discriminator_names(
-            scales=architecture.discriminators,
-            layers=architecture.discriminator_layers,
-            intermediate_features=False,
-        )
-    return None
-
-
-def _fill(network: nn.Module, state: State, role: str, names: dict[str, str] | None = None) -> None:
+def _fill(network: nn.Module, state: State, role: str) -> None:
     """Give a network built without memory its weights. Raises ValueError if one is missing or left over."""
-    names = names or nvidia_names.layer_names(network)
+    names = nvidia_names.layer_names(network, intermediate_features="layer0.0.weight" not in state)
     layers = set(names.values())
     for name in sorted(state):
         if name.rpartition(".")[0] not in layers:

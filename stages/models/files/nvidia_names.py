@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from stages.models.pix2pix import PatchDiscriminator, PixelDiscriminator, UNet
 from stages.models.pix2pixhd import CoarseToFineGenerator, FeatureEncoder, MultiScaleDiscriminator
 
-LayerNames = Mapping[str, str]
-
 
 def global_generator_names(*, downsamplings: int, blocks: int, head: bool = True) -> dict[str, str]:
     """G1, in published order: pad, conv7, norm, ReLU; 3 entries a level; blocks; 3 a level; pad, conv7.
@@ -111,8 +109,11 @@ def unet_names(*, levels: int) -> dict[str, str]:
     return names
 
 
-def layer_names(network: nn.Module) -> dict[str, str]:
-    """The table for one of our networks. Raises TypeError for anything else."""
+def layer_names(network: nn.Module, *, intermediate_features: bool = True) -> dict[str, str]:
+    """The table for one of our networks. Raises TypeError for anything else.
+
+    intermediate_features   of a multi-scale discriminator: see `pix2pixhd_discriminator_names`
+    """
     match network:
         case CoarseToFineGenerator():
             return pix2pixhd_generator_names(
@@ -122,7 +123,11 @@ def layer_names(network: nn.Module) -> dict[str, str]:
                 enhancer_blocks=network.enhancer_blocks,
             )
         case MultiScaleDiscriminator():
-            return pix2pixhd_discriminator_names(scales=len(network.scales), layers=network.layers)
+            return pix2pixhd_discriminator_names(
+                scales=len(network.scales),
+                layers=network.layers,
+                intermediate_features=intermediate_features,
+            )
         case FeatureEncoder():
             return global_generator_names(downsamplings=len(network.down), blocks=0)
         case UNet():
@@ -135,7 +140,7 @@ def layer_names(network: nn.Module) -> dict[str, str]:
             raise TypeError(f"no published counterpart of {type(network).__name__}")
 
 
-def renamed(state: Mapping[str, Tensor], names: LayerNames) -> dict[str, Tensor]:
+def renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
     """A state dict with its layers renamed. Parameters of layers not in the table are left out."""
     layers = ((name.rpartition("."), value) for name, value in state.items())
     return {f"{names[layer]}.{part}": value for (layer, _, part), value in layers if layer in names}

@@ -159,9 +159,7 @@ def save_model(
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies to store: on the CPU, contiguous, float32 (integers as they are)."""
     return {
-        name: (tensor.detach().float() if tensor.is_floating_point() else tensor.detach())
-        .to("cpu", memory_format=torch.contiguous_format)
-        .contiguous()
+        name: (tensor.float() if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
         for name, tensor in tensors.items()
     }
 
