@@ -131,12 +131,11 @@ def import_model(options: argparse.Namespace) -> None:
         storage.check_reachable({"--output": output})
         if not options.overwrite and storage.exists(storage.join(output, MANIFEST)):
             raise UserError(f"--output: {output}: there is a model already; --overwrite replaces it")
-    states = {name: _tensors(f"--{name}", getattr(options, name)) for name in ("discriminator", "encoder")}
-    generator = _tensors("--generator", options.generator)
-    assert generator is not None
+    files = {name: getattr(options, name) for name in ("generator", "discriminator", "encoder")}
+    states = {name: _tensors(f"--{name}", uri) for name, uri in files.items() if uri is not None}
     try:
         imported = import_checkpoint(
-            generator, **states, source=options.source, classes=options.classes, instances=options.instances
+            **states, source=options.source, classes=options.classes, instances=options.instances
         )
     except ValueError as error:
         raise UserError(f"--generator: {options.generator}: {error}") from error
@@ -186,10 +185,8 @@ def _description(imported: Imported) -> str:
     return "\n".join(lines)
 
 
-def _tensors(option: str, uri: str | None) -> dict[str, Tensor] | None:
-    """The tensors of a file at any location; None if the option was left out."""
-    if uri is None:
-        return None
+def _tensors(option: str, uri: str) -> dict[str, Tensor]:
+    """The tensors of a file at any location."""
     storage.check_reachable({option: uri})
     with cli.planning(), storage.located(f"{option}: {uri}"), local_file(storage.absolute(uri)) as path:
         try:

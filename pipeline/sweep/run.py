@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ from stages import storage
 from stages.base import Seen
 from stages.errors import StageError, UserError, cause, without_password
 from stages.scoring.table import shown
-from stages.tracking.run import Run, open_parent
+from stages.tracking.run import Run, flatten, open_parent
 
 CELL = 27  # characters of a number with its interval
 
@@ -277,18 +277,11 @@ def scheduler(stop_early: EarlyStop | None, trials: Sequence[Trial]) -> TrialSch
 def child(parent: Run, trial: Trial, sweep: SweepConfig) -> Run:
     """A trial's run in MLflow. Every key of the sweep is a parameter, set by this trial or not."""
     run = parent.child(trial.name, {"pixloom.trial": trial.name})
-    values = trial.config.model_dump(mode="json")
-    run.params({"trial": trial.name, **{key: _value(values, key) for key in sweep.keys}})
+    varied = [f"{key}." for key in sweep.keys]
+    values = {f"{name}.": text for name, text in flatten(trial.config.model_dump(mode="json")).items()}
+    shown = {n: text for n, text in values.items() if any(n.startswith(k) or k.startswith(n) for k in varied)}
+    run.params({"trial": trial.name} | {name.rstrip("."): text for name, text in shown.items()})
     return run
-
-
-def _value(values: Any, key: str) -> Any:
-    """The value of a dotted key, or None."""
-    with suppress(LookupError, TypeError, ValueError):
-        for part in key.split("."):
-            values = values[int(part) if isinstance(values, list) else part]
-        return values
-    return None
 
 
 def outcomes(

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from stages.base import Config, Format, Fraction, Palette, Precision, Split
-from stages.config.locations import Column, compile_pattern
+from stages.config.locations import Column, KeyPattern
 
 
 class StyleConfig(Config):
@@ -51,7 +51,7 @@ class InferConfig(Config):
         Field(description="The split to read where the input is shards. null: test, or val without test."),
     ] = None
     pattern: Annotated[
-        str, Field(description="The path of a source below `input`, with its variable part as {key}.")
+        KeyPattern, Field(description="The path of a source below `input`, with its variable part as {key}.")
     ] = "{key}.*"
     columns: dict[Column, str | None] = Field(
         default_factory=dict,
@@ -125,12 +125,6 @@ class InferConfig(Config):
         Fraction,
         Field(description="Fail the stage at its end if more than this share of the sources is rejected."),
     ] = 0.1
-
-    @field_validator("pattern")
-    @classmethod
-    def _pattern_compiles(cls, text: str) -> str:
-        compile_pattern(text)
-        return text
 
     @field_validator("instance_pattern")
     @classmethod

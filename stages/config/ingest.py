@@ -10,8 +10,8 @@ from pydantic import Field, field_validator, model_validator
 from stages.base import Config
 from stages.config.locations import (
     Column,
+    KeyPattern,
     archive_parts,
-    compile_pattern,
     expand_ranges,
     is_archive,
     table_format,
@@ -39,7 +39,7 @@ class LocationConfig(Config):
         ),
     ]
     pattern: Annotated[
-        str,
+        KeyPattern,
         Field(
             description="The path of an image below `uri`, with its variable parts as {key}, {split}, "
             "{group}, {x}, {y}, * or **. Images of different roles with the same key make a pair."
@@ -89,12 +89,6 @@ class LocationConfig(Config):
         elif self.within or self.columns:
             raise ValueError(f"`{'within' if self.within else 'columns'}` is for tables")
         return self
-
-    @field_validator("pattern")
-    @classmethod
-    def _pattern_compiles(cls, text: str) -> str:
-        compile_pattern(text)
-        return text
 
     @field_validator("uri")
     @classmethod

@@ -17,7 +17,9 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 ZIP_SUFFIXES = (".zip",)
@@ -137,3 +139,11 @@ def compile_pattern(text: str) -> Pattern:
         tuple(name for name in _CAPTURES if name in names),
         images_only=text.endswith(("*", "}")),
     )
+
+
+def _compiles(text: str) -> str:
+    compile_pattern(text)
+    return text
+
+
+KeyPattern = Annotated[str, AfterValidator(_compiles)]

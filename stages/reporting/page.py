@@ -237,14 +237,12 @@ def baseline_name(name: str) -> str:
     return names.get(name, name.replace("_", " "))
 
 
-def thinned(curve: Curve, points: int = CURVE_POINTS) -> tuple[list[float], list[float]]:
-    """At most `points` (step, value) pairs: means over equal runs of steps, of finite values only."""
+def thinned(curve: Curve) -> tuple[list[float], list[float]]:
+    """At most CURVE_POINTS steps and values: means over equal runs of steps, of finite values only."""
     kept = [(s, v) for s, v in zip(curve.steps, curve.values, strict=True) if math.isfinite(v)]
-    size = max(1, math.ceil(len(kept) / points))
-    runs = [kept[i : i + size] for i in range(0, len(kept), size)]
-    return [math.fsum(s for s, _ in r) / len(r) for r in runs], [
-        math.fsum(v for _, v in r) / len(r) for r in runs
-    ]
+    size = max(1, math.ceil(len(kept) / CURVE_POINTS))
+    means = [np.mean(kept[i : i + size], axis=0).tolist() for i in range(0, len(kept), size)]
+    return [step for step, _ in means], [value for _, value in means]
 
 
 @dataclass(frozen=True, slots=True)

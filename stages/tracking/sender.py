@@ -190,9 +190,8 @@ class Sender:
     """Sends one process's records to one server. `client` is MLflow's, made when it is first needed."""
 
     def __init__(self, uri: str, experiment: str, workspace: str) -> None:
-        self.uri, self.experiment, self.workspace = uri, experiment, workspace
-        self.place = storage.absolute(workspace)
-        self.unsent = storage.join(self.place, UNSENT)
+        self.uri, self.experiment, self.workspace = uri, experiment, storage.absolute(workspace)
+        self.unsent = storage.join(self.workspace, UNSENT)
         self.client: Any = None
         self._folder = storage.join(self.unsent, uuid.uuid4().hex)
         self._folders: list[str] = []  # this one and those of ended processes, while they hold facts
@@ -255,14 +254,18 @@ class Sender:
                 self.client.set_terminated(run.info.run_id, status="KILLED")
                 phase = run.data.tags.get(CURVES_TAG, "").rpartition("/")[2]  # the workspace may have moved
                 self.put(
-                    run.data.tags[KEY_TAG], killed, curve_rows(phase and storage.join(self.place, phase))
+                    run.data.tags[KEY_TAG], killed, curve_rows(phase and storage.join(self.workspace, phase))
                 )
         for uri in documents(self.workspace):
-            document = storage.read_json(uri)
+            document = storage.find_json(uri)
+            if document is None:  # its process has sent all of it meanwhile
+                continue
             process, gone = document["process"], is_gone(document["process"])
             if not gone and process != this_process() and process.split()[0] == socket.gethostname():
                 continue  # it sends them itself
-            records = moved(document["records"], document.get("workspace", self.place), self.place).items()
+            records = moved(
+                document["records"], document.get("workspace", self.workspace), self.workspace
+            ).items()
             rows = {key: curve_rows(record["curves"]) for key, record in records}
             with self._changed:
                 self._folders.append(uri.rpartition("/")[0])
@@ -462,7 +465,7 @@ class Sender:
                                 record.facts[fact] = uri
                     stored = [(fact, record.facts.get(fact, value)) for fact, value in facts]
                     document[key] = {"curves": record.curves, "facts": stored}
-                whole = {"process": this_process(), "workspace": self.place, "records": document}
+                whole = {"process": this_process(), "workspace": self.workspace, "records": document}
                 storage.write_json(storage.join(self._folder, DOCUMENT), whole)
                 with self._changed:
                     self._folders = list({*self._folders, self._folder})

@@ -207,11 +207,10 @@ def largest_difference(
 
     `run` feeds the inputs by name and returns the image. Raises ValueError above `TOLERANCE`.
     """
-    multiple, _ = size_multiple(model.manifest.architecture, enhancers=model.manifest.enhancers)
-    sizes = [(1, width, height), (2, width, height)]
-    if any_size:
-        sizes.append((1, 2 * multiple - 1, multiple + 1))  # another size, no multiple of anything
     network = ExportedTranslator(model)
+    sizes = [(1, width, height), (2, width, height)]
+    if any_size:  # another size, no multiple of anything
+        sizes.append((1, 2 * network.multiple - 1, network.multiple + 1))
     worst = 0.0
     for batch, w, h in sizes:
         values = example(model, batch=batch, width=w, height=h)
