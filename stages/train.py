@@ -67,7 +67,7 @@ from stages.training.start import check_start
 if TYPE_CHECKING:
     from stages.tracking.run import Run
 
-VERSION = 2
+VERSION = 3
 RESIZE_S = 30.0  # between two checks for machines that joined, if the number of workers may vary
 GPU_DECODERS = 16  # threads; each has a batch in memory
 CPU_DECODERS = 4

@@ -50,6 +50,12 @@ def test_means_are_taken_over_each_instance_of_each_sample_with_any_ids() -> Non
             torch.testing.assert_close(means[n][:, inside], expected.expand(-1, int(inside.sum())))
 
 
+def test_the_mean_of_a_large_instance_is_exact() -> None:
+    features = torch.full((1, 1, 1024, 1024), 0.3)
+    means = instance_mean(features, torch.zeros(features.shape, dtype=torch.int32))
+    assert means.unique().tolist() == pytest.approx([0.3])
+
+
 def test_segments_are_equal_exactly_within_an_instance_of_a_sample() -> None:
     instance = ids(2, 1, 4, 4)
     segments = instance_segments(instance)
