@@ -8,6 +8,7 @@ discriminator are exchanged during the generator's backward pass.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -15,11 +16,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _get_default_store
 
 Weight = TypeVar("Weight", bound=Tensor)
 
 BUCKET_BYTES = 32 << 20
 CPU_BUCKET_BYTES = 4 << 20  # over gloo: what was packed is still in the cache when it is sent
+STORE_S = 3600.0  # a dozen calls to a store that is away, each tried for five minutes (storage.retry)
 
 
 def new_group(device: torch.device, timeout_s: float) -> dist.ProcessGroup:
@@ -200,8 +203,26 @@ class Messages:
     """Small values between all workers, in a process group of their own: gradients do not delay them."""
 
     def __init__(self, workers: int, device: torch.device, timeout_s: float) -> None:
-        self.device = device
+        self.workers, self.device = workers, device
+        self._meetings = 0
+        self.meet()
         self.group = new_group(device, timeout_s) if workers > 1 else None
+
+    def meet(self) -> None:
+        """Wait until all workers are here, also for one that a store keeps longer than a step may take.
+
+        Not a collective, which would fail after the time limit of a step: each worker counts itself. The loss
+        of a worker ends the wait, as Ray Train then ends the others.
+        """
+        if self.workers > 1:
+            self._meetings += 1
+            store, name, until = _get_default_store(), f"meeting-{self._meetings}", time.monotonic() + STORE_S
+            count = store.add(name, 1)
+            while count < self.workers:
+                if time.monotonic() > until:
+                    raise RuntimeError(f"{self.workers - count} workers did not come in {STORE_S:.0f} s")
+                time.sleep(0.1)
+                count = store.add(name, 0)
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum over all workers, as a new tensor."""

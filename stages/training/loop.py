@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -308,10 +308,7 @@ class Loop:
             lambda seconds: channel.post(Saved(seconds)),
             keeps_best=task.job.select is not None,
         )
-        checkpoint, position = self._newest(folder)
-        self.execution = cast(
-            Execution, self.messages.broadcast(self._decide(position) if worker.leads else None)
-        )
+        checkpoint, position, self.execution = self._begin(folder)
         self.gan = build(
             task.job,
             task.inputs,
@@ -330,6 +327,7 @@ class Loop:
             for network in (self.gan.generator, self.gan.discriminator):
                 if network is not None:
                     synchronise_batch_norms(network, self._over_all)
+        self.messages.meet()
         self.averager = GradientAverager(
             worker.world,
             wire=torch.bfloat16 if task.job.gradient_dtype == "bf16" else None,
@@ -348,12 +346,15 @@ class Loop:
             return self._update
         return GraphedStep(self._update, rows=batch, record=record)
 
-    def _newest(self, folder: str) -> tuple[Checkpoint | None, Position | None]:
-        """The newest whole checkpoint, on the worker that leads, and its position, on all workers."""
-        checkpoint = None
+    def _begin(self, folder: str) -> tuple[Checkpoint | None, Position | None, Execution]:
+        """The newest whole checkpoint, on the worker that leads; on all, its position and how to compute."""
+        checkpoint, begun = None, None
         if self.worker.leads:
             checkpoint = checkpoints.load_newest(folder, job=self.task.name, tell=self._note)
-        return checkpoint, self.messages.broadcast(None if checkpoint is None else checkpoint.position)
+            position = None if checkpoint is None else checkpoint.position
+            begun = position, self._decide(position)
+        self.messages.meet()
+        return checkpoint, *self.messages.broadcast(begun)
 
     def _decide(self, position: Position | None) -> Execution:
         """How the phase is computed from this position on. Records it."""
@@ -439,6 +440,7 @@ class Loop:
                 if pictured:
                     self._picture(before.epoch)
                 self._checkpoint()
+                self.messages.meet()  # with the worker that drew samples, or waited for the writer
         self.stopped = order if isinstance(order, Stop) else None
 
     def _update(self, batch: Batch, measured: bool) -> tuple[Losses, Losses]:

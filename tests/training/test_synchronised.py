@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
+import torch.multiprocessing
 
 from stages.base import Resources
 from stages.config.shard import AugmentConfig
 from stages.config.train import PhaseJob, TrainConfig, jobs
+from stages.training import checkpoints
+from stages.training.checkpoints import Checkpoint
+from stages.training.gradients import Messages
+from stages.training.loop import Worker
 from tests.support.shards import make_shards
-from tests.support.undisturbed import undisturbed
+from tests.support.undisturbed import train_here, undisturbed
 
 MODEL = {
     "kind": "pix2pix",
@@ -48,6 +55,65 @@ def test_two_workers_with_synchronised_batch_norm_train_as_one(tmp_path: Path) -
     name = "gradient_norm/generator"
     assert together[2, name] == pytest.approx(alone[2, name], rel=2e-3)
     assert apart[2, name] != pytest.approx(alone[2, name], rel=2e-3)
+
+
+LIMIT, SLOW = 3, 4  # seconds: of a collective, and of the store that one worker waits for
+
+
+def train_slowly(rank: int, folder: str, job: str) -> None:
+    """One of two workers of a phase; reading checkpoints takes long on both, drawing samples on the first."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    begin = Messages.__init__
+
+    def with_limit(self: Messages, workers: int, device: torch.device, _: float) -> None:
+        begin(self, workers, device, LIMIT)
+
+    def slowly(folder: str, **named: Any) -> Checkpoint | None:
+        time.sleep(SLOW)
+        return load_newest(folder, **named)
+
+    def load_slowly(place: str, *, job: str) -> Checkpoint:
+        time.sleep(SLOW)
+        return load(place, job=job)
+
+    def draw_slowly(*_: object) -> tuple[None, dict[str, float]]:
+        time.sleep(SLOW)
+        return None, {}
+
+    load, load_newest = checkpoints.load, checkpoints.load_newest
+    Messages.__init__, checkpoints.load_newest, checkpoints.load = with_limit, slowly, load_slowly
+    phase, worker = PhaseJob.model_validate_json(job), Worker(rank=rank, world=2)
+    train_here(phase, f"{folder}/shards", f"{folder}/out", worker, preview=draw_slowly)
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_workers_wait_for_a_slow_store_and_slow_samples_longer_than_for_a_step(tmp_path: Path) -> None:
+    make_shards(tmp_path / "shards", {"train": [6, 4]})
+    phase = {"name": "whole", "kind": "whole", "epochs": 1, "batch": 4}
+    text = job(phases=[phase]).model_dump_json()
+    for _ in range(2):  # the second finds a checkpoint, which each worker reads
+        torch.multiprocessing.spawn(train_slowly, (str(tmp_path), text), nprocs=2)
+        (tmp_path / "meet").unlink(missing_ok=True)
+        assert (tmp_path / "out" / "model" / "model.json").exists()
+
+
+def wait_alone(rank: int, folder: str) -> None:
+    """One of two workers, of which one does not come to a message."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    messages = Messages(2, torch.device("cpu"), LIMIT)
+    messages.meet()
+    if rank == 0:
+        with pytest.raises(RuntimeError, match=r"(?i)timed out"):
+            messages.any(False)
+    messages.meet()
+    Path(folder, f"done-{rank}").touch()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_message_that_a_worker_does_not_send_has_the_limit_of_a_step(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(wait_alone, (str(tmp_path),), nprocs=2)
+    assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
 
 
 def test_turns_and_synchronised_norms_exclude_one_another() -> None:
