@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from stages import storage
-from stages.base import Point, Precision, Resources
+from stages.base import Precision, Resources
 from stages.config.train import PhaseJob, discriminators
 from stages.errors import PixloomError, StageError
 from stages.images import encode
@@ -45,7 +45,7 @@ from stages.shards.order import num_steps
 from stages.storage.local import local_file
 from stages.training import checkpoints, curves, execution
 from stages.training.checkpoints import Checkpoint, Position, Writer
-from stages.training.curves import ClosedWindow, DivergedError, Window
+from stages.training.curves import ClosedWindow, Curves, DivergedError, Window
 from stages.training.execution import Execution, Part
 from stages.training.gradients import GradientAverager, Messages, new_group
 from stages.training.graph import CudaGraphs, GraphedStep, Step
@@ -163,10 +163,10 @@ def epochs_a_measurement(epochs: int, *, epoch_seconds: float, seconds: float) -
     return next((n for n in range(first, epochs, first) if len(measured_epochs(epochs, n)) <= most), epochs)
 
 
-def best_checkpoints(points: Sequence[Point], metric: str) -> list[str]:
+def best_checkpoints(all_curves: Curves, metric: str) -> list[str]:
     """Names of the checkpoints whose validation metric was measured, the best first."""
     metric = metric.replace(":", "_")
-    measured = [p for p in points if p.name == f"validation/{metric}" and math.isfinite(p.value)]
+    measured = [point for point in all_curves.named(f"validation/{metric}") if math.isfinite(point.value)]
     measured.sort(key=lambda point: point.value, reverse=not lower_is_better(metric))
     return [checkpoints.folder_name(Position(steps=point.step)) for point in measured]
 
@@ -297,7 +297,7 @@ class Loop:
         timeout_s = task.resources.collective_timeout_s
         self.messages = Messages(worker.world, worker.device, timeout_s)
         self._has_rows = True  # whether this worker's pairs count in synchronised norms
-        self.position, self.points = Position(), list[Point]()
+        self.position, self.curves = Position(), Curves()
         self.losses: dict[str, float] = {}
         self.stopped: Stop | None = None
         folder = storage.join(task.output, "checkpoints")
@@ -378,9 +378,10 @@ class Loop:
         load_state(self.gan, checkpoint.state)
         position = self.position = checkpoint.position
         if self.worker.leads:
-            self.points = curves.from_table(checkpoint.curves)
-            self.losses = curves.last_losses(self.points)
-            self.channel.post(Points(self.points), Advance(position.images, ""))
+            self.curves = Curves(checkpoint.curves)
+            points = curves.from_table(checkpoint.curves)
+            self.losses = curves.last_losses(points)
+            self.channel.post(Points(points), Advance(position.images, ""))
             workers = f"{self.worker.world} worker{'s' if self.worker.world > 1 else ''}"
             at = f"epoch {position.epoch}, step {position.step}, {position.images:,} images"
             self._note(f"resumed from its checkpoint with {workers} ({at})")
@@ -505,7 +506,7 @@ class Loop:
 
     def _add_points(self, position: Position, epoch: int, values: dict[str, float]) -> None:
         fresh = curves.points(position, epoch, values)
-        self.points += fresh
+        self.curves.add(fresh)
         self.channel.post(Points(fresh))
 
     def _over_all(self, sums: Tensor) -> Tensor:
@@ -526,9 +527,9 @@ class Loop:
             self.task.name,
             self.position,
             checkpoints.copied(state_of(self.gan)),
-            curves.to_table(self.points),
+            self.curves.table(),
             self.task.run_id,
-            best_checkpoints(self.points, self.task.job.select or "l1"),
+            best_checkpoints(self.curves, self.task.job.select or "l1"),
             arrival(self.worker.device),
         )
         self.writer.submit(checkpoint)
@@ -538,7 +539,7 @@ class Loop:
         """Samples and their numbers, at the end of an epoch."""
         if not self.worker.leads:
             return
-        every = next((int(point.value) for point in self.points if point.name == SELECTING_EVERY), None)
+        every = next((int(point.value) for point in self.curves.named(SELECTING_EVERY)), None)
         chooses, epochs = self.task.job.select is not None, self.task.job.phase.epochs
         due = not chooses or every is None or self.position.epoch in measured_epochs(epochs, every)
         started = time.monotonic()
@@ -553,7 +554,7 @@ class Loop:
 
     def _pace(self, seconds: float) -> int:
         """After how many epochs `train.select` is measured; `seconds` is what its first time took."""
-        rates = [point.value for point in self.points if point.name == "throughput/images_per_second"]
+        rates = [point.value for point in self.curves.named("throughput/images_per_second")]
         epochs, epoch_seconds = self.task.job.phase.epochs, self.task.rows / float(np.median(rates))
         every = epochs_a_measurement(epochs, epoch_seconds=epoch_seconds, seconds=seconds)
         times = len(measured_epochs(epochs, every))
@@ -569,7 +570,7 @@ class Loop:
         """Go back to the state that `train.select` chooses, the best that was kept; returns its step."""
         if (metric := self.task.job.select) is None:
             return self.position.steps
-        for name in best_checkpoints(self.points, metric):
+        for name in best_checkpoints(self.curves, metric):
             place = storage.join(self.task.output, "checkpoints", name)
             try:
                 chosen = checkpoints.load(place, job=self.task.name)
@@ -607,7 +608,7 @@ class Loop:
                     "precision": self.execution.precision,
                 },
             )
-        storage.write_parquet(storage.join(task.output, "metrics.parquet"), curves.to_table(self.points))
+        storage.write_parquet(storage.join(task.output, "metrics.parquet"), self.curves.table())
         return model_step
 
 

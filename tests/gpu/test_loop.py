@@ -124,7 +124,7 @@ def test_a_step_and_the_copy_of_its_state_never_wait_for_the_device(
     torch.cuda.set_sync_debug_mode("error")
     checkpoints.copied(state_of(loop.gan))
     torch.cuda.set_sync_debug_mode("default")
-    assert len([point for point in loop.points if point.name == "generator/l1"]) == 2
+    assert len(loop.curves.named("generator/l1")) == 2
 
 
 def test_resumed_moments_have_the_layout_of_their_weights(device: torch.device, tmp_path: Path) -> None:

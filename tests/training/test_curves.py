@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import pyarrow as pa
 import pytest
 import torch
 
+from stages.base import Point
 from stages.training import curves
 from stages.training.checkpoints import Position
 from stages.training.curves import DivergedError, Window
@@ -61,3 +65,20 @@ def test_the_balance_compares_the_two_networks() -> None:
     losses = {"discriminator/real": 0.1, "discriminator/fake": 0.3, "generator/gan": 0.4}
     assert curves.balance(losses) == {"health/discriminator_over_generator": pytest.approx(0.5)}
     assert curves.balance({"generator/l1": 1.0}) == {}
+
+
+def test_points_that_were_asked_for_are_not_converted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = list[int]()
+    to_table = curves.to_table
+
+    def counted(rows: Sequence[Point]) -> pa.Table:
+        sizes.append(len(rows))
+        return to_table(rows)
+
+    monkeypatch.setattr(curves, "to_table", counted)
+    first, second = (curves.points(Position(steps=step), 0, {"a": step, "b": 2.0}) for step in (1, 2))
+    points = curves.Curves(to_table(first))
+    points.add(second)
+    assert curves.from_table(points.table()) == [*first, *second]
+    assert points.named("a") == [first[0], second[0]]
+    assert sizes == [2]

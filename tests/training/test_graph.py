@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stages.models.gan import GanState, state_of
+from stages.training.curves import from_table
 from stages.training.graph import WARM_UP
 from stages.training.loop import Loop, Worker
 from stages.training.news import Channel, Mailbox, Note
@@ -72,8 +73,9 @@ def test_replayed_steps_are_those_that_run(tmp_path: Path, changes: dict[str, An
     got, _, record = trained(tmp_path / "graphed", graphed=True, **changes)
     assert record.recordings == 2  # with norms and without
     assert record.replays == 2 * got.task.job.phase.epochs - WARM_UP  # two full batches an epoch
-    assert [point[:5] for point in got.points if "/" in point.name and "throughput" not in point.name] == [
-        point[:5] for point in expected.points if "/" in point.name and "throughput" not in point.name
+    rows, others = ([point[:5] for point in from_table(loop.curves.table())] for loop in (got, expected))
+    assert [row for row in rows if "throughput" not in row[3]] == [
+        row for row in others if "throughput" not in row[3]
     ]
     for one, other in zip(tensors_of(state_of(got.gan)), tensors_of(state_of(expected.gan)), strict=True):
         assert torch.equal(one, other)
