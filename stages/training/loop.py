@@ -515,7 +515,7 @@ class Loop:
 
     def _verify(self) -> None:
         """Raises DivergedError, on all workers alike, if a weight is not finite: it is never checkpointed."""
-        if not all_finite(self.gan.generator) or not all_finite(self.gan.discriminator):
+        if not all(map(all_finite, (self.gan.generator, self.gan.discriminator, self.gan.encoder))):
             raise DivergedError(f"step {self.position.steps:,}: a weight is not finite")
 
     def _checkpoint(self) -> None:

@@ -284,14 +284,18 @@ def test_a_loss_that_is_not_a_number_stops_the_phase_and_keeps_the_last_good_che
     assert not (tmp_path / "model").exists()
 
 
-def test_a_broken_weight_is_never_checkpointed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("network", ["generator", "discriminator", "encoder"])
+def test_a_broken_weight_is_never_checkpointed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: str
+) -> None:
     """A gradient that overflows breaks the weights while that step's losses are still finite."""
     original = loop.update
 
     def overflow(gan: GanState, batch: Batch, **named: Any) -> dict[str, Tensor]:
         values = original(gan, batch, **named)
+        gan.encoder = nn.Linear(1, 1)
         with torch.no_grad():
-            next(gan.generator.parameters()).fill_(float("inf"))
+            next(getattr(gan, network).parameters()).fill_(float("inf"))
         return values
 
     monkeypatch.setattr(loop, "update", overflow)
