@@ -255,9 +255,7 @@ class PhaseJob(Recipe):
         """Whether the pairs that are in memory together change the result."""
         dropout = isinstance(self.model, Pix2Pix) and self.model.dropout != "none"
         draws = dropout or bool(self.losses.diff_augment)
-        # spectral norm iterates at each use of a weight
-        pairs_meet = self.has_batch_norm or draws or self.model.discriminator_spectral_norm
-        return self.phase.batch > 1 and pairs_meet
+        return self.phase.batch > 1 and (self.has_batch_norm or draws)
 
     @property
     def depends_on_workers(self) -> bool:

@@ -44,11 +44,6 @@ def generator_gan_loss(logits: Tensor, kind: GanKind) -> Tensor:
     return gan_loss(logits, kind, real=True)
 
 
-def discriminator_losses(features: Features, kind: GanKind, *, real: bool) -> list[Tensor]:
-    """One loss per scale; they are summed, and halved together with the other half (real + fake)."""
-    return [gan_loss(scale[-1], kind, real=real) for scale in features]
-
-
 def r1_penalty(logits: Tensor, images: Tensor) -> Tensor:
     """Half the mean squared norm of the gradient of a discriminator, at real images (Mescheder et al. 2018).
 

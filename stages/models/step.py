@@ -32,8 +32,8 @@ from stages.models.layers import advance_spectral_norms
 from stages.models.losses import (
     PERCEPTUAL_LAYERS,
     Features,
-    discriminator_losses,
     feature_matching_losses,
+    gan_loss,
     generator_gan_loss,
     mean_difference,
     perceptual_losses,
@@ -339,7 +339,7 @@ def _train_discriminator(
     if penalised:
         image = image.detach().requires_grad_()
     features = _discriminate(gan, pair, image)
-    scales = discriminator_losses(features, weights.gan, real=real)
+    scales = [gan_loss(scale[-1], weights.gan, real=real) for scale in features]
     total = torch.stack(scales).sum()
     losses = _by_scale("discriminator/real" if real else "discriminator/fake", scales)
     if penalised:

@@ -15,9 +15,9 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import lru_cache
-from typing import Self
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ def read_here(preparation: Preparation, units: Iterator[Unit]) -> Iterator[Store
         yield from preparation.pairs(unit, read_unit(preparation.folder, unit, columns))
 
 
-class Feed:
+class Feed(AbstractContextManager["Feed"]):
     """Batches of one training worker.
 
     scale      1, 2, 4 ...: images come at 1/scale of the resolution (`Preparation`)
@@ -121,10 +121,7 @@ class Feed:
             self._stream.close()
             self._stream = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # -- in the feed's threads -----------------------------------------------------

@@ -166,7 +166,7 @@ def save(folder: str, checkpoint: Checkpoint, *, keep: int) -> None:
 
     def write_tensors(path: Path) -> None:
         try:
-            save_file({name: tensor.contiguous() for name, tensor in _unshared(tensors).items()}, path)
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
         except SafetensorError as error:  # a full disk, for example: as any other file's writer says it
             raise OSError(str(error)) from error
 
@@ -238,17 +238,6 @@ def new_folder(uri: str, *, last: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="pixloom-") as temporary:
         yield Path(temporary)
         upload_folder(Path(temporary), uri, last=last)
-
-
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors with memory of their own, which safetensors asks for."""
-    seen: set[int] = set()
-    own: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        address = tensor.untyped_storage().data_ptr()
-        own[name] = tensor.clone() if address in seen else tensor
-        seen.add(address)
-    return own
 
 
 # -- writing while training continues -------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -19,6 +19,7 @@ from torch import Tensor
 from stages.base import Point
 from stages.models.copies import to_host
 from stages.training.checkpoints import Position
+from stages.training.gradients import Messages
 
 SCHEMA = pa.schema(
     [
@@ -40,13 +41,9 @@ class DivergedError(Exception):
 class Window:
     """The losses of the steps since the last point, on the device."""
 
-    device: torch.device
-    total: Callable[[Tensor], Tensor] = lambda tensor: tensor
-    """Sums a tensor over all workers."""
-    workers: int = 1
-    agree: Callable[[Sequence[str]], Sequence[str]] = lambda names: names
-    """Rank 0's names: a worker without rows has no losses of its own to name."""
+    messages: Messages
     names: Sequence[str] | None = None
+    """Rank 0's: a worker without rows has no losses of its own to name."""
     steps: list[int] = field(default_factory=list)
     _losses: list[Mapping[str, Tensor]] = field(default_factory=list)
     _shares: list[float] = field(default_factory=list)
@@ -63,17 +60,15 @@ class Window:
         norms   further scalars, which are the same on every worker
         """
         norms = norms or {}
-        if not self.steps:
-            return ClosedWindow([], [], [], torch.empty(0), rate)
         if self.names is None:
-            self.names = list(self.agree(list(self._losses[0])))
-        zero = torch.zeros((), device=self.device)
+            self.names = self.messages.broadcast(list(self._losses[0]))
+        zero = torch.zeros((), device=self.messages.device)
         rows = [
             torch.stack([losses.get(name, zero).float() for name in self.names]) * share
             for losses, share in zip(self._losses, self._shares, strict=True)
         ]
         table = torch.stack(rows)  # (steps, names)
-        table = self.total(table) / self.workers
+        table = self.messages.total(table) / self.messages.workers
         numbers = torch.cat([table.flatten(), *(norm.float().reshape(1) for norm in norms.values())])
         numbers, arrived = to_host(numbers)
         steps, self.steps, self._losses, self._shares = self.steps, [], [], []
@@ -94,12 +89,10 @@ class ClosedWindow:
     """None: the numbers are there."""
 
     def means(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Mean of each loss over the window, {} if it is empty; the further scalars. Waits for the device.
+        """Mean of each loss over the window; the further scalars. Waits for the device.
 
         Raises DivergedError, on all workers alike, naming the first step whose losses are not finite.
         """
-        if not self.steps:
-            return {}, {}
         if self.arrived is not None:
             self.arrived.synchronize()
         count = len(self.steps) * len(self.losses)

@@ -334,7 +334,7 @@ class Loop:
             group=new_group(worker.device, timeout_s) if worker.world > 1 else None,
         )
         self.update = self._update if record is None else self._graphed(record)
-        self.window = Window(worker.device, self.messages.total, worker.world, self.messages.broadcast)
+        self.window = Window(self.messages)
         self.orders = OrderPoll(worker, self.messages, channel, preempted, _polled_step=self.position.steps)
         self.throughput = Throughput(self.position.images)
 

@@ -12,35 +12,42 @@ from stages.base import Point
 from stages.training import curves
 from stages.training.checkpoints import Position
 from stages.training.curves import DivergedError, Window
+from stages.training.gradients import Messages
+
+ALONE = Messages(1, torch.device("cpu"), 60)
 
 
 def test_a_point_is_the_mean_over_its_window() -> None:
-    window = Window(torch.device("cpu"))
+    window = Window(ALONE)
     for step, value in enumerate((1.0, 2.0, 6.0)):
         window.add(step, {"generator/gan": torch.tensor(value)}, 1.0)
     assert window.close(rate=0.1, norms={"norm": torch.tensor(0.5)}).means() == (
         {"generator/gan": 3.0},
         {"norm": 0.5},
     )
-    assert window.close(rate=0.1).means() == ({}, {})
 
 
-def test_workers_count_by_their_rows() -> None:
+def test_workers_count_by_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two workers with 3 and 1 rows: shares 1.5 and 0.5, so the mean is over rows."""
-    window = Window(torch.device("cpu"), total=lambda table: table + 0.5 * 10.0, workers=2)
+    messages = Messages(1, torch.device("cpu"), 60)
+    messages.workers = 2
+    monkeypatch.setattr(messages, "total", lambda table: table + 0.5 * 10.0)
+    window = Window(messages)
     window.add(0, {"loss": torch.tensor(2.0)}, 1.5)
     assert window.close(rate=0.1).means()[0] == {"loss": (3 * 2.0 + 1 * 10.0) / 4}
 
 
-def test_a_worker_without_rows_uses_the_names_of_the_first() -> None:
-    window = Window(torch.device("cpu"), agree=lambda _: ["a", "b"])
+def test_a_worker_without_rows_uses_the_names_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    messages = Messages(1, torch.device("cpu"), 60)
+    monkeypatch.setattr(messages, "broadcast", lambda _: ["a", "b"])
+    window = Window(messages)
     window.add(0, {}, 0.0)
     assert window.close(rate=0.1).means()[0] == {"a": 0.0, "b": 0.0}
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_names_its_step_losses_and_rate(bad: float) -> None:
-    window = Window(torch.device("cpu"))
+    window = Window(ALONE)
     window.add(41, {"generator/gan": torch.tensor(1.0)}, 1.0)
     window.add(42, {"generator/gan": torch.tensor(bad)}, 1.0)
     window.add(43, {"generator/gan": torch.tensor(bad)}, 1.0)
