@@ -217,12 +217,11 @@ class Messages:
         if self.workers > 1:
             self._meetings += 1
             store, name, until = _get_default_store(), f"meeting-{self._meetings}", time.monotonic() + STORE_S
-            count = store.add(name, 1)
-            while count < self.workers:
+            store.add(name, 1)
+            while (missing := dist.get_world_size() - store.add(name, 0)) > 0:
                 if time.monotonic() > until:
-                    raise RuntimeError(f"{self.workers - count} workers did not come in {STORE_S:.0f} s")
+                    raise RuntimeError(f"{missing} workers did not come in {STORE_S:.0f} s")
                 time.sleep(0.1)
-                count = store.add(name, 0)
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum over all workers, as a new tensor."""
