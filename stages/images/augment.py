@@ -17,7 +17,6 @@ from stages.images.kinds import Array
 
 Size = tuple[int, int]
 
-
 NONE = AugmentConfig(mirror=False)
 """Neither crop nor mirror."""
 

@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -45,7 +45,7 @@ def results(futures: Iterable[Future[Value]], *, ahead: int) -> Iterator[Value]:
             future.cancel()
 
 
-class Prefetch(Generic[Value]):
+class Prefetch(Iterator[Value]):
     """Iterates over the values of one or more iterators, each run by its own thread, `depth` values ahead.
 
     sources   functions that return an iterator; called in the thread
@@ -67,9 +67,6 @@ class Prefetch(Generic[Value]):
         ]
         for thread in self._threads:
             thread.start()
-
-    def __iter__(self) -> Iterator[Value]:
-        return self
 
     def __next__(self) -> Value:
         while self._error is None and self._running:

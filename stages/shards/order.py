@@ -182,12 +182,10 @@ def _units(group: Ints, row: Ints, step: Ints, reach: int) -> tuple[tuple[ReadUn
     place = np.empty(len(group), np.int64)
     place[ordered] = np.arange(len(group))
     # Units in order of their first need: of the index of each one's first row.
-    need = np.minimum.reduceat(ordered, begins)
+    by_need = np.argsort(np.minimum.reduceat(ordered, begins))
     rank = np.empty(len(begins), np.int64)
-    rank[np.argsort(need)] = np.arange(len(begins))
+    rank[by_need] = np.arange(len(begins))
     chunks = np.split(row[ordered], begins[1:])
     at = np.concatenate([np.argsort(np.argsort(chunk)) for chunk in chunks])
-    units: list[ReadUnit | None] = [None] * len(begins)
-    for index, chunk in enumerate(chunks):
-        units[rank[index]] = ReadUnit(int(g[begins[index]]), np.sort(chunk))
-    return tuple(u for u in units if u is not None), rank[number][place], at[place]
+    units = tuple(ReadUnit(int(g[begins[index]]), np.sort(chunks[index])) for index in by_need)
+    return units, rank[number][place], at[place]

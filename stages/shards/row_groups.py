@@ -47,9 +47,6 @@ class _Window(io.RawIOBase):
         self.position = offset + (0, self.position, self.size)[whence]
         return self.position
 
-    def tell(self) -> int:
-        return self.position
-
     def readinto(self, out: Any) -> int:
         begin = self.position - self.start
         if not 0 <= begin <= len(self.data):

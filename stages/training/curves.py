@@ -113,9 +113,8 @@ class ClosedWindow:
 class Curves:
     """All points of a phase so far, as a table: a list of ten million takes half a minute to convert."""
 
-    def __init__(self, table: pa.Table | None = None) -> None:
-        self._table = SCHEMA.empty_table() if table is None else table
-        self._fresh: list[Point] = []
+    def __init__(self, table: pa.Table) -> None:
+        self._table, self._fresh = table, list[Point]()
 
     def add(self, rows: Sequence[Point]) -> None:
         """Add points."""

@@ -130,7 +130,9 @@ class Exchange:
     def __iter__(self) -> Iterator[list[nn.Parameter]]:
         """After the backward pass: send the rest, wait bucket by bucket; yields the averaged parameters."""
         self._send_all()
-        return self._averaged()
+        for bucket in self.buckets:
+            bucket.receive()
+            yield bucket.parameters
 
     def _complete(self, parameter: Tensor) -> None:
         """Note that a gradient is complete; send the buckets that are next and complete."""
@@ -145,11 +147,6 @@ class Exchange:
         for bucket in self.buckets[self._sent :]:
             bucket.send()
         self._sent, self._sending = len(self.buckets), False
-
-    def _averaged(self) -> Iterator[list[nn.Parameter]]:
-        for bucket in self.buckets:
-            bucket.receive()
-            yield bucket.parameters
 
 
 class Bucket:

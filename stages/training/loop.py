@@ -297,7 +297,7 @@ class Loop:
         timeout_s = task.resources.collective_timeout_s
         self.messages = Messages(worker.world, worker.device, timeout_s)
         self._has_rows = True  # whether this worker's pairs count in synchronised norms
-        self.position, self.curves = Position(), Curves()
+        self.position, self.curves = Position(), Curves(curves.SCHEMA.empty_table())
         self.losses: dict[str, float] = {}
         self.stopped: Stop | None = None
         folder = storage.join(task.output, "checkpoints")
@@ -560,9 +560,8 @@ class Loop:
         times = len(measured_epochs(epochs, every))
         self._note(
             f"train.select: {self.task.job.select} takes {seconds:.1f} s, an epoch {epoch_seconds:.1f} s; "
-            f"measured after every {every} epochs, {times} times in all, for at most "
-            f"{100 * SELECTING_SHARE:.0f} % of the time; it is "
-            f"{100 * times * seconds / epochs / epoch_seconds:.1f} %"
+            f"measured after every {every} epochs, {times} times in all, "
+            f"{100 * times * seconds / epochs / epoch_seconds:.1f} % of the time"
         )
         return every
 
@@ -590,7 +589,7 @@ class Loop:
         self.writer.finish()
         model_step = self._select()
         task, gan = self.task, self.gan
-        styles = styles_in(self.timed(batches), gan, self.worker.device)
+        styles = styles_in(self.timed(batches), gan)
         with checkpoints.new_folder(storage.join(task.output, "model"), last=MANIFEST) as folder:
             save_model(
                 folder,
@@ -660,9 +659,8 @@ def build(
     )
 
 
-def styles_in(batches: Iterator[Batch], gan: GanState, device: torch.device) -> Styles | None:
+def styles_in(batches: Iterator[Batch], gan: GanState) -> Styles | None:
     """Clusters of what a trained feature encoder sees; None without an encoder or without classes."""
     if not isinstance(gan.encoder, FeatureEncoder) or gan.inputs.classes is None:
         return None
-    placed = (batch.to(device, non_blocking=True) for batch in batches)
-    return collect_styles(gan.encoder, placed, num_classes=gan.inputs.classes)
+    return collect_styles(gan.encoder, batches, num_classes=gan.inputs.classes)
