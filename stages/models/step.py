@@ -343,7 +343,8 @@ def _train_discriminator(
     total = torch.stack(scales).sum()
     losses = _by_scale("discriminator/real" if real else "discriminator/fake", scales)
     if penalised:
-        penalties = torch.stack([r1_penalty(scale[-1], image) for scale in features])
+        # a blank pair of a worker without rows is no part of others' gradients through shared statistics
+        penalties = torch.stack([r1_penalty(scale[-1] * (pair.share > 0), image) for scale in features])
         losses["discriminator/r1"] = weights.r1 * penalties.sum()
         total = total + losses["discriminator/r1"]
     trained = _trained(gan.discriminator)

@@ -261,4 +261,4 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         messages: Messages = ctx.messages
-        return messages.total(gradient.contiguous()), None
+        return messages.total_with_gradient(gradient.contiguous()), None  # R1 needs the gradient's gradient

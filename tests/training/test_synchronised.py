@@ -116,6 +116,18 @@ def test_a_message_that_a_worker_does_not_send_has_the_limit_of_a_step(tmp_path:
     assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_two_workers_penalise_the_discriminator_as_one_does(tmp_path: Path) -> None:
+    """The penalty is the norm of a gradient; its own gradient goes through both workers' statistics."""
+    make_shards(tmp_path / "shards", {"train": [6, 4]})
+    shards, changes = str(tmp_path / "shards"), {"synchronised_norms": True, "losses": {"r1": 100.0}}
+    alone = undisturbed(job(**changes), shards, tmp_path / "one")
+    together = undisturbed(job(**changes), shards, tmp_path / "two", workers=2)
+    for step in range(1, 7):
+        for name in ("discriminator/r1", "gradient_norm/discriminator"):
+            assert together[step, name] == pytest.approx(alone[step, name], rel=2e-3), (step, name)
+
+
 def test_turns_and_synchronised_norms_exclude_one_another() -> None:
     with pytest.raises(ValueError, match=r"micro_batch: .*train\.synchronised_norms"):
         config(synchronised_norms=True).check_resources(Resources(micro_batch=1))
