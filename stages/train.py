@@ -174,13 +174,12 @@ def run(
     if ending.stopped:
         images = f"{ending.position.images:,} images"
         raise StageError(f"{label}: {ending.stopped} at {images}; run the same command again to resume")
-    notes = ending.notes
-    track.params({"precision": notes["precision"]})
+    track.params({"precision": ending.notes["precision"]})
     track.model(label, folder=output, step=ending.model_step)
     return Outcome(
         counts={"images": ending.position.images, "steps": ending.position.steps},
         metrics={name: value for name, value in ending.losses.items() if name.count("/") == 1},
-        notes=notes,
+        notes=ending.notes,
     )
 
 

@@ -44,8 +44,7 @@ def advice(job: PhaseJob) -> str:
 
 def out_of_memory(error: BaseException, job: PhaseJob) -> str:
     """What to change if an error says that memory did not suffice; else ""."""
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    if not isinstance(error, kinds) and not OUT_OF_MEMORY.search(str(error)):
+    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not OUT_OF_MEMORY.search(str(error)):
         return ""
     return f"out of memory ({one_line(error, limit=160)}); {advice(job)}"
 
