@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import _get_default_store
 
 Weight = TypeVar("Weight", bound=Tensor)
 
@@ -211,9 +210,10 @@ class Messages:
         Not a collective, which would fail after the time limit of a step: each worker counts itself. The loss
         of a worker ends the wait, as Ray Train then ends the others.
         """
-        if self.workers > 1:
+        if dist.group.WORLD is not None and self.workers > 1:
             self._meetings += 1
-            store, name, until = _get_default_store(), f"meeting-{self._meetings}", time.monotonic() + STORE_S
+            store, until = dist.group.WORLD.get_group_store(), time.monotonic() + STORE_S
+            name = f"meeting-{self._meetings}"
             store.add(name, 1)
             while (missing := dist.get_world_size() - store.add(name, 0)) > 0:
                 if time.monotonic() > until:
