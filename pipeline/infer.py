@@ -63,8 +63,7 @@ def parser() -> argparse.ArgumentParser:
 
 def settings(options: argparse.Namespace) -> Settings:
     """The options as settings. Raises UserError naming the one that is wrong."""
-    values: dict[str, Any] = {"infer": {"input": options.input, "model": options.model}}
-    values["infer"]["overwrite"] = options.overwrite
+    values: dict[str, Any] = {"infer": {n: getattr(options, n) for n in ("input", "model", "overwrite")}}
     sections = ("resources.", "storage.", "tracking.", "infer.")
     override(values, [text if text.startswith(sections) else f"infer.{text}" for text in options.set])
     refuse_renamed(values, "--set")

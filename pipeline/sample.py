@@ -13,7 +13,6 @@ a little light, so that a model can learn the mapping and be evaluated on scenes
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -197,14 +196,11 @@ class _Canvas:
 
 
 def write(folder: str, *, pairs: int, width: int, height: int, seed: int) -> None:
-    """Write `pairs` scenes to a local folder or any fsspec location, except those that exist.
-
-    Raises UserError if these were drawn with another seed or size.
-    """
-    existing = sorted(storage.list_names(storage.join(folder, "instance")))
-    for name in fnmatch.filter(existing, "scene_?????.png")[:1]:
-        there = decode.decode_image(storage.read_bytes(storage.join(folder, "instance", name)), "instances")
-        if not np.array_equal(there[..., 0], draw(seed, int(name[6:11]), width, height).instance):
+    """Write `pairs` scenes to any location, except those that exist. Raises UserError if these are others."""
+    existing, first = set(storage.list_names(storage.join(folder, "instance"))), "scene_00000.png"
+    if first in existing:
+        there = decode.decode_image(storage.read_bytes(storage.join(folder, "instance", first)), "instances")
+        if not np.array_equal(there[..., 0], draw(seed, 0, width, height).instance):
             raise UserError(f"{folder}: holds scenes of another --seed or --size; name another folder")
 
     def one(number: int) -> None:

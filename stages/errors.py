@@ -14,9 +14,8 @@ from contextlib import contextmanager
 from pydantic import ValidationError
 
 SECRET = re.compile(
-    r"(?<=://)(?:[^/\s]*|[^/:@\s]*:(?!\d+/|:)[^@\s]*)@"
+    r"(?i)(?<=://)(?:[^/\s]*|[^/:@\s]*:(?!\d+/|:)[^@\s]*)@"
     r"|([?&][\w-]*(?:password|sig|signature|token)=)[^&\s]*",
-    re.IGNORECASE,
 )
 """User and password of a URI, also a password with a slash; a password or signature in its query."""
 
@@ -78,10 +77,7 @@ def cause(error: BaseException) -> str:
 
 
 def innermost(error: BaseException) -> BaseException:
-    """What an error was raised from, followed to its end. Ray keeps what a task raised in `cause`.
-
-    Ray Data raises what ends a worker from an error without a text, which says nothing.
-    """
+    """What an error was raised from, to the last that has a text. Ray keeps what a task raised in `cause`."""
     while (inner := getattr(error, "cause", None) or error.__cause__) not in (None, error) and str(inner):
         error = inner
     return error

@@ -436,10 +436,9 @@ def facts(summary: Mapping[str, Any]) -> list[str]:
             f"Sharpness (mean gradient): {summary['sharpness']:.3g}, the targets have "
             f"{summary['target_sharpness']:.3g}: the generated pictures are {share:.0%} as sharp."
         )
-    for name, scores in summary.get("segmentation", {}).items():
-        if name == "target":
-            values = ", ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in scores.items())
-            sentences.append(f"The segmenter on the targets themselves: {values}.")
+    if scores := summary.get("segmentation", {}).get("target"):
+        values = ", ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in scores.items())
+        sentences.append(f"The segmenter on the targets themselves: {values}.")
     return sentences
 
 

@@ -52,9 +52,7 @@ class EarlyStop(Config):
 class SweepConfig(Config):
     """Which trials a sweep has, and which of them is the best."""
 
-    recipe: Annotated[
-        str, Field(description="The config to vary: relative to this file, or a recipe's name.")
-    ]
+    recipe: Annotated[str, Field(description="The config to vary: a path from this file, or a recipe.")]
     profile: Annotated[str | None, Field(description="The recipe's profile. null: its own choice.")] = None
     settings: Annotated[
         dict[str, dict[str, JsonValue]],

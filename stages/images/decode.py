@@ -40,11 +40,9 @@ class Decoded:
     missing: int = 0
 
 
-def decode_image(
-    data: bytes, how: Kind | Picture, *, max_pixels: int = MAX_PIXELS, min_side: int = 1
-) -> Array:
+def decode_image(data: bytes, how: Kind | Picture, *, max_pixels: int = MAX_PIXELS) -> Array:
     """The array of `decode_counted`."""
-    return decode_counted(data, how, max_pixels=max_pixels, min_side=min_side).array
+    return decode_counted(data, how, max_pixels=max_pixels).array
 
 
 def decode_counted(

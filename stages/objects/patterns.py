@@ -3,14 +3,8 @@
 in:  paths below a location                     "aachen/aachen_000001_leftImg8bit.png"
 out: per path, null where it does not match     {key, split, group, x, y}
 
-A pattern is the path with its variable parts named (`{split}/{group}/{key}_leftImg8bit.png`):
-
-    {key}            anything, "/" included      {x} {y}   a number: the position of a map tile, a frame
-    {split} {group}  one segment                 *  **     anything within a segment; across segments
-
-A pair's key is everything captured, joined by "/" in the order split, group, key, x, y, so that locations
-whose names differ in their fixed parts or in their order meet under one key. Matching runs in Arrow's RE2:
-vectorised, and linear in the length of a path whatever the pattern, so that no name can stall it.
+`stages.config.locations` says what a pattern is. Matching runs in Arrow's RE2: vectorised, and linear in the
+length of a path whatever the pattern, so that no name can stall it.
 """
 
 from __future__ import annotations

@@ -173,11 +173,8 @@ def data_uri(image: np.ndarray, *, max_side: int, max_bytes: int) -> str:
     picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).convert("RGB")
     side = min(max_side, max(picture.size))
     while True:
-        scale = side / max(picture.size)
-        sized = picture
-        if scale < 1:
-            size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-            sized = picture.resize(size, Image.Resampling.LANCZOS)
+        sized = picture.copy()
+        sized.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=None)
         for quality in (86, 74, 60):
             file = io.BytesIO()
             sized.save(file, "WEBP", quality=quality, method=4)

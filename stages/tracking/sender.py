@@ -257,9 +257,8 @@ class Sender:
                     run.data.tags[KEY_TAG], killed, curve_rows(phase and storage.join(self.workspace, phase))
                 )
         for uri in documents(self.workspace):
-            document = storage.find_json(uri)
-            if document is None:  # its process has sent all of it meanwhile
-                continue
+            if (document := storage.find_json(uri)) is None:
+                continue  # its process has sent all of it meanwhile
             process, gone = document["process"], is_gone(document["process"])
             if not gone and process != this_process() and process.split()[0] == socket.gethostname():
                 continue  # it sends them itself

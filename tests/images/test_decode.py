@@ -33,7 +33,7 @@ def file_of(image: Image.Image | np.ndarray, format: str = "PNG", **options: Any
 
 def reason(data: bytes, kind: Kind | Picture = "rgb", **options: Any) -> str:
     with pytest.raises(ImageRejected) as caught:
-        decode.decode_image(data, kind, **options)
+        decode.decode_counted(data, kind, **options)
     return caught.value.reason
 
 

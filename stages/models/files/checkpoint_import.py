@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -61,17 +61,20 @@ def import_checkpoint(
     encoder = None if encoder is None else _tidy(encoder)
     notes: list[str] = []
     architecture: Pix2Pix | Pix2PixHD
-    if any(name.startswith("model.model.") for name in generator):
-        if encoder is not None:
-            raise ValueError("a pix2pix generator has no feature encoder")
-        architecture, channels, target = _pix2pix(generator, discriminator, notes)
-    elif "model.1.weight" in generator:
-        architecture, channels, target = _pix2pixhd(generator, discriminator, encoder, notes)
-    else:
-        raise ValueError(
-            "neither a pix2pix U-Net (model.model.*) nor a pix2pixHD generator (model.1.weight ...): "
-            f"the first tensor is {min(generator, default='none')[:80]}"
-        )
+    try:
+        if any(name.startswith("model.model.") for name in generator):
+            if encoder is not None:
+                raise ValueError("a pix2pix generator has no feature encoder")
+            architecture, channels, target = _pix2pix(generator, discriminator, notes)
+        elif "model.1.weight" in generator:
+            architecture, channels, target = _pix2pixhd(generator, discriminator, encoder, notes)
+        else:
+            raise ValueError(
+                "neither a pix2pix U-Net (model.model.*) nor a pix2pixHD generator (model.1.weight ...): "
+                f"the first tensor is {min(generator, default='none')[:80]}"
+            )
+    except ValidationError as error:
+        raise ValueError(f"the tensors give {first_invalid(error)}") from error
     if isinstance(architecture, Pix2PixHD) and architecture.feature_encoder:
         channels -= architecture.feature_channels
         if instances is False:
@@ -131,7 +134,7 @@ def _pix2pix(generator: State, discriminator: State | None, notes: list[str]) ->
             "discriminator_layers": 0 if pixel else _count(discriminator, MODEL_WEIGHT, dims=4) - 2,
             "conditional": d_channels != target,
         }
-    return _validated(Pix2Pix, values), channels, target
+    return Pix2Pix.model_validate(values), channels, target
 
 
 def _pix2pixhd(
@@ -195,17 +198,7 @@ def _pix2pixhd(
             "discriminator_width": d_width,
             "conditional": d_channels != target,
         }
-    return _validated(Pix2PixHD, values), channels, target
-
-
-Choice = TypeVar("Choice", Pix2Pix, Pix2PixHD)
-
-
-def _validated(kind: type[Choice], values: dict[str, Any]) -> Choice:
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise ValueError(f"the tensors give {first_invalid(error)}") from error
+    return Pix2PixHD.model_validate(values), channels, target
 
 
 def _inputs(

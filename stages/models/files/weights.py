@@ -16,8 +16,6 @@ from torch import Tensor
 
 from stages.errors import one_line
 
-NOT_ONLY_TENSORS = "holds more than tensors (a pickled object), which could run code: refused"
-
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The named tensors of a `.safetensors` file or a `torch.save`d state dict (today's or legacy format).
@@ -59,7 +57,9 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # the unpickler meets arbitrary bytes and raises arbitrary errors
         text = str(error)
         if "Weights only load failed" in text or "weights_only" in text:
-            raise ValueError(f"{path}: {NOT_ONLY_TENSORS}") from error
+            raise ValueError(
+                f"{path}: holds more than tensors (a pickled object), which could run code: refused"
+            ) from error
         raise ValueError(f"{path}: not a readable torch checkpoint ({one_line(error, limit=160)})") from error
     if isinstance(value, Mapping) and isinstance(value.get("state_dict"), Mapping):
         value = value["state_dict"]
