@@ -110,7 +110,7 @@ def exit_code(
         logger.error("%s", printable(str(error)), exc_info=error.__cause__)
         sys.stderr.write(f"{printable(str(error))}\n")
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Ray, while it starts, exits on SIGTERM
         sys.stderr.write(f"stopped; {stopped}\n")
         return 130
     return 0
@@ -131,7 +131,7 @@ def planning() -> Iterator[None]:
 
 
 def stop_on_sigterm() -> None:
-    """Handle the first SIGTERM (`ray job stop`, schedulers) like Ctrl-C. Call it again after `ray.init`.
+    """Handle the first SIGTERM (`ray job stop`, schedulers) like Ctrl-C.
 
     Later ones are ignored: they would interrupt what is being put in order.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -15,6 +16,7 @@ import psutil
 import ray
 from ray.exceptions import AuthenticationError
 
+from pipeline import cli
 from pipeline.config import PipelineConfig
 from stages import storage
 from stages.base import Resources
@@ -76,12 +78,13 @@ def cluster(
         others = set(psutil.Process().children())
         # Logical CPUs: training and the tasks that read for it must fit, also on a small machine.
         session = _start(others, max(4, own_cores() + resources.train_workers), runtime_env)
+    cli.stop_on_sigterm()  # Ray has set a handler of its own
     set_up_data()
     try:
         yield
     finally:
         if joined:
-            ray.shutdown()
+            _shut_down()
         else:
             _end(others)
             shutil.rmtree(session, ignore_errors=True)
@@ -109,6 +112,9 @@ def _start(
             raise StageError(reason) from error
         logger.warning("%s; trying once more", reason)
         return _start(others, cpus, runtime_env, again=False)
+    except BaseException:  # Ctrl-C, or SIGTERM by Ray's own handler
+        _end(others)
+        raise
     return str(context.address_info["session_dir"])
 
 
@@ -120,10 +126,18 @@ def _end(others: set[psutil.Process]) -> None:
     others   children of this process that are not Ray's
     """
     own = {child for one in set(psutil.Process().children()) - others for child in _family(one)}
+    try:
+        _shut_down()
+    finally:
+        for process in psutil.wait_procs(own, timeout=EXIT_S)[1]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def _shut_down() -> None:
+    """End Ray in this process. Its C++ resets SIGTERM without Python's knowledge."""
     ray.shutdown()
-    for process in psutil.wait_procs(own, timeout=EXIT_S)[1]:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 def _family(process: psutil.Process) -> list[psutil.Process]:

@@ -16,7 +16,7 @@ import ray
 import yaml
 
 from pipeline import cost
-from pipeline.cli import planning, stop_on_sigterm
+from pipeline.cli import planning
 from pipeline.cluster import check_folders, cluster, result_folders
 from pipeline.config import PipelineConfig
 from pipeline.dag import RunView, needed, registration, steps
@@ -65,7 +65,6 @@ def run(
         storage.check_reachable({"workspace": config.workspace} | config.inputs())
     # A cluster that is there also looks whether the data changed. One of our own is not started for that.
     with run_cluster(config) if "RAY_ADDRESS" in os.environ else nullcontext():
-        stop_on_sigterm()
         with planning():
             planned = plan(needed(pipeline, only) if only else pipeline, config.workspace)
         chosen = select(planned, only=None if plan_only else only, until=until)
@@ -102,7 +101,6 @@ def do_planned(
         with run_cluster(config) if busy and not ray.is_initialized() else nullcontext():
             if busy:
                 parent.tags({"pixloom.hosts": hosts()})
-            stop_on_sigterm()
             markers = run_steps(work)
         log_results(config, planned, markers, parent)
         markers |= run_steps([p for p in chosen if p.step.stage == "register"])

@@ -144,7 +144,6 @@ def run(options: argparse.Namespace, *, command: str) -> None:
         try:
             if to_do:
                 with cluster(config.resources, config.storage, result_folders(config)):
-                    cli.stop_on_sigterm()
                     view = run_view(config, plans[0], command)
                     execute(shared(plans), config.resources, parent=parent, view=view)
                     failed = run_with_tune(sweep, trials, runs, digests, to_do, options.concurrent, command)

@@ -58,6 +58,10 @@ def test_sigterm_ends_like_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "stopped; nothing was written\n"
 
 
+def test_the_exit_that_ray_makes_of_sigterm_while_it_starts_is_no_other_end() -> None:
+    assert raising(SystemExit(15)) == 130
+
+
 def test_a_second_sigterm_does_not_interrupt_what_the_first_began(capsys: pytest.CaptureFixture[str]) -> None:
     order = []
 

@@ -128,6 +128,40 @@ def test_a_ray_that_does_not_start_is_tried_again_and_then_named(tmp_path: Path)
     assert process.stderr.splitlines()[-1].startswith(reason)
 
 
+STOPPED = """
+import os, signal, sys
+from pipeline import cli
+from pipeline.cluster import cluster
+from stages.base import Resources
+
+def work():
+    try:
+        with cluster(Resources(), {}, {}):
+            if sys.argv[1] == "inside":
+                os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("in order")
+
+sys.exit(cli.exit_code(work))
+"""
+
+
+@pytest.mark.parametrize(("place", "said"), [("inside", "in order\n"), ("after", "")])
+def test_sigterm_stops_a_command_inside_a_cluster_and_after_it(place: str, said: str) -> None:
+    process = subprocess.run(
+        [sys.executable, "-c", STOPPED, place],
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+        cwd=Path(YAML).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert (process.returncode, process.stdout) == (130, said), process.stderr
+    assert process.stderr.startswith("stopped; ")
+
+
 JOINS = """
 import ray
 from pipeline.cluster import cluster
