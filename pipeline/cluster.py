@@ -51,7 +51,6 @@ UNWATCHED = {
 """Settings for a cluster we start ourselves. Ray's own monitoring cost 3 % of training time on two cores
 (benchmarks/README.md), and without a dashboard nobody would see it."""
 
-
 EXIT_S = 5.0  # that Ray's processes have to end by themselves
 
 
@@ -105,16 +104,15 @@ def _start(
             log_to_driver=False,
             logging_level=logging.ERROR,  # a warning at every start would say that tokens are on
         )
-    except Exception as error:  # Ray has no type of its own for it
+    except BaseException as error:  # Ray has no type of its own for it; Ctrl-C, SIGTERM
         _end(others)
+        if not isinstance(error, Exception):
+            raise
         reason = f"Ray did not start on this machine: {one_line(error, kind=True)}"
         if not again:
             raise StageError(reason) from error
         logger.warning("%s; trying once more", reason)
         return _start(others, cpus, runtime_env, again=False)
-    except BaseException:  # Ctrl-C, or SIGTERM by Ray's own handler
-        _end(others)
-        raise
     return str(context.address_info["session_dir"])
 
 

@@ -44,7 +44,7 @@ Models in and out. `import` makes a model folder of a published checkpoint, as i
 here; `export` writes a model folder's generator for other runtimes. Every location is a path or a URI
 (s3://bucket/key ...). Nothing is ever unpickled but tensors; a file with anything else is refused."""
 
-EXAMPLES = """\
+EXAMPLES = f"""\
 examples:
   python -m pipeline.convert import --generator latest_net_G.pth --output models/street
   python -m pipeline.convert import --generator latest_net_G.pth --discriminator latest_net_D.pth \\
@@ -53,11 +53,7 @@ examples:
       --size 1024x512 --output street.onnx
   python -m pipeline.run --only infer --set infer.model=models/street --set infer.input=s3://maps
 
-exit codes:
-  0  done, and checked
-  1  the export gives another picture than the model, or torch cannot convert it; nothing is written
-  2  an option or a file must be fixed: one line names it
-"""
+{cli.EXIT_CODES}"""
 
 IMPORT_HELP = """\
 Read the state dicts of NVIDIA/pix2pixHD or junyanz/pytorch-CycleGAN-and-pix2pix (.pth, today's or the

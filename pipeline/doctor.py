@@ -43,10 +43,7 @@ examples:
 
 SKEW_S = 60.0  # S3 refuses requests whose clock is 15 minutes off
 FREE_GB = 2.0  # of a machine's temporary folder, where Ray spills and files are unpacked
-
 BATCHES = 20  # of a location, among which an object must match its pattern
-
-Say = Callable[[], str]
 
 
 class Report:
@@ -55,7 +52,7 @@ class Report:
     def __init__(self) -> None:
         self.checks = self.failed = 0
 
-    def check(self, name: str, work: Say) -> bool:
+    def check(self, name: str, work: Callable[[], str]) -> bool:
         """Print what a check returned, or why it failed."""
         self.checks += 1
         try:

@@ -216,8 +216,8 @@ def _opened(config: TrackingConfig, workspace: str) -> Iterator[tuple[str, str]]
 
 def _open_experiment(uri: str, file: Path | None, name: str) -> str:
     client = sender.connect(uri)
-    below = name.replace("/", "~").lstrip(".")  # a name may be that of a folder elsewhere
-    folder = file and file.parent / ARTIFACTS / below  # where artifacts go; a server decides that itself
+    # where artifacts go, whatever the name is; a server decides that itself
+    folder = file and file.parent / ARTIFACTS / name.replace("/", "~").lstrip(".")
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         return str(client.create_experiment(name, artifact_location=folder and folder.as_uri()))

@@ -221,10 +221,9 @@ def _inputs(
         if hd:
             what = "the last input channel is instance edges" if instances else "no channel of instance edges"
             notes.append(f"assumed that {what} (--instances, --no-instances)")
-    edges = instances and hd
-    rest = channels - 1 if edges else channels
+    rest = channels - 1 if instances else channels
     if rest < 1 or (classes is not None and classes != rest):
-        meaning = (source if classes is None else f"{classes} classes") + (" and edges" if edges else "")
+        meaning = (source if classes is None else f"{classes} classes") + (" and edges" if instances else "")
         raise ValueError(f"{channels} input channels cannot be {meaning}")
     if source == "labels":
         return InputSpec(source="labels", classes=rest, instances=instances, target_channels=target)

@@ -110,10 +110,7 @@ def unet_names(*, levels: int) -> dict[str, str]:
 
 
 def layer_names(network: nn.Module, *, intermediate_features: bool = True) -> dict[str, str]:
-    """The table for one of our networks. Raises TypeError for anything else.
-
-    intermediate_features   of a multi-scale discriminator: see `pix2pixhd_discriminator_names`
-    """
+    """The table for one of our networks, by the functions above. Raises TypeError for anything else."""
     match network:
         case CoarseToFineGenerator():
             return pix2pixhd_generator_names(
