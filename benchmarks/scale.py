@@ -198,8 +198,8 @@ def report_inventory(sizes: Sequence[int], folder: Path) -> None:
             config = IngestConfig.model_validate({"locations": [location | {"role": "source"}]})
             started = time.perf_counter()
             with PeakMemory() as memory:
-                task = ingest.units(config)
-                total = ingest.list_units(task, config=config, output=str(folder / name), requests=8).total
+                unit = partial(ingest.list_unit, config=config, output=str(folder / name), requests=8)
+                total = ingest.list_units(ingest.units(config), unit=unit).total
             assert total["objects"] == objects
             rates[name] = (
                 f"{objects / (time.perf_counter() - started):9,.0f} objects/s, +{memory.growth:.0f} MB"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial, reduce
@@ -134,11 +134,6 @@ def table_rows(
     return objects.select(OBJECTS.names), pa.concat_tables([rejects, no_rows])
 
 
-def sums_of(objects: pa.Table, rejects: pa.Table) -> Uint64s:
-    """The part of the digest that these rows add."""
-    return row_sums(objects["uri"], objects["size"], objects["etag"]) + row_sums(rejects["uri"])
-
-
 def counts_of(objects: pa.Table, rejects: pa.Table, ignored: int) -> Counter[str]:
     """The counts that these rows add."""
     counts = Counter(
@@ -171,7 +166,10 @@ class LocationUnit:
 
 @dataclass(slots=True)
 class Listing:
-    """The files that listing some units wrote, with their rows; of each location counts, sums and rejects."""
+    """The files that listing some units wrote, with their rows; of each location counts, sums and rejects.
+
+    The sums are of the rows, in any order: they become the location's digest.
+    """
 
     files: dict[str, int] = field(default_factory=dict)
     examples: defaultdict[int, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -187,6 +185,12 @@ class Listing:
             self.counts[location].update(counts)
         for location, sums in other.sums.items():
             self.sums[location] += sums
+
+    def add_rows(self, location: int, objects: pa.Table, rejects: pa.Table, ignored: int) -> None:
+        """Count a location's rows, and the objects that gave none."""
+        self.sums[location] += row_sums(objects["uri"], objects["size"], objects["etag"])
+        self.sums[location] += row_sums(rejects["uri"])
+        self.counts[location].update(counts_of(objects, rejects, ignored))
 
     def add_examples(self, location: int, examples: Iterable[str]) -> None:
         """Keep a few of a location's rejects, for its messages."""
@@ -290,19 +294,19 @@ def survey(config: IngestConfig) -> Seen:
     Raises:
         UserError: there is no such location, or it cannot be read.
     """
-    total, total_counts = no_rows(), Counter[str]()
+    seen = Listing()
     for index, location in enumerate(config.locations):
         if location.inventory is not None:
             with located(place(config, index)):
-                total += row_sums(pa.array([location.uri]), pa.array([inventory.version(location.inventory)]))
-                total_counts["unread"] += 1
-    items, call = units(config, inventories=False), partial(sum_units, config=config)
-    added = each(call, tasks_of(items), stage="changes") if ray.is_initialized() else iter([call(items)])
-    for sums, counts in added:
-        total += sums
-        total_counts.update(counts)
-    count = sum(total_counts[name] for name in ("objects", "rejected", "unread"))
-    return Seen(spell(total, count), total_counts)
+                version = inventory.version(location.inventory)
+            seen.sums[index] += row_sums(pa.array([location.uri]), pa.array([version]))
+            seen.counts[index]["unread"] += 1
+    items = units(config, inventories=False)
+    call = partial(list_units, unit=partial(survey_unit, config=config))
+    for part in each(call, tasks_of(items), stage="changes") if ray.is_initialized() else [call(items)]:
+        seen.add(part)
+    count = sum(seen.total[name] for name in ("objects", "rejected", "unread"))
+    return Seen(spell(sum(seen.sums.values(), no_rows()), count), seen.total)
 
 
 def tasks_of(items: Sequence[LocationUnit]) -> list[Sequence[LocationUnit]]:
@@ -310,29 +314,19 @@ def tasks_of(items: Sequence[LocationUnit]) -> list[Sequence[LocationUnit]]:
     return [items[n : n + LISTING_THREADS] for n in range(0, len(items), LISTING_THREADS)]
 
 
-def sum_units(task: Sequence[LocationUnit], *, config: IngestConfig) -> tuple[Uint64s, Counter[str]]:
-    """The sums and the counts of the rows of a task's units."""
-
-    def of_unit(item: LocationUnit) -> tuple[Uint64s, Counter[str]]:
-        index = item.location
-        sums, counts = no_rows(), Counter[str]()
-        with located(place(config, index)):
-            if item.unit.kind == "table":  # its rows change only if the file does
-                first, stop = item.unit.row_groups
-                count = 1 if stop is None else stop - first
-                return table_sums(item.unit.paths[0]) * np.uint64(count), Counter(unread=count)
+def survey_unit(item: LocationUnit, *, config: IngestConfig) -> Listing:
+    """The sums and the counts of a unit's rows; no file is written."""
+    index, seen = item.location, Listing()
+    with located(place(config, index)):
+        if item.unit.kind == "table":  # its rows change only if the file does
+            first, stop = item.unit.row_groups
+            count = 1 if stop is None else stop - first
+            seen.sums[index] += table_sums(item.unit.paths[0]) * np.uint64(count)
+            seen.counts[index]["unread"] += count
+        else:
             for objects, rejects, _ in unit_rows(config, index, item.unit, requests=LISTING_THREADS):
-                sums += sums_of(objects, rejects)
-                counts.update(counts_of(objects, rejects, 0))
-        return sums, counts
-
-    total, total_counts = no_rows(), Counter[str]()
-    gc.freeze()  # see `list_units`
-    with ThreadPoolExecutor(LISTING_THREADS) as threads:
-        for sums, counts in threads.map(of_unit, task):
-            total += sums
-            total_counts.update(counts)
-    return total, total_counts
+                seen.add_rows(index, objects, rejects, 0)
+    return seen
 
 
 def table_sums(uri: str) -> Uint64s:
@@ -366,8 +360,7 @@ def list_unit(item: LocationUnit, *, config: IngestConfig, output: str, requests
 
     with located(place(config, index)):
         for objects, rejects, ignored in unit_rows(config, index, item.unit, requests=requests):
-            listing.sums[index] += sums_of(objects, rejects)
-            listing.counts[index].update(counts_of(objects, rejects, ignored))
+            listing.add_rows(index, objects, rejects, ignored)
             listing.add_examples(index, map(reject_text, rejects.slice(0, EXAMPLES).to_pylist()))
             for kind, table in (("objects", objects), ("rejects", rejects)):
                 waiting[kind].append(table)
@@ -377,8 +370,8 @@ def list_unit(item: LocationUnit, *, config: IngestConfig, output: str, requests
     return listing
 
 
-def list_units(task: Sequence[LocationUnit], *, config: IngestConfig, output: str, requests: int) -> Listing:
-    """List the units of one task in threads.
+def list_units(task: Sequence[LocationUnit], *, unit: Callable[[LocationUnit], Listing]) -> Listing:
+    """The listing of a task's units. `unit`: `list_unit` or `survey_unit`, with its settings.
 
     Threads, since tasks of a fraction of a core made Ray start more workers than the machine has cores and
     end them again: 16 s more for any listing on two cores.
@@ -386,8 +379,7 @@ def list_units(task: Sequence[LocationUnit], *, config: IngestConfig, output: st
     total = Listing()
     gc.freeze()  # or the many collections look through all modules too: a listing takes twice as long
     with ThreadPoolExecutor(LISTING_THREADS) as threads:
-        call = partial(list_unit, config=config, output=output, requests=requests)
-        for listing in threads.map(call, task):
+        for listing in threads.map(unit, task):
             total.add(listing)
     return total
 
@@ -445,10 +437,10 @@ def run(config: IngestConfig, resources: Resources, *, output: str, track: Run) 
         UserError: a location is missing, empty or cannot be read, or its pattern matches nothing.
     """
     tasks = tasks_of(units(config))
-    call = partial(list_units, config=config, output=output, requests=resources.io_threads)
+    unit = partial(list_unit, config=config, output=output, requests=resources.io_threads)
     listing = Listing()
     with Progress("ingest", total=None, unit="objects") as progress:
-        for part in each(call, tasks, stage="ingest"):
+        for part in each(partial(list_units, unit=unit), tasks, stage="ingest"):
             listing.add(part)
             progress.advance(part.total["objects"])
     check(config, listing)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tarfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from stages.base import Resources
 from stages.config.ingest import IngestConfig, LocationConfig
 from stages.errors import UserError
 from stages.ingest import LocationUnit
-from stages.objects.digest import spell
+from stages.objects.digest import no_rows, spell
 from stages.objects.listed import Listed
 from stages.objects.listing import Unit
 from stages.tracking.run import Run
@@ -208,8 +209,8 @@ def test_a_location_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def list_all(listed: IngestConfig, output: str) -> ingest.Listing:
     """What the tasks do, in this process."""
-    task = ingest.units(listed)
-    return ingest.list_units(task, config=listed, output=output, requests=4)
+    unit = partial(ingest.list_unit, config=listed, output=output, requests=4)
+    return ingest.list_units(ingest.units(listed), unit=unit)
 
 
 def read(folder: Path, prefix: str) -> pa.Table:
@@ -233,8 +234,7 @@ def test_a_unit_writes_files_of_bounded_length(tmp_path: Path, monkeypatch: pyte
 def test_a_location_of_which_nothing_can_be_used_says_why(tmp_path: Path) -> None:
     (tmp_path / "pairs.csv").write_text("source,target\n/x/a.png,b.png,c\n/x/a.png,../b.png\n")
     listed = config({"uri": f"{tmp_path}/pairs.csv", "role": "table"})
-    task = ingest.units(listed)
-    listing = ingest.list_units(task, config=listed, output=f"{tmp_path}/out", requests=1)
+    listing = list_all(listed, f"{tmp_path}/out")
     with pytest.raises(
         UserError, match=r"none of its 3 .*/x/a.png \(outside, line 3, column source\); .*b.png \("
     ) as info:
@@ -358,7 +358,8 @@ def test_locations_are_listed_and_again_to_the_same_end(ray_local: None, tmp_pat
     (output / "objects-00099-0000.parquet").write_bytes(b"left by a killed run of another cut")
     run(listed, output)
     assert {path.name: path.read_bytes() for path in output.iterdir()} == first
-    sums, counts = ingest.sum_units(ingest.units(listed), config=listed)
+    alone = ingest.list_units(ingest.units(listed), unit=partial(ingest.survey_unit, config=listed))
+    sums, counts = sum(alone.sums.values(), no_rows()), alone.total
     seen = ingest.survey(listed)
     assert seen.digest == spell(sums, 23)  # in tasks, and in this process
     assert seen.counts == counts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote_plus
@@ -78,8 +79,8 @@ def config(manifest: str, uri: str = "s3://b/photos", **values: Any) -> IngestCo
 
 
 def listed(config: IngestConfig, output: Path) -> list[tuple[str, str, int, str]]:
-    task = ingest.units(config)
-    listing = ingest.list_units(task, config=config, output=str(output), requests=2)
+    unit = partial(ingest.list_unit, config=config, output=str(output), requests=2)
+    listing = ingest.list_units(ingest.units(config), unit=unit)
     tables = [storage.read_parquet(f"{output}/{name}") for name in listing.files if "objects" in name]
     found = [(r["key"], r["uri"], r["size"], r["etag"]) for table in tables for r in table.to_pylist()]
     return sorted(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,8 @@ def list_and_pair(listed: IngestConfig, work: str, **pairing: Any) -> list[str]:
     """The parts of pairs of what the locations hold, made as the tasks of ingest and pair make them."""
     objects, pairs = f"{work}/objects", f"{work}/pairs"
     config = pair.PairConfig(**pairing)
-    task = ingest.units(listed)
-    listing = ingest.list_units(task, config=listed, output=objects, requests=4)
+    unit = partial(ingest.list_unit, config=listed, output=objects, requests=4)
+    listing = ingest.list_units(ingest.units(listed), unit=unit)
     roles = {name.removeprefix("role_"): n for name, n in listing.total.items() if "role_" in name}
     files = sorted(name for name in listing.files if name.startswith("objects-"))
     joined = scatter_and_gather(
