@@ -86,17 +86,13 @@ class RowGroupRange:
     stop: int
 
 
-def shard_units(spec: DatasetSpec, split: Split, rows: int = UNIT_ROWS) -> list[RowGroupRange]:
-    """The units of a split: whole row groups, together at least `rows` rows where the file has them."""
-    units: list[RowGroupRange] = []
-    for file in spec.splits.get(split, ()):
-        start = rows_of_unit = 0
-        for index, count in enumerate(file.row_groups):
-            rows_of_unit += count
-            if rows_of_unit >= rows or index == len(file.row_groups) - 1:
-                units.append(RowGroupRange(split, file.name, start, index + 1))
-                start, rows_of_unit = index + 1, 0
-    return units
+def shard_units(spec: DatasetSpec, split: Split) -> list[RowGroupRange]:
+    """The units of a split: whole row groups, together `UNIT_ROWS` rows or more where the file has them."""
+    return [
+        RowGroupRange(split, file.name, start, stop)
+        for file in spec.splits.get(split, ())
+        for start, stop in tables.runs_of_rows(file.row_groups, UNIT_ROWS)
+    ]
 
 
 def shard_items(

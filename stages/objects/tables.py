@@ -99,22 +99,27 @@ def units(uri: str) -> list[Unit]:
     every = files(uri)
     (file, split), (fs, path) = every[0], filesystem(every[0][0])
     if len(every) == 1 and table_format(file) == "parquet":
-        return [Unit("table", (file,), row_groups=run, split=split) for run in retried(lambda: _runs(file))]
+        runs = runs_of_rows(retried(lambda: _row_groups(file)), ROWS)
+        return [Unit("table", (file,), row_groups=run, split=split) for run in runs]
     if len(every) == 1 and not retried(lambda: fs.isfile(path)):
         raise FileNotFoundError(uri)
     return [Unit("table", (file,), split=split) for file, split in every]
 
 
-def _runs(uri: str) -> list[tuple[int, int]]:
-    """Runs of a Parquet file's row groups, of `ROWS` rows or more where there are so many."""
-    runs, start, rows = [], 0, 0
+def _row_groups(uri: str) -> list[int]:
+    """The number of rows in each row group of a Parquet file."""
     with cells.opened(uri) as parquet:
-        count = parquet.num_row_groups
-        for number in range(count):
-            rows += parquet.metadata.row_group(number).num_rows
-            if rows >= ROWS or number == count - 1:
-                runs.append((start, number + 1))
-                start, rows = number + 1, 0
+        return [parquet.metadata.row_group(number).num_rows for number in range(parquet.num_row_groups)]
+
+
+def runs_of_rows(row_groups: Sequence[int], rows: int) -> list[tuple[int, int]]:
+    """Runs of row groups (the first, the one after the last), of `rows` rows or more if there are so many."""
+    runs, start, held = [], 0, 0
+    for stop, count in enumerate(row_groups, 1):
+        held += count
+        if held >= rows or stop == len(row_groups):
+            runs.append((start, stop))
+            start, held = stop, 0
     return runs
 
 
