@@ -29,9 +29,8 @@ from stages.base import Outcome, Resources, Seen
 from stages.config.ingest import IngestConfig, LocationConfig
 from stages.config.locations import compile_pattern, is_archive
 from stages.errors import UserError
-from stages.objects import cells, inventory, tables
+from stages.objects import Listed, cells, inventory, tables
 from stages.objects.digest import Uint64s, no_rows, row_sums, spell
-from stages.objects.listed import Listed
 from stages.objects.listing import Unit, etag_of, list_objects, split_location
 from stages.objects.patterns import bad_keys, canonical_splits, match
 from stages.objects.tables import REJECTS, reject_text

@@ -19,8 +19,8 @@ from stages.base import Resources
 from stages.config.ingest import IngestConfig, LocationConfig
 from stages.errors import UserError
 from stages.ingest import LocationUnit
+from stages.objects import Listed
 from stages.objects.digest import no_rows, spell
-from stages.objects.listed import Listed
 from stages.objects.listing import Unit
 from stages.tracking.run import Run
 from tests.stores.faults import Fault, FaultProxy

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from typing import IO, Any, cast
 
 from stages.config.locations import archive_parts, plain_name
-from stages.objects.listed import Listed
+from stages.objects import Listed
 from stages.storage import filesystem
 
 _ROOT = re.compile(r"\A(?:\.?/)+")  # of names that begin with "./", or with "/", as `tar -P` writes

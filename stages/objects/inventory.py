@@ -25,7 +25,7 @@ import pyarrow.orc
 import pyarrow.parquet as pq
 
 from stages.config.locations import absolute
-from stages.objects.listed import Listed
+from stages.objects import Listed
 from stages.objects.listing import Unit
 from stages.storage import read_bytes
 from stages.storage.local import local_file

@@ -28,8 +28,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from stages.config.locations import expand_ranges, is_archive
-from stages.objects import archives, patterns
-from stages.objects.listed import Listed
+from stages.objects import Listed, archives, patterns
 from stages.storage import filesystem, retried, s3, speaks
 
 PAGE = 1000  # objects an S3 listing returns at once

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from stages.config.locations import archive_parts, is_archive
-from stages.objects import archives, listing
+from stages.objects import Listed, archives, listing
 from stages.objects.fetch import Object, Reader
-from stages.objects.listed import Listed
 from stages.storage import retry
 
 

@@ -14,9 +14,8 @@ import fsspec.config
 import pytest
 
 from stages import storage
-from stages.objects import listing
+from stages.objects import Listed, listing
 from stages.objects.fetch import Object, Reader
-from stages.objects.listed import Listed
 from stages.objects.listing import Unit
 from stages.storage import retry
 from tests.stores.faults import Fault, FaultProxy
