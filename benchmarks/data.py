@@ -388,7 +388,7 @@ def loop(uris: Sequence[str], output: str, fs: object) -> None:
                 pair.images[role] = shard.EncodedImage(*image)  # type: ignore[index]
             pairs.append(pair)
         out = io.BytesIO()
-        table = shard.table(pairs, shard.schema(specs), specs)
+        table = pa.Table.from_pylist(list(map(shard.row_of, pairs)), schema=shard.schema(specs))
         pq.write_table(
             table, out, row_group_size=17, compression="lz4", use_dictionary=False, write_statistics=False
         )

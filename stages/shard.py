@@ -22,7 +22,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
@@ -307,20 +307,14 @@ def schema(specs: Mapping[Role, RoleSpec]) -> pa.Schema:
     return pa.schema(fields)
 
 
-def table(pairs: Sequence[EncodedPair], shape: pa.Schema, specs: Mapping[Role, RoleSpec]) -> pa.Table:
-    """Pairs as rows of a shard."""
-    columns: dict[str, list[Any]] = {"key": [p.key for p in pairs], "group": [p.group for p in pairs]}
-    for role in specs:
-        images = [p.images.get(role) for p in pairs]
-        columns[role] = [i and i.data for i in images]
-        columns[f"{role}_crc"] = [i and i.crc for i in images]
-        columns[f"{role}_uri"] = [i and i.uri for i in images]
-        columns[f"{role}_width"] = [i and i.original[0] for i in images]
-        columns[f"{role}_height"] = [i and i.original[1] for i in images]
-        for name in ("ids", "mean", "std"):
-            if f"{role}_{name}" in shape.names:
-                columns[f"{role}_{name}"] = [i and i.measures[name] for i in images]
-    return pa.table(columns, schema=shape)
+def row_of(pair: EncodedPair) -> dict[str, Any]:
+    """A pair as a row of a shard; of its measures the schema takes those that have a column."""
+    row: dict[str, Any] = {"key": pair.key, "group": pair.group}
+    for role, image in pair.images.items():
+        row |= {role: image.data, f"{role}_crc": image.crc, f"{role}_uri": image.uri}
+        row[f"{role}_width"], row[f"{role}_height"] = image.original
+        row |= {f"{role}_{name}": value for name, value in image.measures.items()}
+    return row
 
 
 class ShardWriter:
@@ -328,9 +322,9 @@ class ShardWriter:
 
     def __init__(self, name: str, file: Any, specs: Mapping[Role, RoleSpec], rows: int) -> None:
         self.name, self.file, self.rows = name, file, rows
-        self.specs, self.shape = specs, schema(specs)
+        self.shape = schema(specs)
         self.groups: list[int] = []
-        self.waiting: list[EncodedPair] = []
+        self.waiting: list[dict[str, Any]] = []
         plain = [name for name in self.shape.names if name not in specs]
         # LZ4 compresses raw id maps to a few per cent. Photos hardly shrink, and unpacking them would take a
         # third of the time of making a batch.
@@ -348,13 +342,13 @@ class ShardWriter:
 
     def add(self, pair: EncodedPair) -> None:
         """Append a pair."""
-        self.waiting.append(pair)
+        self.waiting.append(row_of(pair))
         if len(self.waiting) == self.rows:
             self._flush()
 
     def _flush(self) -> None:
         if self.waiting:
-            self.writer.write_table(table(self.waiting, self.shape, self.specs))
+            self.writer.write_table(pa.Table.from_pylist(self.waiting, schema=self.shape))
             self.groups.append(len(self.waiting))
             self.waiting = []
 
@@ -381,6 +375,7 @@ def shard_part(
     Raises:
         UserError: the store refuses access. StageError: it failed at every attempt.
     """
+    keep_freed_memory()
     number = partition_of(part)
     uri = storage.join(output, "_parts", f"{number:05d}.json")
     with suppress(FileNotFoundError):
@@ -435,9 +430,9 @@ def _write(
         signs_table = pa.Table.from_pylist(rows_of_split, schema=suspects.SIGNS)
         storage.write_parquet(uri, signs_table, compression="zstd")
     if rejects:
-        columns = {name: [getattr(reject, name) for reject in rejects] for name in REJECTS.names}
         uri = storage.join(output, f"quarantine-{number:05d}.parquet")
-        storage.write_parquet(uri, pa.table(columns, schema=REJECTS), compression="zstd")
+        table = pa.Table.from_pylist([asdict(reject) for reject in rejects], schema=REJECTS)
+        storage.write_parquet(uri, table, compression="zstd")
     return {
         "bucket": number,
         "rows": len(rows),
@@ -570,7 +565,7 @@ def run(config: ShardConfig, resources: Resources, *, output: str, track: Run, p
     if not parts:
         raise UserError(f"{pairs}: there are no pairs")
     specs = role_specs(config, roles_of(next(iter(parts.values()))))
-    task = partial(_task, output=output, config=config, specs=specs, io_threads=resources.io_threads)
+    task = partial(shard_part, output=output, config=config, specs=specs, io_threads=resources.io_threads)
     finished = Finished(storage.join(output, "_parts", "groups"), parts)
     summary = Summary()
     for sums in finished.read():
@@ -616,9 +611,3 @@ def parts_of(pairs: str) -> list[str]:
     except FileNotFoundError:
         return list(storage.parquet_parts(pairs, "part-"))
     return [storage.join(pairs, name) for name in names]
-
-
-def _task(part: str, **settings: Any) -> dict[str, Any]:
-    """`shard_part` in a process of its own."""
-    keep_freed_memory()
-    return shard_part(part, **settings)
