@@ -103,11 +103,8 @@ def part_uri(output: str, unit: int) -> str:
 
 def finished_units(output: str) -> set[int]:
     """The work units whose table part exists."""
-    return {
-        int(name[5:-8])
-        for name in storage.list_names(storage.join(output, TABLE))
-        if name.startswith("part-") and name.endswith(".parquet") and name[5:-8].isdigit()
-    }
+    names = storage.list_names(storage.join(output, TABLE))
+    return {int(part[1]) for name in names if (part := re.fullmatch(r"part-(\d+)\.parquet", name))}
 
 
 class UnitCounts:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -84,6 +85,9 @@ class Translator:
         self.source_kind: Kind = self.source.kind
         self.target = trained.get("target", Picture(kind="rgb"))
         self.target_kind: Kind = self.target.kind
+        self._make_condition = partial(
+            make_condition, arch=self.arch, inputs=self.inputs, kind=self.source_kind
+        )
         edges = uses_edges(self.arch, self.inputs)
         self.needs_instances = self.inputs.instances and (edges or model.encoder is not None)
 
@@ -177,13 +181,9 @@ class Translator:
     ) -> Tensor:
         height, width = source.shape[2:]
         size = self.padded(height, width)
-        condition = make_condition(
-            reflect_to(source, *size),
-            None if instance is None else reflect_to(instance, *size),
-            arch=self.arch,
-            inputs=self.inputs,
-            kind=self.source_kind,
-        ).contiguous(memory_format=torch.channels_last)
+        maps = None if instance is None else reflect_to(instance, *size)
+        condition = self._make_condition(reflect_to(source, *size), maps)
+        condition = condition.contiguous(memory_format=torch.channels_last)
         style = None if features is None else reflect_to(features, *size)
         noise = noise_sources(seeds) if self.stochastic else None
         with self._computing():
@@ -218,13 +218,8 @@ class Translator:
                 return reflect_to(values.index_select(2, rows), last - first, size[1])
 
             sources, instances = read(low, high)
-            band = make_condition(
-                padded(self._stack(sources)),
-                None if instances is None else padded(self._stack(instances)),
-                arch=self.arch,
-                inputs=self.inputs,
-                kind=self.source_kind,
-            )
+            maps = None if instances is None else padded(self._stack(instances))
+            band = self._make_condition(padded(self._stack(sources)), maps)
             if features is not None:
                 band = torch.cat([band, padded(features[:, :, low:high])], 1)
             band = band[:, :, start - first : stop - first]
