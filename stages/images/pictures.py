@@ -41,8 +41,9 @@ def picture(array: Array, kind: Kind, *, classes: int | None = None, lightness: 
             return settled((first + 1) * 127.5, np.dtype("u1"))
 
 
-def sheet(rows: Sequence[Sequence[Array]], *, gap: int = 4) -> Array:
+def sheet(rows: Sequence[Sequence[Array]]) -> Array:
     """One picture of many (H, W, 3) of one size, with white gaps between them: one row a sample."""
+    gap = 4
     height, width = rows[0][0].shape[:2]
     columns = max(len(row) for row in rows)
     out = np.full((len(rows) * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
