@@ -32,7 +32,7 @@ check: $(VENV)/test.stamp ## lint, format, types, import layers, the code's size
 	$(BIN)/python -m benchmarks.house
 
 docs: $(VENV)/test.stamp ## the docs as a site, in site/; `.venv/bin/mkdocs serve` shows it while you write
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(VENV)/test.stamp ## put the code in shape
 	$(BIN)/ruff check --fix .
