@@ -108,6 +108,24 @@ def test_every_key_that_a_page_names_exists() -> None:
                 assert key in known or key.rpartition(".")[0] in MAPPINGS, (page.name, text)
 
 
+def test_every_module_that_a_text_names_exists() -> None:
+    folders = ("benchmarks", "chaos", "pipeline", "stages")
+    code = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in code}
+    modules = {name.removesuffix(".__init__"): path.read_text() for name, path in names.items()}
+    theirs = "test.py"
+    files = [f"/{path.relative_to(ROOT)}" for path in (*code, *(ROOT / "tests").rglob("*.py"))]
+    files += [f"/{path.relative_to(ROOT)}" for path in (*ROOT.glob("cluster/*.py"), *ROOT.glob("docs/*.py"))]
+    for path in (*code, *PAGES):
+        text = path.read_text()
+        for name in re.findall(r"(?<![\w./-])stages(?:\.\w+)+", text):
+            module = max((one for one in modules if f"{name}.".startswith(f"{one}.")), key=len)
+            attribute = name.removeprefix(module).strip(".").partition(".")[0]
+            assert re.search(rf"\b{attribute}\b", modules[module]), (path, name)
+        for name in set(re.findall(r"`([\w/]+\.py)`", text)) - {theirs}:
+            assert any(file.endswith(f"/{name}") for file in files), (path, name)
+
+
 def test_configs_of_who_comes_from_elsewhere_are_valid(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "coming-from.md").read_text()
     for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL):

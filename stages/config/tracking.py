@@ -56,7 +56,8 @@ class TrackingConfig(Config):
         str | None,
         Field(
             description="MLflow tracking URI (sqlite:////..., postgresql://..., https://...). null: the "
-            "environment's MLFLOW_TRACKING_URI, else a SQLite file in the workspace."
+            "environment's MLFLOW_TRACKING_URI, else a SQLite file in the workspace; if that is a bucket, "
+            "in ./mlflow."
         ),
     ] = None
     experiment: Annotated[str, Field(min_length=1, description="The MLflow experiment.")] = "pixloom"

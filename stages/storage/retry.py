@@ -1,6 +1,7 @@
 """The one retry policy: a call to a store is repeated while the store fails, not where it refuses.
 
-Attempts are spread over about 40 s, longer than a server's restart takes.
+The waits between attempts add up to 13 to 26 s. s3fs also retries within each attempt: a store that refuses
+connections is given up after one to two minutes, longer than a server's restart takes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
 
 ATTEMPTS = 8
-FIRST_WAIT = 0.25  # seconds; doubled each time, at most LONGEST_WAIT: about 40 s in all
+FIRST_WAIT = 0.25  # seconds; doubled each time, at most LONGEST_WAIT
 LONGEST_WAIT = 10.0
 LASTING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)
 CLIENTS = ("botocore", "aiobotocore", "aiohttp", "asyncio", "obstore", "urllib3")

@@ -247,8 +247,8 @@ def new_folder(uri: str, *, last: str) -> Iterator[Path]:
 class Writer:
     """Writes checkpoints from a thread. At most one waits: a newer one replaces it.
 
-    A store that is away does not stop training: a checkpoint that cannot be written is tried again for about
-    40 s, then reported with `tell`, and the next checkpoint tries again.
+    A store that is away does not stop training: a checkpoint that cannot be written is retried
+    (`storage.retry`), then reported with `tell`, and the next checkpoint tries again.
     """
 
     folder: str

@@ -71,7 +71,7 @@ def set_tf32(allowed: bool) -> None:
 
 
 def best_precision(device: torch.device | str) -> Literal["float32", "bf16"]:
-    """bf16 on GPUs and on CPUs with AMX; else float32: without matrix units bf16 has half its rate.
+    """bf16 on GPUs and on CPUs with AMX; else float32: without AMX, Intel's bf16 has half its rate.
 
     `PIXLOOM_BF16` = 1 or 0 pretends that this processor has or lacks them, for tests.
     """
