@@ -155,7 +155,8 @@ def copied(state: Any) -> Any:
 
 def names(folder: str) -> list[str]:
     """Names of the checkpoint folders, complete or not, oldest first."""
-    return [name for name in storage.list_folders(folder) if name.startswith("step-")]
+    there = (name for name in storage.list_folders(folder) if name.startswith("step-"))
+    return sorted(there, key=len)  # in the order of their names already, above 10^8 steps of longer ones
 
 
 def save(folder: str, checkpoint: Checkpoint, *, keep: int) -> None:
@@ -165,10 +166,7 @@ def save(folder: str, checkpoint: Checkpoint, *, keep: int) -> None:
         checkpoint.arrived.synchronize()
 
     def write_tensors(path: Path) -> None:
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-        except SafetensorError as error:  # a full disk, for example: as any other file's writer says it
-            raise OSError(str(error)) from error
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
     def write_curves(path: Path) -> None:
         pq.write_table(checkpoint.curves, path, compression="zstd")
@@ -187,7 +185,7 @@ def save(folder: str, checkpoint: Checkpoint, *, keep: int) -> None:
         write_folder(local, MANIFEST, writers, manifest)
     whole = (name for name in checkpoint.best if storage.exists(storage.join(folder, name, MANIFEST)))
     there = names(folder)  # later ones than this one are unfinished or damaged: training went on without them
-    newest = [name for name in there if name <= folder_name(checkpoint.position)][-keep:]
+    newest = there[: there.index(folder_name(checkpoint.position)) + 1][-keep:]
     for name in sorted({*there} - {*newest, next(whole, "")}):  # the newest and the best one stay
         remove(storage.join(folder, name))
 

@@ -65,6 +65,16 @@ def test_only_the_newest_are_kept(folder: str) -> None:
     assert checkpoints.names(folder) == ["step-00000003", "step-00000010"]
 
 
+def test_checkpoints_are_in_the_order_of_their_steps_however_many(folder: str) -> None:
+    many = [99_999_998, 99_999_999, 100_000_000, 100_000_001]
+    for steps in many:
+        checkpoints.save(folder, checkpoint(steps), keep=3)
+    assert checkpoints.names(folder) == [f"step-{steps}" for steps in many[1:]]
+    newest = checkpoints.load_newest(folder, job="job")
+    assert newest is not None
+    assert newest.position.steps == many[-1]
+
+
 @pytest.mark.parametrize("keep", [1, 2])
 def test_unfinished_ones_of_later_steps_take_no_place_of_usable_ones(folder: str, keep: int) -> None:
     checkpoints.save(folder, checkpoint(100), keep=keep)
