@@ -20,7 +20,6 @@ from stages.base import Config, Outcome, Resources, Seen
 from stages.config.train import PhaseJob, full_size, jobs
 from stages.scoring.metrics import SEGMENTATION_SCORES
 from stages.tracking.run import Run
-from stages.training.start import check_start
 
 GENERATING = {
     "weights",
@@ -152,7 +151,7 @@ def _phase(job: PhaseJob, before: PhaseJob | None) -> Step:
         job,
         name=f"train-{job.phase.name}",
         needs={"shards": "shard"} | ({"before": f"train-{before.phase.name}"} if before else {}),
-        digest=(lambda: Seen(check_start(job))) if job.start_from else None,
+        digest=lambda: Seen(train.digest(job)),
         check=lambda _: train.check(job),
     )
 

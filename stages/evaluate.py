@@ -20,7 +20,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +39,7 @@ from stages.inference.translator import Translator
 from stages.models.fast.heap import keep_freed_memory
 from stages.models.files.saved import fingerprint
 from stages.objects.fetch import Object, Reader
-from stages.objects.listing import etag_of
+from stages.objects.listing import file_version
 from stages.parallel.cluster import UNITS_AT_ONCE, each, on_actors, pool_size, threads, uses_gpu
 from stages.parallel.threads import prefetch_map
 from stages.progress import Progress
@@ -370,20 +369,12 @@ def locations(config: EvaluateConfig) -> dict[str, str]:
 
 
 def digest(config: EvaluateConfig) -> str:
-    """Digests of another system's images and of weights: scored again if one changes or is added.
-
-    Weights are not read: their size, and their etag or the time they were written, stand for them.
-    """
+    """Digests of another system's images and of weights: scored again if one changes or is added."""
     digests = []
     for key, uri in locations(config).items():
-        fs, path = storage.filesystem(where := storage.absolute(uri))
         with named(key):
-            if key == "evaluate.images":
-                digests.append(inputs.listing_digest(uri))
-            elif storage.exists(where):  # where it is not, `check` refuses the step
-                info = storage.patiently(partial(fs.info, path), uri)
-                digests.append(f"{info.get('size')} {etag_of(info)}")
-    return "\n".join(digests)
+            digests.append(inputs.listing_digest(uri) if key == "evaluate.images" else file_version(uri))
+    return "\n".join(filter(None, digests))  # `check` refuses the step where a file is not there
 
 
 def run(
@@ -402,6 +393,8 @@ def run(
     spec = dataset.load(shards)
     split = spec.scored_split(config.split, "evaluate.split")
     logger.info("evaluate      scores the %s split: %s pairs", split, f"{spec.rows(split):,}")
+    if config.lpips is None:
+        logger.warning("evaluate      leaves out LPIPS: evaluate.lpips.backbone names no weights")
     distances = distance_names(config)
     job = make_job(config, resources, spec, split, shards, images, output)
     count = len(inputs.shard_units(spec, split))

@@ -46,6 +46,7 @@ from stages.config.train import PhaseJob, check_size, check_workers, full_size
 from stages.errors import PixloomError, StageError, UserError, cause
 from stages.models.architecture import Picture, Preprocessing
 from stages.models.fast.process import gpu_environment, tune_process
+from stages.objects.listing import file_version
 from stages.parallel.cluster import in_order, service, uses_gpu
 from stages.parallel.threads import own_cores
 from stages.scoring import efficientnet
@@ -187,17 +188,31 @@ def check(config: PhaseJob) -> None:
     """Raise UserError for weights that are not there, or that a phase cannot start from."""
     if config.start_from is not None:
         check_start(config)
-    if config.losses.perceptual > 0 and config.vgg_weights is not None:
-        storage.require(config.vgg_weights, "train.vgg_weights")
-    if config.losses.lpips > 0 and config.lpips is not None:
-        storage.require(config.lpips.backbone, "train.lpips.backbone")
-    match config.scorer:
-        case LpipsConfig(backbone=uri):
-            storage.require(uri, "evaluate.lpips.backbone")
-        case InceptionConfig(weights=uri):
-            storage.require(uri, "evaluate.inception.weights")
+    for key, uri in weights(config).items():
+        storage.require(uri, key)
     if config.select == "frechet:efficientnet_lite0":
         efficientnet.weights()
+
+
+def weights(config: PhaseJob) -> dict[str, str]:
+    """The files of the networks that a phase's losses and `train.select` use, by the config's key."""
+    files: dict[str, str | None] = {}
+    if config.losses.perceptual > 0:
+        files["train.vgg_weights"] = config.vgg_weights
+    lpips = {"train": config.lpips if config.losses.lpips > 0 else None, "evaluate": config.scorer}
+    for section, network in lpips.items():
+        match network:
+            case LpipsConfig(backbone=backbone, linear=linear):
+                files |= {f"{section}.lpips.backbone": backbone, f"{section}.lpips.linear": linear}
+            case InceptionConfig(weights=uri):
+                files[f"{section}.inception.weights"] = uri
+    return {key: uri for key, uri in files.items() if uri is not None}
+
+
+def digest(config: PhaseJob) -> str:
+    """A digest of the model and the weights that a phase reads from outside; "" if there are none."""
+    start = [check_start(config)] if config.start_from else []
+    return "\n".join(start + [f"{key} {file_version(uri)}" for key, uri in weights(config).items()])
 
 
 def _check(config: PhaseJob, resources: Resources, spec: DatasetSpec, shards: str) -> None:

@@ -227,8 +227,8 @@ def test_the_nearest_source_of_a_training_pair_is_another_pairs(
     assert all(row["l1"] == 0 < row["nearest_l1"] for row in rows)
 
 
-def test_images_too_small_for_lpips_have_none(
-    workers_in_process: None, tmp_path: Path, shards: str, generated: str
+def test_images_too_small_for_lpips_have_none_and_without_weights_it_is_said(
+    workers_in_process: None, tmp_path: Path, shards: str, generated: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name, side in (("small", 30), ("large", 31)):
         for sample in dataset.read_split(shards, dataset.load(shards), "test"):
@@ -246,6 +246,9 @@ def test_images_too_small_for_lpips_have_none(
     ]
     assert [lpips_name(LpipsConfig(**lpips)) in metrics_ for metrics_ in found] == [False, True]
     assert "l1" in found[0]
+    assert "LPIPS" not in caplog.text
+    score(tmp_path / "none", ONE, "", shards, images=str(tmp_path / "small"), **plain | {"lpips": None})
+    assert caplog.text.count("leaves out LPIPS: evaluate.lpips.backbone names no weights") == 1
 
 
 class Corner(nn.Module):

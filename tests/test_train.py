@@ -194,6 +194,25 @@ def test_weights_that_are_not_there_are_named_before_training() -> None:
         train.check(phase_jobs(start_from="/no")[0])
 
 
+def test_the_digest_follows_weights_that_are_replaced_and_no_copy_of_them(tmp_path: Path) -> None:
+    (weights := tmp_path / "w.pt").write_bytes(b"one")
+    network, losses = {"backbone": str(weights)}, {"gan": "least_squares"}
+    changes: list[dict[str, Any]] = [
+        {"losses": losses | {"perceptual": 10.0}, "vgg_weights": str(weights)},
+        {"losses": losses | {"lpips": 1}, "lpips": network},
+        {"losses": losses | {"lpips": 1}, "lpips": network | {"backbone": "/no", "linear": str(weights)}},
+    ]
+    every = [phase_jobs(**change)[0] for change in changes]
+    config = TrainConfig.model_validate({"model": MODEL, "phases": PHASES, "select": "lpips"})
+    every += jobs(config, AugmentConfig(), EvaluateConfig.model_validate({"lpips": network}))[-1:]
+    before = [train.digest(job) for job in every]
+    os.utime(weights, (1, 1))
+    assert [train.digest(job) for job in every] == before
+    weights.write_bytes(b"two")
+    assert not {train.digest(job) for job in every} & {*before}
+    assert train.digest(phase_jobs()[0]) == ""
+
+
 def test_what_cannot_choose_a_model_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"train\.select: lpips needs weights; name them in evaluate\.lpips\.b"

@@ -13,6 +13,7 @@ At most a page of a store is in memory. How a location is cut depends on what it
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections import deque
@@ -29,7 +30,7 @@ from fsspec.spec import AbstractFileSystem
 
 from stages.config.locations import expand_ranges, is_archive
 from stages.objects import Listed, archives, patterns
-from stages.storage import filesystem, retried, s3, speaks
+from stages.storage import absolute, exists, filesystem, is_local, patiently, retried, s3, speaks
 
 PAGE = 1000  # objects an S3 listing returns at once
 
@@ -75,6 +76,18 @@ def etag_of(info: Mapping[str, Any]) -> str:
 def local_etag(stat: os.stat_result) -> str:
     """The etag of a local file."""
     return f"{stat.st_mtime_ns:x}"
+
+
+def file_version(uri: str) -> str:
+    """What differs if a file's content does: its SHA-256 on this machine, else its size and etag; "" if none."""
+    fs, path = filesystem(where := absolute(uri))
+    if not exists(where):
+        return ""
+    if is_local(where) and Path(path).is_file():  # a copy has another time, and is no reason to train again
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    info = patiently(lambda: fs.info(path), uri)
+    return f"{info.get('size')} {etag_of(info)}"
 
 
 # -- how a location is cut ----------------------------------------------------
