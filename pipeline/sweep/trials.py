@@ -28,6 +28,7 @@ from stages.errors import UserError
 from stages.scoring.intervals import Interval
 from stages.scoring.table import difference_of
 from stages.tracking.run import Run
+from stages.tracking.sender import stored_points
 
 State = Literal["done", "stopped early", "failed", "to do"]
 
@@ -168,6 +169,15 @@ class EpochReports:
     def points(self, points: Sequence[Point]) -> None:
         """Record points in MLflow, and report every epoch that they end."""
         self._run.points(points)
+        self._take(points)
+
+    def curves(self, folder: str) -> None:
+        """Name the phase's folder; report the epochs that an earlier process ended."""
+        self._run.curves(folder)
+        for points in stored_points(folder):
+            self._take(points)
+
+    def _take(self, points: Sequence[Point]) -> None:
         for point in points:
             if point.epoch > self._epoch:
                 if past := list(self._values.values()):

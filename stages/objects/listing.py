@@ -79,7 +79,7 @@ def local_etag(stat: os.stat_result) -> str:
 
 
 def file_version(uri: str) -> str:
-    """What differs if a file's content does: its SHA-256 on this machine, else its size and etag; "" if none."""
+    """Differs if a file's content does: its SHA-256 on this machine, else its size and etag; "" if none."""
     fs, path = filesystem(where := absolute(uri))
     if not exists(where):
         return ""

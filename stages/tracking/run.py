@@ -90,7 +90,7 @@ class Run:
         self._put({}, [point._replace(name=allowed_name(point.name)) for point in shown(points)])
 
     def curves(self, folder: str) -> None:
-        """Name the folder of the phase whose curves MLflow is to hold when the run ends."""
+        """Name the folder of the phase whose curves MLflow is to hold: those of now, at the end all."""
         folder = storage.absolute(folder)
         self._put({("tag", sender.CURVES_TAG): folder}, curves=folder)
 

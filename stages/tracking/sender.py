@@ -15,17 +15,19 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import psutil
+import pyarrow.parquet as pq
 
 from stages import storage
 from stages.base import Point
 from stages.errors import PixloomError, StageError, one_line, without_password
+from stages.storage.local import local_file
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +39,13 @@ LINGER_S = 0.3  # how long facts are collected: one request instead of many
 RETRY_S = (1.0, 2.0, 5.0, 10.0, 15.0)
 GIVE_UP_S = 120.0  # what fails so long while the server answers is dropped
 MOST_ROWS = 100_000  # unsent values of a phase's curves in memory; its folder has the others at its end
+ROWS = 1000  # values of curves that one request takes
 
 Fact = tuple[str | int, ...]
-"""A kind, and names within it: ("param", name), ("metric", name, step), ("artifact", name), ("end",) ..."""
+"""A kind, and names within it: ("param", name), ("metric", name, step), ("artifact", name), ("end",) ...
+
+("curves",): the points that the folder of the run's phase has by now are sent, before newer ones.
+"""
 
 
 @dataclass
@@ -47,7 +53,7 @@ class Record:
     """What MLflow may not hold yet of a run: facts, and values of curves in the order of their steps.
 
     The value of an artifact is bytes, or the URI where the workspace keeps them. `curves` is the folder of
-    the phase that completes the curves when the run ends.
+    the phase whose curves are also sent when the run ends.
     """
 
     facts: dict[Fact, Any] = field(default_factory=dict)
@@ -86,23 +92,24 @@ def shown(points: Sequence[Point]) -> list[Point]:
     return [point for point in points if "/layer" not in point.name] + counts
 
 
-def curve_rows(folder: str) -> list[Point]:
-    """The curves of a phase as MLflow shows them, from its result or else from its newest checkpoint.
+def stored_points(folder: str) -> Iterator[list[Point]]:
+    """The curves of a phase, some points at a time, from its result or else from its newest checkpoint.
 
     Raises UserError if the store cannot be asked.
     """
-    if not folder:
-        return []
     checkpoints = storage.join(folder, "checkpoints")
-    newest = [storage.join(checkpoints, name, "curves.parquet") for name in storage.list_folders(checkpoints)]
-    for place in [storage.join(folder, "metrics.parquet"), *reversed(newest)]:
+    names = sorted(storage.list_folders(checkpoints), key=len)  # as `training.checkpoints.names`
+    newest = [storage.join(checkpoints, name, "curves.parquet") for name in reversed(names)]
+    for place in [storage.join(folder, "metrics.parquet"), *newest]:
         try:
-            return shown([Point(**row) for row in storage.read_parquet(place).to_pylist()])
+            with local_file(place) as path, pq.ParquetFile(path, page_checksum_verification=True) as file:
+                for batch in file.iter_batches(ROWS, use_threads=False):
+                    yield [Point(**row) for row in batch.to_pylist()]
+            return
         except FileNotFoundError:  # not at its end, or a newer checkpoint has replaced it
             continue
         except (OSError, ValueError, StageError) as error:
             logger.warning("%s: these curves cannot be read, MLflow misses them: %s", place, one_line(error))
-    return []
 
 
 def find_model(client: Any, experiment: str, tag: str, value: str) -> Any:
@@ -132,7 +139,8 @@ def log_model(client: Any, run_id: str, name: str, *, folder: str, step: int) ->
     link = {"model_id": model.model_id}
     for data in run.inputs.dataset_inputs:
         link |= {"dataset_name": data.dataset.name, "dataset_digest": data.dataset.digest}
-    values = {row.name: row for row in curve_rows(folder) if row.step <= step}.values()
+    rows = (row for points in stored_points(folder) for row in shown(points) if row.step <= step)
+    values = {row.name: row for row in rows}.values()
     client.log_batch(run_id, metrics=[Metric(r.name, r.value, r.time_ms, r.step, **link) for r in values])
     if all(output.model_id != model.model_id for output in run.outputs.model_outputs):
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
@@ -215,6 +223,7 @@ class Sender:
             record = self._records.setdefault(key, Record())
             record.facts |= {f: v for f, v in facts.items() if f[0] != "param" or f not in record.facts}
             record.curves = curves or record.curves
+            record.facts |= {("curves",): curves} if curves else {}
             record.is_full |= bool(record.curves) and len(record.rows) > MOST_ROWS
             if not record.is_full:  # without gaps, so that the last step says what is missing
                 record.rows += rows
@@ -253,9 +262,8 @@ class Sender:
             if is_gone(run.data.tags.get(PROCESS_TAG, "")):
                 self.client.set_terminated(run.info.run_id, status="KILLED")
                 phase = run.data.tags.get(CURVES_TAG, "").rpartition("/")[2]  # the workspace may have moved
-                self.put(
-                    run.data.tags[KEY_TAG], killed, curve_rows(phase and storage.join(self.workspace, phase))
-                )
+                curves = phase and storage.join(self.workspace, phase)
+                self.put(run.data.tags[KEY_TAG], killed, curves=curves)
         for uri in documents(self.workspace):
             if (document := storage.find_json(uri)) is None:
                 continue  # its process has sent all of it meanwhile
@@ -265,13 +273,12 @@ class Sender:
             records = moved(
                 document["records"], document.get("workspace", self.workspace), self.workspace
             ).items()
-            rows = {key: curve_rows(record["curves"]) for key, record in records}
             with self._changed:
                 self._folders.append(uri.rpartition("/")[0])
                 for key, record in records:
                     facts = {tuple(fact): value for fact, value in record["facts"]}
                     unfinished = killed if gone and ("create",) in facts else {}
-                    self.put(key, unfinished | facts, rows[key])
+                    self.put(key, unfinished | facts, curves=record["curves"])
 
     # -- the thread -----------------------------------------------------------
 
@@ -322,12 +329,16 @@ class Sender:
         small = [fact for fact in facts if fact[0] in SMALL]
         for start in range(0, len(small), 100):
             self._deliver(record, held, small[start : start + 100])
-        if ("end",) in facts and record.curves:
-            rows = curve_rows(record.curves)
+        if record.curves and {("curves",), ("end",)} & {*facts}:
+            for points in stored_points(record.curves):
+                self._send_points(held, shown(points))
             with self._changed:
-                record.rows += rows
-                record.curves = ""
-        self._send_rows(held, record.rows)
+                record.facts.pop(("curves",), None)
+        while points := record.rows[:ROWS]:
+            self._send_points(held, points)
+            with self._changed:
+                del record.rows[: len(points)]
+                self._changed.notify_all()
         for kind in ("dataset", "model", "artifact", "end"):
             for fact in facts:
                 if fact[0] == kind:
@@ -361,17 +372,13 @@ class Sender:
             self._changed.notify_all()
         return held
 
-    def _send_rows(self, held: Held, rows: list[Point]) -> None:
+    def _send_points(self, held: Held, points: Sequence[Point]) -> None:
         from mlflow.entities import Metric  # noqa: PLC0415 - see connect
 
-        while rows:
-            batch = rows[:1000]
-            if fresh := take_fresh(batch, held.steps):
-                metrics = [Metric(row.name, row.value, row.time_ms, row.step) for row in fresh]
-                self.client.log_batch(held.run_id, metrics=metrics)
-            with self._changed:
-                del rows[: len(batch)]
-                self._changed.notify_all()
+        fresh = take_fresh(points, held.steps)
+        metrics = [Metric(row.name, row.value, row.time_ms, row.step) for row in fresh]
+        for start in range(0, len(metrics), ROWS):
+            self.client.log_batch(held.run_id, metrics=metrics[start : start + ROWS])
 
     def _deliver(self, record: Record, held: Held, facts: Sequence[Fact]) -> None:
         """Send facts in one request. What the server refuses is dropped; what fails otherwise is kept."""

@@ -32,6 +32,8 @@ SCHEMA = pa.schema(
     ]
 )
 
+NEWEST = 10_000  # points, many more than those of a window
+
 
 class DivergedError(Exception):
     """A loss or a weight is no longer a number."""
@@ -150,8 +152,9 @@ def from_table(table: pa.Table) -> list[Point]:
     return list(map(Point._make, zip(*columns, strict=True)))
 
 
-def last_losses(rows: Sequence[Point]) -> dict[str, float]:
+def last_losses(table: pa.Table) -> dict[str, float]:
     """The losses of the newest window: a phase that resumes at its end takes no step that would give them."""
+    rows = from_table(table.slice(max(0, table.num_rows - NEWEST)))
     return {row.name: row.value for row in rows if row.name.startswith(("generator/", "discriminator/"))}
 
 

@@ -379,9 +379,8 @@ class Loop:
         position = self.position = checkpoint.position
         if self.worker.leads:
             self.curves = Curves(checkpoint.curves)
-            points = curves.from_table(checkpoint.curves)
-            self.losses = curves.last_losses(points)
-            self.channel.post(Points(points), Advance(position.images, ""))
+            self.losses = curves.last_losses(checkpoint.curves)
+            self.channel.post(Advance(position.images, ""))  # the driver reads the points from the checkpoint
             workers = f"{self.worker.world} worker{'s' if self.worker.world > 1 else ''}"
             at = f"epoch {position.epoch}, step {position.step}, {position.images:,} images"
             self._note(f"resumed from its checkpoint with {workers} ({at})")

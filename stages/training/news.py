@@ -4,7 +4,7 @@
     worker  <-- Stop --   Mailbox  <--  driver      the order to end the phase after a checkpoint
 
 A worker posts through its `Channel` and never waits for the driver, nor the driver for workers. News that is
-lost with the mailbox was only early: the curves are in the checkpoints and are posted again.
+lost with the mailbox was only early: the curves are in the checkpoints, and MLflow gets them from there.
 
 Imports neither torch nor Ray: the mailbox is a process of its own (`stages.training.control`), which torch
 would take seconds to load, and the loop (`stages.training.loop`) runs without Ray.

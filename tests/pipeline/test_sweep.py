@@ -36,12 +36,14 @@ from pipeline.sweep.trials import (
     shared,
     variants,
 )
+from stages import storage
 from stages.base import Point, Seen
 from stages.errors import UserError
 from stages.models.architecture import InputSpec
 from stages.models.gan import build_gan
 from stages.models.step import Batch
 from stages.tracking.run import Run
+from stages.training import curves
 from stages.training.curves import balance
 from tests.support.steps import step
 
@@ -276,6 +278,18 @@ def test_a_curve_reaches_tune_as_its_mean_when_an_epoch_is_over() -> None:
     track.points(points(1, {4: 7.0}) + points(2, {5: 1.0}))
     assert reports[1:] == [{"loss": 6.0, "epoch": 12}]
     assert len(run.kept) == 9  # type: ignore[attr-defined]  MLflow gets every point
+
+
+def test_a_phase_that_resumes_reports_the_epochs_before(tmp_path: Path) -> None:
+    (trial,) = trials(settings={"as it is": {}})
+    before = [*points(0, {1: 1.0, 2: 3.0}), *points(1, {3: 5.0})]
+    place = f"{tmp_path}/checkpoints/step-00000003/curves.parquet"
+    storage.write_parquet(place, curves.to_table(before))
+    reports: list[dict[str, Any]] = []
+    track = reporting(Record(), "train-global", trial.config, "loss", reports.append)
+    track.curves(str(tmp_path))
+    track.points(points(1, {4: 7.0}) + points(2, {5: 1.0}))
+    assert reports == [{"loss": 2.0, "epoch": 1}, {"loss": 6.0, "epoch": 2}]
 
 
 def test_only_training_phases_report_epochs() -> None:

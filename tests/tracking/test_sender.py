@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,22 @@ def test_a_phase_that_fails_has_the_curves_of_its_newest_checkpoint(parent: Run,
     assert stored(child).info.status == "FAILED"
 
 
+def test_curves_of_a_phase_that_resumes_come_first_and_a_few_at_a_time(parent: Run, tmp_path: Path) -> None:
+    for step in (99_999_999, 100_000_000):  # the newest is that of the larger number
+        write_curves(f"{tmp_path}/checkpoints/step-{step:08d}/curves.parquet", step // 25_000_000)
+    child = parent.child("train-global")
+    child.curves(str(tmp_path))
+    child.points(live(5, 6))
+    assert child.flush()
+    assert steps(child, "generator/gan") == list(range(1, 7))
+    assert stored(child).info.status == "RUNNING"
+    write_curves(f"{tmp_path}/metrics.parquet", 40_000)
+    tracemalloc.start()
+    assert sum(map(len, sender.stored_points(str(tmp_path)))) == 120_000
+    assert tracemalloc.get_traced_memory()[1] < 5e6
+    tracemalloc.stop()
+
+
 def test_memory_is_bounded_and_the_rest_of_a_curve_comes_at_the_end(
     parent: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,7 +123,7 @@ def test_curves_wait_for_a_store_that_is_away(
     child = parent.child("train-global")
     child.curves(str(tmp_path))
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "read_parquet", away)
+        patch.setattr(sender, "local_file", away)
         child.end()
         assert not child.flush(wait=1.5)
         assert stored(child).info.status == "RUNNING"
