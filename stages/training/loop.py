@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from stages import storage
 from stages.base import Precision, Resources
 from stages.config.train import PhaseJob, discriminators
-from stages.errors import PixloomError, StageError
+from stages.errors import PixloomError, StageError, one_line
 from stages.images import encode
 from stages.models.architecture import InputSpec, Preprocessing
 from stages.models.copies import arrival
@@ -43,6 +43,7 @@ from stages.scoring.metrics import lower_is_better
 from stages.seeding import number
 from stages.shards.order import num_steps
 from stages.storage.local import local_file
+from stages.storage.retry import away
 from stages.training import checkpoints, curves, execution
 from stages.training.checkpoints import Checkpoint, Position, Writer
 from stages.training.curves import ClosedWindow, Curves, DivergedError, Window
@@ -542,14 +543,25 @@ class Loop:
         chooses, epochs = self.task.job.select is not None, self.task.job.phase.epochs
         due = not chooses or every is None or self.position.epoch in measured_epochs(epochs, every)
         started = time.monotonic()
-        grid, values = self.preview(self.gan, due)
+        try:
+            grid, values = self.preview(self.gan, due)
+        except PixloomError as error:
+            if chooses or not away(error):  # what chooses the model is measured, or the phase ends
+                raise
+            self._note(
+                f"no samples after epoch {self.position.epoch} ({one_line(error.__cause__ or error)}); training continues"
+            )
+            return
         if chooses and every is None:
             values |= {SELECTING_EVERY: self._pace(time.monotonic() - started)}
         self._add_points(self.position, epoch, values)
         if grid is not None:
-            name = f"epoch-{self.position.epoch:04d}.png"
-            storage.write_bytes(storage.join(self.task.output, "samples", name), encode.encode_png(grid))
             self.channel.post(SampleGrid(self.position.images, self.position.steps, grid))
+            name = f"samples/epoch-{self.position.epoch:04d}.png"
+            try:
+                storage.write_bytes(storage.join(self.task.output, name), encode.encode_png(grid))
+            except PixloomError as error:
+                self._note(f"{name} not written ({one_line(error.__cause__ or error)}); training continues")
 
     def _pace(self, seconds: float) -> int:
         """After how many epochs `train.select` is measured; `seconds` is what its first time took."""

@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stages import storage
 from stages.base import Resources
 from stages.config.shard import AugmentConfig
 from stages.config.train import PhaseJob, TrainConfig, jobs
+from stages.errors import UserError
 from stages.models.architecture import InputSpec, Preprocessing
 from stages.models.files.saved import load_model
 from stages.models.gan import GanState
@@ -322,6 +324,33 @@ def test_samples_are_drawn_into_the_phases_folder(tmp_path: Path) -> None:
         "epoch-0003.png",
     ]
     assert [news.images for news in mailbox.take() if isinstance(news, SampleGrid)] == [10, 20, 30]
+
+
+def test_samples_that_cannot_be_written_or_read_end_no_phase(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(uri: str, data: bytes) -> None:
+        if uri.endswith(".png"):
+            raise UserError(f"{uri}: cannot reach the store")
+        write_bytes(uri, data)
+
+    def preview(gan: GanState, measure: bool) -> tuple[np.ndarray | None, dict[str, float]]:
+        if len(drawn) == 1:
+            raise UserError("shards: cannot reach the store") from ConnectionError("no route")
+        drawn.append(np.zeros((4, 4, 3), np.uint8))
+        return drawn[-1], {}
+
+    drawn: list[np.ndarray] = []
+    write_bytes = storage.write_bytes
+    monkeypatch.setattr(storage, "write_bytes", write)
+    ending, mailbox = train(task(tmp_path, phase_jobs()[0]), Rows(16), preview)
+    assert ending.position.images == 30
+    notes = [news.text for news in mailbox.take() if isinstance(news, Note)]
+    assert len(notes) == 3
+    assert notes[0].startswith("samples/epoch-0001.png not written (")
+    assert notes[1].startswith("no samples after epoch 2 (no route)")
+    with pytest.raises(UserError, match="cannot reach the store"):  # which chooses the model
+        train(task(tmp_path / "chosen", phase_jobs(select="l1")[0]), Rows(16), preview)
 
 
 def test_the_best_checkpoint_by_validation_stays_whatever_its_age(
