@@ -58,6 +58,7 @@ from stages.shards.prepare import Preparation, StoredPair, Unit
 from stages.shards.row_groups import read_units
 from stages.training.checkpoints import Position
 from stages.training.control import Courier, LostWorkers, NewsRecorder, reading
+from stages.training.gradients import failing_together
 from stages.training.graph import CudaGraphs
 from stages.training.loop import Ending, Preview, Task, Worker, train_phase
 from stages.training.memory import estimate_memory, out_of_memory, shortage
@@ -313,14 +314,15 @@ def _work(config: dict[str, Any]) -> Ending:
     failure = ray.get(setup.mailbox.permanent_failure.remote())
     if failure:
         return Ending(Position(), failure=failure)
-    try:
-        return _train(setup)
-    except (PixloomError, RuntimeError, MemoryError) as error:
-        advice = out_of_memory(error, setup.task.job)
-        failure = error if isinstance(error, PixloomError) else StageError(advice) if advice else None
-        if failure:
-            ray.get(setup.mailbox.give_up.remote(type(failure)(str(failure))))
-        raise
+    with failing_together():
+        try:
+            return _train(setup)
+        except (PixloomError, RuntimeError, MemoryError) as error:
+            advice = out_of_memory(error, setup.task.job)
+            failure = error if isinstance(error, PixloomError) else StageError(advice) if advice else None
+            if failure:
+                ray.get(setup.mailbox.give_up.remote(type(failure)(str(failure))))
+            raise
 
 
 def _train(setup: Setup) -> Ending:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,10 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from stages.errors import one_line
+
 Weight = TypeVar("Weight", bound=Tensor)
 
 BUCKET_BYTES = 32 << 20
 CPU_BUCKET_BYTES = 4 << 20  # over gloo: what was packed is still in the cache when it is sent
+FAILURE = "failure"  # in the workers' store: why one of them failed
 STORE_S = 3600.0  # a dozen calls to a store that is away, each tried for five minutes (storage.retry)
 
 
@@ -192,6 +196,19 @@ class Bucket:
         ]
 
 
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """If the block fails on this worker, those that wait in `Messages.meet` fail too, and say why."""
+    try:
+        yield
+    except BaseException as error:
+        if dist.group.WORLD is not None:
+            with suppress(RuntimeError):  # the worker that holds the store is gone
+                text = f"worker {dist.get_rank()} failed: {one_line(error, kind=True)}"
+                dist.group.WORLD.get_group_store().set(FAILURE, text)
+        raise
+
+
 # -- small values -------------------------------------------------------------
 
 
@@ -208,7 +225,7 @@ class Messages:
         """Wait until all workers are here, also for one that a store keeps longer than a step may take.
 
         Not a collective, which would fail after the time limit of a step: each worker counts itself. The loss
-        of a worker ends the wait, as Ray Train then ends the others.
+        of a worker ends the wait, as Ray Train then ends the others; so does its `failing_together`.
         """
         if dist.group.WORLD is not None and self.workers > 1:
             self._meetings += 1
@@ -216,6 +233,8 @@ class Messages:
             name = f"meeting-{self._meetings}"
             store.add(name, 1)
             while (missing := dist.get_world_size() - store.add(name, 0)) > 0:
+                if store.check([FAILURE]):
+                    raise RuntimeError(store.get(FAILURE).decode())
                 if time.monotonic() > until:
                     raise RuntimeError(f"{missing} workers did not come in {STORE_S:.0f} s")
                 time.sleep(0.1)

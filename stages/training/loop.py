@@ -548,9 +548,8 @@ class Loop:
         except PixloomError as error:
             if chooses or not away(error):  # what chooses the model is measured, or the phase ends
                 raise
-            self._note(
-                f"no samples after epoch {self.position.epoch} ({one_line(error.__cause__ or error)}); training continues"
-            )
+            reason = one_line(error.__cause__ or error)
+            self._note(f"no samples after epoch {self.position.epoch} ({reason}); training continues")
             return
         if chooses and every is None:
             values |= {SELECTING_EVERY: self._pace(time.monotonic() - started)}

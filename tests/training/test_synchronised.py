@@ -15,7 +15,7 @@ from stages.config.shard import AugmentConfig
 from stages.config.train import PhaseJob, TrainConfig, jobs
 from stages.training import checkpoints
 from stages.training.checkpoints import Checkpoint
-from stages.training.gradients import Messages
+from stages.training.gradients import Messages, failing_together
 from stages.training.loop import Worker
 from tests.support.shards import make_shards
 from tests.support.undisturbed import train_here, undisturbed
@@ -113,6 +113,26 @@ def wait_alone(rank: int, folder: str) -> None:
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_message_that_a_worker_does_not_send_has_the_limit_of_a_step(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(wait_alone, (str(tmp_path),), nprocs=2)
+    assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
+
+
+def fail() -> None:
+    raise ValueError("no such weights")
+
+
+def fail_alone(rank: int, folder: str) -> None:
+    """One of two workers fails, while the other waits for it."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    messages = Messages(2, torch.device("cpu"), LIMIT)
+    expected = ValueError if rank == 1 else RuntimeError
+    with pytest.raises(expected, match="no such weights"), failing_together():
+        messages.meet() if rank == 0 else fail()
+    Path(folder, f"done-{rank}").touch()
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_the_failure_of_a_worker_ends_the_wait_of_the_others(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(fail_alone, (str(tmp_path),), nprocs=2)
     assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
 
 
