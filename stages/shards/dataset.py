@@ -28,7 +28,7 @@ from stages.errors import StageError, UserError, first_invalid, one_line
 from stages.images import encode, kinds, pictures
 from stages.images.kinds import Array, ImageRejected
 from stages.models.architecture import InputSpec, Picture
-from stages.shards.row_groups import num_row_groups, read_unit
+from stages.shards.row_groups import AGAIN, num_row_groups, read_unit
 
 NAME = "dataset.parquet"
 OLD_NAME = "dataset.json"  # one JSON document, as folders had before: read, never written
@@ -297,9 +297,7 @@ def decode_role(data: memoryview | bytes, crc: int, role: RoleSpec, size: tuple[
 def corrupt(folder: str, name: str, key: str, role: str, reason: object) -> StageError:
     """The error for a damaged image: a shard is made again as a whole."""
     return StageError(
-        f"{storage.join(folder, name)}: image '{role}' of pair '{key}' is damaged ({reason}); "
-        "delete that file, its marker in _parts/, _parts/groups/ and _SUCCESS.json (or the whole folder) and "
-        "run the shard stage again"
+        f"{storage.join(folder, name)}: image '{role}' of pair '{key}' is damaged ({reason}); {AGAIN}"
     )
 
 

@@ -171,9 +171,10 @@ class Feed(AbstractContextManager["Feed"]):
 
     def _unit(self, epoch: int, unit: ReadUnit) -> Unit:
         """A read unit as plain values."""
-        whole = len(unit.rows) == self._sizes[unit.group]
+        size = int(self._sizes[unit.group])
+        rows = None if len(unit.rows) == size else unit.rows.tolist()
         file, group = self._files.place(unit.group)
-        return {"epoch": epoch, "file": file, "group": group, "rows": None if whole else unit.rows.tolist()}
+        return {"epoch": epoch, "file": file, "group": group, "rows": rows, "size": size}
 
     def _make(self, step: tuple[list[StoredPair], int]) -> Batch:
         """Verify, decode, crop and mirror the rows of a step into fresh memory."""

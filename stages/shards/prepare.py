@@ -27,7 +27,7 @@ from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec, RoleSpec
 
 Unit = dict[str, Any]
-"""What is read together, and for which epoch: epoch, file, group and rows (`row_groups.read_unit`)."""
+"""What is read together, and for which epoch: epoch, file, group, rows, size (`row_groups.read_unit`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

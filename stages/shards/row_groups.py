@@ -1,6 +1,6 @@
 """Whole row groups of shards, from local files or a store.
 
-in:  read units {file, group, rows} of a shards folder
+in:  read units {file, group, rows, size} of a shards folder
 out: Arrow tables of their rows, with images as they are stored
 
 No torch here, so that a process that only reads starts in a second and stays small.
@@ -18,6 +18,11 @@ import pyarrow.parquet as pq
 
 from stages import storage
 from stages.errors import StageError
+
+AGAIN = (
+    "delete that file, its marker in _parts/, _parts/groups/ and _SUCCESS.json (or the whole folder) and run "
+    "the shard stage again"
+)
 
 
 @lru_cache(maxsize=256)
@@ -86,6 +91,7 @@ def read_row_group(uri: str, group: int, columns: list[str]) -> pa.Table:
     fs, path = storage.filesystem(uri)
     data = cast(bytes, fs.cat_file(path, start=start, end=end))
     if len(data) != end - start:
+        _metadata.cache_clear()  # another shard may be there by now
         raise OSError(f"{uri}: {len(data)} bytes of {end - start}")
     try:
         window = _Window(start, data, end)
@@ -97,14 +103,17 @@ def read_row_group(uri: str, group: int, columns: list[str]) -> pa.Table:
 
 
 def read_unit(folder: str, unit: Mapping[str, Any], columns: list[str]) -> pa.Table:
-    """The rows of a read unit {file, group, rows}, in the order of `rows`; None: all rows of the group.
+    """The rows of a read unit {file, group, rows, size}, in the order of `rows`; None: all rows of the group.
 
-    Raises StageError if the shard is gone or damaged or the store failed, UserError if it refuses access.
+    Raises StageError if the shard is gone, damaged or another one (whose group has not `size` rows) or the
+    store failed, UserError if it refuses access.
     """
     uri = storage.join(folder, unit["file"])
     try:
-        table = storage.patiently(lambda: read_row_group(uri, unit["group"], columns), uri)
-    except (FileNotFoundError, pa.ArrowException) as error:
+        table = storage.patiently(lambda: read_row_group(uri, unit["group"], columns), uri).select(columns)
+        if table.num_rows != unit.get("size", table.num_rows):
+            raise IndexError(f"row group {unit['group']} has {table.num_rows} rows, not {unit['size']}")
+    except (FileNotFoundError, LookupError, pa.ArrowException) as error:
         raise _mismatch(uri, error) from error
     rows = unit.get("rows")
     return table if rows is None else table.take(pa.array(rows, pa.int64()))
@@ -120,4 +129,7 @@ def read_units(
 
 
 def _mismatch(uri: str, error: Exception) -> StageError:
-    return StageError(f"{uri}: not the shard that dataset.parquet describes ({' '.join(str(error).split())})")
+    reason = " ".join(str(error).split())
+    return StageError(
+        f"{uri}: not the shard that dataset.parquet describes ({reason}); put it back, or {AGAIN}"
+    )

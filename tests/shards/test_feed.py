@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from stages import storage
 from stages.config.shard import AugmentConfig
 from stages.errors import StageError, UserError
 from stages.images import geometry
@@ -16,6 +17,7 @@ from stages.models.step import Batch
 from stages.shards.dataset import DatasetSpec, read_split
 from stages.shards.feed import Feed, read_here
 from stages.shards.prepare import copy_pixels
+from stages.shards.row_groups import read_row_group
 from stages.train import read_with_ray
 from tests.support.pairs import SIZE, make_shards, pair_row, photo, photo_pairs, write_image
 
@@ -199,6 +201,26 @@ def test_a_shard_that_is_gone_is_one_clear_error(tmp_path):
         Feed(str(tmp_path / "shards"), spec, read=read_here) as feed,
         pytest.raises(StageError, match=r"train-00000\.parquet"),
     ):
+        epoch_of(feed)
+
+
+@pytest.mark.parametrize("place", ["local", "memory"])
+@pytest.mark.parametrize("less", ["rows", "groups", "columns"])
+def test_a_shard_that_another_replaces_is_one_clear_error(tmp_path, less, place):
+    spec = make_shards(tmp_path / "shards", photo_pairs(tmp_path / "in", 9), parts=1)
+    file = tmp_path / "shards" / "train-00000.parquet"
+    table = pq.read_table(file)
+    small = {"rows": table[:6], "groups": table[:4], "columns": table.drop_columns(["target_crc"])}[less]
+    folder = str(tmp_path / "shards")
+    if place == "memory":
+        folder = f"memory://{tmp_path.name}-{less}"
+        storage.write_bytes(f"{folder}/{file.name}", file.read_bytes())
+        read_row_group(f"{folder}/{file.name}", 1, ["key"])  # its footer is remembered
+    pq.write_table(small, file, row_group_size=4)
+    if place == "memory":
+        storage.write_bytes(f"{folder}/{file.name}", file.read_bytes())
+    says = r"train-00000\.parquet: not the shard that dataset\.parquet describes .*; put it back, or delete"
+    with Feed(folder, spec, batch=2, epochs=1) as feed, pytest.raises(StageError, match=says):
         epoch_of(feed)
 
 
