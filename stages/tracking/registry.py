@@ -211,10 +211,7 @@ def _log(client: MlflowClient, folder: str, run_id: str, example: Mapping[str, b
     with tempfile.TemporaryDirectory(prefix="pixloom-served-") as temp:
         local, needed = local_model(folder, Path(temp) / "all"), Path(temp) / "model"
         unused = {DISCRIMINATOR} | ({WEIGHTS} if EMA in read_manifest(local).files else set())
-        needed.mkdir()
-        for path in local.iterdir():
-            if path.is_file() and path.name not in unused:  # the others are half of the bytes
-                shutil.copyfile(path, needed / path.name)
+        shutil.copytree(local, needed, ignore=lambda *_: unused)  # which is half of the bytes
         Model.log(
             artifact_path=None,
             name=NAME,

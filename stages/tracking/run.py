@@ -13,7 +13,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -32,7 +31,7 @@ from stages.errors import UserError, one_line, without_password
 from stages.images import encode
 from stages.storage.local import alone
 from stages.tracking import sender
-from stages.tracking.sender import Fact, Sender, shown
+from stages.tracking.sender import Fact, Sender, now_ms, shown
 
 LONGEST_VALUE = 6000  # characters; MLflow refuses longer parameter values
 
@@ -82,7 +81,7 @@ class Run:
 
     def metrics(self, values: Mapping[str, float], *, step: int = 0) -> None:
         """Record values at one step."""
-        now = _now_ms()
+        now = now_ms()
         self._put({("metric", allowed_name(n), step): (float(value), now) for n, value in values.items()})
 
     def points(self, points: Sequence[Point]) -> None:
@@ -104,7 +103,7 @@ class Run:
         As MLflow's `log_image`, but under names that are chosen once: sent twice, it is one picture.
         """
         series, png, preview = allowed_name(key).replace("/", "~"), encode.encode_png(array), io.BytesIO()
-        name = f"images/{series}+step+{step}+timestamp+{_now_ms()}+{uuid.uuid4()}"
+        name = f"images/{series}+step+{step}+timestamp+{now_ms()}+{uuid.uuid4()}"
         small = Image.open(io.BytesIO(png))
         small.thumbnail((256, 256))
         small.save(preview, "webp")
@@ -146,7 +145,7 @@ class Run:
 
     def end(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
         """Close the run."""
-        self._put({("end",): {"status": status, "end_time": _now_ms()}})
+        self._put(sender.ended(status))
 
     def __enter__(self) -> Self:
         return self
@@ -175,8 +174,9 @@ def catch_up(config: TrackingConfig, workspace: str) -> bool:
 
 def _create(to: Sender, name: str, tags: Mapping[str, str], *, parent: str = "") -> Run:
     run = Run(to, uuid.uuid4().hex)
-    tags = {**tags, sender.PROCESS_TAG: sender.this_process()}
-    run._put({("create",): {"name": name, "tags": tags, "parent": parent, "start_time": _now_ms()}})
+    to.open[run.key] = None
+    tags = {**tags, sender.PROCESS_TAG: sender.process_name(), sender.ALIVE_TAG: str(now_ms())}
+    run._put({("create",): {"name": name, "tags": tags, "parent": parent, "start_time": now_ms()}})
     return run
 
 
@@ -227,7 +227,3 @@ def _open_experiment(uri: str, file: Path | None, name: str) -> str:
     if folder and folder.is_dir() and old.resolve() != folder.resolve():
         sender.logger.warning("%s was moved, files still go to %s: name a new tracking.experiment", file, old)
     return str(experiment.experiment_id)
-
-
-def _now_ms() -> int:
-    return int(time.time() * 1000)

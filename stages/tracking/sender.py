@@ -8,7 +8,9 @@ it, for the next process in the workspace to send; curves are there already, in 
 from __future__ import annotations
 
 import atexit
+import json
 import logging
+import math
 import os
 import socket
 import tempfile
@@ -18,7 +20,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -32,11 +34,14 @@ from stages.storage.local import local_file
 logger = logging.getLogger(__name__)
 
 KEY_TAG, PROCESS_TAG, WORKSPACE_TAG = "pixloom.key", "pixloom.process", "pixloom.workspace"
+ALIVE_TAG = "pixloom.alive"  # when the process that created the run was there, in ms since 1970
 CURVES_TAG = "pixloom.curves"  # folder of the phase whose curves a run shows
 UNSENT, DOCUMENT = "mlflow-unsent", "facts.json"  # in the workspace: a folder, and in it one per process
 SMALL = ("param", "tag", "metric")  # kinds of facts of which one request takes many
 LINGER_S = 0.3  # how long facts are collected: one request instead of many
 RETRY_S = (1.0, 2.0, 5.0, 10.0, 15.0)
+ALIVE_S = 60.0  # between two such signs of life, of a process that has a run open
+GONE_S = 900.0  # after so long without one, a process of another machine has ended
 GIVE_UP_S = 120.0  # what fails so long while the server answers is dropped
 MOST_ROWS = 100_000  # unsent values of a phase's curves in memory; its folder has the others at its end
 ROWS = 1000  # values of curves that one request takes
@@ -147,20 +152,12 @@ def log_model(client: Any, run_id: str, name: str, *, folder: str, step: int) ->
     client.finalize_logged_model(model.model_id, "READY")
 
 
-def documents(workspace: str) -> list[str]:
-    """URIs of the documents that hold what MLflow has not taken, one per process."""
+def documents(workspace: str) -> dict[str, Any]:
+    """What MLflow has not taken, a document per process, by its folder."""
     unsent = storage.join(storage.absolute(workspace), UNSENT)
-    places = [storage.join(unsent, name, DOCUMENT) for name in storage.list_folders(unsent)]
-    return [place for place in places if storage.exists(place)]
-
-
-def moved(value: Any, old: str, new: str) -> Any:
-    """A value of JSON in which the places in folder `old` are in folder `new`."""
-    if isinstance(value, dict):
-        return {name: moved(one, old, new) for name, one in value.items()}
-    if isinstance(value, list):
-        return [moved(one, old, new) for one in value]
-    return new + value[len(old) :] if isinstance(value, str) and value.startswith(f"{old}/") else value
+    folders = [storage.join(unsent, name) for name in storage.list_folders(unsent)]
+    found = ((folder, storage.find_json(storage.join(folder, DOCUMENT))) for folder in folders)
+    return {folder: document for folder, document in found if document is not None}
 
 
 def connect(uri: str) -> Any:
@@ -178,20 +175,32 @@ def connect(uri: str) -> Any:
     return MlflowClient(tracking_uri=uri)
 
 
-def this_process() -> str:
-    """Host, process id and start time: no other process has the same."""
-    return f"{socket.gethostname()} {os.getpid()} {psutil.Process().create_time():.0f}"
+def process_name(pid: int | None = None) -> str:
+    """Host, process id and start time: no other process has the same. None: of this one."""
+    process = psutil.Process(pid)
+    return f"{socket.gethostname()} {process.pid} {process.create_time():.0f}"
 
 
-def is_gone(process: str) -> bool:
-    """Whether the process of that `this_process` has ended; False for one of another machine."""
-    host, pid, started = process.split() if process.count(" ") == 2 else ("", "0", "")
-    if host != socket.gethostname():
-        return False
-    try:
-        return f"{psutil.Process(int(pid)).create_time():.0f}" != started
-    except psutil.NoSuchProcess:
-        return True
+def is_gone(process: str, alive: float = math.inf) -> bool:
+    """Whether the process of that `process_name` has ended. `alive`: its last sign of life, inf: unknown.
+
+    A Kubernetes pod that starts again has another name, and no lock in a bucket says that the first is gone.
+    """
+    if not process.startswith(f"{socket.gethostname()} "):
+        return now_ms() - alive > 1000 * GONE_S
+    with suppress(psutil.NoSuchProcess):
+        return process_name(int(process.split()[1])) != process
+    return True
+
+
+def now_ms() -> int:
+    """The time as MLflow counts it."""
+    return int(time.time() * 1000)
+
+
+def ended(status: str) -> dict[Fact, Any]:
+    """The fact that a run has ended: FINISHED, FAILED or KILLED."""
+    return {("end",): {"status": status, "end_time": now_ms()}}
 
 
 class Sender:
@@ -202,12 +211,14 @@ class Sender:
         self.unsent = storage.join(self.workspace, UNSENT)
         self.client: Any = None
         self._folder = storage.join(self.unsent, uuid.uuid4().hex)
-        self._folders: list[str] = []  # this one and those of ended processes, while they hold facts
+        self._folders: set[str] = set()  # this one and those of ended processes, while they hold facts
         self._records: dict[str, Record] = {}  # by key
         self._changed, self._storing = threading.Condition(), threading.Lock()
         self._hurry = False
         self._ids: dict[str, str] = {}
         self._held: dict[str, Held] = {}  # forgotten after an error: the server may have taken what failed
+        self.open: dict[str, None] = {}  # keys of the runs that this process created and has not ended
+        self._alive = time.monotonic()
         self._failing: dict[Any, float] = {}  # since when facts fail though the server answers
         self._trouble: Exception | None = None
         self._away_since: float | None = None
@@ -224,6 +235,8 @@ class Sender:
             record.facts |= {f: v for f, v in facts.items() if f[0] != "param" or f not in record.facts}
             record.curves = curves or record.curves
             record.facts |= {("curves",): curves} if curves else {}
+            if ("end",) in facts:
+                self.open.pop(key, None)
             record.is_full |= bool(record.curves) and len(record.rows) > MOST_ROWS
             if not record.is_full:  # without gaps, so that the last step says what is missing
                 record.rows += rows
@@ -254,31 +267,35 @@ class Sender:
             logger.warning("MLflow at %s has no answer; the next run sends what is in %s", where, self.unsent)
 
     def take_over(self) -> None:
-        """End the runs that ended processes left open as KILLED; complete those of this workspace."""
+        """End the runs that ended processes left open; send what they could not of this workspace."""
         self.client = self.client or connect(self.uri)
-        killed: dict[Fact, Any] = {("end",): {"status": "KILLED", "end_time": int(time.time() * 1000)}}
+        self._end_abandoned()
+        for folder, document in documents(self.workspace).items():
+            process, gone = document["process"], is_gone(document["process"])
+            if not gone and process != process_name() and process.split()[0] == socket.gethostname():
+                continue  # it sends them itself
+            old, new = (json.dumps(f"{place}/")[:-1] for place in (document["workspace"], self.workspace))
+            records = json.loads(json.dumps(document["records"]).replace(old, new))  # which may have moved
+            with self._changed:
+                self._folders.add(folder)
+                for key, record in records.items():
+                    facts = {tuple(fact): value for fact, value in record["facts"]}
+                    unfinished = ended("KILLED") if gone and ("create",) in facts else {}
+                    self.put(key, unfinished | facts, curves=record["curves"])
+
+    def _end_abandoned(self) -> None:
+        """End the runs that ended processes left open as KILLED, with the curves of their phases."""
         where = "attributes.status = 'RUNNING'"
-        for run in self.client.search_runs([self.experiment], filter_string=where, max_results=1000):
-            if is_gone(run.data.tags.get(PROCESS_TAG, "")):
+        runs = self.client.search_runs([self.experiment], filter_string=where, max_results=1000)
+        owners = [run.data.tags.get(PROCESS_TAG, "") for run in runs]
+        times = [float(run.data.tags.get(ALIVE_TAG, "inf")) for run in runs]
+        alive = dict(sorted(zip(owners, times, strict=True)))  # the last one of each
+        for run, owner in zip(runs, owners, strict=True):
+            if is_gone(owner, alive[owner]):
                 self.client.set_terminated(run.info.run_id, status="KILLED")
                 phase = run.data.tags.get(CURVES_TAG, "").rpartition("/")[2]  # the workspace may have moved
-                curves = phase and storage.join(self.workspace, phase)
-                self.put(run.data.tags[KEY_TAG], killed, curves=curves)
-        for uri in documents(self.workspace):
-            if (document := storage.find_json(uri)) is None:
-                continue  # its process has sent all of it meanwhile
-            process, gone = document["process"], is_gone(document["process"])
-            if not gone and process != this_process() and process.split()[0] == socket.gethostname():
-                continue  # it sends them itself
-            records = moved(
-                document["records"], document.get("workspace", self.workspace), self.workspace
-            ).items()
-            with self._changed:
-                self._folders.append(uri.rpartition("/")[0])
-                for key, record in records:
-                    facts = {tuple(fact): value for fact, value in record["facts"]}
-                    unfinished = killed if gone and ("create",) in facts else {}
-                    self.put(key, unfinished | facts, curves=record["curves"])
+                phase = phase and storage.join(self.workspace, phase)
+                self.put(run.data.tags[KEY_TAG], ended("KILLED"), curves=phase)
 
     # -- the thread -----------------------------------------------------------
 
@@ -298,13 +315,19 @@ class Sender:
         attempt = 0
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: not self._is_settled())
+                self._changed.wait_for(lambda: not self._is_settled(), ALIVE_S if self.open else None)
                 if not self._hurry:
                     self._changed.wait_for(lambda: self._hurry, timeout=LINGER_S)
                 records = list(self._records.items())
             self._trouble, complete = None, True
             try:
                 self.client = self.client or connect(self.uri)
+                if self.open and time.monotonic() - self._alive > ALIVE_S:
+                    self._alive = time.monotonic()
+                    self._end_abandoned()
+                    with self._changed:
+                        for key in [*self.open][:1]:
+                            self._records[key].facts["tag", ALIVE_TAG] = str(now_ms())
                 for key, record in records:
                     complete &= self._send(key, record)
             except Exception as error:  # every client library has its own; none may end training
@@ -360,8 +383,7 @@ class Sender:
         else:
             tags = {**create["tags"], KEY_TAG: key, WORKSPACE_TAG: self.workspace}
             if create["parent"]:
-                parent = self._look_up(create["parent"])
-                if parent is None:
+                if (parent := self._look_up(create["parent"])) is None:
                     return None
                 tags["mlflow.parentRunId"] = parent.run_id
             start, name = create["start_time"], create["name"]
@@ -384,10 +406,7 @@ class Sender:
         """Send facts in one request. What the server refuses is dropped; what fails otherwise is kept."""
         values = {fact: record.facts[fact] for fact in facts}
         try:
-            if facts[0][0] in SMALL:
-                self._log_small(held, values)
-            else:
-                self._log_large(held.run_id, facts[0], values[facts[0]])
+            self._log(held, values)
         except Exception as error:
             if not is_refusal(error):
                 self.client.get_experiment(self.experiment)  # raises if the server is away
@@ -406,33 +425,31 @@ class Sender:
                     del record.facts[fact]
             self._changed.notify_all()
 
-    def _log_small(self, held: Held, values: Mapping[Fact, Any]) -> None:
-        from mlflow.entities import Metric, Param, RunTag  # noqa: PLC0415 - see connect
+    def _log(self, held: Held, values: Mapping[Fact, Any]) -> None:
+        """Send small facts in one request, or one of another kind."""
+        from mlflow import entities  # noqa: PLC0415 - see connect
 
-        metrics = [Metric(f[1], *value, f[2]) for f, value in values.items() if f[0] == "metric"]
-        params = {str(f[1]): value for f, value in values.items() if f[0] == "param"}
-        fresh = [Param(name, value) for name, value in params.items() if name not in held.params]
-        tags = [RunTag(f[1], value) for f, value in values.items() if f[0] == "tag"]
-        self.client.log_batch(held.run_id, metrics=metrics, params=fresh, tags=tags)
-        held.params |= params.keys()
-
-    def _log_large(self, run_id: str, fact: Fact, value: Any) -> None:
-        if fact[0] == "end":
-            self.client.set_terminated(run_id, **value)
-        elif fact[0] == "dataset":
-            from mlflow.entities import Dataset, DatasetInput, InputTag  # noqa: PLC0415 - see connect
-
-            context = InputTag("mlflow.data.context", str(fact[2]))
-            self.client.log_inputs(run_id, [DatasetInput(Dataset(**value), [context])])
-        elif fact[0] == "model":
-            log_model(self.client, run_id, str(fact[1]), **value)
+        ((kind, *names), value) = next(iter(values.items()))
+        if kind in SMALL:
+            metrics = [entities.Metric(f[1], *value, f[2]) for f, value in values.items() if f[0] == "metric"]
+            params = {str(f[1]): value for f, value in values.items() if f[0] == "param"}
+            fresh = [entities.Param(name, value) for name, value in params.items() if name not in held.params]
+            tags = [entities.RunTag(f[1], value) for f, value in values.items() if f[0] == "tag"]
+            self.client.log_batch(held.run_id, metrics=metrics, params=fresh, tags=tags)
+            held.params |= params.keys()
+        elif kind == "end":
+            self.client.set_terminated(held.run_id, **value)
+        elif kind == "dataset":
+            context = entities.InputTag("mlflow.data.context", str(names[1]))
+            self.client.log_inputs(held.run_id, [entities.DatasetInput(entities.Dataset(**value), [context])])
+        elif kind == "model":
+            log_model(self.client, held.run_id, str(names[0]), **value)
         else:
-            name = PurePosixPath(str(fact[1]))
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / name.name
+            folder, _, name = str(names[0]).rpartition("/")
+            with tempfile.TemporaryDirectory() as temporary:
+                path = Path(temporary) / name
                 path.write_bytes(value if isinstance(value, bytes) else storage.read_bytes(value))
-                parent = None if len(name.parts) == 1 else str(name.parent)
-                self.client.log_artifact(run_id, str(path), artifact_path=parent)
+                self.client.log_artifact(held.run_id, str(path), artifact_path=folder or None)
 
     # -- while the server is away ---------------------------------------------
 
@@ -471,10 +488,10 @@ class Sender:
                                 record.facts[fact] = uri
                     stored = [(fact, record.facts.get(fact, value)) for fact, value in facts]
                     document[key] = {"curves": record.curves, "facts": stored}
-                whole = {"process": this_process(), "workspace": self.workspace, "records": document}
+                whole = {"process": process_name(), "workspace": self.workspace, "records": document}
                 storage.write_json(storage.join(self._folder, DOCUMENT), whole)
                 with self._changed:
-                    self._folders = list({*self._folders, self._folder})
+                    self._folders.add(self._folder)
             except (OSError, PixloomError) as error:
                 logger.warning("%s cannot be written: %s", self._folder, one_line(error))
 
@@ -482,12 +499,12 @@ class Sender:
         """Remove what the workspace keeps, if MLflow holds all of it by now."""
         with self._storing:
             with self._changed:
-                folders = [] if any(record.facts for record in self._records.values()) else self._folders[:]
+                folders = set() if any(r.facts for r in self._records.values()) else self._folders.copy()
             for folder in folders:
                 with suppress(OSError, PixloomError):  # the next run sends it again, which changes nothing
                     storage.remove(folder)
             with self._changed:
-                self._folders = [folder for folder in self._folders if folder not in folders]
+                self._folders -= folders
                 self._changed.notify_all()
 
 

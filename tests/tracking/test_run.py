@@ -24,7 +24,7 @@ from stages.config.tracking import TrackingConfig, sqlite_file, sqlite_uri
 from stages.errors import UserError
 from stages.tracking import run as tracking, sender
 from stages.tracking.run import Run, open_parent
-from stages.tracking.sender import KEY_TAG, PROCESS_TAG
+from stages.tracking.sender import ALIVE_TAG, KEY_TAG, PROCESS_TAG
 
 
 def point(name: str, value: float, step: int) -> Point:
@@ -172,6 +172,38 @@ def test_runs_of_a_killed_process_are_closed_by_the_next(parent: Run, workspace:
     open_parent(TrackingConfig(), "again", None, workspace)
     assert client.get_run(child.run_id()).info.status == "KILLED"
     assert client.get_run(parent.run_id()).info.status == "RUNNING"
+
+
+def test_runs_of_a_silent_process_of_another_machine_are_closed_also_while_the_next_runs(
+    workspace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pod that starts again has another name, at once: the first one's last sign of life is fresh then."""
+    monkeypatch.setattr(sender, "ALIVE_S", 0.1)
+    monkeypatch.setattr(sender, "LINGER_S", 0.0)
+    config = TrackingConfig(experiment="pods")
+    first = open_parent(config, "first", None, workspace)
+    lost, living, older = (first.child(name) for name in ("lost", "living", "older"))
+    for run, pod in ((lost, "pod-1"), (living, "pod-2"), (older, "pod-3")):
+        run.tags({PROCESS_TAG: f"{pod} 7 1"})
+    assert first.flush()
+    client = sender.connect(first.uri)
+    client.delete_tag(older.run_id(), ALIVE_TAG)  # of a program that gives no sign of life
+
+    def status(run: Run) -> str:
+        return str(client.get_run(run.run_id()).info.status)
+
+    again = open_parent(config, "again", None, workspace)
+    assert {status(run) for run in (lost, living, older)} == {"RUNNING"}
+    client.set_tag(lost.run_id(), ALIVE_TAG, "1000")
+    until = time.monotonic() + 20
+    while status(lost) != "KILLED" and time.monotonic() < until:
+        time.sleep(0.05)
+    assert [status(run) for run in (lost, living, older, again)] == ["KILLED", *["RUNNING"] * 3]
+    for run in (living, older, again, first):
+        run.end()
+    assert first.flush()
+    assert again.flush()
+    assert float(client.get_run(again.run_id()).data.tags[ALIVE_TAG]) > 1000 * (time.time() - 60)
 
 
 class Gate:

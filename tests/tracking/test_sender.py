@@ -293,8 +293,6 @@ def test_what_a_killed_process_could_not_send_the_next_command_completes(tmp_pat
     assert not list(Path(workspace, sender.UNSENT).rglob("*.json"))
 
 
-def test_a_document_that_its_process_removes_meanwhile_stops_nobody(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sender, "documents", lambda _: [str(tmp_path / "gone" / sender.DOCUMENT)])
+def test_a_document_that_its_process_removes_meanwhile_stops_nobody(tmp_path: Path) -> None:
+    (tmp_path / sender.UNSENT / "gone").mkdir(parents=True)
     assert open_parent(TrackingConfig(), "r", None, str(tmp_path)).run_id()
