@@ -49,11 +49,11 @@ from stages.models.fast.process import tune_process
 from stages.models.gan import build_gan
 from stages.models.step import Batch, update
 from stages.objects.fetch import Object, Reader
-from stages.objects.listing import etag_of, local_etag
 from stages.parallel.cluster import set_up_data
 from stages.shards import card, dataset
 from stages.shards.dataset import DatasetSpec
 from stages.shards.feed import Feed, read_here
+from stages.storage import etag_of, local_etag
 from stages.tracking.run import Run
 from stages.train import read_with_ray
 

@@ -29,9 +29,9 @@ from stages.base import Split
 from stages.config.shard import ShardConfig
 from stages.images import colour
 from stages.images.kinds import Array
-from stages.objects.listing import local_etag
 from stages.shards import suspects
 from stages.shards.dataset import RoleSpec
+from stages.storage import local_etag
 
 DATA = Path(__file__).resolve().parents[2] / "shared/data"
 SHARE = 0.05

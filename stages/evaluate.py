@@ -39,7 +39,6 @@ from stages.inference.translator import Translator
 from stages.models.fast.heap import keep_freed_memory
 from stages.models.files.saved import fingerprint
 from stages.objects.fetch import Object, Reader
-from stages.objects.listing import file_version
 from stages.parallel.cluster import UNITS_AT_ONCE, each, on_actors, pool_size, threads, uses_gpu
 from stages.parallel.threads import prefetch_map
 from stages.progress import Progress
@@ -373,7 +372,8 @@ def digest(config: EvaluateConfig) -> str:
     digests = []
     for key, uri in locations(config).items():
         with named(key):
-            digests.append(inputs.listing_digest(uri) if key == "evaluate.images" else file_version(uri))
+            read = inputs.listing_digest if key == "evaluate.images" else storage.file_version
+            digests.append(read(uri))
     return "\n".join(filter(None, digests))  # `check` refuses the step where a file is not there
 
 

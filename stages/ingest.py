@@ -31,13 +31,14 @@ from stages.config.locations import compile_pattern, is_archive
 from stages.errors import UserError
 from stages.objects import Listed, cells, inventory, tables
 from stages.objects.digest import Uint64s, no_rows, row_sums, spell
-from stages.objects.listing import Unit, etag_of, list_objects, split_location
+from stages.objects.listing import Unit, list_objects, split_location
 from stages.objects.patterns import bad_keys, canonical_splits, match
 from stages.objects.tables import REJECTS, reject_text
 from stages.parallel.cluster import each
 from stages.progress import Progress
 from stages.storage import (
     absolute,
+    etag_of,
     filesystem,
     join,
     list_names,

@@ -46,7 +46,6 @@ from stages.config.train import PhaseJob, check_size, check_workers, full_size
 from stages.errors import PixloomError, StageError, UserError, cause
 from stages.models.architecture import Picture, Preprocessing
 from stages.models.fast.process import gpu_environment, tune_process
-from stages.objects.listing import file_version
 from stages.parallel.cluster import in_order, service, uses_gpu
 from stages.parallel.threads import own_cores
 from stages.scoring import efficientnet
@@ -213,7 +212,7 @@ def weights(config: PhaseJob) -> dict[str, str]:
 def digest(config: PhaseJob) -> str:
     """A digest of the model and the weights that a phase reads from outside; "" if there are none."""
     start = [check_start(config)] if config.start_from else []
-    return "\n".join(start + [f"{key} {file_version(uri)}" for key, uri in weights(config).items()])
+    return "\n".join(start + [f"{key} {storage.file_version(uri)}" for key, uri in weights(config).items()])
 
 
 def _check(config: PhaseJob, resources: Resources, spec: DatasetSpec, shards: str) -> None:

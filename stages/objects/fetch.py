@@ -32,8 +32,7 @@ from stages.config.locations import archive_parts, plain_name
 from stages.images.kinds import ImageRejected
 from stages.objects import archives
 from stages.objects.cells import MOST_BYTES, SCHEME, Cells
-from stages.objects.listing import etag_of, local_etag
-from stages.storage import filesystem, patiently, s3, speaks
+from stages.storage import etag_of, filesystem, local_etag, patiently, s3, speaks
 from stages.storage.retry import ATTEMPTS, FIRST_WAIT
 
 logger = logging.getLogger(__name__)

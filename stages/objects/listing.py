@@ -13,11 +13,10 @@ At most a page of a store is in memory. How a location is cut depends on what it
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,7 +29,7 @@ from fsspec.spec import AbstractFileSystem
 
 from stages.config.locations import expand_ranges, is_archive
 from stages.objects import Listed, archives, patterns
-from stages.storage import absolute, exists, filesystem, is_local, patiently, retried, s3, speaks
+from stages.storage import etag_of, filesystem, local_etag, retried, s3, speaks
 
 PAGE = 1000  # objects an S3 listing returns at once
 
@@ -57,37 +56,6 @@ class Unit:
     """The first, and the one after the last; None: all of them."""
     split: str = ""
     """In a table's name."""
-
-
-def etag_of(info: Mapping[str, Any]) -> str:
-    """The version of an object, from fsspec's `info`; "" if the store has none.
-
-    The store's tag or checksum; for files the modification time in nanoseconds.
-    """
-    for name in ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "crc32c", "generation"):
-        if info.get(name):
-            return str(info[name]).strip('"')
-    if "ino" in info:  # a local file: fsspec rounds its time to a float
-        return local_etag(os.stat(info["name"]))  # noqa: PTH116
-    changed = info.get("Last-Modified") or info.get("mtime") or info.get("LastModified")
-    return "" if changed is None else str(changed)
-
-
-def local_etag(stat: os.stat_result) -> str:
-    """The etag of a local file."""
-    return f"{stat.st_mtime_ns:x}"
-
-
-def file_version(uri: str) -> str:
-    """Differs if a file's content does: its SHA-256 on this machine, else its size and etag; "" if none."""
-    fs, path = filesystem(where := absolute(uri))
-    if not exists(where):
-        return ""
-    if is_local(where) and Path(path).is_file():  # a copy has another time, and is no reason to train again
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    info = patiently(lambda: fs.info(path), uri)
-    return f"{info.get('size')} {etag_of(info)}"
 
 
 # -- how a location is cut ----------------------------------------------------

@@ -31,9 +31,9 @@ from fsspec.implementations.local import LocalFileSystem
 from stages.base import Role
 from stages.config.locations import Column, expand_ranges, table_format
 from stages.objects import cells
-from stages.objects.listing import Unit, etag_of
+from stages.objects.listing import Unit
 from stages.objects.patterns import bad_keys, canonical_splits, compose
-from stages.storage import filesystem, retried
+from stages.storage import etag_of, filesystem, retried
 from stages.storage.local import local_file
 
 ROLES: tuple[Role, ...] = get_args(Role)

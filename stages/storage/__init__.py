@@ -8,6 +8,7 @@ call is repeated while the store fails (`stages.storage.retry`).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import uuid
@@ -263,6 +264,37 @@ def parquet_parts(folder: str, prefix: str) -> Iterator[str]:
     for name in list_names(folder):
         if name.startswith(prefix) and name.endswith(".parquet"):
             yield join(folder, name)
+
+
+def etag_of(info: Mapping[str, Any]) -> str:
+    """The version of an object, from fsspec's `info`; "" if the store has none.
+
+    The store's tag or checksum; for files the modification time in nanoseconds.
+    """
+    for name in ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "crc32c", "generation"):
+        if info.get(name):
+            return str(info[name]).strip('"')
+    if "ino" in info:  # a local file: fsspec rounds its time to a float
+        return local_etag(os.stat(info["name"]))  # noqa: PTH116
+    changed = info.get("Last-Modified") or info.get("mtime") or info.get("LastModified")
+    return "" if changed is None else str(changed)
+
+
+def local_etag(stat: os.stat_result) -> str:
+    """The etag of a local file."""
+    return f"{stat.st_mtime_ns:x}"
+
+
+def file_version(uri: str) -> str:
+    """Differs if a file's content does: its SHA-256 on this machine, else its size and etag; "" if none."""
+    fs, path = filesystem(where := absolute(uri))
+    if not exists(where):
+        return ""
+    if is_local(where) and Path(path).is_file():  # a copy has another time, and is no reason to train again
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    info = call_store(lambda: fs.info(path), uri)
+    return f"{info.get('size')} {etag_of(info)}"
 
 
 # -- errors -------------------------------------------------------------------

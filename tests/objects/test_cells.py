@@ -17,7 +17,7 @@ from stages import storage
 from stages.images.kinds import ImageRejected
 from stages.objects import cells, tables
 from stages.objects.fetch import Object, Reader
-from stages.objects.listing import local_etag
+from stages.storage import local_etag
 from tests.stores.faults import Fault, FaultProxy
 from tests.stores.files import FileServer
 from tests.stores.seaweed import SeaweedS3

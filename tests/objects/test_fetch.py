@@ -21,7 +21,7 @@ from stages.errors import UserError
 from stages.images.kinds import ImageRejected
 from stages.objects import archives, fetch
 from stages.objects.fetch import Object, Reader
-from stages.objects.listing import etag_of, local_etag
+from stages.storage import etag_of, local_etag
 
 BODY = bytes(range(256)) * 8
 

@@ -15,9 +15,9 @@ from stages import ingest, pair, shard
 from stages.base import Role
 from stages.config.ingest import IngestConfig
 from stages.images import encode, geometry
-from stages.objects.listing import local_etag
 from stages.shards import dataset
 from stages.shards.dataset import DatasetSpec
+from stages.storage import local_etag
 
 SIZE = (24, 16)
 
