@@ -116,16 +116,11 @@ def one_run(world: World, calm: Remains, name: str, faults: Sequence[Fault]) -> 
         threading.Thread(target=befall, args=(world, faults, number, done, result), daemon=True)
         for number in range(len(faults))
     ]
-    try:
+    with harness(world, result):
         world.heal()
         for thread in threads:
             thread.start()
         result.starts = world.run_to_the_end()
-    except TimeoutError as error:
-        result.problems.append(str(error))
-    except Exception as error:
-        result.harness = f"{type(error).__name__}: {error}"
-        world.history.write("the harness failed", error=result.harness)
     done.set()
     for thread in threads:
         thread.join(60)
@@ -133,8 +128,9 @@ def one_run(world: World, calm: Remains, name: str, faults: Sequence[Fault]) -> 
     with suppress(Exception):
         world.heal()
     if not result.harness and not result.problems:
-        result.problems += check.differences(calm, remains(world))
-        result.problems += [f"a process is left: {process}" for process in world.left_over()]
+        with harness(world, result):
+            result.problems += check.differences(calm, remains(world))
+            result.problems += [f"a process is left: {process}" for process in world.left_over()]
     result.seconds = time.monotonic() - began
     for entry in result.struck:
         noticed = world.log.first(NOTICED, entry["seconds"])
@@ -146,6 +142,18 @@ def one_run(world: World, calm: Remains, name: str, faults: Sequence[Fault]) -> 
     world.history.write("the run ended", starts=result.starts, problems=result.problems)
     (world.out / f"{name}.log").write_text("\n".join(f"{t:8.2f} {line}" for t, line in world.log.lines))
     return result
+
+
+@contextmanager
+def harness(world: World, result: Result) -> Iterator[None]:
+    """Note what fails in the block: a run that does not end is the product's fault, all else ours."""
+    try:
+        yield
+    except TimeoutError as error:
+        result.problems.append(str(error))
+    except Exception as error:
+        result.harness = f"{type(error).__name__}: {error}"
+        world.history.write("the harness failed", error=result.harness)
 
 
 def befall(world: World, faults: Sequence[Fault], number: int, done: threading.Event, result: Result) -> None:

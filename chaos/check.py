@@ -49,6 +49,7 @@ def collect(client: Any, workspace: str, mlflow_url: str, experiment: str) -> Re
     """Read a run's workspace by a client of the store, and its runs by MLflow's API."""
     root = workspace.removeprefix("s3://")
     remains = Remains()
+    client.invalidate_cache()  # of before the run, by other faults
     for path in sorted(client.find(root)):
         name, data = path.removeprefix(f"{root}/"), client.cat_file(path)
         remains.names.add(name)
