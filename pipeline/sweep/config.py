@@ -95,12 +95,14 @@ class SweepConfig(Config):
         return tuple(dict.fromkeys([*itertools.chain(*self.settings.values()), *self.grid, *self.random]))
 
 
-def load(path: str) -> SweepConfig:
-    """Read a sweep file. Raises UserError with one line that names file and key."""
-    values = configuration.parse(Path(path))
+def load(path: str, **options: Any) -> SweepConfig:
+    """Read a sweep file; options replace its keys. Raises UserError with one line that names file and key."""
+    values = configuration.parse(Path(path)) | options
     if "recipe" not in values:
         raise UserError(f"{path}: recipe: is required: a sweep names the config it varies")
     try:
         return SweepConfig.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: {first_invalid(error)}") from error
+        text = first_invalid(error)
+        place = "--" if text.partition(":")[0] in options else f"{path}: "
+        raise UserError(f"{place}{text}") from error

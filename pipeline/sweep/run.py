@@ -106,10 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def configured(options: argparse.Namespace) -> tuple[SweepConfig, str]:
     """The sweep with the command line's changes, and the recipe's path."""
-    sweep = load(options.sweep)
-    recipe = options.config or located(sweep.recipe, Path(options.sweep).parent)
     changes = {"profile": options.profile, "trials": options.trials}
-    return sweep.model_copy(update={k: v for k, v in changes.items() if v is not None}), recipe
+    sweep = load(options.sweep, **{key: value for key, value in changes.items() if value is not None})
+    return sweep, options.config or located(sweep.recipe, Path(options.sweep).parent)
 
 
 def run(options: argparse.Namespace, *, command: str) -> None:
@@ -344,10 +343,7 @@ def table(results: Sequence[TrialResult], best: TrialResult | None, sweep: Sweep
     """The trials, best first, with a few metrics and their intervals, and how to run the best one."""
     names = list(dict.fromkeys([sweep.metric, "l1", "psnr", "ssim"]))
     width = max(12, *(len(result.trial.name) for result in results))
-    sign = 1 if sweep.best == "min" else -1
-    ranked = sorted(
-        results, key=lambda r: (sweep.metric not in r.metrics, sign * r.metrics.get(sweep.metric, 0.0))
-    )
+    ranked = sorted(results, key=lambda result: result.rank(sweep.metric, sweep.best))
     lines = ["", f"{'trial':<{width}} " + " ".join(f"{name:<{CELL}}" for name in names).rstrip()]
     for result in ranked:
         numbers = [f"{shown(result.metrics, name):<{CELL}}" for name in names]

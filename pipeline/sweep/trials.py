@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,6 +53,11 @@ class TrialResult:
     reason: str = ""
     folder: str = ""
     """Of its evaluation."""
+
+    def rank(self, metric: str, best: Best) -> tuple[bool, float]:
+        """The trial's place; the smallest is the best. It begins with True if there is no number."""
+        value = self.metrics.get(metric, math.nan)
+        return not math.isfinite(value), value if best == "min" else -value
 
 
 def variants(sweep: SweepConfig) -> list[tuple[str, dict[str, JsonValue]]]:
@@ -120,9 +126,8 @@ def shared(plans: Iterable[Sequence[PlannedStep]]) -> tuple[PlannedStep, ...]:
 
 def best_of(results: Sequence[TrialResult], metric: str, best: Best) -> TrialResult | None:
     """The finished trial with the best value of the metric, or None."""
-    scored = [result for result in results if result.state == "done" and metric in result.metrics]
-    choose = min if best == "min" else max
-    return choose(scored, key=lambda result: result.metrics[metric]) if scored else None
+    scored = [result for result in results if result.state == "done" and not result.rank(metric, best)[0]]
+    return min(scored, key=lambda result: result.rank(metric, best), default=None)
 
 
 def not_clearly_worse(results: Sequence[TrialResult], best: TrialResult, metric: str) -> dict[str, Interval]:

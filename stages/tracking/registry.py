@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import shutil
 import tempfile
 import time
@@ -84,11 +85,11 @@ def register_model(
     """
     spec = dataset.load(shards)
     scores = table.headline(storage.read_json(storage.join(metrics, "summary.json"))) if metrics else {}
-    if scores and config.metric not in scores:
+    measured = None
+    if scores and not math.isfinite(scores.get(config.metric, math.nan)):
         there = ", ".join(name for name in scores if not table.is_bound(name))
         logger.warning("tracking.metric: %s was not measured; there are %s", config.metric, there)
-    measured = None
-    if config.metric in scores:
+    elif scores:
         split = spec.scored_split(config.split, "evaluate.split")
         measured = Measurement(
             metric=config.metric,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from pipeline import sample
 from pipeline.config import RECIPES
 from pipeline.dag import steps
 from pipeline.runner import PlannedStep, plan
-from pipeline.sweep.config import SweepConfig, load
+from pipeline.sweep.config import Best, SweepConfig, load
 from pipeline.sweep.run import configured, main, parser, table
 from pipeline.sweep.trials import (
     State,
@@ -206,6 +207,33 @@ def test_the_best_trial_is_the_best_of_those_that_were_judged() -> None:
     assert best_of(results, "l1", "min") is results[1]
     assert best_of(results, "psnr", "max") is results[0]
     assert best_of(results, "fid", "min") is None
+
+
+@pytest.mark.parametrize(("best", "first", "second"), [("min", "b", "c"), ("max", "c", "b")])
+def test_a_trial_whose_value_is_no_number_is_not_the_best(best: Best, first: str, second: str) -> None:
+    values = {"nan": math.nan, "b": 0.2, "inf": math.inf, "c": 0.3, "minus": -math.inf}
+    results = [result(name, "done", l1=value) for name, value in values.items()]
+    chosen = best_of(results, "l1", best)
+    assert chosen is not None
+    assert chosen.trial.name == first
+    lines = table(results, chosen, config(grid={"train.seed": [1]}, best=best)).splitlines()
+    assert [line.split()[0] for line in lines[2:4]] == [first, second]
+    assert best_of(results[::2][:2], "l1", best) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["--trials", "10001"], "^--trials: .*10000, got 10001"), ([], "^sweep.yaml: trials: ")],
+)
+def test_a_number_of_trials_has_the_files_limits_on_the_command_line(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    space = {"low": 0.0, "high": 1.0}
+    file = {"recipe": YAML, "random": {"train.ema": space}, "trials": 3 if words else 10_001}
+    Path("sweep.yaml").write_text(json.dumps(file))
+    with pytest.raises(UserError, match=said):
+        configured(parser().parse_args(["sweep.yaml", *words]))
 
 
 @pytest.mark.parametrize(

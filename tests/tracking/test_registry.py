@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -268,6 +269,9 @@ def test_without_an_evaluation_or_its_metric_the_alias_stays(
     outcome = register_model(step("alley", metric="fid"), parent=parent, **results)
     assert outcome.notes == {"model": "registered as models:/alley/1"}
     assert "tracking.metric: fid was not measured; there are l1" in caplog.text
+    summary = Path(results["metrics"], "summary.json")
+    summary.write_text(json.dumps({"l1": 0.5, "fid": math.nan, "baselines": {}}))  # of scores all alike
+    assert register_model(step("alley", metric="fid"), parent=parent, **results) == outcome
     del results["metrics"]
     assert register_model(step("alley"), parent=parent, **results) == outcome
 
