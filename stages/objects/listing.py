@@ -264,10 +264,13 @@ def _in_range(fs: Any, base: str, unit: Unit) -> Iterator[Listed]:
 
 
 def _in_index(fs: Any, base: str, requests: int) -> Iterator[Listed]:
-    """The files that a server's index pages link to. Links out of the location and to queries are ignored."""
+    """The files that a server's index pages link to, `PAGE` of each folder in turn.
+
+    Links out of the location and to queries are ignored.
+    """
     base = base.rstrip("/") + "/"
     seen = {base}
-    folders = deque([base])
+    queue: deque[str | list[str]] = deque([base])  # folders, and files
 
     def listed(url: str) -> Listed:
         info = retried(lambda: fs.info(url))
@@ -275,8 +278,12 @@ def _in_index(fs: Any, base: str, requests: int) -> Iterator[Listed]:
         return Listed(unquote(url[len(base) :]), url, size, etag_of(info))
 
     with ThreadPoolExecutor(requests) as threads:
-        while folders:
-            folder = folders.popleft()
+        while queue:
+            folder = queue.popleft()
+            if isinstance(folder, list):
+                queue.extend([folder[PAGE:]] if folder[PAGE:] else [])
+                yield from threads.map(listed, folder[:PAGE])
+                continue
             links = sorted(set(retried(lambda folder=folder: fs.ls(folder, detail=False))))  # type: ignore[misc]
             files: list[str] = []
             for link in links:
@@ -286,6 +293,5 @@ def _in_index(fs: Any, base: str, requests: int) -> Iterator[Listed]:
                 if url in seen or outside or parts.query:
                     continue
                 seen.add(url)
-                (folders if url.endswith("/") else files).append(url)
-            for start in range(0, len(files), PAGE):
-                yield from threads.map(listed, files[start : start + PAGE])
+                (queue if url.endswith("/") else files).append(url)
+            queue.append(files)

@@ -178,6 +178,17 @@ def test_index_pages_are_followed_below_the_location_only(tmp_path: Path) -> Non
     assert all(one.etag for one in rows)
 
 
+def test_a_page_of_each_folder_of_a_server_comes_before_the_next_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listing, "PAGE", 2)
+    make_files(tmp_path, *(f"set/{folder}/{n}.png" for folder in "ab" for n in range(5)))
+    with FileServer(tmp_path) as server:
+        paths = [one.path for one in listing.list_objects(f"{server.url}/set", Unit("index"))]
+    assert [path[0] for path in paths] == [*"aabbaabbab"]
+    assert sorted(set(paths)) == sorted(f"{folder}/{n}.png" for folder in "ab" for n in range(5))
+
+
 def test_an_http_location_that_is_not_there_is_said_so(tmp_path: Path) -> None:
     with FileServer(tmp_path) as server, pytest.raises(FileNotFoundError):
         list_paths(f"{server.url}/nothing")
