@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shutil
@@ -51,6 +52,7 @@ UNWATCHED = {
 """Settings for a cluster we start ourselves. Ray's own monitoring cost 3 % of training time on two cores
 (benchmarks/README.md), and without a dashboard nobody would see it."""
 
+LOCK = "pixloom.lock"
 EXIT_S = 5.0  # that Ray's processes have to end by themselves
 
 
@@ -77,6 +79,7 @@ def cluster(
         others = set(psutil.Process().children())
         # Logical CPUs: training and the tasks that read for it must fit, also on a small machine.
         session = _start(others, max(4, own_cores() + resources.train_workers), runtime_env)
+        held = _hold(Path(session))
     cli.stop_on_sigterm()  # Ray has set a handler of its own
     set_up_data()
     try:
@@ -87,6 +90,24 @@ def cluster(
         else:
             _end(others)
             shutil.rmtree(session, ignore_errors=True)
+            os.close(held)
+
+
+def _hold(session: Path) -> int:
+    """Lock a session folder while this process lives, and delete those of processes that were killed.
+
+    The system frees a lock when its process ends: a lock that can be taken proves that no owner is left.
+    Returns the descriptor that holds the lock.
+    """
+    held = os.open(session / "partial", os.O_CREAT | os.O_RDWR, 0o600)
+    with suppress(OSError):  # not every file system can
+        fcntl.flock(held, fcntl.LOCK_EX)
+        (session / "partial").rename(session / LOCK)  # others see it locked, or not at all
+    for lock in session.parent.glob(f"session_2*/{LOCK}"):
+        with suppress(OSError), lock.open("rb+") as file:  # one of another user, or taken
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)
+    return held
 
 
 def _start(
@@ -157,7 +178,7 @@ def _join(address: str, runtime_env: Mapping[str, Any]) -> None:
 
 def result_folders(config: PipelineConfig) -> dict[str, str]:
     """The folders of this machine that a run writes results to, by the config's key."""
-    with named("workspace"):
+    with named("workspace"), storage.located(config.workspace):
         folders = {"workspace": config.workspace} if storage.is_local(config.workspace) else {}
     tracked = sqlite_file(config.tracking.place(config.workspace))
     if config.tracking.enabled and tracked is not None:

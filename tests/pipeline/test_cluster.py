@@ -98,6 +98,58 @@ def test_nothing_of_an_own_cluster_is_left_not_even_a_worker_that_hangs() -> Non
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
 
 
+HELD = """
+import os, sys
+from pipeline.cluster import cluster
+from stages.base import Resources
+
+with cluster(Resources(), {}, {}):
+    print(os.getpid(), flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.ray
+def test_the_session_of_a_killed_run_is_deleted_by_the_next_and_that_of_a_living_one_kept() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with tempfile.TemporaryDirectory(prefix="pc", dir="/tmp") as folder:
+
+        def start() -> subprocess.Popen[str]:
+            return subprocess.Popen(
+                [sys.executable, "-c", HELD],
+                env=environment | {"RAY_TMPDIR": folder},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+
+        def sessions() -> set[Path]:
+            return set(Path(folder).glob("ray/session_2*"))
+
+        (Path(folder) / "ray" / "session_2020-of_another_program").mkdir(parents=True)
+        others = sessions()
+        with start() as living, start() as killed:
+            assert living.stdout
+            assert killed.stdout
+            living.stdout.readline()
+            killed.stdout.readline()
+            assert len(sessions() - others) == 2
+            (own,) = (one for one in sessions() if one.name.endswith(f"_{killed.pid}"))
+            killed.kill()
+            killed.wait()
+            assert own in sessions()
+            with start() as third:
+                assert third.stdout
+                third.stdout.readline()
+                assert own not in sessions()
+                assert len(sessions() - others) == 2
+                third.communicate()
+            assert any(one.name.endswith(f"_{living.pid}") for one in sessions())
+            living.communicate()
+            assert (living.returncode, third.returncode) == (0, 0)
+        assert sessions() == others
+
+
 STARTS = """
 import sys
 from pipeline import cli
