@@ -9,10 +9,12 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from stages.config.locations import given, writable
 from stages.errors import PixloomError, StageError, UserError, without_password
 
 logger = logging.getLogger(__name__)
@@ -68,6 +70,18 @@ def count(text: str, *, least: int = 1) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
     return int(text)
+
+
+def location(text: str, *, check: Callable[[str], str] = given) -> str:
+    """The argument type of a location."""
+    try:
+        return check(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+output = partial(location, check=writable)
+"""The argument type of a location that is written to."""
 
 
 def size(text: str, *, least: int = 1, most: int = 99_999) -> tuple[int, int]:

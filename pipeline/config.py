@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Annotated, Any, Self, cast
 
 import yaml
-from pydantic import Field, JsonValue, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from stages.base import Config, Kind, Resources, Role
 from stages.config.evaluate import EvaluateConfig
 from stages.config.infer import InferConfig
 from stages.config.ingest import IngestConfig
-from stages.config.locations import absolute, holds
+from stages.config.locations import absolute, holds, writable
 from stages.config.pair import PairConfig
 from stages.config.report import ReportConfig
 from stages.config.shard import AugmentConfig, ShardConfig
@@ -62,7 +62,9 @@ class PipelineConfig(Config):
 
     about: Annotated[About, Field(description="A description of the run for people.")] = About()
     workspace: Annotated[
-        str, Field(description="The folder of everything the run writes; any fsspec URI or a local path.")
+        str,
+        AfterValidator(writable),
+        Field(description="The folder of everything the run writes; any fsspec URI or a local path."),
     ] = "workspace"
     storage: Annotated[
         dict[str, dict[str, JsonValue]],

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,14 +73,16 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = cli.parser("pipeline.convert", HELP, EXAMPLES)
     commands = p.add_subparsers(dest="command", required=True, metavar="import|export")
+    file: Any = {"type": cli.location, "metavar": "FILE"}
+    to: Any = {"type": cli.output, "required": True}
 
     raw = argparse.RawDescriptionHelpFormatter
     text = "a published checkpoint -> a model folder"
     i = commands.add_parser("import", help=text, description=IMPORT_HELP, formatter_class=raw)
-    i.add_argument("--generator", required=True, metavar="FILE", help="latest_net_G.pth")
-    i.add_argument("--discriminator", metavar="FILE", help="latest_net_D.pth: kept with the model")
-    i.add_argument("--encoder", metavar="FILE", help="latest_net_E.pth: pix2pixHD's feature encoder")
-    i.add_argument("--output", required=True, metavar="FOLDER", help="the model folder to write")
+    i.add_argument("--generator", required=True, **file, help="latest_net_G.pth")
+    i.add_argument("--discriminator", **file, help="latest_net_D.pth: kept with the model")
+    i.add_argument("--encoder", **file, help="latest_net_E.pth: pix2pixHD's feature encoder")
+    i.add_argument("--output", **to, metavar="FOLDER", help="the model folder to write")
     i.add_argument("--overwrite", action="store_true", help="replace a model that is there")
     i.add_argument(
         "--source", choices=["image", "labels"], help="what the input is (default: labels above 4 channels)"
@@ -94,14 +97,13 @@ def parser() -> argparse.ArgumentParser:
 
     text = "a model folder -> ONNX or a torch.export program"
     e = commands.add_parser("export", help=text, description=EXPORT_HELP, formatter_class=raw)
-    e.add_argument(
-        "--model", required=True, metavar="FOLDER", help="a model folder, a training step's, or models:/..."
-    )
+    text = "a model folder, a training step's, or models:/..."
+    e.add_argument("--model", required=True, type=cli.location, metavar="FOLDER", help=text)
     e.add_argument("--format", required=True, choices=sorted(FORMATS), help="what to write")
     e.add_argument(
         "--size", required=True, type=cli.size, metavar="WxH", help="width and height to trace and check with"
     )
-    e.add_argument("--output", required=True, metavar="FILE", help="the file to write, e.g. street.onnx")
+    e.add_argument("--output", **to, metavar="FILE", help="the file to write, e.g. street.onnx")
     e.add_argument(
         "--weights", choices=["ema", "raw"], default="ema", help="averaged weights if there are any, or raw"
     )

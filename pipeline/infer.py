@@ -53,9 +53,10 @@ class Settings(Config):
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = cli.parser("pipeline.infer", HELP, EXAMPLES)
-    p.add_argument("--model", required=True, metavar="M", help="folder or URI, models:/name@alias, runs:/id")
-    p.add_argument("--input", required=True, metavar="URI", help="where the sources are")
-    p.add_argument("--output", required=True, metavar="URI", help="folder to write to")
+    text = "folder or URI, models:/name@alias, runs:/id"
+    p.add_argument("--model", required=True, type=cli.location, metavar="M", help=text)
+    p.add_argument("--input", required=True, type=cli.location, metavar="URI", help="where the sources are")
+    p.add_argument("--output", required=True, type=cli.output, metavar="URI", help="folder to write to")
     cli.add_settings(p, "change one setting")
     p.add_argument("--overwrite", action="store_true", help="generate again what the output folder holds")
     return p

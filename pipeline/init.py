@@ -399,8 +399,10 @@ def write(
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = cli.parser("pipeline.init", HELP)
-    p.add_argument("images", metavar="FOLDER_OR_BUCKET", help="where the images are; any fsspec URI")
-    p.add_argument("partners", metavar="FOLDER", nargs="?", help="where their partners are, if elsewhere")
+    text = "where the images are; any fsspec URI"
+    p.add_argument("images", type=cli.location, metavar="FOLDER_OR_BUCKET", help=text)
+    text = "where their partners are, if elsewhere"
+    p.add_argument("partners", type=cli.location, metavar="FOLDER", nargs="?", help=text)
     p.add_argument("--output", type=Path, default=Path("pixloom.yaml"), metavar="FILE", help="what to write")
     return p
 

@@ -54,9 +54,8 @@ def parser() -> argparse.ArgumentParser:
         help="print each step, why it is to do, and what it will take; run nothing",
     )
     p.add_argument("--machine", metavar="NAME", default="", help="with --plan: the price of such machines")
-    p.add_argument(
-        "--prices", metavar="FILE", help="with --plan: your own price list, written like pipeline/prices.yaml"
-    )
+    text = "with --plan: your own price list, written like pipeline/prices.yaml"
+    p.add_argument("--prices", type=cli.location, metavar="FILE", help=text)
     p.add_argument(
         "--schema", action="store_true", help="print the config's JSON schema (for editors) and exit"
     )

@@ -221,7 +221,8 @@ def parser() -> argparse.ArgumentParser:
     p = cli.parser(
         "pipeline.sample", "Draw street-like scenes (photo, label map, instance map) to try the pipeline on."
     )
-    p.add_argument("folder", help="where to write: a local folder or a URI such as s3://bucket/sample")
+    text = "where to write: a local folder or a URI such as s3://bucket/sample"
+    p.add_argument("folder", type=cli.output, help=text)
     p.add_argument("--pairs", type=cli.count, default=120, metavar="N", help="how many scenes (default: 120)")
     p.add_argument(
         "--size",

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, field_validator
 
 from stages.base import Config, Fraction, Level, Palette, Split
+from stages.config.locations import Location
 
 SMALLEST_SIDE = {"ssim": 6, "ms_ssim": 176, "lpips_alex": 31, "lpips_vgg": 16}
 """SSIM mirrors 5 pixels at each border; the five scales of an 11 pixel window need side // 16 > 10; each
@@ -36,11 +37,11 @@ class LpipsConfig(Config):
 
     kind: Annotated[Literal["alex", "vgg"], Field(description="The backbone network.")] = "alex"
     backbone: Annotated[
-        str,
+        Location,
         Field(description="Path or URI of the backbone, alexnet-owt-7be5be79.pth or vgg16-397923af.pth."),
     ]
     linear: Annotated[
-        str | None, Field(description="Path or URI of other linear layers. null: the published ones.")
+        Location | None, Field(description="Path or URI of other linear layers. null: the published ones.")
     ] = None
 
     @property
@@ -53,7 +54,7 @@ class InceptionConfig(Config):
     """The network whose features FID and KID compare."""
 
     weights: Annotated[
-        str,
+        Location,
         Field(
             description="Path or URI of TorchScript (NVIDIA's inception-2015-12-05.pt) or ONNX that maps "
             "uint8 (N, 3, H, W) to features (N, D)."
@@ -76,7 +77,7 @@ class SegmenterConfig(Config):
     """A network that segments the generated images; its classes are compared with the pair's label map."""
 
     weights: Annotated[
-        str,
+        Location,
         Field(description="Path or URI of TorchScript or ONNX: float (N, 3, H, W) to class scores or ids."),
     ]
     classes: Annotated[int, Field(ge=1, le=256, description="Number of classes of the segmenter.")]
@@ -109,7 +110,7 @@ class EvaluateConfig(Config):
         Field(description="The split whose targets are compared. null: infer.split."),
     ] = None
     images: Annotated[
-        str | None,
+        Location | None,
         Field(description="A folder of another system's images. null: the images that infer generated."),
     ] = None
     names: Annotated[

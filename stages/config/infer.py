@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from stages.base import Config, Format, Fraction, Palette, Precision, Split
-from stages.config.locations import Column, KeyPattern
+from stages.config.locations import Column, KeyPattern, Location
 
 
 class StyleConfig(Config):
@@ -25,9 +25,11 @@ class StyleConfig(Config):
     cluster: Annotated[
         int, Field(ge=0, description="kind `cluster`: the number of the cluster that every instance gets.")
     ] = 0
-    picture: Annotated[str | None, Field(description="kind `reference`: URI of a target image.")] = None
-    instances: Annotated[str | None, Field(description="kind `reference`: URI of its instance map.")] = None
-    labels: Annotated[str | None, Field(description="kind `reference`: URI of its label map.")] = None
+    picture: Annotated[Location | None, Field(description="kind `reference`: URI of a target image.")] = None
+    instances: Annotated[Location | None, Field(description="kind `reference`: URI of its instance map.")] = (
+        None
+    )
+    labels: Annotated[Location | None, Field(description="kind `reference`: URI of its label map.")] = None
 
     @model_validator(mode="after")
     def _reference_is_whole(self) -> StyleConfig:
@@ -40,7 +42,7 @@ class InferConfig(Config):
     """What to generate, from what, with which model."""
 
     input: Annotated[
-        str | None,
+        Location | None,
         Field(
             description="A folder, bucket, image, archive, shards folder or .parquet table of sources. "
             "null: the run's own shards."
@@ -60,14 +62,14 @@ class InferConfig(Config):
         "`key: null` numbers the rows. Empty: source, or the only column of images, and key, instance.",
     )
     instance: Annotated[
-        str | None, Field(description="The folder of the instance maps. null: the same as `input`.")
+        Location | None, Field(description="The folder of the instance maps. null: the same as `input`.")
     ] = None
     instance_pattern: Annotated[
         str | None,
         Field(description="The path of a source's instance map, with its {key}. null: there are no maps."),
     ] = None
     model: Annotated[
-        str | None,
+        Location | None,
         Field(
             description="A model folder or URI, models:/name@alias or runs:/id. null: the run's own model."
         ),

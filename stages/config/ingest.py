@@ -11,6 +11,7 @@ from stages.base import Config
 from stages.config.locations import (
     Column,
     KeyPattern,
+    Location,
     archive_parts,
     expand_ranges,
     is_archive,
@@ -22,7 +23,7 @@ class LocationConfig(Config):
     """One folder, bucket prefix, file server, archive or table, and what its images are to their pairs."""
 
     uri: Annotated[
-        str,
+        Location,
         Field(
             min_length=1,
             description="The location, any fsspec URI: a folder, an image, an archive or a table. {000..099} "
@@ -46,7 +47,7 @@ class LocationConfig(Config):
         ),
     ] = "{key}.*"
     within: Annotated[
-        tuple[str, ...],
+        tuple[Location, ...],
         Field(description="Further locations whose images a table may name, besides its own folder."),
     ] = ()
     columns: dict[Column, str | None] = Field(
@@ -58,7 +59,7 @@ class LocationConfig(Config):
     )
 
     inventory: Annotated[
-        str | None,
+        Location | None,
         Field(
             description="The manifest.json of an S3 Inventory of the bucket. Objects below `uri` are read "
             "from it, and the bucket is not listed. The data change when you name another day's manifest."

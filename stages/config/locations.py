@@ -23,6 +23,7 @@ from pydantic import AfterValidator
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 ZIP_SUFFIXES = (".zip",)
+READ_ONLY = ("http", "https", "tar", "zip", "libarchive", "data", "git", "github", "parquet", "reference")
 Column = Literal["source", "target", "label", "instance", "features", "key", "split", "group"]
 """What a column of a table holds: a role's images, or what the row's images share."""
 FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
@@ -139,6 +140,25 @@ def compile_pattern(text: str) -> Pattern:
         tuple(name for name in _CAPTURES if name in names),
         images_only=text.endswith(("*", "}")),
     )
+
+
+def given(uri: str) -> str:
+    """The location. Raises ValueError if it is empty: that would be the current folder."""
+    if not os.path.expandvars(uri.removeprefix("file://")).strip():
+        raise ValueError("an empty location; name a folder, a file or a URI")
+    return uri
+
+
+def writable(uri: str) -> str:
+    """The location. Raises ValueError if it is empty, or takes no files."""
+    protocol = uri.partition("://")[0]
+    if "::" in uri or (protocol in READ_ONLY and protocol != uri):
+        raise ValueError("a web server, an archive or a chain takes no files; name a folder or a bucket")
+    return given(uri)
+
+
+Location = Annotated[str, AfterValidator(given)]
+"""A path or a URI."""
 
 
 def _compiles(text: str) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from stages.base import Config, Fraction
+from stages.config.locations import Location
 
 Side = Literal["left", "right", "top", "bottom"]
 """A half of an image that holds both source and target."""
@@ -73,7 +74,7 @@ class PairConfig(Config):
         Field(description="Roles that a pair may lack; a pair without any other role is rejected."),
     ] = ("instance",)
     exclude: Annotated[
-        str | None,
+        Location | None,
         Field(
             description="A CSV table with a column `key`: pairs with these keys are left out. Take the shard "
             "stage's `suspects.csv` and delete the rows of the pairs that are right. null: none."

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field, FiniteFloat, field_validator
 
 from stages.base import Config
+from stages.config.locations import Location
 
 TAKEN = {
     *("source", "generated", "target"),
@@ -32,7 +33,7 @@ class ReportConfig(Config):
     max_megabytes: Annotated[
         FiniteFloat, Field(ge=1, description="Shrink images until the page is below this many MB.")
     ] = 18
-    others: dict[str, str] = Field(
+    others: dict[str, Location] = Field(
         default_factory=dict,
         description="Other systems by name: the folders of their evaluations on the same images. Their "
         "pictures, and the differences from this model, are shown beside its own.",

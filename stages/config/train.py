@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 
 from stages.base import Config, Precision, Resources
 from stages.config.evaluate import SMALLEST_SIDE, EvaluateConfig, InceptionConfig, LpipsConfig
+from stages.config.locations import Location
 from stages.config.shard import AugmentConfig, ShardConfig
 from stages.models.architecture import (
     Architecture,
@@ -105,7 +106,7 @@ class Recipe(Config):
         Field(description="Kind and weights of the losses. Keys left out are as in the model's paper."),
     ]
     vgg_weights: Annotated[
-        str | None, Field(description="Path or URI of VGG19's weights; needed by losses.perceptual.")
+        Location | None, Field(description="Path or URI of VGG19's weights; needed by losses.perceptual.")
     ] = None
     lpips: Annotated[
         LpipsConfig | None, Field(description="The network of LPIPS as a loss; needed by losses.lpips.")
@@ -275,7 +276,7 @@ class TrainConfig(Recipe):
         ),
     ]
     start_from: Annotated[
-        str | None,
+        Location | None,
         Field(
             description="Path or URI of a model folder or a training step's folder: the first phase starts "
             "from its networks. null: from initial weights."

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+import pipeline.convert
+import pipeline.infer
+import pipeline.init
+import pipeline.run
+import pipeline.sample
 from pipeline import cli
 from stages.errors import StageError, UserError
 
@@ -36,6 +43,45 @@ def test_a_size_is_width_times_height() -> None:
 def test_another_text_is_no_size(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is not WIDTHxHEIGHT"):
         cli.size(text, least=32, most=8192)
+
+
+READS = [
+    [pipeline.convert, "import", "--output", "x", "--generator"],
+    [pipeline.convert, "import", "--output", "x", "--generator", "g", "--discriminator"],
+    [pipeline.convert, "import", "--output", "x", "--generator", "g", "--encoder"],
+    [pipeline.convert, "export", "--format", "onnx", "--size", "32x32", "--output", "x", "--model"],
+    [pipeline.infer, "--model", "m", "--output", "x", "--input"],
+    [pipeline.infer, "--input", "m", "--output", "x", "--model"],
+    [pipeline.run, "--plan", "--prices"],
+    [pipeline.init],
+    [pipeline.init, "x"],
+]
+WRITES = [
+    [pipeline.convert, "import", "--generator", "g", "--output"],
+    [pipeline.convert, "export", "--format", "onnx", "--size", "32x32", "--model", "m", "--output"],
+    [pipeline.infer, "--model", "m", "--input", "x", "--output"],
+    [pipeline.sample],
+]
+
+
+@pytest.mark.parametrize("command", [*READS, *WRITES])
+@pytest.mark.parametrize("empty", ["", " ", "file://"])
+def test_an_empty_location_is_refused(
+    command: list[Any], empty: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command[0].main([*command[1:], empty])
+    assert re.search("error: argument .*: an empty location; name .*\n$", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("command", WRITES)
+@pytest.mark.parametrize("output", ["zip://a::b", "https://host/x", "filecache::s3://b/x"])
+def test_an_output_that_takes_no_files_is_refused(
+    command: list[Any], output: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command[0].main([*command[1:], output])
+    assert "takes no files; name a folder or a bucket\n" in capsys.readouterr().err
 
 
 def test_a_users_error_is_exit_2_with_its_line_alone(capsys: pytest.CaptureFixture[str]) -> None:

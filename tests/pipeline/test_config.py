@@ -105,6 +105,48 @@ def test_variables_in_the_workspace_are_expanded_or_refused(monkeypatch: pytest.
         configuration.load(YAML, ["workspace=$NOWHERE/ws"])
 
 
+LOCATIONS = (
+    "workspace",
+    "ingest.locations.0.uri",
+    "ingest.locations.0.within",
+    "ingest.locations.0.inventory",
+    "pair.exclude",
+    "train.vgg_weights",
+    "train.lpips.backbone",
+    "train.start_from",
+    "infer.input",
+    "infer.instance",
+    "infer.model",
+    "infer.style.picture",
+    "evaluate.images",
+    "evaluate.lpips.backbone",
+    "evaluate.inception.weights",
+    "evaluate.segmenter.weights",
+    "report.others.pix2pix",
+)
+
+
+@pytest.mark.parametrize("key", LOCATIONS)
+@pytest.mark.parametrize("empty", ["", " ", "$EMPTY", "file://"])
+def test_an_empty_location_is_not_the_current_folder(
+    key: str, empty: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMPTY", "")
+    value = json.dumps([empty] if key.endswith("within") else empty)
+    assert f"{key}" in (said := refused(f"{key}={value}"))
+    assert "at least 1 character" in said or "an empty location" in said
+
+
+@pytest.mark.parametrize(
+    "workspace",
+    ["zip://a::b", "tar://::x.tar", "https://host/x", "simplecache::s3://b/x", "a::b", "github://me:it@/x"],
+)
+def test_a_workspace_that_takes_no_files_is_refused(workspace: str) -> None:
+    assert "workspace: a web server, an archive or a chain takes no files" in refused(
+        f"workspace={workspace}"
+    )
+
+
 def test_the_workspace_of_a_config_that_names_none_is_a_folder_here(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     where = "{uri: /a, role: pair, pattern: '{key}.png'}"
