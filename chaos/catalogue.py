@@ -327,6 +327,7 @@ def _changed_and_back(world: World, fault: Fault) -> None:
         world.command.signal(signal.SIGINT)
         if world.command.wait(60) is None:
             world.command.kill()
+        _not_at_its_end(world)
         other = world.start("--set", "train.seed=1")
         if other.wait(fault.lasts + 10) is None:
             other.signal(signal.SIGINT)
@@ -339,13 +340,17 @@ def _moved(world: World, fault: Fault) -> None:
     with world.hands:
         assert world.command is not None
         world.command.kill()
-        if world.command.process.returncode == 0:
-            raise MissedError("the command has come to its end")
+        _not_at_its_end(world)
         client, old = world.store.client(), world.workspace.removeprefix("s3://")
         world.workspace = f"s3://{BUCKET}/{world.experiment}-moved-{int(fault.victim * 1000)}"
         if client.exists(old):
             client.copy(f"{old}/", world.workspace.removeprefix("s3://") + "/", recursive=True)
         world.write_config()
+
+
+def _not_at_its_end(world: World) -> None:
+    if world.command is not None and world.command.process.returncode == 0:
+        raise MissedError("the command has come to its end")
 
 
 SIGNALS = {"kill": signal.SIGKILL, "segv": signal.SIGSEGV, "abort": signal.SIGABRT, "term": signal.SIGTERM}

@@ -305,7 +305,8 @@ class World:
                 self.command.kill()
             self.history.write("the command ended", code=code, last=self.log.last)
             if code == 0:
-                return number
+                with self.hands:  # what a person has begun with the workspace ends first
+                    return number
             time.sleep(1.0)
         raise TimeoutError(f"{MOST_STARTS} starts did not come to the end; the last line: {self.log.last}")
 
