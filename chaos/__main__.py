@@ -243,7 +243,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def _two(entries: Sequence[dict[str, Any]], name: str) -> str:
-    values = [entry[name] for entry in entries if entry[name] is not None]
+    values = [entry[name] for entry in entries if entry.get(name) is not None]  # one may strike late
     return f"{statistics.median(values):.1f} / {max(values):.1f}" if values else "-"
 
 
