@@ -163,7 +163,7 @@ def run(
     track.curves(output)
     track.artifact("phase.json", config.model_dump_json(indent=1).encode())
     track.dataset("shards", uri=shards, digest=spec.digest(), context="training", counts=spec.counts())
-    recorder = NewsRecorder(label, task.rows * config.phase.epochs, track)
+    recorder = NewsRecorder(label, output, task.rows * config.phase.epochs, track)
     try:
         with reading(mailbox, recorder.handle):
             ending = _fit(setup, label)

@@ -102,19 +102,22 @@ def stored_points(folder: str) -> Iterator[list[Point]]:
 
     Raises UserError if the store cannot be asked.
     """
-    checkpoints = storage.join(folder, "checkpoints")
-    names = sorted(storage.list_folders(checkpoints), key=len)  # as `training.checkpoints.names`
-    newest = [storage.join(checkpoints, name, "curves.parquet") for name in reversed(names)]
-    for place in [storage.join(folder, "metrics.parquet"), *newest]:
-        try:
-            with local_file(place) as path, pq.ParquetFile(path, page_checksum_verification=True) as file:
-                for batch in file.iter_batches(ROWS, use_threads=False):
-                    yield [Point(**row) for row in batch.to_pylist()]
-            return
-        except FileNotFoundError:  # not at its end, or a newer checkpoint has replaced it
-            continue
-        except (OSError, ValueError, StageError) as error:
-            logger.warning("%s: these curves cannot be read, MLflow misses them: %s", place, one_line(error))
+    checkpoints, names = storage.join(folder, "checkpoints"), None
+    while names != (there := storage.list_folders(checkpoints)):  # others may come while these go
+        names = there
+        newest = sorted(names, key=lambda name: (len(name), name), reverse=True)  # as `checkpoints.names`
+        stored = [storage.join(checkpoints, name, "curves.parquet") for name in newest]
+        for place in [storage.join(folder, "metrics.parquet"), *stored]:
+            try:
+                with local_file(place) as path, pq.ParquetFile(path, page_checksum_verification=True) as file:
+                    for batch in file.iter_batches(ROWS, use_threads=False):
+                        yield [Point(**row) for row in batch.to_pylist()]
+                return
+            except FileNotFoundError:  # not at its end, or a newer checkpoint has replaced it
+                continue
+            except (OSError, ValueError, StageError) as error:
+                said = "%s: these curves cannot be read, MLflow misses them: %s"
+                logger.warning(said, place, one_line(error))
 
 
 def find_model(client: Any, experiment: str, tag: str, value: str) -> Any:
@@ -234,7 +237,7 @@ class Sender:
             record = self._records.setdefault(key, Record())
             record.facts |= {f: v for f, v in facts.items() if f[0] != "param" or f not in record.facts}
             record.curves = curves or record.curves
-            record.facts |= {("curves",): curves} if curves else {}
+            record.facts |= {("curves",): time.monotonic_ns()} if curves else {}
             if ("end",) in facts:
                 self.open.pop(key, None)
             record.is_full |= bool(record.curves) and len(record.rows) > MOST_ROWS
@@ -348,19 +351,22 @@ class Sender:
             return False
         with self._changed:
             record.facts.pop(("create",), None)
-            facts = list(record.facts)
+            facts, points, asked = list(record.facts), len(record.rows), record.facts.get(("curves",))
         small = [fact for fact in facts if fact[0] in SMALL]
         for start in range(0, len(small), 100):
             self._deliver(record, held, small[start : start + 100])
         if record.curves and {("curves",), ("end",)} & {*facts}:
-            for points in stored_points(record.curves):
-                self._send_points(held, shown(points))
+            for stored in stored_points(record.curves):
+                self._send_points(held, shown(stored))
             with self._changed:
-                record.facts.pop(("curves",), None)
-        while points := record.rows[:ROWS]:
-            self._send_points(held, points)
+                if record.facts.get(("curves",)) == asked:
+                    record.facts.pop(("curves",), None)
+        while points > 0:  # those after another ("curves",) wait for it
+            batch = record.rows[: min(points, ROWS)]
+            self._send_points(held, batch)
+            points -= len(batch)
             with self._changed:
-                del record.rows[: len(points)]
+                del record.rows[: len(batch)]
                 self._changed.notify_all()
         for kind in ("dataset", "model", "artifact", "end"):
             for fact in facts:

@@ -92,9 +92,13 @@ def reading(mailbox: Any, handle: Callable[[Sequence[News]], None]) -> Iterator[
 
 @dataclass
 class NewsRecorder:
-    """Turns news into log lines and records. A restart repeats points, which MLflow takes once each."""
+    """Turns news into log lines and records. A restart repeats points, which MLflow takes once each.
+
+    folder   of the phase; a restart may go on from points of its checkpoint that another command wrote
+    """
 
     label: str
+    folder: str
     total_images: int
     track: Run
     _pictured: int = -1
@@ -124,6 +128,7 @@ class NewsRecorder:
                 case Begin(notes):
                     logger.info("%-13s %s", self.label, "  ".join(f"{name} {notes[name]}" for name in notes))
                     self.track.tags({f"pixloom.{name}": text for name, text in notes.items()})
+                    self.track.curves(self.folder)
                 case SampleGrid(images, step, pixels):
                     if images > self._pictured:
                         self._pictured = images

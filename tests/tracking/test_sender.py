@@ -81,11 +81,28 @@ def test_curves_of_a_phase_that_resumes_come_first_and_a_few_at_a_time(parent: R
     assert child.flush()
     assert steps(child, "generator/gan") == list(range(1, 7))
     assert stored(child).info.status == "RUNNING"
+    write_curves(f"{tmp_path}/checkpoints/step-200000000/curves.parquet", 9)  # of another command's phase
+    child.points(live(7, 7))
+    child.curves(str(tmp_path))  # the workers start again, from there
+    child.points(live(10, 12))
+    assert child.flush()
+    assert steps(child, "generator/gan") == list(range(1, 13))
     write_curves(f"{tmp_path}/metrics.parquet", 40_000)
     tracemalloc.start()
     assert sum(map(len, sender.stored_points(str(tmp_path)))) == 120_000
     assert tracemalloc.get_traced_memory()[1] < 5e6
     tracemalloc.stop()
+
+
+def test_curves_are_looked_for_again_where_checkpoints_go_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = iter([["step-00000002"], ["step-00000004"], ["step-00000004"]])
+    monkeypatch.setattr(storage, "list_folders", lambda _: next(listed))
+    assert [*sender.stored_points(str(tmp_path))] == []  # neither has any
+    listed = iter([["step-00000002"], ["step-00000004"]])
+    write_curves(f"{tmp_path}/checkpoints/step-00000004/curves.parquet", 4)
+    assert {point.step for point in next(sender.stored_points(str(tmp_path)))} == {1, 2, 3, 4}
 
 
 def test_memory_is_bounded_and_the_rest_of_a_curve_comes_at_the_end(

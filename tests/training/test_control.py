@@ -62,6 +62,9 @@ class Recorded:
     def points(self, points: Sequence[Point]) -> None:
         self.rows += points
 
+    def curves(self, folder: str) -> None:
+        self.rows.append(folder)
+
     def image(self, array: np.ndarray, key: str, step: int) -> None:
         self.pictures.append(step)
 
@@ -94,20 +97,23 @@ def test_a_permanent_failure_is_the_first_one() -> None:
 
 def test_points_are_recorded() -> None:
     run, points = Recorded(), [point(1), point(2), point(2, "validation/l1")]
-    NewsRecorder("train-global", 100, run).handle([Points(points[:1]), Points(points[1:])])
+    NewsRecorder("train-global", "phase", 100, run).handle([Points(points[:1]), Points(points[1:])])
     assert run.rows == points
 
 
 def test_how_a_phase_is_computed_is_logged_and_tagged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     run = Recorded()
-    NewsRecorder("train-global", 100, run).handle([Begin({"precision": "bf16", "workers": "2 on cuda"})])
+    NewsRecorder("train-global", "phase", 100, run).handle(
+        [Begin({"precision": "bf16", "workers": "2 on cuda"})]
+    )
     assert run.tagged == {"pixloom.precision": "bf16", "pixloom.workers": "2 on cuda"}
+    assert run.rows == ["phase"]  # whose checkpoint may hold points of another command
     assert "precision bf16  workers 2 on cuda" in caplog.text
 
 
 def test_a_restart_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    NewsRecorder("train-global", 100, Recorded()).handle(
+    NewsRecorder("train-global", "phase", 100, Recorded()).handle(
         [Note("worker 1 was lost", restarts=True), Saved(0.5)]
     )
     assert [(record.levelname, record.message) for record in caplog.records] == [
@@ -117,7 +123,7 @@ def test_a_restart_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_images_that_a_restart_repeats_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    recorder = NewsRecorder("train-global", 2000, Recorded())
+    recorder = NewsRecorder("train-global", "phase", 2000, Recorded())
     recorder.handle([Advance(images, "") for images in (1200, 1500, 200, 1500)])
     assert [record.message for record in caplog.records if "again" in record.message] == [
         "train-global  1,300 images are done again"
@@ -127,13 +133,13 @@ def test_images_that_a_restart_repeats_are_counted(caplog: pytest.LogCaptureFixt
 def test_pictures_that_a_restart_repeats_are_recorded_once() -> None:
     run = Recorded()
     grids = [SampleGrid(images, images // 4, np.zeros((2, 2, 3), np.uint8)) for images in (4, 8, 4, 8, 12)]
-    NewsRecorder("train", 100, run).handle(grids)
+    NewsRecorder("train", "phase", 100, run).handle(grids)
     assert run.pictures == [1, 2, 3]
 
 
 def test_the_last_line_of_progress_is_always_written(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    recorder = NewsRecorder("train-global", 100, Recorded())
+    recorder = NewsRecorder("train-global", "phase", 100, Recorded())
     recorder.handle([Advance(40, "epoch 1/2"), Advance(100, "epoch 2/2  G 1")])
     recorder.finish()
     assert "100/100 images" in caplog.text
