@@ -126,12 +126,12 @@ def differences(calm: Remains, found: Remains) -> list[str]:
     problems += _compare("file", calm.files, found.files)
     problems += _compare("table", calm.tables, found.tables)
     problems += _compare("curves of", calm.curves, found.curves)
-    problems += [
-        f"MLflow, {phase}, {metric}: steps {steps} of {wanted}"
-        for phase, curves in calm.tracked.items()
-        for metric, wanted in curves.items()
-        if sorted(steps := found.tracked.get(phase, {}).get(metric, [])) != sorted(wanted)
-    ]
+    for phase, curves in calm.tracked.items():
+        for metric, wanted in curves.items():
+            steps, calm_steps = Counter(found.tracked.get(phase, {}).get(metric, [])), Counter(wanted)
+            if steps != calm_steps:
+                missing, more = sorted(calm_steps - steps), sorted(steps - calm_steps)
+                problems.append(f"MLflow, {phase}, {metric}: steps {missing} missing, {more} too many")
     folders = {name.partition("/")[0] for name in calm.names}
     problems += [
         f"left behind: {name}"

@@ -87,9 +87,9 @@ PLANTED = {
     ),
     "a step twice in MLflow": (
         lambda r: r.tracked["train-global"].update({"generator/gan": [1, 2, 2, 3]}),
-        "MLflow, train-global, generator/gan: steps [1, 2, 2, 3]",
+        "MLflow, train-global, generator/gan: steps [] missing, [2] too many",
     ),
-    "a phase lost in MLflow": (lambda r: r.tracked.clear(), "MLflow, train-global, generator/gan: steps []"),
+    "a phase lost in MLflow": (lambda r: r.tracked.clear(), "MLflow, train-global, generator/gan: steps [1, 2, 3] missing"),
     "a half-written file": (
         lambda r: r.names.add("shard-1/train-0.parquet.part"),
         "left behind: shard-1/train-0.parquet.part",
