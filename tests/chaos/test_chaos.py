@@ -89,7 +89,10 @@ PLANTED = {
         lambda r: r.tracked["train-global"].update({"generator/gan": [1, 2, 2, 3]}),
         "MLflow, train-global, generator/gan: steps [] missing, [2] too many",
     ),
-    "a phase lost in MLflow": (lambda r: r.tracked.clear(), "MLflow, train-global, generator/gan: steps [1, 2, 3] missing"),
+    "a phase lost in MLflow": (
+        lambda r: r.tracked.clear(),
+        "MLflow, train-global, generator/gan: steps [1, 2, 3] missing",
+    ),
     "a half-written file": (
         lambda r: r.names.add("shard-1/train-0.parquet.part"),
         "left behind: shard-1/train-0.parquet.part",
