@@ -79,15 +79,17 @@ def run(options: argparse.Namespace) -> None:
     config = settings(options)
     from pipeline.cluster import cluster  # noqa: PLC0415
     from stages import infer, storage  # noqa: PLC0415
+    from stages.inference.outputs import FOLDERS  # noqa: PLC0415
     from stages.storage.local import alone  # noqa: PLC0415
 
     storage.configure(config.storage)
     output = storage.absolute(options.output)
-    if holds(options.input, output):
-        raise UserError(
-            f"--output: {output} is in --input {options.input}, so its images would be read as inputs; "
-            "name a folder outside of it"
-        )
+    for read in filter(None, (options.input, config.infer.instance)):
+        if holds(read, output) or any(holds(storage.join(output, name), read) for name in FOLDERS):
+            raise UserError(
+                f"--output: what is written to {output} and what is read from {read} would be in one folder; "
+                "name another"
+            )
     with alone(output):
         with cli.planning(), storage.located(f"--output {options.output}"):
             storage.check_reachable({"--output": output, "--input": options.input})

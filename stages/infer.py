@@ -121,18 +121,19 @@ class LoadedItem:
 def same_shape_batches(
     items: Iterable[LoadedItem], limit: Callable[[tuple[int, ...]], int], most: int
 ) -> Iterator[list[LoadedItem]]:
-    """Batches of sources of one shape, in order of arrival.
+    """Batches of sources of one shape, arrays or files read by rows, in order of arrival.
 
     limit   the size of a batch of a shape
     most    items that may wait for their batch to fill; then the fullest batch is yielded as it is
     """
-    waiting: dict[tuple[int, ...], list[LoadedItem]] = {}
+    waiting: dict[tuple[type, tuple[int, ...]], list[LoadedItem]] = {}
     for item in items:
         shape = item.images.source.shape
-        batch = waiting.setdefault(shape, [])
+        key = (type(item.images.source), shape)
+        batch = waiting.setdefault(key, [])
         batch.append(item)
         if len(batch) >= limit(shape):
-            yield waiting.pop(shape)
+            yield waiting.pop(key)
         elif sum(map(len, waiting.values())) >= most:
             yield waiting.pop(max(waiting, key=lambda s: len(waiting[s])))
     yield from waiting.values()

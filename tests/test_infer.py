@@ -89,6 +89,20 @@ def test_batches_hold_one_shape_and_wait_within_bounds() -> None:
     assert [item.place for item in batches[0]] == [0, 2]  # four waited
 
 
+def test_a_tiff_that_is_read_by_rows_and_a_picture_of_its_shape_are_in_no_batch_together(
+    tmp_path: Path,
+) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (70, 80, 3), np.uint8)
+    (folder := tmp_path / "in").mkdir()
+    for number in (1, 2):
+        Image.fromarray(image).save(folder / f"png{number}.png")
+        tifffile.imwrite(folder / f"tiff{number}.tif", image)
+    model = str(make_model(tmp_path / "model", source="rgb"))
+    with workers_here(infer):
+        run(output := tmp_path / "out", model=model, input=str(folder), tile=64, format="tiff")
+    assert len({row["crc"] for row in table(output)}) == 1
+
+
 def test_samples_of_few_sources_fill_a_batch_and_those_of_many_are_cut() -> None:
     images = InputImages(np.zeros((8, 8, 3)))
     batch = [LoadedItem(place, Item(str(place), "", lambda: images), images) for place in range(3)]

@@ -33,6 +33,7 @@ SUFFIX: dict[Format, str] = {"png": ".png", "jpeg": ".jpg", "webp": ".webp", "ti
 
 MANIFEST = "infer.json"
 IMAGES, SAMPLES, TABLE, FINISHED = "images", "samples", "table", "finished"
+FOLDERS = (FINISHED, TABLE, IMAGES, SAMPLES, "plan")
 
 MAX_SEGMENT = 180
 """Longest name of a file or folder made from a key, in bytes; most file systems take 255."""
@@ -176,5 +177,5 @@ def clear(output: str) -> None:
     """Remove an earlier run's work; the table first, since without it nothing counts as finished."""
     if not any(storage.exists(storage.join(output, name)) for name in (MANIFEST, TABLE)):
         return  # not written by this stage
-    for name in (FINISHED, TABLE, IMAGES, SAMPLES, MANIFEST, "plan"):
+    for name in (*FOLDERS, MANIFEST):
         storage.remove(storage.join(output, name))

@@ -54,6 +54,22 @@ def test_a_model_that_is_not_there_ends_with_two(tmp_path: Path, capsys: pytest.
     assert "there is no model.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("read", "output"), [("in", "in/out"), ("in/images", "in"), ("in/samples/1", "in")])
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_images_are_never_generated_over_those_that_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], read: str, output: str, overwrite: bool
+) -> None:
+    image = tmp_path / read / "1.png"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(content := encode.encode_image(scene(1, 96, 64)["source"], "png"))
+    (tmp_path / "in" / outputs.MANIFEST).write_text("{}")
+    words = ["--model", str(make_model(tmp_path / "model")), "--input", str(image.parent)]
+    words += ["--output", str(tmp_path / output), *["--overwrite"] * overwrite]
+    assert main(words) == 2
+    assert "would be in one folder" in capsys.readouterr().err
+    assert image.read_bytes() == content
+
+
 @pytest.mark.slow
 def test_killed_in_the_middle_the_same_command_goes_on_to_the_same_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
