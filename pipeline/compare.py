@@ -86,7 +86,7 @@ def results(one: Any, other: Any) -> Iterator[tuple[str, str, str, str]]:
         if table.is_bound(name) or mine.get(name) == theirs.get(name):
             continue
         verdict, both = "", uri and other_uri and name in mine and name in theirs
-        both = both and not name.startswith((*table.BASELINES, "target_"))  # no scores of the model
+        both = both and not name.startswith((*table.BASELINES, "target_", "sharpness"))  # none is a score
         if both and (apart := table.difference_of(other_uri, uri, name)) is not None:
             better = "second" if (apart.mean < 0) == lower_is_better(name) else "first"
             said = f"the {better} is better" if apart.excludes_zero else "no clear difference"

@@ -21,17 +21,7 @@ from stages.config.train import PhaseJob, full_size, jobs
 from stages.scoring.metrics import SEGMENTATION_SCORES
 from stages.tracking.run import Run
 
-GENERATING = {
-    "weights",
-    "size",
-    "format",
-    "quality",
-    "palette",
-    "stochastic",
-    "samples",
-    "style",
-    "precision",
-}
+GENERATING = {"weights", "format", "quality", "palette", "stochastic", "samples", "style", "precision"}
 SEGMENTING = {"segmenter", "palette", "ignore_class"}
 """Settings of `infer` and `evaluate` that must be the same where models are compared."""
 
@@ -137,11 +127,17 @@ def steps(config: PipelineConfig) -> tuple[Step, ...]:
 
 def check_metric(config: PipelineConfig, name: str, key: str, *, of_images: bool = False) -> None:
     """Raise UserError, naming the setting, for a metric that evaluation does not measure in such a run."""
-    load, own = config.shard.size, not (config.infer.model or config.infer.input)
-    made = infer.source_size(load, full_size(load, config.augment) if own else None, config.infer.size)
-    samples = 1 if config.evaluate.images else config.infer.samples
-    side = min(*load, *(load if made is None or config.evaluate.images else made))
+    size, other = config.shard.size, config.evaluate.images
+    samples = 1 if other else config.infer.samples
+    side = min(*size, *(size if other else generated_size(config) or size))
     evaluate.check_metric(config.evaluate, name, key, samples=samples, side=side, of_images=of_images)
+
+
+def generated_size(config: PipelineConfig) -> tuple[int, int] | None:
+    """Width and height of the images that infer generates of the shards; None: as they are stored."""
+    own = not (config.infer.model or config.infer.input)
+    trained = full_size(config.shard.size, config.augment) if own else None
+    return infer.source_size(config.shard.size, trained, config.infer.size)
 
 
 def _phase(job: PhaseJob, before: PhaseJob | None) -> Step:
@@ -197,6 +193,7 @@ def registration(config: PipelineConfig) -> tuple[Step, ...]:
 def judged_by(config: PipelineConfig) -> str:
     """A digest of how images are generated and segmented to be scored; "" where all is as by default."""
     made = config.infer.model_dump(mode="json", include=GENERATING, exclude_defaults=True)
+    made |= {"size": size} if (size := generated_size(config)) else {}
     if config.tracking.metric.endswith(SEGMENTATION_SCORES):
         made |= {"segmented": config.evaluate.model_dump(mode="json", include=SEGMENTING)}
     return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:8] if made else ""

@@ -127,6 +127,8 @@ class Translator:
             raise ValueError("this model needs an instance map with every source")
         height, width = sources[0].shape[:2]
         instances = instances if self.needs_instances else None
+        if any(one.shape != (height, width, 1) for one in instances or ()):
+            raise ValueError(f"an instance map is not of its source's size, {width}x{height}")
         seeds = list(seeds) if seeds is not None else [0] * len(sources)
         with torch.inference_mode():
             features = None

@@ -148,6 +148,8 @@ def test_styles_are_drawn_chosen_or_taken_from_a_reference(tmp_path: Path) -> No
     drawn = scene(0, 32, 32)
     source, instance = drawn["source"], drawn["instance"]
     assert translator.needs_instances
+    with pytest.raises(ValueError, match="not of its source's size, "):
+        translator.translate([source], [instance[:-1]])
     with pytest.raises(ValueError, match="instance map"):
         translator.translate([source])
 

@@ -49,10 +49,10 @@ def record(folder: Path, name: str, *, seed: int, digest: str, l1: np.ndarray, s
         parent.artifact("config.yaml", as_yaml(config).encode())
         parent.dataset("scenes", uri="s3://scenes", digest=digest, context="training", counts={"test": 40})
         parent.metrics({"l1": float(l1.mean()), "l1_low": 0.1, "l1_high": 0.3, "ssim": float(ssim.mean())})
-        parent.metrics({"nearest_l1": float(l1.mean())})
+        parent.metrics({"nearest_l1": float(l1.mean()), "sharpness": float(l1.mean())})
         step = SimpleNamespace(step=SimpleNamespace(name="evaluate"), folder=folder_)
         log_results(config, [step], {"evaluate": {"metrics": {}}}, parent)  # done now, or found done
-    scores = {"l1": l1, "ssim": ssim, "nearest_l1": l1}
+    scores = {"l1": l1, "ssim": ssim, "nearest_l1": l1, "sharpness": l1}
     table = pa.table({"key": KEYS, "group": [""] * len(KEYS), **scores})
     storage.write_parquet(f"{folder_}/metrics.parquet", table)
 
@@ -82,8 +82,9 @@ def test_settings_data_and_results_that_differ_are_shown(
         r"\n  l1 +0\.2\d* \(0\.1 to 0\.3\) .* the second is better: -0\.01 \(-0\.01 to -0\.01\)\n", text
     )
     assert re.search(r"\n  ssim .* no clear difference: ", text)
-    assert re.search(r"\n  nearest_l1 .*", text)
-    assert not re.search(r"\n  nearest_l1 .*(better|difference)", text)  # a baseline is no score of the model
+    for name in ("nearest_l1", "sharpness"):  # a baseline, and noise is sharp: no scores of the model
+        assert re.search(rf"\n  {name} .*", text)
+        assert not re.search(rf"\n  {name} .*(better|difference)", text)
 
 
 def test_a_run_is_found_behind_pages_of_newer_ones(

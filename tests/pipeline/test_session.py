@@ -44,6 +44,16 @@ def test_the_last_phases_model_is_registered_after_all_else_with_the_scores_of_i
     assert registration(configuration.load(YAML, ["tracking.enabled=false"])) == ()
 
 
+def test_models_are_compared_by_images_of_one_size_only() -> None:
+    jitter = ["shard.size=[286, 143]", "augment.crop=[256, 128]"]  # images are generated at the crop's size
+    judged = []
+    for settings in ([], jitter, [*jitter, "infer.size=[256, 128]"]):
+        (step,) = registration(configuration.load(YAML, settings))
+        judged.append(step.config.model_dump().get("judged_by", ""))
+    assert judged[0] == ""
+    assert judged[1] == judged[2] != ""
+
+
 def test_a_password_of_the_tracking_server_is_in_no_marker() -> None:
     (step,) = registration(configuration.load(YAML, ["tracking.uri=https://me:secret@host/mlflow"]))
     assert "secret" not in step.config.model_dump_json()
