@@ -280,7 +280,7 @@ class EvaluationWorker:
         if self.mean_target is not None:
             images["mean_target"] = self.mean_target
         if unit < self.job.untrained and self.job.manifest:
-            images["untrained"] = self._untrained_image(sample, pair.target, generated)
+            images["untrained"] = self._untrained_image(sample, generated)
         places = data.places if data is not None and unit < self.job.nearest else []
         # A training pair finds itself: that is no answer.
         own = tuple(pair.record[name] for name in ("file", "row_group", "row"))
@@ -297,18 +297,14 @@ class EvaluationWorker:
         sample = dataset.sample_of(self.job.shards, self.spec, "train", file, rows, row)
         return sample.picture(self.spec, "target")
 
-    def _untrained_image(self, sample: Sample, target: Array, generated: Array) -> Array:
+    def _untrained_image(self, sample: Sample, generated: Array) -> Array:
         if self._untrained is None:
             model = baselines.untrained_model(self.job.manifest, self.job.device)
             self._untrained = Translator(model)
-        translator = self._untrained
-        size = (generated.shape[1], generated.shape[0])
-        source = geometry.resize(sample.images["source"], size, translator.source_kind)
-        instance = sample.images.get("instance")
-        ids = None if instance is None else geometry.resize(instance, size, "instances")
-        reference = None
-        if translator.model.encoder is not None and ids is not None:
-            reference = (geometry.resize(target, size, "rgb"), ids, source)
+        translator, size = self._untrained, (generated.shape[1], generated.shape[0])
+        images = {r: geometry.resize(one, size, self.spec.roles[r].kind) for r, one in sample.images.items()}
+        source, ids = images["source"], images.get("instance")
+        reference = None if ids is None else (images["target"], ids, source)
         try:
             (image,) = translator.translate(
                 [source], None if ids is None else [ids], style="reference", reference=reference
@@ -400,6 +396,10 @@ def run(
     count = len(inputs.shard_units(spec, split))
     score_units(job, resources, spec, count)
     summary = summarise_units(job, count, distances, track)
+    names = storage.read_parquet(storage.join(output, "metrics.parquet"), ["generated"])["generated"]
+    if (different := len(names.unique())) < len(names):
+        text = f"{config.names} names {different:,} images for {len(names):,} targets"
+        raise UserError(f"evaluate.names: {text}; with {{key}} each has its own")
     num_missing, num_targets = summary["num_missing"], summary["num_images"] + summary["num_missing"]
     if num_missing > config.max_missing_fraction * num_targets:
         raise StageError(

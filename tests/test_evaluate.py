@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import scipy.linalg
@@ -25,7 +26,9 @@ from stages.evaluate import same_size
 from stages.images import encode, geometry
 from stages.inference import outputs
 from stages.inference.translator import Translator
-from stages.models.files.saved import load_model
+from stages.models.architecture import InputSpec, Picture, Pix2PixHD, Preprocessing
+from stages.models.build import build_encoder, build_generator
+from stages.models.files.saved import load_model, save_model
 from stages.scoring import metrics
 from stages.scoring.efficientnet import PerceptualFeatures
 from stages.scoring.lpips import LpipsScorer, lpips_name
@@ -34,7 +37,7 @@ from stages.tracking.run import Run
 from tests.scoring.test_lpips import alexnet
 from tests.scoring.test_networks import script
 from tests.support.here import workers_here
-from tests.support.models import make_model
+from tests.support.models import CLASSES, make_model
 from tests.support.shards import make_shards
 
 ONE = Resources(infer_actors=1, io_threads=4, threads_per_worker=1, gpu=False)
@@ -172,6 +175,42 @@ def test_scores_and_baselines_are_those_worked_out_here_on_one_worker_or_two(
 def workers_in_process() -> Iterator[None]:
     with workers_here(evaluate):
         yield
+
+
+@pytest.mark.ray
+def test_an_encoder_of_grey_targets_has_an_untrained_baseline(
+    ray_local: None, workers_in_process: None, tmp_path: Path
+) -> None:
+    folder, arch = tmp_path / "shards", Pix2PixHD(enhancers=0, width=4, downsamplings=2, feature_encoder=True)
+    spec = make_shards(folder, {"test": [2]}, instances=True, target="grey")
+    inputs = InputSpec(source="labels", classes=CLASSES, instances=True, target_channels=1)
+    save_model(
+        generated := tmp_path / "generated" / "model",
+        build_generator(arch, inputs),
+        architecture=arch,
+        inputs=inputs,
+        preprocessing=Preprocessing(pictures={"target": Picture(kind="grey")}),
+        encoder=build_encoder(arch, inputs),
+    )
+    (generated.parent / outputs.MANIFEST).write_text(json.dumps({"config": {"format": "png", "samples": 1}}))
+    for sample in dataset.read_split(str(folder), spec, "test"):
+        path = generated.parent / outputs.output_name(sample.key, ".png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode.encode_png(sample.images["target"]))
+    outcome = score(tmp_path / "out", ONE, str(generated.parent), str(folder))
+    assert outcome.metrics["l1"] == 0 < outcome.metrics["untrained_l1"]
+
+
+@pytest.mark.ray
+def test_targets_that_would_be_compared_with_one_image_are_refused(
+    ray_local: None, workers_in_process: None, tmp_path: Path
+) -> None:
+    make_shards(folder := tmp_path / "shards", {"test": [2]})
+    table = pq.read_table(file := folder / "test-00000.parquet")
+    pq.write_table(table.set_column(0, "key", pa.array(["a/1", "b/1"])), file)
+    (tmp_path / "1.png").write_bytes(encode.encode_png(np.zeros((32, 32, 3), np.uint8)))
+    with pytest.raises(UserError, match=r"evaluate.names: {name}.png names 1 images for 2 targets"):
+        score(tmp_path / "out", ONE, "", str(folder), images=str(tmp_path), names="{name}.png")
 
 
 @pytest.mark.ray

@@ -154,7 +154,7 @@ def register(
     if measured is None:
         return f"registered as models:/{name}/{version}"
     client.set_model_version_tag(name, version, measured.metric, f"{measured.value:.9g}")
-    client.set_model_version_tag(name, version, DATA_TAG, measured.data)
+    client.set_model_version_tag(name, version, f"{DATA_TAG}.{measured.metric}", measured.data)
     outcome = _promote(client, config, version, measured)
     return f"registered as models:/{name}/{version}; {outcome}"
 
@@ -174,7 +174,7 @@ def _promote(client: MlflowClient, config: Registration, version: str, measured:
     if champion is not None and metric in champion.tags:
         best = float(champion.tags[metric])
         other = f"version {champion.version} ({metric} {best:.4g})"
-        if champion.tags.get(DATA_TAG, "") != measured.data:
+        if champion.tags.get(f"{DATA_TAG}.{metric}", champion.tags.get(DATA_TAG)) != measured.data:
             return f"{alias} stays {other}: it was measured on other data or with other settings of infer"
         if not (value < best if lower_is_better(metric) else value > best):
             return f"{alias} stays {other}, this one has {value:.4g}"

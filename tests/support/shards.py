@@ -22,6 +22,7 @@ def make_shards(
     *,
     size: tuple[int, int] = (32, 32),
     source: Kind = "labels",
+    target: Kind = "rgb",
     instances: bool = False,
     row_group: int = 4,
 ) -> DatasetSpec:
@@ -29,7 +30,7 @@ def make_shards(
     folder.mkdir(parents=True, exist_ok=True)
     roles: dict[Role, RoleSpec] = {
         "source": RoleSpec(kind=source, encoding="raw", classes=CLASSES if source == "labels" else None),
-        "target": RoleSpec(kind="rgb", encoding="raw"),
+        "target": RoleSpec(kind=target, encoding="raw"),
     }
     if instances:
         roles["instance"] = RoleSpec(kind="instances", encoding="raw")
@@ -43,6 +44,8 @@ def make_shards(
                 drawn = scene(number, *size)
                 if source == "rgb":
                     drawn["source"] = colour.colorize(drawn["source"], CLASSES)
+                if target == "grey":
+                    drawn["target"] = drawn["target"][:, :, :1]
                 record: dict[str, object] = {
                     "key": f"{split}/{number:03d}",
                     "group": ("even", "odd")[number % 2],

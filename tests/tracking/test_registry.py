@@ -158,6 +158,21 @@ def test_what_has_no_scores_by_image_is_compared_by_its_value_or_not_at_all(uri:
     assert "tracking.promote: mean" in send(256, measured(0.1))
 
 
+def test_of_each_metric_it_is_known_on_which_data_it_was_measured(uri: str, tmp_path: Path) -> None:
+    def send(width: int, metric: str, value: float, data: str) -> str:
+        folder = str(make_model(tmp_path / str(width), trained=(width, 48)))
+        result = Measurement(metric=metric, value=value, data=data)
+        config = step("two-metrics")
+        return register(
+            config, folder, uri, new_run(MlflowClient(tracking_uri=uri)), example=EXAMPLE, measured=result
+        )
+
+    assert "now champion" in send(32, "fid", 9.0, "d")
+    assert "it is champion" in send(32, "kid", 9.0, "more")
+    assert "other data" in send(64, "fid", 8.0, "more")
+    assert "now champion (fid 8" in send(64, "fid", 8.0, "d")
+
+
 def test_what_a_kill_left_of_a_model_is_taken_away(uri: str, tmp_path: Path) -> None:
     client = MlflowClient(tracking_uri=uri)
     model = str(make_model(tmp_path / "model", trained=(128, 32)))
@@ -221,7 +236,7 @@ def test_the_step_registers_the_model_of_a_run_with_its_score(
     outcome = register_model(step("street"), parent=parent, **results)
     assert outcome.notes == {"model": "registered as models:/street/1; now champion (l1 0.5)"}
     version = MlflowClient(tracking_uri=parent.uri).get_model_version_by_alias("street", "champion")
-    assert (version.run_id, version.tags["pixloom.data"]) == (parent.run_id(), "shards val")
+    assert (version.run_id, version.tags["pixloom.data.l1"]) == (parent.run_id(), "shards val")
     model = Path(results["model"]) / "model"
     for uri in ("models:/street@champion", f"runs:/{parent.run_id()}"):
         found = local_model(uri, tmp_path / "temp", tracking_uri=parent.uri)
