@@ -54,7 +54,7 @@ from stages.storage.local import upload
 if TYPE_CHECKING:
     from stages.tracking.run import Run
 
-VERSION = 5
+VERSION = 6
 
 BATCH_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 22}
 """Pixels of a batch: four images of 256x256 for a CPU's core, 64 for a GPU."""

@@ -55,7 +55,7 @@ from stages.storage.local import local_file
 if TYPE_CHECKING:
     from stages.tracking.run import Run
 
-VERSION = 4
+VERSION = 5
 
 ROW_GROUP_BYTES = 8 << 20  # a row group is what training reads at once: big enough for a fast GET
 ROW_GROUP_ROWS = 64

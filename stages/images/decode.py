@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import io
 import math
+import re
+import struct
 from dataclasses import dataclass
 
 import imagecodecs
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from stages.base import MAX_PIXELS, Kind
 from stages.images import colour, tiff
@@ -27,6 +29,11 @@ from stages.models.architecture import Picture
 
 # Pillow's plugins that decode in process and in bounded memory. EPS would start Ghostscript.
 _FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000")
+_DEEP = {
+    "PNG": imagecodecs.png_decode,
+    "JPEG2000": imagecodecs.jpeg2k_decode,
+    "AVIF": imagecodecs.avif_decode,
+}
 _NPY_MAGIC = b"\x93NUMPY"
 _ID_MODES = ("L", "P", "1", "I;16", "I;16L", "I;16B", "I")
 _DEEP_MODES = ("I;16", "I;16L", "I;16B", "I", "F")
@@ -140,12 +147,13 @@ def _from_pillow(data: bytes, how: Picture, limit: int, *, profiles: bool) -> Ra
             raise ImageRejected("wrong_kind", f"{text}; shard.palette reads colours")
         if image.format == "PNG":
             _verify_png(data)
-            if data[24] == 16:  # bits; Pillow keeps 8 of those of colours and of images with alpha
-                return _deep_png(data, image, kind)
-        scale = _scale(image, data)
+        if (white := _white(data, image)) != 255:
+            return _deep(_DEEP[str(image.format)](data), image, kind, white)
+        if image.format == "PPM" and image.mode in ("L", "I", "RGB"):
+            return _netpbm(data, image)
         ImageOps.exif_transpose(image, in_place=True)
-        if scale is not None:
-            return _as_written(image, *scale, kind)
+        if image.format == "PNG" and data[24:26] in (b"\2\0", b"\4\0"):
+            return _as_written(image, 2 ** data[24] - 1, kind)
         if kind in IDS:
             return RawImage(np.asarray(image)[:, :, None])
         if image.mode in _DEEP_MODES:
@@ -165,58 +173,69 @@ def _lossy(image: Image.Image, data: bytes) -> str:
     compression = str(image.info.get("compression", ""))
     if image.format == "TIFF" and compression in ("jpeg", "tiff_jpeg", "webp"):
         return f"TIFF with compression {compression}"
-    if image.format == "JPEG2000":
-        bits, reversible = _jpeg2000(data)
-        exact = reversible and (bits <= 8 or image.mode != "L")  # Pillow halves 9 bits
-        return "" if exact else f"this JPEG 2000 of {bits} bits"
+    if image.format == "JPEG2000":  # its coding style says whether the wavelet is the reversible one
+        return "" if data[_segment(data, 0x52) + 13] == 1 else "this JPEG 2000"
     return str(image.format) if image.format in ("JPEG", "MPO", "AVIF") else ""
 
 
-def _jpeg2000(data: bytes) -> tuple[int, bool]:
-    """Bits of the first channel, and whether the wavelet is the reversible one (ISO 15444-1, annex A)."""
-    siz = data.index(b"\xff\x4f\xff\x51") + 2  # the codestream's start, and its first segment
-    at = siz
-    while data[at : at + 2] != b"\xff\x52":  # the coding style, which every main header has
-        if data[at : at + 1] != b"\xff":
+def _segment(data: bytes, kind: int) -> int:
+    """The place of a segment in the main header of a JPEG 2000 (ISO 15444-1, annex A)."""
+    at = data.index(b"\xff\x4f\xff\x51") + 2  # the codestream's start, and its first segment
+    while data[at : at + 2] != bytes((0xFF, kind)):
+        if data[at] != 0xFF:
             raise ImageRejected("unreadable", "JPEG 2000 without a coding style")
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return (data[siz + 40] & 0x7F) + 1, data[at + 13] == 1
+    return at
 
 
-def _scale(image: Image.Image, data: bytes) -> tuple[int, int] | None:
-    """White of a grey image as written, and as Pillow scales it up to 8 or 16 bits; None if it does not."""
-    if image.format == "JPEG2000" and image.mode in ("L", "I;16"):
-        bits, _ = _jpeg2000(data)
-        shifted = bits < 8 or (8 < bits < 16 and image.mode != "L")
-        return (2**bits - 1, (2**bits - 1) << -bits % 8) if shifted else None
-    for tile in getattr(image, "tile", ()):
-        args = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
-        if image.format == "PPM" and len(args) == 2 and image.mode in ("L", "I"):
-            return int(args[1]), 255 if image.mode == "L" else 65535
-        if image.format == "PNG" and args[0] in ("L;2", "L;4"):
-            return 2 ** int(args[0][2]) - 1, 255
-    return None
+def _white(data: bytes, image: Image.Image) -> int | None:
+    """The largest value of a PNG, JPEG 2000 or AVIF, 255 for less of a PNG; None if values have a sign."""
+    if image.format == "PNG":
+        return (1 << max(8, data[24])) - 1
+    if image.format == "AVIF":
+        return (255, 255, 1023, 4095)[data[data.index(b"av1C") + 6] >> 5 & 3]
+    if image.format != "JPEG2000" or image.mode in ("P", "PA"):
+        return 255
+    *area, count, bits = struct.unpack_from(">6xIIII16xHB", data, _segment(data, 0x51))
+    if (area[0] - area[2], area[1] - area[3], count) != (*image.size, len(image.getbands())):
+        raise ImageRejected("unreadable", "its two headers differ in size")
+    return None if bits & 0x80 else (2 << int(bits)) - 1
 
 
-def _as_written(image: Image.Image, white: int, scaled: int, kind: Kind) -> RawImage:
-    """A grey image with the values that the file has, and its transparent value as opacity."""
-    stored = np.asarray(image)[:, :, None]
-    values = (stored * (white / scaled)).round().astype(stored.dtype)
-    clear = image.info.get("transparency")
+def _as_written(image: ImageFile.ImageFile, white: int, kind: Kind) -> RawImage:
+    """A grey PNG of 2 or 4 bits, which Pillow scales up; its transparent value as opacity."""
+    values = np.asarray(image)[:, :, None] // np.uint8(255 // white)
+    profile, clear = image.info.get("icc_profile"), image.info.get("transparency")
     if clear is None or kind in IDS or kind == "channels":
-        return RawImage(values, white)
+        return RawImage(values, white, profile=profile)
     opacity = np.where(values == clear, 0, white).astype(values.dtype)
-    return RawImage(np.concatenate([values, opacity], axis=2), white, "straight")
+    return RawImage(np.concatenate([values, opacity], axis=2), white, "straight", profile=profile)
 
 
-def _deep_png(data: bytes, image: Image.Image, kind: Kind) -> RawImage:
-    values = imagecodecs.png_decode(data)
+def _netpbm(data: bytes, image: ImageFile.ImageFile) -> RawImage:
+    """The values of a PGM or PPM as written: Pillow scales them, and keeps 8 bits of those of colours."""
+    codec, _, start, options = image.tile[0]
+    white = options[1] if isinstance(options, tuple) else 65535 if options == "I;16B" else 255
+    shape = image.height, image.width, len(image.getbands())
+    count, kept = math.prod(shape), np.dtype("u1" if white < 256 else ">u2")
+    if codec == "ppm_plain":
+        words = re.sub(rb"#[^\r\n]*", b"", data[start:]).split(maxsplit=count)[:count]
+        values = np.array([int(word) for word in words], np.uint16)
+    else:
+        values = np.frombuffer(data, kept, min(count, (len(data) - start) // kept.itemsize), start)
+    if len(values) < count:
+        raise ImageRejected("truncated", f"{len(values)} values of {count}")
+    return RawImage(values.reshape(shape), white)
+
+
+def _deep(values: Array, image: Image.Image, kind: Kind, white: int | None = None) -> RawImage:
+    """An image of other than 8 bits, of which Pillow keeps 8 at most: `values` are as written."""
     values = values if values.ndim == 3 else values[:, :, None]
-    if (kind in IDS or kind == "channels") and image.mode not in ("LA", "RGBA"):
-        values = values[:, :, : 1 if image.mode in _DEEP_MODES else 3]  # a transparent value is no channel
+    if (kind in IDS or kind == "channels") and image.mode not in ("LA", "RGBA", "CMYK"):
+        values = values[:, :, : len(image.getbands())]  # a transparent value is no channel
     values = upright(values, image.getexif().get(tiff.ORIENTATION, 1))
-    alpha: Alpha = "straight" if values.shape[2] in (2, 4) else "none"
-    return RawImage(values, alpha=alpha, profile=image.info.get("icc_profile"))
+    alpha: Alpha = "straight" if values.shape[2] in (2, 4) and image.mode != "CMYK" else "none"
+    return RawImage(values, white, alpha, profile=image.info.get("icc_profile"))
 
 
 def _light(image: Image.Image, kind: Kind) -> Array:

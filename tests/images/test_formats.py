@@ -362,7 +362,7 @@ def test_ids_of_a_grey_map_are_as_written():
     ]
 
 
-@pytest.mark.parametrize("bits", [1, 4, 8, 12, 16])
+@pytest.mark.parametrize("bits", [1, 4, 8, 9, 12, 16])
 def test_ids_of_a_reversible_jpeg_2000_are_as_written(bits: int):
     ids = (np.arange(1 << 10).reshape(32, 32) % (1 << bits)).astype(np.uint16 if bits > 8 else np.uint8)
     for codec in ("jp2", "j2k"):
@@ -377,13 +377,50 @@ def test_white_of_a_jpeg_2000_of_few_bits_is_white():
     assert decode.decode_image(data, "grey").min() == 255
 
 
+def jpeg2000(values: np.ndarray, bits: int) -> bytes:
+    return imagecodecs.jpeg2k_encode(values, bitspersample=bits, reversible=True, level=0, codecformat="jp2")
+
+
+@pytest.mark.parametrize("bits", [4, 9, 10, 12, 16])
+def test_colours_of_a_deep_jpeg_2000_keep_their_white_and_their_range(bits: int):
+    """Pillow makes white of more than 8 bits black, and 240 of white of 4 bits."""
+    top = 2**bits - 1
+    values = RNG.integers(0, top + 1, (32, 48, 3)).astype(np.uint8 if bits <= 8 else np.uint16)
+    values[0, 0] = top
+    data = jpeg2000(values, bits)
+    assert np.abs(decode.decode_image(data, "rgb") - values / top * 255).max() <= 0.51
+    got = decode.decode_image(data, Picture(kind="rgb", range=(0, top // 3)))
+    assert np.abs(got - np.clip(values / (top // 3), 0, 1) * 255).max() <= 0.51
+    got = decode.decode_image(data, Picture(kind="channels", channel_count=3))
+    assert np.allclose(got, values / top * 2 - 1, atol=1e-6)
+
+
+def test_a_jpeg_2000_of_values_with_a_sign_keeps_them():
+    values = RNG.integers(-1000, 1000, (32, 48)).astype(np.int16)
+    data = jpeg2000(values, 16)
+    got = decode.decode_image(data, Picture(kind="grey", range=(-1000, 1000)))
+    assert np.abs(got[..., 0] - (values + 1000) / 2000 * 255).max() <= 0.51
+    assert rejected(data, "instances").reason == "instance_range"
+
+
+def test_a_jpeg_2000_whose_headers_differ_is_rejected():
+    data = jpeg2000(np.zeros((32, 48), np.uint16), 12)
+    wide = data.replace(struct.pack(">II", 48, 32), struct.pack(">II", 60000, 60000))
+    assert wide != data
+    assert rejected(wide, "grey16").detail == "its two headers differ in size"
+
+
+def test_an_avif_of_ten_bits_keeps_them():
+    values = RNG.integers(0, 1024, (32, 48, 3)).astype(np.uint16)
+    data = imagecodecs.avif_encode(values, bitspersample=10, level=100)
+    got = decode.decode_image(data, Picture(kind="rgb", range=(0, 255)))
+    assert np.abs(got.astype(int) - np.clip(values, 0, 255)).max() <= 1
+
+
 def test_a_lossy_file_cannot_hold_ids_whatever_contains_it():
     ids = RNG.integers(0, 3, (32, 32), np.uint8)
-    nine = imagecodecs.jpeg2k_encode(
-        ids.astype(np.uint16), bitspersample=9, reversible=True, level=0, codecformat="jp2"
-    )
     jpeg2000 = file_of(Image.fromarray(ids), "JPEG2000", irreversible=True, quality_layers=[2])
-    for data in (jpeg2000, nine, file_of(Image.fromarray(ids), "TIFF", compression="jpeg")):
+    for data in (jpeg2000, file_of(Image.fromarray(ids), "TIFF", compression="jpeg")):
         found = rejected(data, labels())
         assert (found.reason, "is lossy" in found.detail) == ("wrong_kind", True)
 
@@ -399,6 +436,14 @@ def test_a_range_is_of_the_values_in_the_file():
     for pgm in (b"P5 3 1 100\n\0\x19\x64", b"P5 3 1 1000\n\0\0\0\x19\0\x64"):
         got = decode.decode_image(pgm, Picture(kind="grey", range=(0, 50)))
         assert got[0, :, 0].tolist() == [0, 128, 255]
+    deep = RNG.integers(0, 4096, (2, 5, 3))
+    binary = deep.astype(">u2").tobytes()
+    plain = b" # a comment\n".join(str(value).encode() for value in deep.ravel())
+    for top in (4095, 65535):
+        for data in (b"P6 5 2 %d\n" % top + binary, b"P3 5 2 %d\n" % top + plain):
+            got = decode.decode_image(data, Picture(kind="rgb", range=(0, 4095)))
+            assert np.abs(got - deep / 4095 * 255).max() <= 0.51
+            assert rejected(data[:-5], "rgb").reason == "truncated"
     nibbles = png_of(4, bytes([0x07, 0xF0]), 4)
     assert decode.decode_image(nibbles, Picture(kind="grey", range=(0, 7)))[0, :, 0].tolist() == [
         0,
