@@ -165,7 +165,7 @@ class Reader:
         def fetched() -> bytes:
             if protocol == "zip":
                 return _zip_block(fs, path, start, size)
-            return cast(bytes, fs.cat_file(path, start=start, end=start + size))
+            return cast(bytes, fs.cat_file(path, start=start, end=start + size)) if size else b""
 
         block = fetched()
         try:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -178,12 +178,16 @@ def _objects(uri: str, unit: Unit, requests: int) -> Iterator[Listed]:
     if unit.kind == "file":
         info = retried(lambda: fs.info(base))
         name = unquote(urlsplit(uri).path) if speaks(fs, "http") else base
-        return iter([Listed(name.rpartition("/")[2], uri, int(info["size"] or 0), etag_of(info))])
+        return iter([Listed(name.rpartition("/")[2], uri, _size(info), etag_of(info))])
     if unit.kind == "range":
         return _in_range(fs, base, unit)
     if unit.kind == "index":
         return _in_index(fs, base, requests)
     return _in_folders(fs, base, unit)
+
+
+def _size(info: Mapping[str, Any]) -> int:
+    return -1 if info.get("size") is None else int(info["size"])
 
 
 def _entries(fs: AbstractFileSystem, base: str, path: str) -> Iterator[Listed | str]:
@@ -199,7 +203,7 @@ def _entries(fs: AbstractFileSystem, base: str, path: str) -> Iterator[Listed | 
         below = name[len(base) :].lstrip("/")
         if below and name != folder:
             is_folder = info["type"] == "directory"
-            yield below if is_folder else Listed(below, prefix + below, int(info["size"] or 0), etag_of(info))
+            yield below if is_folder else Listed(below, prefix + below, _size(info), etag_of(info))
 
 
 def _local_entries(base: str, path: str) -> Iterator[Listed | str]:
@@ -274,8 +278,7 @@ def _in_index(fs: Any, base: str, requests: int) -> Iterator[Listed]:
 
     def listed(url: str) -> Listed:
         info = retried(lambda: fs.info(url))
-        size = -1 if info.get("size") is None else int(info["size"])
-        return Listed(unquote(url[len(base) :]), url, size, etag_of(info))
+        return Listed(unquote(url[len(base) :]), url, _size(info), etag_of(info))
 
     with ThreadPoolExecutor(requests) as threads:
         while queue:

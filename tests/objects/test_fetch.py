@@ -22,6 +22,7 @@ from stages.images.kinds import ImageRejected
 from stages.objects import archives, fetch
 from stages.objects.fetch import Object, Reader
 from stages.storage import etag_of, local_etag
+from tests.stores.seaweed import SeaweedS3
 
 BODY = bytes(range(256)) * 8
 
@@ -199,6 +200,20 @@ def test_members_of_archives_are_read_in_place(tmp_path: Path, kind: str):
     reader = quick()
     reader.expect(listed.values())
     assert {name: reader.read(one) for name, one in listed.items()} == files()
+
+
+@pytest.mark.s3
+def test_an_empty_member_of_a_tar_in_a_bucket_is_empty(
+    tmp_path: Path, s3_store: SeaweedS3, s3_bucket: str, client_options: None
+):
+    """A request for no bytes is refused, or answered with all of them."""
+    storage.configure({"s3": s3_store.options()})
+    uri = f"s3://{s3_bucket}/a.tar"
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("empty.png"))
+    storage.write_bytes(uri, (tmp_path / "a.tar").read_bytes())
+    (one,) = archives.members(uri, version="")
+    assert quick().read(Object(one.uri, one.size, one.etag)) == b""
 
 
 def test_a_pipe_in_the_place_of_a_file_is_missing(tmp_path: Path):

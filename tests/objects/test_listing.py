@@ -148,6 +148,16 @@ def test_a_single_file_is_a_location(tmp_path: Path) -> None:
     assert list_paths(f"{tmp_path}/set/[1].png") == ["[1].png"]
 
 
+def test_a_server_that_does_not_say_how_long_its_files_are_is_a_location(tmp_path: Path) -> None:
+    make_files(tmp_path, "set/a.png")
+    with FileServer(tmp_path, lengths=False) as server:
+        for uri in (f"{server.url}/set", f"{server.url}/set/a.png"):
+            (unit,) = listing.split_location(uri, want=4)
+            (one,) = listing.list_objects(uri, unit)
+            assert one.size == -1
+            assert Reader().read(Object(one.uri, one.size, one.etag))
+
+
 def test_any_other_fsspec_file_system_is_a_location() -> None:
     fs = fsspec.filesystem("memory")
     for name in NAMES:

@@ -50,7 +50,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(data)))
+        if self.server.lengths:
+            self.send_header("Content-Length", str(len(data)))
+        else:
+            self.close_connection = True
         self.end_headers()
         if body:
             self.wfile.write(data)
@@ -71,18 +74,22 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 class _Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, folder: Path, *, ranges: bool) -> None:
+    def __init__(self, folder: Path, *, ranges: bool, lengths: bool) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.folder, self.ranges = folder, ranges
+        self.folder, self.ranges, self.lengths = folder, ranges, lengths
         self.requests: Counter[str] = Counter()
         self.extra_links: list[str] = []
 
 
 class FileServer:
-    """Serves `folder` at `url`; `ranges=False` for a server that cannot send parts of a file."""
+    """Serves `folder` at `url`.
 
-    def __init__(self, folder: Path, *, ranges: bool = True) -> None:
-        self._server = _Server(folder, ranges=ranges)
+    ranges    False: the server cannot send parts of a file
+    lengths   False: it does not say how long a file is
+    """
+
+    def __init__(self, folder: Path, *, ranges: bool = True, lengths: bool = True) -> None:
+        self._server = _Server(folder, ranges=ranges, lengths=lengths)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
 
     @property
