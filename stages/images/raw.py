@@ -84,7 +84,7 @@ def _light(raw: RawImage, how: Picture) -> Array:
     """Colours or lightness, laid over white."""
     values, opacity, stored = raw.values, None, dtype(how.kind)
     ready = values.dtype == stored and raw.white in (None, np.iinfo(stored).max) and how.range == "full"
-    if ready and values.shape[2] == (1 if how.kind in ("grey", "grey16") else 3):
+    if ready and raw.missing is None and values.shape[2] == (1 if how.kind in ("grey", "grey16") else 3):
         return values
     if raw.alpha != "none":
         values, opacity = values[:, :, :-1], values[:, :, -1:]
@@ -108,8 +108,8 @@ def _light(raw: RawImage, how: Picture) -> Array:
 def _unit(values: Array, raw: RawImage, how: Picture) -> Array:
     """Values in [0, 1]: the ends of the range are 0 and 1, and what is missing is 0."""
     missing = None if raw.missing is None else raw.missing[:, :, : values.shape[2]]
-    low, high = _limits(values, missing, raw, how)
     wide = values.astype(np.float64 if values.dtype.itemsize >= 4 else np.float32)
+    low, high = (np.asarray(end, wide.dtype) for end in _limits(values, missing, raw, how))
     unit: Array = np.clip((wide - low) / (high - low), 0, 1)
     if missing is not None:
         unit[missing] = 0
@@ -118,19 +118,17 @@ def _unit(values: Array, raw: RawImage, how: Picture) -> Array:
 
 def _limits(
     values: Array, missing: npt.NDArray[np.bool_] | None, raw: RawImage, how: Picture
-) -> tuple[Array, Array]:
+) -> tuple[npt.ArrayLike, npt.ArrayLike]:
     """Black and white, (1,) or one a channel. Percentiles are the image's own, of each channel for data."""
     if how.range == "full":
-        low, high = _full(values, raw)
-    elif how.range == "percentile":
+        return _full(values, raw)
+    if how.range == "percentile":
         axis = (0, 1) if how.kind == "channels" else None
         known = values if missing is None else np.where(missing, np.nan, values.astype(np.float64))
         known = known if np.isfinite(known).any() else np.zeros(1)
         low, high = np.nanpercentile(known, PERCENTILES, axis=axis)
-        high = np.where(high > low, high, low + 1)
-    else:
-        low, high = how.range
-    return np.asarray(low, np.float32), np.asarray(high, np.float32)
+        return low, np.where(high > low, high, low + 1)
+    return how.range
 
 
 def _full(values: Array, raw: RawImage) -> tuple[float, float]:

@@ -85,7 +85,8 @@ def pages(file: TiffFile) -> list[TiffPage]:
 
 
 def _for_pillow(page: TiffPage, kind: Kind) -> bool:
-    if page.bitspersample not in (1, 2, 4, 8) or page.sampleformat != 1 or page.samplesperpixel > 4:
+    plain = page.bitspersample in (1, 2, 4, 8) and page.sampleformat == 1 and page.imagedepth == 1
+    if not plain or page.samplesperpixel > 4:
         return False
     if page.compression not in _COMPRESSIONS:
         return True
@@ -154,7 +155,10 @@ def raw(page: TiffPage, values: Array, kind: Kind) -> RawImage:
         return RawImage(values)
     missing = ~np.isfinite(values) if values.dtype.kind == "f" else np.zeros(values.shape, np.bool_)
     with suppress(ValueError):
-        missing |= values == float(page.tags.valueof(NODATA, "nan"))
+        empty = values == float(page.tags.valueof(NODATA, "nan"))
+        colours = page.photometric == PHOTOMETRIC.RGB and kind != "channels"
+        # as GDAL has it: a pixel has a colour if one of its channels has a value
+        missing |= empty[:, :, :3].all(axis=2, keepdims=True) if colours else empty
     white = None
     if values.dtype.kind in "bu" and values.dtype.itemsize <= 2:
         white = 2**page.bitspersample - 1

@@ -173,6 +173,20 @@ def test_overviews_and_masks_are_no_pages():
     assert "2 pages" in rejected(tiff(np.stack([photo, photo]), photometric="rgb"), "rgb").detail
 
 
+def test_a_range_far_from_zero_keeps_its_values():
+    rise = np.linspace(0, 1, 1024).reshape(32, 32)
+    for values, low in ((1e9 + rise, 1e9), ((2**40 + 1000 * rise).astype(np.uint64), 2**40)):
+        how = Picture(kind="grey16", range=(low, low + (1 if values.dtype.kind == "f" else 1000)))
+        assert np.abs(decode.decode_image(tiff(values), how)[..., 0] - rise * 65535).max() < 100
+    vast = decode.decode_image(tiff(rise * 1e300), Picture(kind="grey16", range="percentile"))
+    assert (vast.min(), vast.max()) == (0, 65535)
+
+
+def test_a_volume_in_one_page_is_refused():
+    volume = tiff(np.zeros((16, 32, 32), np.uint8), volumetric=True, photometric="minisblack")
+    assert rejected(volume, "grey").reason == "unreadable"
+
+
 def test_bands_after_the_colours_have_none():
     four = RNG.integers(0, 256, (8, 9, 4), np.uint8)
     data = tiff(four, photometric="rgb", extrasamples=["unspecified"])
@@ -190,6 +204,12 @@ def test_what_has_no_value_is_black_and_counted():
     assert decoded.array[0, :3, 0].tolist() == [-1, -1, -1]
     assert abs(decoded.array[5, 5, 0]) < 1e-6
     assert "4 pixels have no value" in rejected(data, "channels").detail
+    three = np.array([[[255, 255, 255], [255, 10, 20], [1, 2, 3]]], np.uint8)
+    black = [[0, 0, 0], [255, 10, 20], [1, 2, 3]]  # a red of 255 alone is a colour
+    for depth in (three, three.astype(np.uint16) * 257):
+        marked = tiff(depth, photometric="rgb", extratags=[(42113, "s", 0, str(depth.max()), True)])
+        decoded = decode.decode_counted(marked, "rgb")
+        assert (decoded.missing, decoded.array[0].tolist()) == (1, black)
     bytes_ = np.full((4, 4), 9, np.uint8)
     assert decode.decode_counted(tiff(bytes_, extratags=[(42113, "s", 0, "9", True)]), "grey").missing == 16
     assert (
