@@ -13,6 +13,7 @@ At most a page of a store is in memory. How a location is cut depends on what it
 
 from __future__ import annotations
 
+import html
 import os
 import re
 from collections import deque
@@ -290,7 +291,7 @@ def _in_index(fs: Any, base: str, requests: int) -> Iterator[Listed]:
             links = sorted(set(retried(lambda folder=folder: fs.ls(folder, detail=False))))  # type: ignore[misc]
             files: list[str] = []
             for link in links:
-                url = link.split("#", 1)[0]
+                url = html.unescape(link).split("#", 1)[0]
                 parts = urlsplit(url)
                 outside = not url.startswith(base) or ".." in unquote(parts.path).split("/")
                 if url in seen or outside or parts.query:

@@ -174,7 +174,7 @@ def test_any_other_fsspec_file_system_is_a_location() -> None:
 
 
 def test_index_pages_are_followed_below_the_location_only(tmp_path: Path) -> None:
-    make_files(tmp_path, "set/a.png", "set/sub dir/b ü.png", "other/c.png", "secret.png")
+    make_files(tmp_path, "set/a.png", "set/c&d.png", "set/sub dir/b ü.png", "other/c.png", "secret.png")
     with FileServer(tmp_path) as server:
         outside = ["http://127.0.0.1:1/x.png", "/secret.png", "../secret.png", "%2e%2e/secret.png"]
         for link in [*outside, "a.png?download=1", "sub%20dir/../../secret.png"]:
@@ -183,6 +183,7 @@ def test_index_pages_are_followed_below_the_location_only(tmp_path: Path) -> Non
         rows = sorted(listing.list_objects(uri, Unit("index")))
     assert [(one.path, one.uri, one.size) for one in rows] == [
         ("a.png", f"{uri}/a.png", 9),
+        ("c&d.png", f"{uri}/c&d.png", 11),
         ("sub dir/b ü.png", f"{uri}/sub%20dir/b%20%C3%BC.png", 20),
     ]
     assert all(one.etag for one in rows)

@@ -63,7 +63,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         links = ['<a href="?C=N;O=D">Name</a>', '<a href="../">Parent</a>']
         for path in sorted(folder.iterdir()):
             name = path.name + ("/" if path.is_dir() else "")
-            links.append(f'<a href="{quote(name)}">{escape(name)}</a>')
+            links.append(f'<a href="{escape(quote(name, safe="/&"))}">{escape(name)}</a>')
         links += self.server.extra_links
         return f"<html><body>{'<br>'.join(links)}</body></html>".encode()
 
