@@ -57,7 +57,7 @@ def members(uri: str, version: str) -> Iterator[Listed]:
     fs, path = filesystem(outer)
     try:
         with fs.open(path, "rb") as file:
-            entries = _tar_members(file, plain_name(outer)) if protocol == "tar" else _zip_members(file)
+            entries = _tar_members(unpacked(file, outer)) if protocol == "tar" else _zip_members(file)
             others, any_below = "", False
             for name, size, place, fault in entries:
                 clean = _ROOT.sub("", name)
@@ -73,9 +73,14 @@ def members(uri: str, version: str) -> Iterator[Listed]:
         raise OSError(f"damaged archive: {error}") from error
 
 
-def _tar_members(file: IO[bytes], name: str) -> Iterator[tuple[str, int, str, str]]:
-    stream: Any = _Stream(_unpacked(file, name))
-    with tarfile.open(fileobj=stream, mode="r|", errors="surrogateescape") as archive:
+def tar(file: Any) -> tarfile.TarFile:
+    """A tar that is read from its start, and not compressed."""
+    return tarfile.open(fileobj=file, mode="r|", errors="surrogateescape")
+
+
+def _tar_members(file: IO[bytes]) -> Iterator[tuple[str, int, str, str]]:
+    stream = _Stream(file)
+    with tar(stream) as archive:
         for member in archive:
             # tarfile keeps every header it has read; millions of them are memory
             archive.members = []  # type: ignore[attr-defined]
@@ -89,7 +94,9 @@ def _tar_members(file: IO[bytes], name: str) -> Iterator[tuple[str, int, str, st
         raise EOFError("it is cut off")
 
 
-def _unpacked(file: IO[bytes], name: str) -> IO[bytes]:
+def unpacked(file: IO[bytes], uri: str) -> IO[bytes]:
+    """An open archive without its compression, of one stream or several, as parallel programs write them."""
+    name = plain_name(uri)
     if name.endswith((".gz", ".tgz")):
         return cast(IO[bytes], gzip.GzipFile(fileobj=file))
     if name.endswith(".bz2"):

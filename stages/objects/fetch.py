@@ -15,7 +15,6 @@ import hashlib
 import logging
 import os
 import re
-import tarfile
 import threading
 import zlib
 from collections.abc import Callable, Iterable
@@ -195,10 +194,7 @@ class Reader:
             self._check_version(outer, etag.partition("@")[2])
         del self._versions[outer]  # `read` asks again, whether it was the same to the end
         fs, path = filesystem(outer)
-        with (
-            fs.open(path, "rb") as file,
-            tarfile.open(fileobj=file, mode="r|*", errors="surrogateescape") as archive,
-        ):
+        with fs.open(path, "rb") as file, archives.tar(archives.unpacked(file, outer)) as archive:
             for member in archive:
                 archive.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it read
                 uri = f"tar://{member.name}::{outer}"

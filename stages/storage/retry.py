@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import lzma
 import random
 import tarfile
 import time
@@ -53,7 +54,8 @@ def passing(error: BaseException) -> bool:
     """Whether another attempt may succeed: the network or the store failed, and did not refuse."""
     if isinstance(error, LASTING) or refusal(error) or misconfigured(error):
         return False
-    return isinstance(error, OSError | EOFError | tarfile.TarError | zlib.error) or _client(error) in CLIENTS
+    damage = OSError | EOFError | tarfile.TarError | zlib.error | lzma.LZMAError
+    return isinstance(error, damage) or _client(error) in CLIENTS
 
 
 def unreachable(error: BaseException) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import hashlib
 import io
 import itertools
+import lzma
 import os
 import tarfile
 import threading
@@ -13,11 +16,12 @@ import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stages import storage
-from stages.errors import UserError
+from stages.errors import StageError, UserError
 from stages.images.kinds import ImageRejected
 from stages.objects import archives, fetch
 from stages.objects.fetch import Object, Reader
@@ -200,6 +204,23 @@ def test_members_of_archives_are_read_in_place(tmp_path: Path, kind: str):
     reader = quick()
     reader.expect(listed.values())
     assert {name: reader.read(one) for name, one in listed.items()} == files()
+
+
+@pytest.mark.parametrize("codec", [gzip, bz2, lzma], ids=["gz", "bz2", "xz"])
+def test_an_archive_of_several_compressed_streams_is_read(tmp_path: Path, codec: Any):
+    """As bgzip, pbzip2 and pixz write it, or `cat`."""
+    plain = packed("tar")
+    path = tmp_path / {gzip: "a.tar.gz", bz2: "a.tar.bz2", lzma: "a.tar.xz"}[codec]
+    path.write_bytes(b"".join(codec.compress(plain[at : at + 700]) for at in range(0, len(plain), 700)))
+    listed = members(path)
+    reader = quick()
+    reader.expect(listed.values())
+    assert {name: reader.read(one) for name, one in listed.items()} == files()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:60] + bytes(40) + whole[100:])
+    os.utime(path, ns=(0, int(next(iter(listed.values())).etag.rpartition("@")[2], 16)))
+    with pytest.raises(StageError, match=path.name):  # damaged on its way, at every attempt
+        quick().expect(listed.values())
 
 
 @pytest.mark.s3
