@@ -219,8 +219,7 @@ def _netpbm(data: bytes, image: ImageFile.ImageFile) -> RawImage:
     shape = image.height, image.width, len(image.getbands())
     count, kept = math.prod(shape), np.dtype("u1" if white < 256 else ">u2")
     if codec == "ppm_plain":
-        words = re.sub(rb"#[^\r\n]*", b"", data[start:]).split(maxsplit=count)[:count]
-        values = np.array([int(word) for word in words], np.uint16)
+        values = np.fromstring(re.sub(rb"#[^\r\n]*", b"", data[start:]), np.int32, sep=" ")[:count]
     else:
         values = np.frombuffer(data, kept, min(count, (len(data) - start) // kept.itemsize), start)
     if len(values) < count:
