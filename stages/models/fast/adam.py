@@ -70,38 +70,15 @@ class Adam(torch.optim.Adam):
             for hook in hooks:
                 hook.remove()
 
-    @torch.no_grad()
     def update(self, parameters: Sequence[Tensor]) -> None:
         """Update some weights and free their gradients; weights without a gradient stay. Once a step each."""
-        (group,) = self.param_groups
-        pairs = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
-        if not pairs:
-            return
-        weights, gradients = zip(*pairs, strict=True)
-        states = [self._state_of(weight) for weight in weights]
-        torch._foreach_add_([state["step"] for state in states], 1)
-        torch._fused_adam_(
-            weights,
-            gradients,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            amsgrad=False,
-            lr=self.rate,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            weight_decay=0.0,
-            eps=group["eps"],
-            maximize=False,
-        )
-        for weight in weights:
-            weight.grad = None
-
-    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.state[parameter]
-        if not state:  # the state that torch.optim.Adam creates
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        return state
+        (group,) = groups = self.param_groups
+        # a GPU's graph records the update only if it is said to be capturable; a fused one always is
+        some = {"params": parameters, "lr": self.rate, "capturable": self.rate.is_cuda}
+        self.param_groups = [group | some]
+        try:
+            self.step()
+        finally:
+            self.param_groups = groups
+        for parameter in parameters:
+            parameter.grad = None
