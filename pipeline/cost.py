@@ -32,7 +32,7 @@ from pydantic import Field, ValidationError
 from pipeline.config import BAD_YAML, PipelineConfig
 from pipeline.runner import PREDICTED, PlannedStep, changes, read_marker
 from stages import storage
-from stages.base import Config, Precision, Role, Split
+from stages.base import Config, Precision, Resources, Role, Split
 from stages.config.shard import AugmentConfig
 from stages.config.train import PhaseJob, check_size, full_size, phase_size
 from stages.errors import UserError, first_invalid, one_line
@@ -188,15 +188,7 @@ class PlannedRun:
 
     def memory(self, job: PhaseJob, workers: int) -> int:
         """Bytes that each of so many workers needs for a step of a phase."""
-        resources = self.config.resources
-        return estimate_memory(
-            job,
-            self.spec,
-            workers=workers,
-            micro_batch=resources.micro_batch,
-            gpu=self.gpu,
-            checkpointing=resources.checkpointing,
-        )
+        return estimate_memory(job, self.spec, self.config.resources, workers=workers, gpu=self.gpu)
 
     def fixed_precision(self, p: PlannedStep) -> Precision | None:
         """The precision that a phase began with, or that is configured; None if its start decides."""
@@ -393,7 +385,7 @@ def probe(run: PlannedRun, precision: Precision) -> float:
             spec, each = replace(spec, size=half), each / 4
     device, threads_before = torch.device(run.device), torch.get_num_threads()
     free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if estimate_memory(job, spec, micro_batch=rows, gpu=device.type == "cuda") > free:
+    if estimate_memory(job, spec, Resources(micro_batch=rows), gpu=device.type == "cuda") > free:
         return 0.0
     tune_process(device)
     torch.set_num_threads(resources.threads_per_worker or (1 if run.gpu else own_cores()))

@@ -378,14 +378,7 @@ def memory_shortage(task: Task, spec: DatasetSpec, worker: Worker) -> str:
     """A warning if a step is expected to need more memory than the worker's GPU has; else ""."""
     if worker.device.type != "cuda":
         return ""
-    needed = estimate_memory(
-        task.job,
-        spec,
-        workers=worker.world,
-        micro_batch=task.resources.micro_batch,
-        gpu=True,
-        checkpointing=task.resources.checkpointing,
-    )
+    needed = estimate_memory(task.job, spec, task.resources, workers=worker.world, gpu=True)
     there = torch.cuda.get_device_properties(worker.device).total_memory
     return shortage(needed, there, task.job)
 

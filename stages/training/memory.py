@@ -14,6 +14,7 @@ import re
 import torch
 from torch import Tensor, nn
 
+from stages.base import Resources
 from stages.config.train import PhaseJob, discriminators
 from stages.errors import one_line
 from stages.models.architecture import InputSpec, Parts, Pix2PixHD, discriminator_channels, generator_channels
@@ -62,13 +63,12 @@ def shortage(needed: int, available: int, job: PhaseJob) -> str:
 def estimate_memory(
     job: PhaseJob,
     spec: DatasetSpec,
+    resources: Resources,
     *,
     workers: int = 1,
-    micro_batch: int | None = None,
     gpu: bool = False,
-    checkpointing: bool = False,
 ) -> int:
-    """Bytes one worker needs for a step of this phase. `micro_batch`, `checkpointing`: as in `resources`.
+    """Bytes that each of so many workers needs for a step of this phase.
 
     On a GPU an open precision is bf16, of which autocast keeps a copy of the weights.
     """
@@ -76,8 +76,8 @@ def estimate_memory(
     inputs = spec.inputs()
     width, height = job.size(spec.size)
     rows = -(-job.phase.batch // workers)
-    rows = rows if micro_batch is None else min(rows, micro_batch)
-    generator, encoder, discriminator = networks_without_memory(job, inputs, checkpointing)
+    rows = min(rows, resources.micro_batch or rows)
+    generator, encoder, discriminator = networks_without_memory(job, inputs, resources.checkpointing)
     networks = _states(generator, job.phase.parts, job.ema is not None)
     activations = _activations(job, inputs, generator, discriminator, (rows, height, width), bf16=bf16)
     if encoder is not None:

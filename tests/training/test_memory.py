@@ -15,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from stages.base import Resources
 from stages.config.shard import AugmentConfig
 from stages.config.train import PhaseJob, TrainConfig, jobs
 from stages.models.fast.process import tune_process
@@ -38,7 +39,8 @@ def needed(
     spec: DatasetSpec = SPEC,
     **changes: Any,
 ) -> int:
-    return estimate_memory(job(index, **changes), spec, workers=workers, micro_batch=micro_batch)
+    resources = Resources(micro_batch=micro_batch)
+    return estimate_memory(job(index, **changes), spec, resources, workers=workers)
 
 
 def job(index: int = 0, **changes: Any) -> PhaseJob:
@@ -82,7 +84,7 @@ def test_a_real_process_takes_what_was_estimated(settings: dict[str, Any]) -> No
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as pool:
         taken = pool.submit(measured, one.model_dump_json()).result()
-    assert 0.9 * taken < estimate_memory(one, SPEC) < 1.35 * taken
+    assert 0.9 * taken < estimate_memory(one, SPEC, Resources()) < 1.35 * taken
 
 
 class PeakOfMeta(TorchDispatchMode):
@@ -129,7 +131,7 @@ def test_the_estimate_is_near_the_peak_of_a_steps_tensors(checkpointing: bool) -
         gan = loop.build(one, SPEC.inputs(), meta, "float32", checkpointing=checkpointing)
         for _ in range(2):
             loop.update(gan, Batch(source=images, target=images), weights=one.losses)
-    estimate = estimate_memory(one, SPEC, checkpointing=checkpointing) / SLACK
+    estimate = estimate_memory(one, SPEC, Resources(checkpointing=checkpointing)) / SLACK
     assert 1 < estimate / peak.peak < 1.3
 
 
@@ -187,9 +189,9 @@ def test_only_a_lack_of_memory_is_one() -> None:
 
 def test_a_gpu_needs_a_context_and_bf16_copies_of_the_weights() -> None:
     weights = 54_413_955 + 2_768_705
-    on_gpu = estimate_memory(job(precision="bf16"), SPEC, gpu=True)
+    on_gpu = estimate_memory(job(precision="bf16"), SPEC, Resources(), gpu=True)
     assert on_gpu - needed(precision="bf16") == pytest.approx(1.6e9 + 1.2 * 2 * weights, rel=0.01)
-    assert estimate_memory(job(), SPEC, gpu=True) == on_gpu
+    assert estimate_memory(job(), SPEC, Resources(), gpu=True) == on_gpu
 
 
 def test_a_step_that_exceeds_the_gpu_is_warned_of() -> None:

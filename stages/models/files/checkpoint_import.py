@@ -7,8 +7,9 @@ leave no tensors the defaults of those repositories are assumed; `Imported.notes
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -56,9 +57,6 @@ def import_checkpoint(
 
     Raises ValueError, one line, if the tensors are of another network or do not fit together.
     """
-    generator = _tidy(generator)
-    discriminator = None if discriminator is None else _tidy(discriminator)
-    encoder = None if encoder is None else _tidy(encoder)
     notes: list[str] = []
     architecture: Pix2Pix | Pix2PixHD
     try:
@@ -85,22 +83,13 @@ def import_checkpoint(
     if isinstance(architecture, Pix2PixHD) and not inputs.instances:
         architecture = architecture.model_copy(update={"instance_edges": False})
 
-    enhancers = architecture.enhancers if isinstance(architecture, Pix2PixHD) else None
-    with torch.device("meta"):  # without initial weights: all of them come from the files
-        network_g = build_generator(architecture, inputs, enhancers=enhancers)
-        network_d = None if discriminator is None else build_discriminator(architecture, inputs)
-        network_e = None if encoder is None else build_encoder(architecture, inputs)
-    _fill(network_g, generator, "generator")
-    if network_d is not None and discriminator is not None:
-        _fill(network_d, discriminator, "discriminator")
-    if network_e is not None and encoder is not None:
-        _fill(network_e, encoder, "encoder")
+    filled = partial(_filled, architecture, inputs)
     return Imported(
         architecture=architecture,
         inputs=inputs,
-        generator=network_g.eval(),
-        discriminator=None if network_d is None else network_d.eval(),
-        encoder=None if network_e is None else network_e.eval(),
+        generator=filled("generator", generator),
+        discriminator=None if discriminator is None else filled("discriminator", discriminator),
+        encoder=None if encoder is None else filled("encoder", encoder),
         notes=tuple(notes),
     )
 
@@ -269,8 +258,19 @@ def _last(state: State) -> str:
     return f"model.{max(_numbers(state, MODEL_WEIGHT), default=0)}.weight"
 
 
-def _fill(network: nn.Module, state: State, role: str) -> None:
-    """Give a network built without memory its weights. Raises ValueError if one is missing or left over."""
+BUILDERS: Mapping[str, Callable[[Pix2Pix | Pix2PixHD, InputSpec], nn.Module | None]] = {
+    "generator": build_generator,
+    "discriminator": build_discriminator,
+    "encoder": build_encoder,
+}
+
+
+def _filled(architecture: Pix2Pix | Pix2PixHD, inputs: InputSpec, role: str, state: State) -> nn.Module:
+    """A network with its published weights. Raises ValueError if one is missing or left over."""
+    state = _tidy(state)
+    with torch.device("meta"):  # without initial weights: all of them come from the files
+        network = BUILDERS[role](architecture, inputs)
+    assert network is not None
     names = nvidia_names.layer_names(network, intermediate_features="layer0.0.weight" not in state)
     layers = set(names.values())
     for name in sorted(state):
@@ -293,3 +293,4 @@ def _fill(network: nn.Module, state: State, role: str) -> None:
             )
     network.to_empty(device="cpu")
     network.load_state_dict(ours)
+    return network.eval()

@@ -15,7 +15,30 @@ from stages.models.pix2pix import PatchDiscriminator, PixelDiscriminator, UNet
 from stages.models.pix2pixhd import CoarseToFineGenerator, FeatureEncoder, MultiScaleDiscriminator
 
 
-def global_generator_names(*, downsamplings: int, blocks: int, head: bool = True) -> dict[str, str]:
+def layer_names(network: nn.Module, *, intermediate_features: bool = True) -> dict[str, str]:
+    """The table for one of our networks. Raises TypeError for anything else.
+
+    intermediate_features   of a pix2pixHD discriminator: whether it was trained with feature matching
+    """
+    match network:
+        case CoarseToFineGenerator():
+            return _coarse_to_fine(network)
+        case MultiScaleDiscriminator():
+            return _scales(network, intermediate_features)
+        case FeatureEncoder():
+            return _sequence(downsamplings=len(network.down), blocks=0)
+        case UNet():
+            return _unet(levels=len(network.encoder))
+        case PixelDiscriminator():
+            entries = {"0.conv": 0, "1.conv": 2, "1.norm": 3, "2.conv": 5}
+            return {f"blocks.{ours}": f"net.{entry}" for ours, entry in entries.items()}
+        case PatchDiscriminator():
+            return _patch(layers=len(network.blocks) - 2)
+        case _:
+            raise TypeError(f"no published counterpart of {type(network).__name__}")
+
+
+def _sequence(*, downsamplings: int, blocks: int) -> dict[str, str]:
     """G1, in published order: pad, conv7, norm, ReLU; 3 entries a level; blocks; 3 a level; pad, conv7.
 
     The feature encoder is the same with no blocks.
@@ -26,75 +49,60 @@ def global_generator_names(*, downsamplings: int, blocks: int, head: bool = True
         names[f"down.{level}.conv"] = f"model.{entry}"
         entry += 3
     for block in range(blocks):
-        names[f"blocks.{block}.conv1"] = f"model.{entry}.conv_block.1"
-        names[f"blocks.{block}.conv2"] = f"model.{entry}.conv_block.5"
+        names |= _block(f"blocks.{block}", f"model.{entry}")
         entry += 1
     for level in range(downsamplings):
         names[f"up.{level}.conv"] = f"model.{entry}"
         entry += 3
-    if head:
-        names["head.conv"] = f"model.{entry + 1}"
-    return names
+    return names | {"head.conv": f"model.{entry + 1}"}
 
 
-def pix2pixhd_generator_names(
-    *, downsamplings: int, blocks: int, enhancers: int, enhancer_blocks: int
-) -> dict[str, str]:
+def _block(ours: str, theirs: str) -> dict[str, str]:
+    return {f"{ours}.conv1": f"{theirs}.conv_block.1", f"{ours}.conv2": f"{theirs}.conv_block.5"}
+
+
+def _coarse_to_fine(network: CoarseToFineGenerator) -> dict[str, str]:
     """G1 in `model`, enhancer n (1 = innermost) in `modeln_1` and `modeln_2`; the last one ends in conv7."""
-    inner = global_generator_names(downsamplings=downsamplings, blocks=blocks, head=enhancers == 0)
+    inner = _sequence(downsamplings=len(network.coarse.down), blocks=len(network.coarse.blocks))
     names = {ours if ours.startswith("head") else f"coarse.{ours}": theirs for ours, theirs in inner.items()}
-    for index in range(enhancers):
+    blocks = network.enhancer_blocks
+    for index in range(len(network.enhancers)):
         ours, theirs = f"enhancers.{index}", f"model{index + 1}"
-        names[f"{ours}.stem.conv"] = f"{theirs}_1.1"
-        names[f"{ours}.down.conv"] = f"{theirs}_1.4"
-        for block in range(enhancer_blocks):
-            names[f"{ours}.blocks.{block}.conv1"] = f"{theirs}_2.{block}.conv_block.1"
-            names[f"{ours}.blocks.{block}.conv2"] = f"{theirs}_2.{block}.conv_block.5"
-        names[f"{ours}.up.conv"] = f"{theirs}_2.{enhancer_blocks}"
-    if enhancers:
-        names["head.conv"] = f"model{enhancers}_2.{enhancer_blocks + 4}"
+        names |= {f"{ours}.stem.conv": f"{theirs}_1.1", f"{ours}.down.conv": f"{theirs}_1.4"}
+        for block in range(blocks):
+            names |= _block(f"{ours}.blocks.{block}", f"{theirs}_2.{block}")
+        names |= {f"{ours}.up.conv": f"{theirs}_2.{blocks}", "head.conv": f"{theirs}_2.{blocks + 4}"}
     return names
 
 
-def pix2pixhd_discriminator_names(
-    *, scales: int, layers: int, intermediate_features: bool = True
-) -> dict[str, str]:
+def _scales(network: MultiScaleDiscriminator, intermediate_features: bool) -> dict[str, str]:
     """Our scale 0 is full resolution; in published names that one has the highest index.
 
     Discriminators trained without feature matching keep each scale as one sequence (`layerK.I`).
     """
     names = {}
-    for scale in range(scales):
-        theirs = scales - 1 - scale
-        if intermediate_features:
-            for block in range(layers + 2):
-                names[f"scales.{scale}.blocks.{block}.conv"] = f"scale{theirs}_layer{block}.0"
-        else:
-            single = patch_discriminator_names(layers=layers)
-            for ours, entry in single.items():
-                if ours.endswith(".conv"):
-                    names[f"scales.{scale}.{ours}"] = entry.replace("model", f"layer{theirs}", 1)
+    for scale in range(len(network.scales)):
+        theirs = len(network.scales) - 1 - scale
+        for block in range(network.layers + 2):
+            entry = (
+                f"scale{theirs}_layer{block}.0" if intermediate_features else f"layer{theirs}.{_entry(block)}"
+            )
+            names[f"scales.{scale}.blocks.{block}.conv"] = entry
     return names
 
 
-def patch_discriminator_names(*, layers: int) -> dict[str, str]:
-    """PatchGAN: conv, LeakyReLU; conv, norm, LeakyReLU ...; conv. No layers: PixelGAN."""
-    if layers == 0:
-        return {
-            "blocks.0.conv": "net.0",
-            "blocks.1.conv": "net.2",
-            "blocks.1.norm": "net.3",
-            "blocks.2.conv": "net.5",
-        }
-    names = {"blocks.0.conv": "model.0"}
-    for block in range(1, layers + 2):
-        names[f"blocks.{block}.conv"] = f"model.{3 * block - 1}"
-        if block <= layers:
-            names[f"blocks.{block}.norm"] = f"model.{3 * block}"
-    return names
+def _patch(*, layers: int) -> dict[str, str]:
+    """PatchGAN: conv, LeakyReLU; conv, norm, LeakyReLU ...; conv."""
+    names = {f"blocks.{block}.conv": f"model.{_entry(block)}" for block in range(layers + 2)}
+    return names | {f"blocks.{block}.norm": f"model.{_entry(block) + 1}" for block in range(1, layers + 1)}
 
 
-def unet_names(*, levels: int) -> dict[str, str]:
+def _entry(block: int) -> int:
+    """The place of a PatchGAN's convolution in its sequence."""
+    return max(0, 3 * block - 1)
+
+
+def _unet(*, levels: int) -> dict[str, str]:
     """The U-Net nests: each level holds the next one between its way down and its way up."""
     names = {"encoder.0.conv": "model.model.0", "decoder.0.conv": "model.model.3"}
     outer = "model.model.1.model"
@@ -107,34 +115,6 @@ def unet_names(*, levels: int) -> dict[str, str]:
         names[f"decoder.{level}.norm"] = f"{outer}.{4 if innermost else 6}"
         outer += ".3.model"
     return names
-
-
-def layer_names(network: nn.Module, *, intermediate_features: bool = True) -> dict[str, str]:
-    """The table for one of our networks, by the functions above. Raises TypeError for anything else."""
-    match network:
-        case CoarseToFineGenerator():
-            return pix2pixhd_generator_names(
-                downsamplings=len(network.coarse.down),
-                blocks=len(network.coarse.blocks),
-                enhancers=len(network.enhancers),
-                enhancer_blocks=network.enhancer_blocks,
-            )
-        case MultiScaleDiscriminator():
-            return pix2pixhd_discriminator_names(
-                scales=len(network.scales),
-                layers=network.layers,
-                intermediate_features=intermediate_features,
-            )
-        case FeatureEncoder():
-            return global_generator_names(downsamplings=len(network.down), blocks=0)
-        case UNet():
-            return unet_names(levels=len(network.encoder))
-        case PixelDiscriminator():
-            return patch_discriminator_names(layers=0)
-        case PatchDiscriminator():
-            return patch_discriminator_names(layers=len(network.blocks) - 2)
-        case _:
-            raise TypeError(f"no published counterpart of {type(network).__name__}")
 
 
 def renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:

@@ -123,35 +123,29 @@ def save_model(
 
     Raises ValueError if the architecture builds other modules than these, before anything is saved.
     """
-    active = _count(generator, "enhancers")
-    scales = _count(discriminator, "scales") or int(discriminator is not None)
     tensors: dict[FileName, dict[str, Tensor]] = {WEIGHTS: _plain(generator.state_dict())}
     if ema is not None:
         unknown = set(ema) - set(tensors[WEIGHTS])
         if unknown:
             raise ValueError(f"the average holds {min(unknown)}, which the generator lacks")
         tensors[EMA] = tensors[WEIGHTS] | _plain(ema)
-    if discriminator is not None:
-        tensors[DISCRIMINATOR] = _plain(discriminator.state_dict())
-    if encoder is not None:
-        tensors[ENCODER] = _plain(encoder.state_dict())
+    parts: dict[FileName, nn.Module | None] = {DISCRIMINATOR: discriminator, ENCODER: encoder}
+    tensors |= {name: _plain(part.state_dict()) for name, part in parts.items() if part is not None}
     if styles is not None:
         tensors[STYLES] = _plain(styles.tensors())
     draft = Manifest(
         architecture=architecture,
         inputs=inputs,
-        enhancers=active,
-        discriminators=scales,
+        enhancers=len(getattr(generator, "enhancers", ())),
+        discriminators=len(getattr(discriminator, "scales", ())) or int(discriminator is not None),
         preprocessing=preprocessing or Preprocessing(),
         extra=dict(extra or {}),
         files={},
     )
     for name, values in tensors.items():
         if name != STYLES:
-            _check_shapes(
-                name, empty_network(draft, name), {key: list(value.shape) for key, value in values.items()}
-            )
-
+            shapes = {key: list(value.shape) for key, value in values.items()}
+            _check_shapes(name, empty_network(draft, name), shapes)
     writers = {name: partial(save_file, values) for name, values in tensors.items()}
     return write_folder(folder, MANIFEST, writers, lambda files: draft.model_copy(update={"files": files}))
 
@@ -162,11 +156,6 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name: (tensor.float() if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
         for name, tensor in tensors.items()
     }
-
-
-def _count(module: nn.Module | None, children: str) -> int:
-    parts = getattr(module, children, None)
-    return len(parts) if isinstance(parts, nn.ModuleList) else 0
 
 
 # -- loading ------------------------------------------------------------------

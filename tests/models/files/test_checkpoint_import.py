@@ -214,12 +214,9 @@ def test_the_meaning_of_channels_is_assumed_or_given() -> None:
 
 
 def test_a_discriminator_without_intermediate_features_is_read_too() -> None:
-    from stages.models.files.nvidia_names import pix2pixhd_discriminator_names
-
     inputs = InputSpec(source="labels", classes=5, instances=True)
     network = build_discriminator(HD, inputs)
-    names = pix2pixhd_discriminator_names(scales=2, layers=3, intermediate_features=False)
-    state = renamed(network.state_dict(), names)
+    state = renamed(network.state_dict(), layer_names(network, intermediate_features=False))
     assert "layer0.0.weight" in state
     imported = import_checkpoint(published_hd(inputs), discriminator=state)
     assert imported.discriminator is not None

@@ -12,11 +12,7 @@ from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD
 from stages.models.build import build_discriminator, build_encoder, build_generator
 from stages.models.fast import wide, winograd
 from stages.models.fast.frozen import freeze
-from stages.models.files.nvidia_names import (
-    layer_names,
-    pix2pixhd_discriminator_names,
-    renamed,
-)
+from stages.models.files.nvidia_names import layer_names, renamed
 from stages.models.inputs import instance_edges
 from tests.reference.tensors import TOLERANCE, Reference, relative_error
 
@@ -122,7 +118,8 @@ def test_names_map_both_ways() -> None:
 
 
 def test_scales_without_intermediate_features_are_one_sequence_each() -> None:
-    names = pix2pixhd_discriminator_names(scales=2, layers=3, intermediate_features=False)
+    network = build_discriminator(Pix2PixHD(discriminators=2), InputSpec())
+    names = layer_names(network, intermediate_features=False)
     assert names["scales.0.blocks.0.conv"] == "layer1.0"
     assert names["scales.1.blocks.4.conv"] == "layer0.11"
 
