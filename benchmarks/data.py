@@ -42,7 +42,8 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline import sample
 from stages import shard
 from stages.base import Encoding, Resources
-from stages.config.shard import AugmentConfig, ShardConfig
+from stages.config.augment import AugmentConfig
+from stages.config.shard import ShardConfig
 from stages.images import colour, decode, encode, geometry, kinds
 from stages.models.architecture import InputSpec, Pix2Pix, paper_weights
 from stages.models.fast.process import tune_process

@@ -50,7 +50,7 @@ import torch.distributed as dist
 from pipeline.cluster import cluster
 from stages import train
 from stages.base import Resources, Role
-from stages.config.shard import AugmentConfig
+from stages.config.augment import AugmentConfig
 from stages.config.train import PhaseJob, TrainConfig, jobs
 from stages.images import encode, geometry
 from stages.models.fast.process import tune_process

@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.learning import as_pictures, trained
 from stages.base import Split
-from stages.config.shard import AugmentConfig
+from stages.config.augment import AugmentConfig
 from stages.config.train import TrainConfig, jobs
 from stages.models.fast.process import tune_process
 from stages.models.files.saved import load_model

@@ -21,14 +21,15 @@ from typing import Annotated, Any, Self, cast
 import yaml
 from pydantic import AfterValidator, Field, JsonValue, ValidationError, field_validator, model_validator
 
-from stages.base import Config, Kind, Resources, Role
+from stages.base import Config, Kind, Resources, Role, absolute
+from stages.config.augment import AugmentConfig
 from stages.config.evaluate import EvaluateConfig
 from stages.config.infer import InferConfig
 from stages.config.ingest import IngestConfig
-from stages.config.locations import absolute, holds, writable
+from stages.config.locations import holds, writable
 from stages.config.pair import PairConfig
 from stages.config.report import ReportConfig
-from stages.config.shard import AugmentConfig, ShardConfig
+from stages.config.shard import ShardConfig
 from stages.config.tracking import ARTIFACTS, TrackingConfig, sqlite_file
 from stages.config.train import TrainConfig
 from stages.errors import QUOTE, UserError, first_invalid

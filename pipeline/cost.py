@@ -33,7 +33,7 @@ from pipeline.config import BAD_YAML, PipelineConfig
 from pipeline.runner import PREDICTED, PlannedStep, changes, read_marker
 from stages import storage
 from stages.base import Config, Precision, Resources, Role, Split
-from stages.config.shard import AugmentConfig
+from stages.config.augment import AugmentConfig
 from stages.config.train import PhaseJob, check_size, full_size, phase_size
 from stages.errors import UserError, first_invalid, one_line
 from stages.infer import source_size

@@ -12,8 +12,10 @@ same stage continues.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -154,6 +156,16 @@ class Resources(Config):
             "the host. The same numbers; one worker on a GPU. null: no, until it was measured on a GPU."
         ),
     ] = None
+
+
+def absolute(uri: str) -> str:
+    """The same location, independent of the working directory (workers have another one).
+
+    `~` and environment variables in a local path are expanded.
+    """
+    if "://" in uri or "::" in uri:
+        return uri
+    return str(Path(os.path.expanduser(os.path.expandvars(uri))).resolve())  # noqa: PTH111 - "~nobody" stays
 
 
 class Point(NamedTuple):

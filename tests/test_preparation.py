@@ -24,9 +24,9 @@ from pipeline.runner import execute, plan, select
 from pipeline.session import run_view
 from stages import evaluate, infer
 from stages.base import Resources
+from stages.config.augment import AugmentConfig
 from stages.config.evaluate import EvaluateConfig
 from stages.config.infer import InferConfig
-from stages.config.shard import AugmentConfig
 from stages.config.train import TrainConfig, jobs
 from stages.images import kinds
 from stages.images.kinds import Array

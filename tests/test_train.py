@@ -17,8 +17,8 @@ import torch
 
 from stages import train
 from stages.base import Resources
+from stages.config.augment import AugmentConfig
 from stages.config.evaluate import EvaluateConfig
-from stages.config.shard import AugmentConfig
 from stages.config.tracking import TrackingConfig
 from stages.config.train import PhaseJob, TrainConfig, jobs
 from stages.errors import StageError, UserError

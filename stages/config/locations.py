@@ -12,14 +12,14 @@ matches paths.
 
 from __future__ import annotations
 
-import os
 import re
 import unicodedata
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator
+
+from stages.base import absolute
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 ZIP_SUFFIXES = (".zip",)
@@ -32,16 +32,6 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _NUMBER = r"-?[0-9]{1,15}(?:\.[0-9]{1,9})?"
 _CAPTURES = {"split": r"[^/]+", "group": r"[^/]+", "key": r"(?s:.+)", "x": _NUMBER, "y": _NUMBER}
 _TOKEN = re.compile(r"\{([^{}]*)\}|(\*\*)|(\*)|([^{}*]+)|(.)", re.DOTALL)
-
-
-def absolute(uri: str) -> str:
-    """The same location, independent of the working directory (workers have another one).
-
-    `~` and environment variables in a local path are expanded.
-    """
-    if "://" in uri or "::" in uri:
-        return uri
-    return str(Path(os.path.expanduser(os.path.expandvars(uri))).resolve())  # noqa: PTH111 - "~nobody" stays
 
 
 def holds(location: str, folder: str) -> bool:

@@ -1,4 +1,4 @@
-"""The `shard` and `augment` sections: how images are stored, and what is drawn at random in each epoch."""
+"""The `shard` section: how images are read and stored."""
 
 from __future__ import annotations
 
@@ -121,13 +121,3 @@ class ShardConfig(Config):
         if self.void_class is not None and self.classes is not None and self.void_class >= self.classes:
             raise ValueError(f"void_class {self.void_class} is no class of {self.classes}")
         return self
-
-
-class AugmentConfig(Config):
-    """Random changes to a pair, drawn again in each epoch; the same for all images of the pair."""
-
-    crop: Annotated[
-        tuple[PositiveInt, PositiveInt] | None,
-        Field(description="Width and height of a random crop of the stored image. null: the whole image."),
-    ] = None
-    mirror: Annotated[bool, Field(description="Mirror with probability 0.5.")] = True

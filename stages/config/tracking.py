@@ -12,8 +12,7 @@ from urllib.parse import unquote
 
 from pydantic import Field, field_validator, model_validator
 
-from stages.base import Config, Split
-from stages.config.locations import absolute
+from stages.base import Config, Split, absolute
 from stages.errors import without_password
 
 Promotion = Literal["interval", "mean"]

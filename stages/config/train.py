@@ -13,14 +13,14 @@ change to the last phase does not train the first one again.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from stages.base import Config, Precision, Resources
+from stages.config.augment import AugmentConfig
 from stages.config.evaluate import SMALLEST_SIDE, EvaluateConfig, InceptionConfig, LpipsConfig
 from stages.config.locations import Location
-from stages.config.shard import AugmentConfig, ShardConfig
 from stages.models.architecture import (
     Architecture,
     LossWeights,
@@ -30,6 +30,9 @@ from stages.models.architecture import (
     paper_weights,
     size_multiple,
 )
+
+if TYPE_CHECKING:
+    from stages.config.shard import ShardConfig
 
 PhaseKind = Literal["global", "local", "joint", "whole"]
 Select = Literal["l1", "psnr", "ssim", "ms_ssim", "lpips", "fid", "frechet:efficientnet_lite0"]

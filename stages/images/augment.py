@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stages import seeding
-from stages.config.shard import AugmentConfig
+from stages.config.augment import AugmentConfig
 from stages.images.kinds import Array
 
 Size = tuple[int, int]

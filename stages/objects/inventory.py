@@ -24,7 +24,7 @@ import pyarrow.csv
 import pyarrow.orc
 import pyarrow.parquet as pq
 
-from stages.config.locations import absolute
+from stages.base import absolute
 from stages.objects import Listed
 from stages.objects.listing import Unit
 from stages.storage import read_bytes

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from stages.base import Role, Split
-from stages.config.shard import AugmentConfig
+from stages.config.augment import AugmentConfig
 from stages.errors import UserError
 from stages.images.augment import NONE
 from stages.models.step import Batch

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from stages.base import Role
-from stages.config.shard import AugmentConfig
+from stages.config.augment import AugmentConfig
 from stages.errors import UserError
 from stages.images import geometry, kinds
 from stages.images.augment import NONE, apply, draw

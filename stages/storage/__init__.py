@@ -25,7 +25,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
-from stages.config.locations import absolute as absolute
+from stages.base import absolute as absolute
 from stages.errors import UserError, one_line
 from stages.storage.retry import (
     ATTEMPTS,

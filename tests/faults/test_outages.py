@@ -15,7 +15,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from stages import storage, train
-from stages.config.shard import AugmentConfig
+from stages.config.augment import AugmentConfig
 from stages.config.tracking import TrackingConfig
 from stages.config.train import PhaseJob
 from stages.models.step import Batch

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pytest
 
 from stages.base import Resources
-from stages.config.shard import AugmentConfig
+from stages.config.augment import AugmentConfig
 from stages.config.train import PhaseJob, TrainConfig, jobs
 from stages.train import job_name
 from stages.training import checkpoints

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("pyarrow", reason="NOT RUN: shards are Parquet files")
 
-from stages.config.shard import AugmentConfig
+from stages.config.augment import AugmentConfig
 from stages.shards.feed import Feed
 from tests.support.shards import make_shards
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import learning, losses
-from stages.config.shard import AugmentConfig
+from stages.config.augment import AugmentConfig
 from stages.config.train import TrainConfig, jobs
 from tests.support.shards import make_shards
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from stages import storage
-from stages.config.shard import AugmentConfig
+from stages.config.augment import AugmentConfig
 from stages.errors import StageError, UserError
 from stages.images import geometry
 from stages.images.augment import apply, draw

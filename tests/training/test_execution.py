@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from stages.config.shard import AugmentConfig
+from stages.config.augment import AugmentConfig
 from stages.config.train import PhaseJob, TrainConfig, jobs
 from stages.errors import UserError
 from stages.training import execution

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stages import storage
 from stages.base import Resources
-from stages.config.shard import AugmentConfig
+from stages.config.augment import AugmentConfig
 from stages.config.train import PhaseJob, TrainConfig, jobs
 from stages.errors import UserError
 from stages.models.architecture import InputSpec, Preprocessing

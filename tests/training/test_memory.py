@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stages.base import Resources
-from stages.config.shard import AugmentConfig
+from stages.config.augment import AugmentConfig
 from stages.config.train import PhaseJob, TrainConfig, jobs
 from stages.models.fast.process import tune_process
 from stages.models.step import Batch

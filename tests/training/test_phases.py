@@ -9,8 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from stages.base import Resources
+from stages.config.augment import AugmentConfig
 from stages.config.evaluate import EvaluateConfig
-from stages.config.shard import AugmentConfig
 from stages.config.train import PhaseConfig, TrainConfig, check_phases, discriminators, jobs, phase_size
 from stages.models.architecture import Pix2Pix, Pix2PixHD
 

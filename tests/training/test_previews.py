@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stages.config.augment import AugmentConfig
 from stages.config.evaluate import EvaluateConfig
-from stages.config.shard import AugmentConfig
 from stages.config.train import PhaseJob, TrainConfig, jobs
 from stages.images import kinds
 from stages.models.architecture import InputSpec, LossWeights, Pix2PixHD

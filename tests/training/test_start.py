@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.config.shard import AugmentConfig
+from stages.config.augment import AugmentConfig
 from stages.config.train import PhaseJob, TrainConfig, jobs
 from stages.errors import StageError, UserError
 from stages.models.architecture import InputSpec, Pix2Pix, Pix2PixHD

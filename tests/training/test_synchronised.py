@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from stages.base import Resources
-from stages.config.shard import AugmentConfig
+from stages.config.augment import AugmentConfig
 from stages.config.train import PhaseJob, TrainConfig, jobs
 from stages.training import checkpoints
 from stages.training.checkpoints import Checkpoint
