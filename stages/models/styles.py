@@ -143,9 +143,7 @@ def collect_styles(
     batches: Iterable[Batch],
     *,
     num_classes: int,
-    clusters: int = 10,
     limit: int = 200_000,
-    seed: int = 0,
 ) -> Styles:
     """The styles of a trained encoder over (a sample of) its training set, for `save_model`.
 
@@ -166,18 +164,14 @@ def collect_styles(
             break
     if not features:
         raise ValueError("no pairs to take styles from")
-    return fit_styles(
-        torch.cat(features), torch.cat(classes), num_classes=num_classes, clusters=clusters, seed=seed
-    )
+    return fit_styles(torch.cat(features), torch.cat(classes), num_classes=num_classes)
 
 
-def fit_styles(
-    features: Tensor, classes: Tensor, *, num_classes: int, clusters: int = 10, seed: int = 0
-) -> Styles:
+def fit_styles(features: Tensor, classes: Tensor, *, num_classes: int, clusters: int = 10) -> Styles:
     """k-means within each class over the instances of (a sample of) the training set.
 
     `features` (M,F), `classes` (M,). A class with fewer distinct vectors than `clusters` gets as many
-    clusters as it has vectors; a class without instances gets none. Same input and seed, same styles.
+    clusters as it has vectors; a class without instances gets none. Same input, same styles.
     """
     features = features.detach().to("cpu", torch.float64)
     classes = classes.to("cpu")
@@ -186,7 +180,7 @@ def fit_styles(
     for number in torch.unique(classes).tolist():
         if not 0 <= number < num_classes:
             continue
-        generator = torch.Generator().manual_seed(seed * 65_537 + number)
+        generator = torch.Generator().manual_seed(number)
         means, sizes = k_means(features[classes == number], clusters, generator)
         centers[number, : len(means)] = means.float()
         counts[number, : len(means)] = sizes

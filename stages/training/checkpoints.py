@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -106,27 +107,22 @@ def folder_name(position: Position) -> str:
     return f"step-{position.steps:08d}"
 
 
-def split_state(state: Any, prefix: str = "") -> tuple[dict[str, Tensor], Any]:
+def split_state(state: Any) -> tuple[dict[str, Tensor], Any]:
     """Nested values -> tensors by dotted path, and the same nesting as JSON, a reference for each tensor."""
-    if isinstance(state, Tensor):
-        return {prefix: state}, {"tensor": prefix}
     tensors: dict[str, Tensor] = {}
-    if isinstance(state, Mapping):
-        pairs = []
-        for key, value in state.items():
-            inner, plain = split_state(value, f"{prefix}.{key}" if prefix else str(key))
-            tensors |= inner
-            pairs.append([key, plain])
-        return tensors, {"pairs": pairs}  # JSON objects would turn the keys of an optimizer's state into text
-    if isinstance(state, list | tuple):
-        items = []
-        for index, value in enumerate(state):
-            inner, plain = split_state(value, f"{prefix}.{index}")
-            tensors |= inner
-            items.append(plain)
-        return tensors, {"list": items}
-    assert state is None or isinstance(state, bool | int | float | str), f"{prefix}: {type(state)}"
-    return tensors, state
+
+    def plain(value: Any, path: str) -> Any:
+        if isinstance(value, Tensor):
+            tensors[path[1:]] = value
+            return {"tensor": path[1:]}
+        if isinstance(value, Mapping):  # JSON objects would turn the keys of an optimizer's state into text
+            return {"pairs": [[key, plain(inner, f"{path}.{key}")] for key, inner in value.items()]}
+        if isinstance(value, list | tuple):
+            return {"list": [plain(inner, f"{path}.{index}") for index, inner in enumerate(value)]}
+        assert value is None or isinstance(value, bool | int | float | str), f"{path}: {type(value)}"
+        return value
+
+    return tensors, plain(state, "")
 
 
 def join_state(tensors: Mapping[str, Tensor], plain: Any) -> Any:
@@ -165,22 +161,13 @@ def save(folder: str, checkpoint: Checkpoint, *, keep: int) -> None:
     if checkpoint.arrived is not None:
         checkpoint.arrived.synchronize()
 
-    def write_tensors(path: Path) -> None:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-
-    def write_curves(path: Path) -> None:
-        pq.write_table(checkpoint.curves, path, compression="zstd")
-
-    def manifest(files: dict[FileName, FileEntry]) -> CheckpointManifest:
-        return CheckpointManifest(
-            job=checkpoint.job,
-            run_id=checkpoint.run_id,
-            position=checkpoint.position,
-            state=plain,
-            files=files,
-        )
-
-    writers: dict[FileName, Callable[[Path], None]] = {TENSORS: write_tensors, CURVES: write_curves}
+    writers: dict[FileName, Callable[[Path], None]] = {
+        TENSORS: partial(save_file, {name: tensor.contiguous() for name, tensor in tensors.items()}),
+        CURVES: partial(pq.write_table, checkpoint.curves, compression="zstd"),
+    }
+    manifest = CheckpointManifest(
+        job=checkpoint.job, run_id=checkpoint.run_id, position=checkpoint.position, state=plain, files={}
+    )
     with new_folder(storage.join(folder, folder_name(checkpoint.position)), last=MANIFEST) as local:
         write_folder(local, MANIFEST, writers, manifest)
     whole = (name for name in checkpoint.best if storage.exists(storage.join(folder, name, MANIFEST)))

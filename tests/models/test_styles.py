@@ -112,7 +112,7 @@ def test_styles_are_collected_over_batches_up_to_a_limit() -> None:
             target = torch.randint(0, 256, (2, 3, 24, 32), dtype=torch.uint8)
             yield Batch(source=label, target=target, instance=instance)
 
-    found = collect_styles(encoder, batches(), num_classes=3, clusters=2)
+    found = collect_styles(encoder, batches(), num_classes=3)
     assert found.counts.sum() == sum(len(find_instances(*scene(seed=seed)[1:]).number) for seed in range(5))
     taken.clear()
     collect_styles(encoder, batches(), num_classes=3, limit=1)

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from stages.models.fast.norms import ChannelsLastBatchNorm, ChannelsLastInstanceNorm
-from stages.models.fast.wide import WideConv, WideResizeConv, WideTransposedConv
+from stages.models.fast.wide import WideConv, WideResizeConv, WideTransposedConv, unpad
 from stages.models.inputs import reflected
 from stages.models.layers import BatchNorm, Conv, ResizeConv, TransposedConv, replace_modules
 
@@ -57,19 +57,9 @@ class _Reflect(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Borders are added to what they mirrored. A view: the next operator writes a dense map anyway."""
-        p = ctx.padding
-        height, width = (side - 2 * p for side in gradient.shape[2:])
-        total = gradient.narrow(2, p, height).clone(memory_format=torch.channels_last)
-        total.narrow(2, 1, p).add_(_flipped(gradient.narrow(2, 0, p), 2))
-        total.narrow(2, height - 1 - p, p).add_(_flipped(gradient.narrow(2, height + p, p), 2))
-        total.narrow(3, p + 1, p).add_(_flipped(total.narrow(3, 0, p), 3))
-        total.narrow(3, width - 1, p).add_(_flipped(total.narrow(3, width + p, p), 3))
-        return total.narrow(3, p, width), None
-
-
-def _flipped(x: Tensor, dim: int) -> Tensor:
-    return x if x.shape[dim] == 1 else x.flip(dim)
+        """A view: the next operator writes a dense map anyway."""
+        padded = gradient.clone(memory_format=torch.channels_last)
+        return unpad(padded, ctx.padding, reflect=True), None
 
 
 # -- one module for another ----------------------------------------------------

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from stages.models.fast import wide, winograd
 from stages.models.fast.accelerate import ON_GPUS, Network, Replacements, channels_last, faster_copy
-from stages.models.fast.products import PackedMatrix
-from stages.models.fast.wide import WideConv, WideTransposedConv, add_bias
+from stages.models.fast.wide import PackedMatrix, WideConv, WideTransposedConv, add_bias
 from stages.models.layers import Conv, ResizeConv, TransposedConv
 
 MIN_UPSAMPLED = 2**17

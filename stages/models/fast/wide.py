@@ -26,6 +26,7 @@ from stages.models.layers import Conv, ResizeConv, TransposedConv
 
 MAX_ROWS = 1024
 MIN_WEIGHTS = 2**20
+PACKED_FOR_ROWS = 512  # the layout is chosen for so many; any number may come
 
 
 class WideConv(Conv):
@@ -138,7 +139,7 @@ class _ConvByProduct(torch.autograd.Function):
             padded = _summed_patches(
                 rows @ as_matrix(weight), gradient.shape, kernel, ctx.stride, (height, width)
             )
-            of_x = _unpad(padded, ctx.padding, ctx.reflect)
+            of_x = unpad(padded, ctx.padding, ctx.reflect)
         return of_x, of_weight, None, None, None
 
 
@@ -204,8 +205,8 @@ def pad(x: Tensor, padding: int, reflect: bool) -> Tensor:
     return F.pad(x, (padding,) * 4, mode="reflect" if reflect else "constant")
 
 
-def _unpad(padded: Tensor, padding: int, reflect: bool) -> Tensor:
-    """The gradient of padding: reflected borders are added to what they mirrored."""
+def unpad(padded: Tensor, padding: int, reflect: bool) -> Tensor:
+    """The gradient of padding, in place: reflected borders are added to what they mirrored."""
     if padding == 0:
         return padded
     if reflect:
@@ -243,3 +244,38 @@ def _summed_patches(
             covered = total[:, i : i + stride * height : stride, j : j + stride * width : stride]
             covered += patches[:, :, :, i, j]
     return total.to(patches.dtype).permute(0, 3, 1, 2)
+
+
+# -- frozen weights, prepacked in oneDNN's layout (inference) --------------------
+
+
+class PackedMatrix:
+    """A frozen matrix (K, C) to multiply rows with. Where oneDNN packs it, it is a copy of the weights.
+
+    A product with a plain matrix copies it into blocks first, at each call. Where rows are few, at the bottom
+    of a generator, that takes as long as the product itself.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.dtype = matrix.dtype
+        self.packed = _has_library(matrix.dtype)
+        self.matrix = matrix
+        if self.packed:
+            self.matrix = torch.ops.mkldnn._reorder_linear_weight(matrix.T.contiguous(), PACKED_FOR_ROWS)
+
+    def product(self, rows: Tensor, plus: Tensor | None = None) -> Tensor:
+        """(M, K) times the matrix, plus (M, C): a new tensor (M, C). All of the matrix's dtype."""
+        if not self.packed:
+            return rows @ self.matrix if plus is None else torch.addmm(plus, rows, self.matrix)
+        linear = torch.ops.mkldnn._linear_pointwise
+        if plus is None:
+            return cast(Tensor, linear(rows, self.matrix, None, "none", [], ""))
+        return cast(Tensor, linear.binary(rows, plus, self.matrix, None, "add"))
+
+
+def _has_library(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if dtype == torch.bfloat16:  # not on every processor
+        return cast(bool, torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stages.models.fast.products import PackedMatrix
+from stages.models.fast.wide import PackedMatrix
 
 SIDE = 2
 """Outputs of a tile in each dimension."""

@@ -69,7 +69,7 @@ def import_checkpoint(
         else:
             raise ValueError(
                 "neither a pix2pix U-Net (model.model.*) nor a pix2pixHD generator (model.1.weight ...): "
-                f"the first tensor is {min(generator, default='none')[:80]}"
+                f"the first tensor is {min(generator)[:80]}"
             )
     except ValidationError as error:
         raise ValueError(f"the tensors give {first_invalid(error)}") from error

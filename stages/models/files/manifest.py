@@ -14,20 +14,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from safetensors import SafetensorError
+
+from stages.base import Config
 
 MAX_FILE_BYTES = 1 << 36
 """64 GiB: beyond any model here, below what a hostile size could exhaust unseen."""
 
 Name = TypeVar("Name", bound=str)
-Manifested = TypeVar("Manifested", bound=BaseModel)
+Manifested = TypeVar("Manifested", bound=Config)
 
 
-class FileEntry(BaseModel):
+class FileEntry(Config):
     """One file of the folder."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     size: Annotated[int, Field(ge=8, le=MAX_FILE_BYTES)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -43,9 +43,9 @@ def write_folder(
     folder: Path,
     manifest_name: str,
     writers: Mapping[Name, Callable[[Path], object]],
-    manifest: Callable[[dict[Name, FileEntry]], Manifested],
+    manifest: Manifested,
 ) -> Manifested:
-    """Write files by their writers, then what `manifest` makes of their entries; returns the manifest.
+    """Write files by their writers, then the manifest with their entries, which is returned.
 
     An older manifest is removed first, so that none is ever next to files of another version. Raises OSError.
     """
@@ -59,7 +59,7 @@ def write_folder(
             except SafetensorError as error:  # a full disk, for example: as any other file's writer says it
                 raise OSError(str(error)) from error
             entries[name] = FileEntry.of(partial)
-    written = manifest(entries)
+    written = manifest.model_copy(update={"files": entries})
     with _placed(folder / manifest_name) as partial:
         partial.write_bytes(written.model_dump_json(indent=2).encode() + b"\n")
     return written

@@ -147,7 +147,7 @@ def save_model(
             shapes = {key: list(value.shape) for key, value in values.items()}
             _check_shapes(name, empty_network(draft, name), shapes)
     writers = {name: partial(save_file, values) for name, values in tensors.items()}
-    return write_folder(folder, MANIFEST, writers, lambda files: draft.model_copy(update={"files": files}))
+    return write_folder(folder, MANIFEST, writers, draft)
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

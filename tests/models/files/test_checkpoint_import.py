@@ -328,7 +328,7 @@ def test_safetensors_of_any_float_are_read(tmp_path: Path, name: str) -> None:
 
 
 def test_tensors_of_no_network_are_refused_in_words() -> None:
-    with pytest.raises(ValueError, match="the first tensor is none"):
+    with pytest.raises(ValueError, match=r"the first tensor is a\.running_mean"):
         import_checkpoint({"a.running_mean": torch.ones(3)})
 
 
