@@ -23,11 +23,12 @@ class Adam(torch.optim.Adam):
     def __init__(
         self, parameters: Iterable[nn.Parameter], *, lr: float, betas: tuple[float, float], in_backward: bool
     ) -> None:
-        super().__init__(parameters, lr=lr, betas=betas, fused=True)
+        weights = list(parameters)
+        super().__init__(weights, lr=lr, betas=betas, fused=not weights[0].is_meta)
         self.in_backward = in_backward
-        device = self.weights[0].device
-        dtype = torch.float64 if device.type == "cpu" else torch.float32  # as the fused kernels read it
-        self.rate = torch.full((), lr, dtype=dtype, device=device)
+        self.rate = torch.tensor(lr, dtype=torch.float64, device="cpu")  # as the fused kernels read it
+        if weights[0].is_cuda:
+            self.rate = self.rate.to(weights[0].device, torch.float32)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state. Moments get the layout of their weights: fused kernels pair elements by address.
