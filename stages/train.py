@@ -42,7 +42,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from stages import storage
 from stages.base import Outcome, Resources
 from stages.config.evaluate import InceptionConfig, LpipsConfig
-from stages.config.train import PhaseJob, check_size, check_workers, full_size
+from stages.config.train import PhaseJob
 from stages.errors import PixloomError, StageError, UserError, cause
 from stages.models.architecture import Picture, Preprocessing
 from stages.models.fast.process import gpu_environment, tune_process
@@ -142,7 +142,7 @@ def run(
     """
     label = f"train-{config.phase.name}"
     spec = dataset.load(shards)
-    _check(config, resources, spec, shards)
+    _check(config, spec, shards)
     # Always there: Ray Train does not count attempts that end because a node was taken away with notice, so
     # workers without a mailbox would be restarted forever.
     mailbox = service(Mailbox)
@@ -215,15 +215,10 @@ def digest(config: PhaseJob) -> str:
     return "\n".join(start + [f"{key} {storage.file_version(uri)}" for key, uri in weights(config).items()])
 
 
-def _check(config: PhaseJob, resources: Resources, spec: DatasetSpec, shards: str) -> None:
-    """Raises UserError where the phase cannot train on these shards with these workers."""
+def _check(config: PhaseJob, spec: DatasetSpec, shards: str) -> None:
+    """Raises UserError where the phase cannot train on these shards."""
     if spec.rows("train") == 0:
         raise UserError(f"{shards}: no pair is in the train split (pair.split, or {{split}} in the pattern)")
-    try:
-        check_workers(config.phase, resources, key="train")
-        check_size(config.model, config.phase, full_size(spec.size, config.augment), key="train")
-    except ValueError as error:
-        raise UserError(str(error)) from error
     if config.start_from is not None:
         check_start(config, spec.inputs())
     needed = pairs_to_choose_by(config)[0]

@@ -174,17 +174,6 @@ def test_a_split_without_pairs_is_refused(tmp_path: Path) -> None:
         train.run(phase_jobs()[0], ONE, output=str(tmp_path / "o"), track=Run(), shards=str(tmp_path))
 
 
-def test_more_workers_than_a_batch_has_pairs_are_refused(shards: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="too few for 5 workers"):
-        train.run(
-            phase_jobs()[0],
-            ONE.model_copy(update={"train_workers": 5}),
-            output=str(tmp_path / "o"),
-            track=Run(),
-            shards=shards,
-        )
-
-
 def test_weights_that_are_not_there_are_named_before_training() -> None:
     losses = {"gan": "least_squares", "perceptual": 10.0}
     job = phase_jobs(losses=losses, vgg_weights="/no.pth")[0]

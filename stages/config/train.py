@@ -39,6 +39,11 @@ Select = Literal["l1", "psnr", "ssim", "ms_ssim", "lpips", "fid", "frechet:effic
 Size = tuple[int, int]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 VGG19_SIDE = 16  # pixels of the smallest image with a pixel after four poolings
+COMPARED = {
+    *("generator", "norm", "dropout", "enhancers", "blocks", "feature_encoder", "discriminators"),
+    *("discriminator_layers", "conditional"),
+}
+"""Settings of either model that distinguish runs in MLflow's tables."""
 
 
 class PhaseConfig(Config):
@@ -178,22 +183,10 @@ class Recipe(Config):
         The artifact `config.yaml` holds all settings. `size`: of the training images.
         """
         model, losses = self.model, self.losses
-        own: dict[str, Any] = (
-            {"generator": model.generator, "norm": model.norm, "dropout": model.dropout, "width": model.width}
-            if isinstance(model, Pix2Pix)
-            else {
-                "enhancers": model.enhancers,
-                "blocks": model.blocks,
-                "feature_encoder": model.feature_encoder,
-                "discriminators": model.discriminators,
-                "width": model.global_width,
-            }
-        )
         return {
             "model": model.kind,
-            **own,
-            "discriminator_layers": model.discriminator_layers,
-            "conditional": model.conditional,
+            **model.model_dump(include=COMPARED),
+            "width": model.width if isinstance(model, Pix2Pix) else model.global_width,
             "gan_loss": losses.gan,
             "lambda_gan": losses.gan_weight,
             "lambda_l1": losses.l1,

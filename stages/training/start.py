@@ -12,23 +12,14 @@ from stages.errors import StageError, UserError, named
 from stages.inference.model_folder import folder_description, model_folder
 from stages.models.architecture import InputSpec
 from stages.models.build import grow_discriminator, grow_generator
-from stages.models.files.saved import (
-    EMA,
-    STYLES,
-    FileName,
-    Manifest,
-    empty_network,
-    fingerprint,
-    load_discriminator,
-    load_model,
-    read_manifest,
-)
+from stages.models.files import saved
+from stages.models.files.saved import Manifest
 from stages.models.gan import Ema, GanState
 from stages.storage.local import local_folder
 
 
 def check_start(job: PhaseJob, inputs: InputSpec | None = None) -> str:
-    """The fingerprint of the model that `job.start_from` names.
+    """The saved.fingerprint of the model that `job.start_from` names.
 
     inputs   the shape of the shards' images, where they are there already
 
@@ -43,7 +34,7 @@ def check_start(job: PhaseJob, inputs: InputSpec | None = None) -> str:
         there = Manifest.model_validate(content)
         if problem := _misfit(there, job, inputs or there.inputs):
             raise UserError(f"{job.start_from}: {problem}")
-    return fingerprint(content)
+    return saved.fingerprint(content)
 
 
 def _misfit(there: Manifest, job: PhaseJob, inputs: InputSpec) -> str:
@@ -61,16 +52,18 @@ def _misfit(there: Manifest, job: PhaseJob, inputs: InputSpec) -> str:
     wanted = ours.model_dump() | inputs.model_dump()
     mine = there.model_copy(update={"architecture": ours, "inputs": inputs})
     if has.get("feature_encoder") == wanted.get("feature_encoder") and all(
-        _shapes(there, name) == _shapes(mine, name) for name in there.files if name not in (STYLES, EMA)
+        _shapes(there, name) == _shapes(mine, name)
+        for name in there.files
+        if name not in (saved.STYLES, saved.EMA)
     ):
         return ""
     differ = [f"{name} is {has[name]}, not {wanted[name]}" for name in has if has[name] != wanted[name]]
     return f"its networks have other shapes: {', '.join(differ)}"
 
 
-def _shapes(model: Manifest, name: FileName) -> dict[str, torch.Size]:
+def _shapes(model: Manifest, name: saved.FileName) -> dict[str, torch.Size]:
     """The shapes of the tensors in a model's file."""
-    return {key: tensor.shape for key, tensor in empty_network(model, name).state_dict().items()}
+    return {key: tensor.shape for key, tensor in saved.empty_network(model, name).state_dict().items()}
 
 
 def start_from(gan: GanState, model: str, device: torch.device, tell: Callable[[str], None]) -> None:
@@ -81,12 +74,12 @@ def start_from(gan: GanState, model: str, device: torch.device, tell: Callable[[
 
     Raises StageError if the model is damaged.
     """
-    with local_folder(model_folder(model), leave_out=[EMA]) as folder:
+    with local_folder(model_folder(model), leave_out=[saved.EMA]) as folder:
         try:
-            before = load_model(folder, weights="raw", device=device)
+            before = saved.load_model(folder, weights="raw", device=device)
             grow_generator(gan.generator, before.generator)
-            if gan.discriminator is not None and read_manifest(folder).discriminators:
-                grow_discriminator(gan.discriminator, load_discriminator(folder, device=device))
+            if gan.discriminator is not None and saved.read_manifest(folder).discriminators:
+                grow_discriminator(gan.discriminator, saved.load_discriminator(folder, device=device))
             elif gan.discriminator is not None:
                 tell(f"{model} has no discriminator: training starts with a new one")
         except ValueError as error:
