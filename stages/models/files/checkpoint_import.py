@@ -24,6 +24,7 @@ from stages.models.files import nvidia_names
 State = Mapping[str, Tensor]
 
 MODEL_WEIGHT = r"model\.(\d+)\.weight"
+NO_DISCRIMINATOR = "no discriminator given: its settings are the paper's"
 COUNTERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -108,21 +109,11 @@ def _pix2pix(generator: State, discriminator: State | None, notes: list[str]) ->
     values: dict[str, Any] = {"levels": levels, "width": width, "norm": norm, "dropout": "common"}
     notes.append("dropout leaves no tensors: placed as in the published code (`dropout: common`)")
     if discriminator is None:
-        notes.append("no discriminator given: its settings are the paper's")
+        notes.append(NO_DISCRIMINATOR)
     else:
         pixel = "net.0.weight" in discriminator
-        first = "net.0.weight" if pixel else "model.0.weight"
-        d_width, d_channels = _shape(discriminator, first)[:2]
-        if d_channels not in (target, channels + target):
-            raise ValueError(
-                f"the discriminator takes {d_channels} channels, not {channels + target} (source and target) "
-                f"or {target} (target)"
-            )
-        values |= {
-            "discriminator_width": d_width,
-            "discriminator_layers": 0 if pixel else _count(discriminator, MODEL_WEIGHT, dims=4) - 2,
-            "conditional": d_channels != target,
-        }
+        values |= _first_layer(discriminator, "net.0.weight" if pixel else "model.0.weight", channels, target)
+        values["discriminator_layers"] = 0 if pixel else _count(discriminator, MODEL_WEIGHT, dims=4) - 2
     return Pix2Pix.model_validate(values), channels, target
 
 
@@ -164,30 +155,30 @@ def _pix2pixhd(
             "feature_downsamplings": (_count(encoder, MODEL_WEIGHT, dims=4) - 2) // 2,
         }
     if discriminator is None:
-        notes.append("no discriminator given: its settings are the paper's")
+        notes.append(NO_DISCRIMINATOR)
     else:
         single = "layer0.0.weight" in discriminator
-        scales = _count(
-            discriminator, r"layer(\d+)\.0\.weight" if single else r"scale(\d+)_layer0\.0\.weight"
+        scale, layer = (
+            (r"layer(\d+)\.0\.weight", r"layer0\.(\d+)\.weight")
+            if single
+            else (r"scale(\d+)_layer0\.0\.weight", r"scale0_layer(\d+)\.0\.weight")
         )
-        layers = _count(
-            discriminator, r"layer0\.(\d+)\.weight" if single else r"scale0_layer(\d+)\.0\.weight", 4
-        )
-        d_width, d_channels = _shape(
-            discriminator, "layer0.0.weight" if single else "scale0_layer0.0.weight"
-        )[:2]
-        if d_channels not in (target, condition + target):
-            raise ValueError(
-                f"the discriminator takes {d_channels} channels, the generator's make it {condition + target}"
-                + ("" if encoder is not None else " (is the feature encoder missing?)")
-            )
-        values |= {
-            "discriminators": scales,
-            "discriminator_layers": layers - 2,
-            "discriminator_width": d_width,
-            "conditional": d_channels != target,
-        }
+        first = "layer0.0.weight" if single else "scale0_layer0.0.weight"
+        values |= _first_layer(discriminator, first, condition, target)
+        values["discriminators"] = _count(discriminator, scale)
+        values["discriminator_layers"] = _count(discriminator, layer, dims=4) - 2
     return Pix2PixHD.model_validate(values), channels, target
+
+
+def _first_layer(discriminator: State, name: str, condition: int, target: int) -> dict[str, Any]:
+    """What a discriminator's first convolution says of the architecture."""
+    width, channels = _shape(discriminator, name)[:2]
+    if channels not in (target, condition + target):
+        raise ValueError(
+            f"the discriminator takes {channels} channels, not {condition + target} (source and target) or "
+            f"{target} (target); is a feature encoder missing?"
+        )
+    return {"discriminator_width": width, "conditional": channels != target}
 
 
 def _inputs(
