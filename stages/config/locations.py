@@ -12,6 +12,7 @@ matches paths.
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from dataclasses import dataclass

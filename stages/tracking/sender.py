@@ -116,8 +116,7 @@ def stored_points(folder: str) -> Iterator[list[Point]]:
             except FileNotFoundError:  # not at its end, or a newer checkpoint has replaced it
                 continue
             except (OSError, ValueError, StageError) as error:
-                said = "%s: these curves cannot be read, MLflow misses them: %s"
-                logger.warning(said, place, one_line(error))
+                logger.warning("%s: unreadable curves, MLflow misses them: %s", place, one_line(error))
 
 
 def find_model(client: Any, experiment: str, tag: str, value: str) -> Any:
@@ -346,8 +345,7 @@ class Sender:
         """Send what is missing of one run; False if another process is to create it and has not."""
         if not (record.facts or record.rows):
             return True
-        held = self._look_up(key, record.facts.get(("create",)))
-        if held is None:
+        if (held := self._look_up(key, record.facts.get(("create",)))) is None:
             return False
         with self._changed:
             record.facts.pop(("create",), None)
@@ -361,10 +359,9 @@ class Sender:
             with self._changed:
                 if record.facts.get(("curves",)) == asked:
                     record.facts.pop(("curves",), None)
-        while points > 0:  # those after another ("curves",) wait for it
-            batch = record.rows[: min(points, ROWS)]
+        for start in range(0, points, ROWS):  # those after another ("curves",) wait for it
+            batch = record.rows[: min(ROWS, points - start)]
             self._send_points(held, batch)
-            points -= len(batch)
             with self._changed:
                 del record.rows[: len(batch)]
                 self._changed.notify_all()
@@ -403,8 +400,7 @@ class Sender:
     def _send_points(self, held: Held, points: Sequence[Point]) -> None:
         from mlflow.entities import Metric  # noqa: PLC0415 - see connect
 
-        fresh = take_fresh(points, held.steps)
-        metrics = [Metric(row.name, row.value, row.time_ms, row.step) for row in fresh]
+        metrics = [Metric(p.name, p.value, p.time_ms, p.step) for p in take_fresh(points, held.steps)]
         for start in range(0, len(metrics), ROWS):
             self.client.log_batch(held.run_id, metrics=metrics[start : start + ROWS])
 
