@@ -127,7 +127,7 @@ def test_curves_that_cannot_be_read_hold_up_nothing(
     with parent.child("train-global") as child:
         child.curves(str(tmp_path))
     assert stored(child).info.status == "FINISHED"
-    assert "cannot be read" in caplog.text
+    assert "unreadable curves" in caplog.text
 
 
 def test_curves_wait_for_a_store_that_is_away(
