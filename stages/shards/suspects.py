@@ -1,14 +1,14 @@
 """Pairs for a person to look at: shifted, mirrored, mismatched, near-duplicate, constant; drift of splits.
 
 in:  the images of a pair, in the shard stage's task  -> `sign`, a row of signs-<shard>.parquet
-     signs-<shard>.parquet  {key, peak, center, mirrored, dx, dy, source, target}
+     signs-<shard>.parquet  {key, source, target}: the cells of both images
 out: `find`: Suspects; suspects.csv {kind, key, split, score, reason, shard}, the worst of each kind first
 
-Phase correlation of the edges says how far target and source lie apart, and whether the mirrored source fits
-better (Kuglin and Hines, 1975). What a source predicts of its target is a ridge regression over the cells of
-a sample of the pairs, quadratic in a cell's colours and edges: a pair is mismatched if its source and its
-target explain each other no better than they explain other pairs; one that is called mirrored or shifted has
-to fit once that is undone. Nothing is left out by itself.
+A multichannel Wiener filter, fitted to a sample of the pairs, predicts the spectra of a target's cells from
+those of its source. The spectrum of its errors weighs all products of predictions and targets, as in a
+matched filter. A pair is mismatched if its prediction fits its target hardly better than those of other pairs
+do, mirrored if that of the mirrored source fits better, shifted if its own fits better elsewhere (a phase
+correlation; Kuglin and Hines, 1975). Nothing is left out by itself.
 """
 
 from __future__ import annotations
@@ -34,15 +34,17 @@ from stages.parallel.cluster import each
 from stages.shards.dataset import DatasetSpec, RoleSpec
 
 NAME = "suspects.csv"
-SIDE, GRID, FEATURES = 96, 16, 4  # pixels and cells of a side; a cell has the means of RGB and of its edges
-REACH = 11  # pixels of SIDE: 12 % of the width, the longest shift that is looked for
-LOWPASS = 0.12  # cycles a pixel: finer edges of a photo and of its labels do not agree
-SAMPLE = 2000  # pairs that the regression is fitted to, and training images that others are compared with
+SIDE, GRID, FEATURES = 96, 32, 5  # pixels and cells of a side; a cell has RGB and slopes across and down
+RANGE = 5  # cells, over which a source explains its target
+STEP, REACH = 4, 16  # steps in a cell, and steps looked for: shifts of up to 12 % of the width
+SAMPLE = 2000  # pairs that the filter is fitted to, and training images that others are compared with
 OTHERS = 500  # pairs of them that each pair is compared with
-LEAST = 30  # pairs of a sample that tells mismatched ones apart
+LEAST = 30  # pairs of a sample that tells wrong ones apart
 HELD_OUT = 10_000  # held-out images that every later image is compared with
-RIDGE = 1e-3
+RIDGE = 1e-2  # of the power of each frequency
+ROUNDING = (GRID / 255) ** 2 / 12  # the power of a cell's rounding
 ROWS = 256  # compared at once
+THUMB = 16  # cells of a thumbnail's side
 ALIKE = 0.002  # how far from 1 the correlation of the thumbnails of near-duplicates may be
 LEVELS = 4  # an image whose cells differ by fewer levels of 256 is constant
 MOST = 1000  # rows of suspects.csv of one kind
@@ -51,27 +53,18 @@ ROLES: tuple[Role, ...] = ("source", "target")
 DRIFT = 0.6  # standard deviations between images by which a split's mean colour may differ
 CERTAIN = 5.0  # standard errors that such a difference must have
 ORDER: tuple[Split, ...] = ("test", "val", "train")  # an image is compared with those before it
-EXPLAINED = 2.0  # the least usual standing that tells mismatched pairs
-MISMATCHED = 0.33, 0.66  # shares of the usual standing, between which the limit of mismatched pairs lies
-UNUSUAL = 3.5  # deviations below the usual standing, where that limit lies
-FITTING = 0.5  # the share of the usual standing that a shifted or mirrored pair reaches once it is corrected
-SHIFT, GAIN = 0.012, 3.5  # the least shift, and how far the edges must agree better there
-SHARP = 0.6  # of the usual agreement of edges, which they must reach there
-MIRRORED = 0.3  # how far the edges must agree better when mirrored
+EXPLAINED = 3.0  # the least usual fit that tells wrong pairs
+CHANCE = 3.5  # deviations, which one of 4,000 mismatched pairs fits by chance
+SEARCHED = 1.0  # how much more the best of all shifts fits by chance
+SHIFT, GAIN = 0.012, 1.0  # the least shift, and how much better a pair must fit there, or mirrored
 KINDS = ("constant", "mirrored", "shifted", "mismatched", "near_duplicate")
 """The kinds, in the order in which one explains away those after it, but for near-duplicates."""
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+Spectra = npt.NDArray[np.complex64]
 
-SIGNS = pa.schema(
-    [
-        ("key", pa.string()),
-        *((name, pa.float32()) for name in ("peak", "center", "mirrored", "dx", "dy")),
-        ("source", pa.binary(GRID * GRID * FEATURES)),
-        ("target", pa.binary(GRID * GRID * FEATURES)),
-    ]
-)
+SIGNS = pa.schema([("key", pa.string()), *((role, pa.binary(FEATURES * GRID * GRID)) for role in ROLES)])
 
 
 class Suspect(NamedTuple):
@@ -87,16 +80,6 @@ class Suspect(NamedTuple):
 
 # -- one pair -----------------------------------------------------------------
 
-_hann = np.hanning(SIDE + 2)[1:-1].astype(np.float32)
-_WINDOW = np.outer(_hann, _hann)
-_squares = np.fft.fftfreq(SIDE)[:, None] ** 2 + np.fft.rfftfreq(SIDE)[None] ** 2
-_LOWPASS = np.exp(-_squares / (2 * LOWPASS**2)).astype(np.float32)
-_weights = _LOWPASS * np.where(np.arange(SIDE // 2 + 1) % (SIDE // 2), 2, 1)  # of both halves of a spectrum
-_DEVIATION = float(np.sqrt((_weights * _LOWPASS).sum())) / SIDE**2  # of a surface of random phases
-# The spectrum of a mirrored image is the conjugate one with the rows reversed, moved by a pixel.
-_MIRROR = (_weights * np.exp(-2j * np.pi * np.fft.rfftfreq(SIDE))).astype(np.complex64)
-_REVERSED = -np.arange(SIDE) % SIDE
-_NEAR = np.arange(-REACH - 1, REACH + 2)
 _MEANS = np.kron(np.eye(GRID), np.full(SIDE // GRID, GRID / SIDE)).astype(np.float32)  # of cells
 
 
@@ -107,24 +90,13 @@ def sign(images: Mapping[Role, Array], specs: Mapping[Role, RoleSpec]) -> dict[s
         _small(pictures.picture(images[r], specs[r].kind, classes=specs[r].classes, lightness=lightness))
         for r in ROLES
     ]
-    edges = _edges(np.stack([np.asarray(image.convert("L")) for image in small]))
-    strong = (_MEANS @ edges @ _MEANS.T * 11).astype(np.uint8)  # roots of at most 2 * 255
-    cells = [
-        image.reduce(SIDE // GRID).tobytes() + e.tobytes() for image, e in zip(small, strong, strict=True)
-    ]
-    source, target = map(_phases, np.fft.rfft2((edges - edges.mean(axis=(1, 2), keepdims=True)) * _WINDOW))
-    rows = np.fft.ifft(target * source.conj() * _LOWPASS, axis=0)[_NEAR]
-    near = np.fft.irfft(rows, axis=1)[:, _NEAR] / _DEVIATION
-    y, x = np.unravel_index(near[1:-1, 1:-1].argmax(), (2 * REACH + 1, 2 * REACH + 1))
-    return {
-        "peak": float(near[y + 1, x + 1]),
-        "center": float(near[REACH : REACH + 3, REACH : REACH + 3].max()),
-        "mirrored": float((target * source[_REVERSED] * _MIRROR).real.sum()) / (SIDE**2 * _DEVIATION),
-        "dx": float(x - REACH + _between(*near[y + 1, x : x + 3])) / SIDE,
-        "dy": float(y - REACH + _between(*near[y : y + 3, x + 1])) / SIDE,
-        "source": cells[0],
-        "target": cells[1],
-    }
+    grey = np.stack([np.asarray(image.convert("L")) for image in small]).astype(np.int16)
+    slopes = np.zeros((2, 2, SIDE, SIDE), np.int16)  # across and down
+    slopes[:, 0, :, 1:-1] = np.abs(grey[:, :, 2:] - grey[:, :, :-2])
+    slopes[:, 1, 1:-1] = np.abs(grey[:, 2:] - grey[:, :-2])
+    edges = (_MEANS @ np.sqrt(slopes, dtype=np.float32) @ _MEANS.T * 15.9).astype(np.uint8)
+    colours = [np.asarray(image.reduce(SIDE // GRID)).transpose(2, 0, 1) for image in small]
+    return {r: c.tobytes() + e.tobytes() for r, c, e in zip(ROLES, colours, edges, strict=True)}
 
 
 def _small(picture: Array) -> Image.Image:
@@ -134,135 +106,136 @@ def _small(picture: Array) -> Image.Image:
     return image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
 
 
-def _edges(grey: npt.NDArray[np.uint8]) -> Floats:
-    """The roots of the gradients of images (N, SIDE, SIDE)."""
-    wide = grey.astype(np.int16)
-    edges = np.zeros(wide.shape, np.int16)
-    edges[:, :, 1:-1] = np.abs(wide[:, :, 2:] - wide[:, :, :-2])
-    edges[:, 1:-1] += np.abs(wide[:, 2:] - wide[:, :-2])
-    roots: Floats = np.sqrt(edges, dtype=np.float32)
-    return roots
-
-
-def _phases(spectrum: npt.NDArray[np.complexfloating[Any]]) -> npt.NDArray[np.complexfloating[Any]]:
-    """Its phases, less of those whose amplitude is tiny."""
-    size = np.abs(spectrum)
-    phases: npt.NDArray[np.complexfloating[Any]] = spectrum / (size + np.float32(0.03 * size.mean() + 1e-6))
-    return phases
-
-
-def _between(before: float, top: float, after: float) -> float:
-    """Where a parabola through three neighbours has its top, in -0.5 .. 0.5."""
-    bend = before - 2 * top + after
-    return float(np.clip((before - after) / (2 * bend), -0.5, 0.5)) if bend < 0 else 0.0
-
-
 # -- what all pairs are compared with -----------------------------------------
 
+_hann = np.hanning(GRID + 2)[1:-1].astype(np.float32)
+_WINDOW = np.minimum(1, 3 * np.outer(_hann, _hann))
+_kernel = np.exp(-((2 * np.pi * RANGE * np.fft.fftfreq(GRID)) ** 2) / 2)
+_lags = np.fft.fft(_kernel / _kernel.sum()).real  # so that a smoothed spectrum is never negative
+_LAGS = np.outer(_lags, _lags)[:, :, None, None]
+_S, _T = slice(FEATURES), slice(FEATURES, None)
+_HALVES = (np.where(np.arange(GRID // 2 + 1) % (GRID // 2), 2, 1) ** 0.5)[:, None, None]  # of a spectrum
+_STEPS = np.arange(-REACH, REACH + 1, dtype=np.float32) / np.float32(
+    STEP * GRID
+)  # shares of the width or height
+_DOWN = np.exp(2j * np.pi * np.outer(_STEPS, GRID * np.fft.fftfreq(GRID))).astype(np.complex64)
+_ACROSS = np.exp(2j * np.pi * np.outer(np.arange(GRID // 2 + 1), _STEPS)).astype(np.complex64)
 
-def _stored_cells(table: pa.Table, role: str) -> npt.NDArray[np.uint8]:
-    """The cells (N, GRID, GRID, FEATURES) of a role."""
-    rows = np.frombuffer(b"".join(table[role].to_pylist()), np.uint8).reshape(-1, GRID * GRID * FEATURES)
-    colours, edges = np.split(rows, [GRID * GRID * 3], axis=1)
-    shape = (-1, GRID, GRID)
-    return np.concatenate([colours.reshape(*shape, 3), edges.reshape(*shape, 1)], axis=3)
+
+def _stored_cells(table: pa.Table, role: Role) -> npt.NDArray[np.uint8]:
+    """The cells (N, FEATURES, GRID, GRID) of a role."""
+    return np.frombuffer(b"".join(table[role].to_pylist()), np.uint8).reshape(-1, FEATURES, GRID, GRID)
 
 
-def _cells_of(table: pa.Table, role: Role) -> Floats:
-    """The same, 0 .. 1."""
-    return _stored_cells(table, role).astype(np.float32) / np.float32(255)
+def _spectra(cells: npt.NDArray[np.uint8]) -> Spectra:
+    """Their spectra (N, FEATURES, GRID, GRID // 2 + 1)."""
+    values = cells * np.float32(1 / 255)
+    values -= values.mean(axis=(2, 3), keepdims=True)
+    values *= _WINDOW
+    spectra: Spectra = np.fft.rfft2(values)  # type: ignore[assignment]  # numpy 2 keeps the precision
+    return spectra
 
 
-def _features(cells: Floats) -> Floats:
-    """What the regression sees of a cell: its means and its height in the image, and their products."""
-    heights = np.linspace(-1, 1, GRID, dtype=np.float32)[None, :, None, None]
-    x = np.concatenate([cells, np.broadcast_to(heights, (*cells.shape[:3], 1))], axis=3)
-    first, second = np.triu_indices(FEATURES + 1)
-    return np.concatenate([np.ones_like(x[..., :1]), x, x[..., first] * x[..., second]], axis=3)
+class Fits(NamedTuple):
+    """How well some sources and targets explain each other, in deviations over how well other pairs do."""
+
+    own: Floats
+    mirrored: Floats
+    """Once the source is mirrored."""
+    moved: Floats
+    """Once the target is moved back, by that which fits best."""
+    dx: Floats
+    """How far it lies to the right, as a share of the width."""
+    dy: Floats
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
     """How well sources and targets explain each other, from a sample of the pairs."""
 
-    weights: Floats
-    scales: tuple[Floats, Floats]
-    """Deviations of the predictions' and of the targets' features, over all cells."""
+    predict: Spectra
+    """What makes of a source's spectrum its target's, whitened."""
+    whiten: Spectra
     keys: Mapping[str, int]
     """Row of each key in the two that follow."""
-    predictions: Floats
+    sources: Floats
     targets: Floats
-    sharp: float
-    """The median of the edges' best agreement."""
     usual: float = 0.0
-    """The median of `standing` over the sample; 0: there are too few pairs, or they explain nothing."""
+    """The median of `Fits.own` over the sample; 0: there are too few pairs, or they explain nothing."""
     least: float = 0.0
-    """The standing below which a pair is mismatched."""
+    """The fit below which a pair is mismatched."""
 
     @classmethod
     def of(cls, sample: pa.Table) -> Explanation:
-        """Fit the regression to a sample."""
-        features, targets = _features(_cells_of(sample, "source")), _cells_of(sample, "target")
-        rows, wanted = features.reshape(-1, features.shape[-1]), targets.reshape(-1, FEATURES)
-        square = rows.T @ rows / len(rows) + RIDGE * np.eye(rows.shape[1], dtype=np.float32)
-        weights = np.linalg.solve(square, rows.T @ wanted / len(rows)).astype(np.float32)
-        predicted = features @ weights
-        scales = (_deviations(predicted), _deviations(targets))
-        keys = {key: row for row, key in enumerate(sample["key"][:OTHERS].to_pylist())}
-        ours, theirs = _normed(predicted[:OTHERS], scales[0]), _normed(targets[:OTHERS], scales[1])
-        sharp = float(np.median(sample["peak"].to_numpy()))
-        fitted = cls(weights, scales, keys, ours, theirs, sharp)
+        """Fit the filter to a sample."""
+        density: npt.NDArray[Any] = np.zeros((GRID, GRID // 2 + 1, 2 * FEATURES, 2 * FEATURES))
+        for rows in _slices(sample):
+            both = np.concatenate([_spectra(_stored_cells(rows, role)) for role in ROLES], axis=1)
+            both = both.transpose(2, 3, 0, 1).astype(np.complex128)
+            density = density + both.conj().swapaxes(2, 3) @ both
+        lags = np.fft.irfft2(density / max(1, sample.num_rows), (GRID, GRID), axes=(0, 1)) * _LAGS
+        eye = np.eye(2 * FEATURES)
+        density = np.fft.rfft2(lags, axes=(0, 1)) * (1 + RIDGE * eye) + ROUNDING * eye
+        among, between, targets = (density[..., a, b] for a, b in ((_S, _S), (_S, _T), (_T, _T)))
+        predict = np.linalg.solve(among, between)
+        rest = targets - between.conj().swapaxes(2, 3) @ predict
+        whiten = np.linalg.cholesky(np.linalg.inv(rest)) * _HALVES
+        first, second = (
+            np.ascontiguousarray(weights.transpose(2, 3, 0, 1), np.complex64)
+            for weights in (predict @ whiten, whiten)
+        )
+        others = sample[:OTHERS]
+        keys = {key: row for row, key in enumerate(others["key"].to_pylist())}
+        ours = _flat(_views(_stored_cells(others, "source"), first))
+        theirs = _flat(_views(_stored_cells(others, "target"), second))
+        fitted = cls(first, second, keys, ours, theirs)
         if sample.num_rows < LEAST:
             return fitted
-        standing = fitted.standing(sample, *fitted.views(sample), sample["center"].to_numpy())
-        usual = float(np.median(standing))
-        deviation = 1.4826 * float(np.median(np.abs(standing - usual)))  # of a normal distribution
-        low, high = (usual * share for share in MISMATCHED)
-        return replace(fitted, usual=usual, least=float(np.clip(usual - UNUSUAL * deviation, low, high)))
+        usual = float(np.median(np.concatenate([fitted.fits(rows).own for rows in _slices(sample)])))
+        return replace(fitted, usual=usual, least=min(CHANCE, usual / 2))
 
-    def views(self, table: pa.Table) -> tuple[Floats, Floats]:
-        """What the sources predict and what the targets are, as `_normed` vectors."""
-        predicted = _features(_cells_of(table, "source")) @ self.weights
-        return _normed(predicted, self.scales[0]), _normed(_cells_of(table, "target"), self.scales[1])
-
-    def standing(self, table: pa.Table, ours: Floats, target: Floats, agreement: Floats) -> Floats:
-        """How far each pair explains itself better than it explains others, in deviations over those.
-
-        Half of the agreement of its edges counts too. ours, target: from `views`.
-        """
-        own = (ours * target).sum(axis=1)
-        place = np.array([self.keys.get(key, -1) for key in table["key"].to_pylist()])
-        counted = np.arange(len(self.keys)) != place[:, None]  # a pair is not compared with itself
-        total = agreement / 2
-        for others in (ours @ self.targets.T, target @ self.predictions.T):
+    def fits(self, table: pa.Table) -> Fits:
+        """How well the pairs of a table fit."""
+        source, target = (_stored_cells(table, role) for role in ROLES)
+        ours, theirs = _views(source, self.predict), _views(target, self.whiten)
+        mirrored = _views(source[..., ::-1], self.predict)
+        products = (ours.conj() * theirs).sum(axis=1)
+        surface = ((_DOWN @ products) @ _ACROSS).real
+        place = surface.reshape(len(surface), -1).argmax(axis=1)
+        down, across = np.divmod(place, len(_STEPS))
+        # what others reach: a pair is not compared with itself
+        rows = np.array([self.keys.get(key, -1) for key in table["key"].to_pylist()])
+        counted = np.arange(len(self.keys)) != rows[:, None]
+        scale, zero = np.zeros((2, len(rows)), np.float32)
+        for others in (_flat(ours) @ self.targets.T, _flat(theirs) @ self.sources.T):
             spread = others.std(axis=1, where=counted) + np.float32(1e-6)
-            total = total + (own - others.mean(axis=1, where=counted)) / spread / 2
-        return np.asarray(total, np.float32)
+            scale += 0.5 / spread
+            zero += others.mean(axis=1, where=counted) / spread / 2
+        middle = surface[:, REACH - 1 : REACH + 2, REACH - 1 : REACH + 2].max(axis=(1, 2))
+        own, turned, moved = (
+            fit * scale - zero
+            for fit in (middle, (_flat(mirrored) * _flat(theirs)).sum(axis=1), surface.max(axis=(1, 2)))
+        )
+        return Fits(own, turned, moved, _STEPS[across], _STEPS[down])
 
 
-def _deviations(cells: Floats) -> Floats:
-    centred: Floats = (cells - cells.mean(axis=(1, 2), keepdims=True)).std(axis=(0, 1, 2)) + 1e-6
-    return centred
+def _views(cells: npt.NDArray[np.uint8], filters: Spectra) -> Spectra:
+    """Filtered spectra of length 1, so that products are correlations."""
+    views: Spectra = np.einsum("nikl,ijkl->njkl", _spectra(cells), filters, order="C")
+    vectors = _flat(views)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True) + np.float32(1e-6)
+    return views
 
 
-def _normed(cells: Floats, scales: Floats) -> Floats:
-    """Cells as vectors (N, ...) of mean 0 and length 1, so that products are correlations."""
-    rows = ((cells - cells.mean(axis=(1, 2), keepdims=True)) / scales).reshape(len(cells), -1)
-    normed: Floats = rows / (np.linalg.norm(rows, axis=1, keepdims=True) + np.float32(1e-6))
-    return normed
+def _flat(views: Spectra) -> Floats:
+    """The same as real vectors."""
+    vectors: Floats = views.reshape(len(views), -1).view(np.float32)
+    return vectors
 
 
-def _moved(vectors: Floats, dx: Floats, dy: Floats) -> Floats:
-    """`_normed` cells moved by shares of the width and of the height; cells at the rim fill the gap."""
-    cells = vectors.reshape(-1, GRID, GRID, FEATURES)
-    for axis, by in ((2, dx), (1, dy)):
-        place = np.clip(np.arange(GRID) - GRID * by[:, None], 0, GRID - 1)
-        at = np.expand_dims(place.astype(np.float32), (3 - axis, 3))
-        before = np.floor(at).astype(int)
-        after = np.minimum(before + 1, GRID - 1)
-        low, high = (np.take_along_axis(cells, index, axis) for index in (before, after))
-        cells = low + (high - low) * (at - before)
-    return _normed(cells, np.ones(FEATURES, np.float32))
+def _slices(table: pa.Table) -> Iterator[pa.Table]:
+    """Its rows, as many as are compared at once."""
+    return (table.slice(start, ROWS) for start in range(0, table.num_rows, ROWS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,7 +253,7 @@ class Thumbnails:
     def read(cls, folder: str, shards: Mapping[Split, Sequence[str]]) -> Thumbnails:
         """The first `HELD_OUT` targets of test and val, and the first `SAMPLE` of train."""
         keys: list[str] = []
-        vectors, starts = [np.empty((0, GRID * GRID), np.float32)], {}
+        vectors, starts = [np.empty((0, THUMB**2), np.float32)], {}
         for split in ORDER:
             starts[split] = len(keys)
             most = SAMPLE if split == "train" else HELD_OUT - len(keys)
@@ -331,8 +304,13 @@ def signs_name(shard: str) -> str:
 
 
 def targets_of(table: pa.Table) -> tuple[list[str], Floats]:
-    """Keys and vectors (N, GRID * GRID) of mean 0 and length 1 of the targets that are not constant."""
-    grey = _stored_cells(table, "target")[..., :3].mean(axis=3, dtype=np.float32).reshape(-1, GRID * GRID)
+    """Keys and vectors (N, THUMB * THUMB) of mean 0 and length 1 of the targets that are not constant."""
+    colours = _stored_cells(table, "target")[:, :3].mean(axis=1, dtype=np.float32)
+    grey = (
+        colours.reshape(-1, THUMB, GRID // THUMB, THUMB, GRID // THUMB)
+        .mean(axis=(2, 4))
+        .reshape(-1, THUMB**2)
+    )
     rows = np.flatnonzero(np.ptp(grey, axis=1) >= LEVELS)
     vectors = grey[rows] - grey[rows].mean(axis=1, keepdims=True)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -430,41 +408,26 @@ class Found:
 
 def judge(table: pa.Table, split: Split, shard: str, explanation: Explanation) -> Iterator[Suspect]:
     """The suspects among some pairs of a shard but for near-duplicates, each of its first kind."""
-    peak, center, mirrored, dx, dy = (
-        table[name].to_numpy() for name in ("peak", "center", "mirrored", "dx", "dy")
-    )
-    level = np.min([np.ptp(_stored_cells(table, r)[..., :3], axis=(1, 2)).max(axis=1) for r in ROLES], axis=0)
-    usual = explanation.usual
-    ours, theirs = explanation.views(table)
+    cells = [_stored_cells(table, role)[:, :3] for role in ROLES]
+    level = np.min([np.ptp(c, axis=(2, 3)).max(axis=1) for c in cells], axis=0)
+    usual, least = explanation.usual, explanation.least
     known = usual >= EXPLAINED
-    sides = ours.reshape(-1, GRID, GRID, FEATURES)[:, :, ::-1].reshape(ours.shape)
-    views = (ours, center), (sides, mirrored), (_moved(ours, dx, dy), peak)
-    standing, turned, moved = (
-        explanation.standing(table, view, theirs, edges) if known else np.full(len(level), np.inf)
-        for view, edges in views
-    )
-    fitting = FITTING * usual
-    # how far the mirrored source explains the target better, as a difference of correlations
-    better_mirrored = np.asarray(((sides - ours) * theirs).sum(axis=1), np.float32)
+    own, turned, moved, dx, dy = explanation.fits(table) if known else np.zeros((5, len(level)))
+    mirrored = known & (turned > least) & (turned > moved - GAIN / 2)  # one fit against the best of many
+    shifted = known & (moved > least + SEARCHED) & (np.hypot(dx, dy) > SHIFT)
     scores = {
         "constant": np.where(level < LEVELS, 1.0 + LEVELS - level, 0),
-        "mirrored": np.where((better_mirrored > 0) & (turned > fitting), (mirrored - center) / MIRRORED, 0),
-        "shifted": np.where(
-            (np.hypot(dx, dy) > SHIFT) & (peak > SHARP * explanation.sharp) & (moved > fitting),
-            (peak - center) / GAIN,
-            0,
-        ),
-        "mismatched": (usual - standing) / (usual - explanation.least) if known else np.zeros(len(level)),
+        "mirrored": np.where(mirrored, (turned - own) / GAIN, 0),
+        "shifted": np.where(shifted, (moved - own) / GAIN, 0),
+        "mismatched": (usual - own) / (usual - least) if known else np.zeros(len(level)),
     }
     reasons = {
         "constant": lambda n: f"the parts of one of its images differ by {level[n]} of 255 levels",
         "mirrored": lambda n: (
-            f"the edges of the mirrored source agree by {mirrored[n]:.1f}, its own by {center[n]:.1f}"
+            f"the mirrored source explains the target by {turned[n]:.1f}, its own by {own[n]:.1f}"
         ),
         "shifted": lambda n: f"the target is {dx[n]:+.1%} of the width and {dy[n]:+.1%} of the height away",
-        "mismatched": lambda n: (
-            f"source and target explain each other by {standing[n]:.1f}, {usual:.1f} is usual"
-        ),
+        "mismatched": lambda n: f"source and target explain each other by {own[n]:.1f}, {usual:.1f} is usual",
     }
     keys = table["key"].to_pylist()
     left = np.ones(len(keys), bool)
@@ -482,8 +445,7 @@ def search(
     signs = storage.read_parquet(storage.join(folder, signs_name(shard)))
     found = Found()
     suspects: list[Suspect] = []
-    for start in range(0, signs.num_rows, ROWS):
-        table = signs.slice(start, ROWS)
+    for table in _slices(signs):
         suspects += judge(table, split, shard, explanation)
         found.compared[split] += len(targets_of(table)[0])
         for key, other, apart, leaked in thumbnails.nearest(table, split):
@@ -491,8 +453,8 @@ def search(
             suspects.append(Suspect("near_duplicate", key, split, 2 - apart / ALIKE, reason, shard))
             found.leaked[split] += leaked
             found.examples += [(key, other, apart)] if leaked else []
-        cells = np.concatenate([_stored_cells(table, role)[..., :3] for role in ROLES], axis=3)
-        colours = cells.sum(axis=(1, 2), dtype=np.int64)
+        cells = np.concatenate([_stored_cells(table, role)[:, :3] for role in ROLES], axis=1)
+        colours = cells.sum(axis=(2, 3), dtype=np.int64)
         found.colours[split] += np.stack([np.full(6, len(colours)), colours.sum(0), (colours**2).sum(0)])
     found.counts.update(suspect.kind for suspect in suspects)
     found.rank(suspects)
