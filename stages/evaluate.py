@@ -396,10 +396,11 @@ def run(
     count = len(inputs.shard_units(spec, split))
     score_units(job, resources, spec, count)
     summary = summarise_units(job, count, distances, track)
-    names = storage.read_parquet(storage.join(output, "metrics.parquet"), ["generated"])["generated"]
-    if (different := len(names.unique())) < len(names):
-        text = f"{config.names} names {different:,} images for {len(names):,} targets"
-        raise UserError(f"evaluate.names: {text}; with {{key}} each has its own")
+    if config.images is not None and "{key}" not in config.names:
+        names = storage.read_parquet(storage.join(output, "metrics.parquet"), ["generated"])["generated"]
+        if (different := len(names.unique())) < len(names):
+            text = f"{config.names} names {different:,} images for {len(names):,} targets"
+            raise UserError(f"evaluate.names: {text}; with {{key}} each has its own")
     num_missing, num_targets = summary["num_missing"], summary["num_images"] + summary["num_missing"]
     if num_missing > config.max_missing_fraction * num_targets:
         raise StageError(

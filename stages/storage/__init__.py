@@ -14,6 +14,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -291,10 +292,16 @@ def file_version(uri: str) -> str:
     if not exists(where):
         return ""
     if is_local(where) and Path(path).is_file():  # a copy has another time, and is no reason to train again
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return _checksum(Path(path), local_etag(Path(path).stat()))
     info = call_store(lambda: fs.info(path), uri)
     return f"{info.get('size')} {etag_of(info)}"
+
+
+@lru_cache
+def _checksum(path: Path, _etag: str) -> str:
+    """The SHA-256 of a file: several steps of a plan ask for that of the same weights."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # -- errors -------------------------------------------------------------------
