@@ -115,9 +115,7 @@ _lags = np.fft.fft(_kernel / _kernel.sum()).real  # so that a smoothed spectrum 
 _LAGS = np.outer(_lags, _lags)[:, :, None, None]
 _S, _T = slice(FEATURES), slice(FEATURES, None)
 _HALVES = (np.where(np.arange(GRID // 2 + 1) % (GRID // 2), 2, 1) ** 0.5)[:, None, None]  # of a spectrum
-_STEPS = np.arange(-REACH, REACH + 1, dtype=np.float32) / np.float32(
-    STEP * GRID
-)  # shares of the width or height
+_STEPS = (np.arange(-REACH, REACH + 1) / (STEP * GRID)).astype(np.float32)  # shares of the width or height
 _DOWN = np.exp(2j * np.pi * np.outer(_STEPS, GRID * np.fft.fftfreq(GRID))).astype(np.complex64)
 _ACROSS = np.exp(2j * np.pi * np.outer(np.arange(GRID // 2 + 1), _STEPS)).astype(np.complex64)
 
@@ -306,11 +304,8 @@ def signs_name(shard: str) -> str:
 def targets_of(table: pa.Table) -> tuple[list[str], Floats]:
     """Keys and vectors (N, THUMB * THUMB) of mean 0 and length 1 of the targets that are not constant."""
     colours = _stored_cells(table, "target")[:, :3].mean(axis=1, dtype=np.float32)
-    grey = (
-        colours.reshape(-1, THUMB, GRID // THUMB, THUMB, GRID // THUMB)
-        .mean(axis=(2, 4))
-        .reshape(-1, THUMB**2)
-    )
+    blocks = colours.reshape(-1, THUMB, GRID // THUMB, THUMB, GRID // THUMB)
+    grey = blocks.mean(axis=(2, 4)).reshape(-1, THUMB**2)
     rows = np.flatnonzero(np.ptp(grey, axis=1) >= LEVELS)
     vectors = grey[rows] - grey[rows].mean(axis=1, keepdims=True)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -19,7 +19,7 @@ from stages.storage.local import local_folder
 
 
 def check_start(job: PhaseJob, inputs: InputSpec | None = None) -> str:
-    """The saved.fingerprint of the model that `job.start_from` names.
+    """The fingerprint of the model that `job.start_from` names.
 
     inputs   the shape of the shards' images, where they are there already
 
